@@ -1,0 +1,69 @@
+"""What travels through a run: an entry, then its pixels, then its captions; or, at any point, its failure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Facts = Mapping[str, str | int]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One image that a source lists.
+
+    `name` is what it is recorded under, `path` what is opened. Both may hold any bytes but NUL: those that are not UTF-8
+    are lone surrogates (`os.fsdecode`).
+    """
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An image as the captioner takes it: `pixels` uint8 [height, width, 3], before rescaling and normalisation.
+
+    `facts` holds what was asked for of the file itself (`width`, `height`, `sha256`, ...), the size after orientation.
+    """
+
+    name: str
+    pixels: npt.NDArray[np.uint8]
+    facts: Facts = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One caption of an image; `score` is the mean raw log-probability of its tokens, the end token included."""
+
+    text: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """The captions of one image, best first; never empty."""
+
+    name: str
+    candidates: tuple[Candidate, ...]
+    facts: Facts = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        return self.candidates[0].text
+
+    @property
+    def score(self) -> float:
+        return self.candidates[0].score
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An image that could not be captioned: `error` is one word for programs, `message` one line for people."""
+
+    name: str
+    error: str
+    message: str
