@@ -1,0 +1,122 @@
+"""Where images come from: files, folders, patterns, lists and standard input."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from capcli.errors import UsageError
+from capcli.records import Entry
+from capcli.sources.files import IMAGE_SUFFIXES, Folder, Glob, is_folder, shown
+from capcli.sources.lists import ListStream, open_list
+from capcli.sources.patterns import MAGIC, Sieve
+
+__all__ = ["IMAGE_SUFFIXES", "Source", "SourceOptions", "open_source"]
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What to list.
+
+    `sources` are files, folders, glob patterns or `-` (names on standard input); a path that exists is taken as it
+    is, wildcards in it or not. `from_file` is a list of paths, one a line, or separated by NUL with `null`, which holds
+    for standard input as well. Folders and patterns yield files with an image suffix, but not hidden ones (leading dot).
+
+    `include` and `exclude` hold patterns over the name relative to the folder (or to the part of a glob before its
+    first wildcard). One without `/` is held against base names at any depth: `*.tif`. One with `/` is held against the
+    whole relative name: `2024/*.tif`, `2024/**`. With `include` these patterns alone decide, whatever the suffix;
+    `exclude` wins over it, and prunes a folder that it matches. Hidden names are included only by patterns that spell
+    the dot. Files that are named or listed are always yielded.
+    """
+
+    sources: tuple[str, ...] = ()
+    from_file: str | None = None
+    null: bool = False
+    recursive: bool = True
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images of a run, in a fixed order: sources as given, then the list; folders in byte order of their names.
+
+    `root` is the folder that names are relative to, where one folder is the only source. A `streaming` source reads
+    standard input or a pipe: it can be iterated once, and must not be read ahead of the work.
+    """
+
+    parts: tuple[Iterable[Entry], ...]
+    given: tuple[str, ...]
+    root: str | None
+    streaming: bool
+
+    def __iter__(self) -> Iterator[Entry]:
+        for part in self.parts:
+            yield from part
+
+    def describe(self) -> str:
+        """The source in words, for the receipt."""
+        return ", ".join(self.given)
+
+
+def open_source(options: SourceOptions, warn: Callable[[str], None]) -> Source:
+    """The images that `options` name; `warn` hears of folders that could not be listed.
+
+    Raises UsageError for no source, one that does not exist or cannot be read, a pattern that matches nothing, and
+    standard input or options that have nothing to do. Listed paths are not looked at.
+    """
+    lists = [source for source in options.sources if source == "-"]
+    lists += [] if options.from_file is None else [options.from_file]
+    _check(options, lists)
+    only = len(options.sources) == 1 and options.from_file is None
+    sieve = Sieve.of(options.include, options.exclude, IMAGE_SUFFIXES)
+    parts = [_open(source, options, sieve, warn, only=only) for source in options.sources]
+    if options.from_file is not None:
+        parts.append(open_list(options.from_file, null=options.null))
+    if (options.include or options.exclude) and not any(isinstance(part, Folder | Glob) for part in parts):
+        raise UsageError("include and exclude patterns sift folders and glob patterns: no SOURCE is one")
+    given = [_described(source) for source in options.sources]
+    given += [] if options.from_file is None else [_described(options.from_file, "list ")]
+    return Source(
+        parts=tuple(parts),
+        given=tuple(given),
+        root=options.sources[0] if only and isinstance(parts[0], Folder) else None,
+        streaming=any(isinstance(part, ListStream) for part in parts),
+    )
+
+
+def _check(options: SourceOptions, lists: list[str]) -> None:
+    if not options.sources and options.from_file is None:
+        raise UsageError("no source: name a file, a folder, a glob pattern, or - for names on standard input")
+    if lists.count("-") > 1:
+        raise UsageError("standard input can be read once: it is asked for twice")
+    if options.null and not lists:
+        raise UsageError("--null says how a list is separated: there is no list")
+
+
+def _open(
+    source: str, options: SourceOptions, sieve: Sieve, warn: Callable[[str], None], *, only: bool
+) -> Iterable[Entry]:
+    if source == "-":
+        return open_list("-", null=options.null)
+    if is_folder(source):
+        try:
+            os.scandir(source).close()
+        except OSError as error:
+            raise UsageError(f"{shown(source)}: {error.strerror or error}") from None
+        return Folder(source, sieve, options.recursive, only, warn)
+    if os.path.lexists(source):
+        return (Entry(source, source),)
+    if not MAGIC.search(source):
+        raise UsageError(f"{shown(source)}: no such file or folder")
+    glob = Glob.of(source, sieve, warn)
+    # A glob is walked up to its first match: nothing but a walk can tell that there is none.
+    if next(iter(Glob(glob.folder, glob.pattern, glob.sieve, lambda _: None)), None) is None:
+        kind = "file" if options.include else "file with an image suffix"
+        raise UsageError(f"{shown(source)}: no {kind} matches")
+    return glob
+
+
+def _described(source: str, kind: str = "") -> str:
+    return "standard input" if source == "-" else f"{kind}{shown(source)}"

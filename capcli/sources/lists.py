@@ -1,0 +1,103 @@
+"""Images listed by name: in a file, or on standard input as the names arrive."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, cast
+
+from capcli.errors import UsageError
+from capcli.records import Entry
+from capcli.sources.files import shown
+
+_CHUNK = 1 << 16
+_LONGEST = 1 << 16  # bytes; no system takes a path near this long, so it is no list of paths
+_MARK = b"\xef\xbb\xbf"  # what some editors put in front of UTF-8
+
+
+@dataclass(frozen=True, slots=True)
+class ListFile:
+    """A regular file of names, read anew at each iteration."""
+
+    path: str
+    null: bool
+
+    def __iter__(self) -> Iterator[Entry]:
+        with _open(self.path) as stream:
+            yield from read_list(stream, self.path, null=self.null)
+
+
+@dataclass(frozen=True, slots=True)
+class ListStream:
+    """Names on standard input or another pipe, given out as they arrive, once."""
+
+    stream: BinaryIO
+    path: str
+    null: bool
+
+    def __iter__(self) -> Iterator[Entry]:
+        return read_list(self.stream, self.path, null=self.null)
+
+
+def open_list(path: str, *, null: bool) -> ListFile | ListStream:
+    """The list at `path`, `-` for standard input; raises UsageError where it is none."""
+    if path == "-":
+        if sys.stdin is None:
+            raise UsageError("there is no standard input to read names from")
+        return ListStream(sys.stdin.buffer, "standard input", null)
+    if os.path.isdir(path):
+        raise UsageError(f"{shown(path)} is a folder: give it as a SOURCE, not as a list")
+    stream = _open(path)
+    if not os.path.isfile(path):  # a pipe such as <(find ...): what is read is gone, so it is opened once
+        return ListStream(stream, path, null)
+    with stream:
+        _reject(stream.read(_CHUNK), path, null=null)
+    return ListFile(path, null)
+
+
+def read_list(stream: BinaryIO, path: str, *, null: bool) -> Iterator[Entry]:
+    """Entries for the names in `stream`, each as soon as its separator has been read; raises UsageError for no list."""
+    separator = b"\0" if null else b"\n"
+    held, first = b"", True
+    while chunk := _read(stream, path):
+        *whole, held = (held + chunk).split(separator)
+        if len(held) > _LONGEST:
+            raise UsageError(f"{shown(path)} is no list of paths: one is longer than {_LONGEST} bytes")
+        for name in whole:
+            yield from _entry(name, path, null=null, first=first)
+            first = False
+    yield from _entry(held, path, null=null, first=first)
+
+
+def _entry(name: bytes, path: str, *, null: bool, first: bool) -> Iterator[Entry]:
+    if first:
+        name = name.removeprefix(_MARK)
+    if not null:
+        name = name.removesuffix(b"\r")
+        _reject(name, path, null=null)
+    if name:
+        text = os.fsdecode(name)
+        yield Entry(text, text)
+
+
+def _reject(part: bytes, path: str, *, null: bool) -> None:
+    if not null and b"\0" in part:
+        raise UsageError(f"{shown(path)} holds NUL bytes: with --null they separate the names; else it is no list")
+
+
+def _open(path: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot read the list {shown(path)}: {reason}") from None
+
+
+def _read(stream: BinaryIO, path: str) -> bytes:
+    """What has arrived, waiting only while nothing has."""
+    try:
+        return cast("bytes", stream.read1(_CHUNK))  # type: ignore[attr-defined]
+    except OSError as error:
+        raise UsageError(f"cannot read the list {shown(path)}: {error.strerror or error}") from None

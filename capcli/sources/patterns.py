@@ -1,0 +1,106 @@
+"""Patterns over names with `/` in them: `*.jpg`, `2024/*`, `raw/**/*.tif`."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+MAGIC = re.compile(r"[*?[]")
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """One pattern over relative names.
+
+    `*`, `?` and `[abc]` (`[!abc]`) stay within one part of the name, `**` as a whole part stands for any number of
+    folders, and at the end for everything below. Upper and lower case differ. Unless `hidden`, wildcards do not match a
+    leading dot, as in a shell: `.cache/*.jpg` finds what `*/*.jpg` does not.
+    """
+
+    parts: tuple[re.Pattern[str] | None, ...]  # None: `**`
+    hidden: bool
+
+    @classmethod
+    def anchored(cls, text: str, *, hidden: bool = False) -> Pattern:
+        """A pattern over the whole relative name."""
+        parts = [part for part in text.split("/") if part not in ("", ".")]
+        if parts and parts[-1] == "**":
+            parts.append("*")
+        return cls(tuple(None if part == "**" else _part(part, hidden=hidden) for part in parts), hidden)
+
+    @classmethod
+    def loose(cls, text: str, *, hidden: bool = False) -> Pattern:
+        """A pattern without `/` is one over base names, at any depth; with one, over the whole relative name."""
+        stripped = text.rstrip("/")
+        return cls.anchored(stripped if "/" in stripped else f"**/{stripped}", hidden=hidden)
+
+    def matches(self, name: str) -> bool:
+        return len(self.parts) in self._reached(name)
+
+    def may_hold(self, folder: str) -> bool:
+        """Whether something below this folder could match."""
+        return any(position < len(self.parts) for position in self._reached(folder))
+
+    def _reached(self, name: str) -> set[int]:
+        """The positions in the pattern at which the parts of the name may have arrived."""
+        positions = self._skip_folders({0})
+        for part in name.split("/"):
+            after = set()
+            for position in positions:
+                if position == len(self.parts):
+                    continue
+                step = self.parts[position]
+                if step is None:
+                    if self.hidden or not part.startswith("."):
+                        after.add(position)
+                elif step.match(part):
+                    after.add(position + 1)
+            positions = self._skip_folders(after)
+        return positions
+
+    def _skip_folders(self, positions: set[int]) -> set[int]:
+        """`**` also stands for no folder at all."""
+        reached = set(positions)
+        for position, step in enumerate(self.parts):
+            if step is None and position in reached:
+                reached.add(position + 1)
+        return reached
+
+
+def _part(text: str, *, hidden: bool) -> re.Pattern[str]:
+    guard = r"(?!\.)" if not hidden and MAGIC.match(text) else ""
+    return re.compile(guard + fnmatch.translate(text))
+
+
+@dataclass(frozen=True, slots=True)
+class Sieve:
+    """What of a folder is wanted, by names relative to it."""
+
+    include: tuple[Pattern, ...]
+    exclude: tuple[Pattern, ...]
+    suffixes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, include: Iterable[str], exclude: Iterable[str], suffixes: tuple[str, ...]) -> Sieve:
+        return cls(
+            tuple(Pattern.loose(text) for text in include),
+            tuple(Pattern.loose(text, hidden=True) for text in exclude),
+            suffixes,
+        )
+
+    def takes(self, name: str) -> bool:
+        """Whether a file is wanted, going by suffix where there is no include."""
+        if any(pattern.matches(name) for pattern in self.exclude):
+            return False
+        if self.include:
+            return any(pattern.matches(name) for pattern in self.include)
+        return name.lower().endswith(self.suffixes)
+
+    def enters(self, folder: str) -> bool:
+        """Whether a folder is walked. A hidden one is only where an include spells its dot."""
+        if any(pattern.matches(folder) for pattern in self.exclude):
+            return False
+        hidden = folder.rpartition("/")[2].startswith(".")
+        return not hidden or any(pattern.may_hold(folder) for pattern in self.include)
