@@ -1,0 +1,217 @@
+"""The decode loop: images take free slots, every step says one token for all of them, and who has ended makes room.
+
+It knows nothing of files, text or models: images are arrays with a key, a runtime has two calls (`admit`, `step`), captions are ids.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from capcli.decoding.search import Hypothesis, make_search
+from capcli.decoding.settings import Settings
+from capcli.decoding.slots import Slots
+from capcli.errors import CapcliError
+
+LINGER = 0.05  # seconds that images which do not fill a chunk wait for company
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The fixed shapes of a run: `slots` S in the running batch, images encoded `chunk` E at a time.
+
+    With the rows and the entries of the settings they fix every tensor of the run; so a caption does not depend on its neighbours.
+    """
+
+    slots: int
+    chunk: int
+
+    def halved(self) -> Shapes:
+        slots = max(1, self.slots // 2)
+        return Shapes(slots, min(self.chunk, slots))
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One image to caption: `pixels` uint8 [height, width, 3], `key` for its sampling noise, `tag` the caller's own."""
+
+    tag: Any
+    pixels: npt.NDArray[np.uint8]
+    key: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A captioned job; no hypotheses when what the encoder made of it is not finite."""
+
+    tag: Any
+    hypotheses: list[Hypothesis]
+
+
+class Feed(Protocol):
+    """Where jobs come from."""
+
+    ended: bool
+
+    def take(self, most: int, wait: float | None) -> Sequence[Job]:
+        """At most `most` jobs, those there now; waits `wait` seconds (None: for ever) for the first. Empty when none came."""
+
+
+class Runtime(Protocol):
+    """What executes encode and step, with buffers of its own for `slots` slots."""
+
+    device: torch.device
+    lag: int  # steps after which the finished flags are read
+
+    def allocate(self, shapes: Shapes, settings: Settings) -> None:
+        """Makes room for a run; forgets any earlier one."""
+
+    def admit(self, pixels: npt.NDArray[np.uint8], seats: Sequence[int]) -> torch.Tensor:
+        """Encodes `pixels` [E, h, w, 3], of which the first len(seats) count, into those slots. bool [len(seats)]: all finite."""
+
+    def step(self, tokens: torch.Tensor, position: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """One token for every row: tokens [S, R], position [S], visible [S, R, P + R*T] -> logits [S, R, V]."""
+
+    def clear(self, seats: Sequence[int]) -> None:
+        """Zeroes what those slots leave behind."""
+
+
+class IterableFeed:
+    """A feed over jobs that are all there."""
+
+    def __init__(self, jobs: Iterable[Job]) -> None:
+        self._jobs = iter(jobs)
+        self.ended = False
+
+    def take(self, most: int, wait: float | None) -> Sequence[Job]:  # noqa: ARG002
+        taken = list(islice(self._jobs, most))
+        self.ended = len(taken) < most
+        return taken
+
+
+def decode(
+    feed: Feed, runtime: Runtime, settings: Settings, shapes: Shapes, shrunk: Callable[[Shapes], None] = lambda _: None
+) -> Iterator[Done]:
+    """Captions everything `feed` gives, in the order in which captions end.
+
+    When the device runs out of memory, what was under way starts again with half the slots, and `shrunk` is told the new shapes.
+    Raises CapcliError when not even one slot fits.
+    """
+    waiting: deque[Job] = deque()
+    while True:
+        run = None
+        try:
+            runtime.allocate(shapes, settings)
+            run = Batch(feed, runtime, settings, shapes, waiting)
+            yield from run.captions()
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if shapes.slots == 1:
+                raise CapcliError(f"not even one image fits the device's memory: {error}") from error
+            if run is not None:
+                waiting.extendleft(reversed(run.slots.items))
+            shapes = shapes.halved()
+        shrunk(shapes)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether this is one of the ways in which torch says that memory ran out."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+class Batch:
+    """The running batch of fixed shapes."""
+
+    def __init__(self, feed: Feed, runtime: Runtime, settings: Settings, shapes: Shapes, waiting: deque[Job]) -> None:
+        self.feed, self.runtime, self.shapes, self.waiting = feed, runtime, shapes, waiting
+        self.slots: Slots[Job] = Slots(shapes.slots)
+        self.search = make_search(settings, shapes.slots, runtime.device)
+        self.readings: deque[tuple[int, torch.Tensor, torch.Tensor, Any]] = deque()
+        self.broken = torch.zeros(shapes.slots, dtype=torch.bool, device=runtime.device)
+        self.since = 0.0
+
+    def captions(self) -> Iterator[Done]:
+        with torch.inference_mode():
+            while self.fill():
+                self.step()
+                yield from self.retire()
+
+    def fill(self) -> bool:
+        """Seats what has come; False when nothing is seated and nothing will come."""
+        while not self.slots.busy and not self.waiting:
+            if self.feed.ended:
+                return False
+            self.fetch(wait=None)
+        while (room := min(self.shapes.chunk, self.slots.free)) and self.fetch(wait=0):
+            full = len(self.waiting) >= self.shapes.chunk
+            late = self.feed.ended or time.monotonic() - self.since >= LINGER
+            if (full and room == self.shapes.chunk) or late:
+                self.seat([self.waiting.popleft() for _ in range(min(room, len(self.waiting)))])
+            elif self.slots.busy:
+                break
+            else:
+                self.fetch(wait=LINGER)
+        return True
+
+    def fetch(self, wait: float | None) -> bool:
+        """Adds what has come to those waiting, a chunk at most; says whether anyone waits."""
+        want = self.shapes.chunk - len(self.waiting)
+        if want > 0 and not self.feed.ended:
+            came = self.feed.take(want, wait)
+            if came and not self.waiting:
+                self.since = time.monotonic()
+            self.waiting.extend(came)
+        return bool(self.waiting)
+
+    def seat(self, jobs: list[Job]) -> None:
+        seats = self.slots.seat(jobs)
+        pixels = np.stack([job.pixels for job in jobs] + [jobs[0].pixels] * (self.shapes.chunk - len(jobs)))
+        finite = self.runtime.admit(pixels, seats)
+        self.search.seat(seats, [job.key for job in jobs])
+        at = torch.tensor(seats, device=self.runtime.device)
+        self.broken[at] = ~finite
+        self.search.ended[at] = ~finite
+
+    def step(self) -> None:
+        self.slots.now += 1
+        self.search.advance(self.runtime.step(*self.search.inputs()))
+        self.readings.append((self.slots.now, *self.read()))
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Copies of the flags on their way to the host, and the event that says they have come (None: they have)."""
+        flags, broken = self.search.ended, self.broken
+        if flags.device.type != "cuda":
+            return flags.clone(), broken.clone(), None
+        flags, broken = (x.to("cpu", non_blocking=True) for x in (flags, broken))
+        event = torch.cuda.Event()
+        event.record()
+        return flags, broken, event
+
+    def retire(self) -> Iterator[Done]:
+        """Reads the flags once they are old enough and empties the slots that have ended."""
+        if len(self.readings) <= self.runtime.lag:
+            return
+        taken, flags, broken, event = self.readings.popleft()
+        if event is not None:
+            event.synchronize()
+        seats = self.slots.finished(flags.tolist(), taken)
+        if not seats:
+            return
+        hypotheses = self.search.hypotheses(seats)
+        self.runtime.clear(seats)
+        for seat, found in zip(seats, hypotheses, strict=True):
+            job = self.slots.leave(seat)
+            sound = not broken[seat] and all(h.score == h.score for h in found)
+            yield Done(job.tag, found if sound else [])

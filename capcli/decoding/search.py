@@ -1,0 +1,285 @@
+"""What is said next: greedy, sampling and beam search over slots and rows, to the token as transformers' `generate()`.
+
+The state of all slots lives on the device as tensors of fixed shape; every slot is at its own position. A slot that has ended
+is frozen, so that its end may be read late. S slots, R rows, T new tokens at most, L prompt + T, P prefix entries of the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from capcli.decoding import noise
+from capcli.decoding.constraints import Constraints
+from capcli.decoding.settings import Settings
+
+FAR_BELOW = -1.0e9  # generate()'s constant for a score that nothing reaches
+BLOCK = 256  # logits per block where the best few of a large vocabulary are looked for
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """One caption as ids, its end token included. `score` is the mean raw log-probability of `tokens`.
+
+    `beam_score` is generate()'s `sequences_scores`; with one beam it is the sum of raw log-probabilities.
+    """
+
+    tokens: tuple[int, ...]
+    score: float
+    beam_score: float
+
+
+def make_search(settings: Settings, slots: int, device: torch.device | str) -> Search:
+    """The search these settings ask for."""
+    return (Beams if settings.num_beams > 1 else Rows)(settings, slots, device)
+
+
+class Search:
+    """What every search keeps for its rows: what was said, where it stands, which pool entries it sees."""
+
+    def __init__(self, settings: Settings, slots: int, device: torch.device | str) -> None:
+        s, r, t, p = slots, settings.rows, settings.max_new_tokens, len(settings.prompt) - 1
+        self.settings, self.device, self.prefix = settings, device, p
+        self.constraints = Constraints(settings, device)
+        self.prompt = torch.tensor(settings.prompt, dtype=torch.long, device=device)
+        self.eos = torch.tensor(settings.eos_token_ids, dtype=torch.long, device=device)
+        self.row = torch.arange(r, device=device)
+        self.keys = torch.zeros(s, dtype=torch.long, device=device)
+        self.position = torch.zeros(s, dtype=torch.long, device=device)  # tokens said so far
+        self.ended = torch.ones(s, dtype=torch.bool, device=device)  # a seat nobody took is as good as ended
+        self.sequence = torch.zeros(s, r, len(settings.prompt) + t, dtype=torch.long, device=device)
+        self.visible = torch.zeros(s, r, p + r * t, dtype=torch.bool, device=device)
+        self.raw = torch.zeros(s, r, device=device)  # sum of raw log-probabilities
+
+    def seat(self, seats: Sequence[int], keys: Sequence[int]) -> None:
+        """Starts new images in `seats`; `keys` are their keys for sampling noise."""
+        at = torch.tensor(seats, device=self.device)
+        self.keys[at] = torch.tensor(keys, device=self.device)
+        self.sequence[at] = 0
+        self.sequence[at, :, : self.prefix + 1] = self.prompt
+        self.visible[at] = False
+        self.visible[at, :, : self.prefix] = True
+        for state in (self.position, self.ended, self.raw):
+            state[at] = 0
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For the next step: tokens [S, R], position [S], and visible [S, R, P + R*T], each row's own new entry included."""
+        position = self.position.clamp_max(self.settings.max_new_tokens - 1)
+        rows = self.row.numel()
+        entry = self.prefix + position[:, None] * rows + self.row  # [S, R]
+        self.visible.scatter_(2, entry[:, :, None], True)
+        tokens = self.sequence.gather(2, (self.prefix + position)[:, None, None].expand(-1, rows, 1))[:, :, 0]
+        return tokens, position, self.visible
+
+    def advance(self, logits: Tensor) -> None:
+        """Takes one step's logits [S, R, V] and says the next token of every row of every slot that has not ended."""
+        raise NotImplementedError
+
+    def hypotheses(self, seats: Sequence[int]) -> list[list[Hypothesis]]:
+        """The captions of each slot of `seats`, best first."""
+        raise NotImplementedError
+
+    def ends(self, tokens: Tensor) -> Tensor:
+        return torch.isin(tokens, self.eos)
+
+    def noise(self, shape: torch.Size) -> Tensor:
+        return noise.gumbel(self.keys, self.position, shape[1], shape[2])
+
+    def append(self, sequence: Tensor, tokens: Tensor) -> Tensor:
+        """`sequence` [S, K, L] with `tokens` [S, K] at every slot's own place."""
+        at = (self.prefix + 1 + self.position).clamp_max(sequence.shape[2] - 1)
+        return sequence.scatter(2, at[:, None, None].expand(-1, sequence.shape[1], 1), tokens[:, :, None])
+
+    def keep(self, live: Tensor, **new: Tensor) -> None:
+        """Takes new state where `live` [S] or [S, R]; elsewhere what was stays."""
+        for name, value in new.items():
+            where = live.view(*live.shape, *[1] * (value.dim() - live.dim()))
+            setattr(self, name, torch.where(where, value, getattr(self, name)))
+
+
+class Rows(Search):
+    """Greedy decoding and sampling: rows that know nothing of each other."""
+
+    def __init__(self, settings: Settings, slots: int, device: torch.device | str) -> None:
+        super().__init__(settings, slots, device)
+        self.row_ended = torch.zeros(slots, settings.rows, dtype=torch.bool, device=device)
+        self.length = torch.zeros(slots, settings.rows, dtype=torch.long, device=device)
+
+    def seat(self, seats: Sequence[int], keys: Sequence[int]) -> None:
+        super().seat(seats, keys)
+        at = torch.tensor(seats, device=self.device)
+        self.row_ended[at] = False
+        self.length[at] = 0
+
+    def advance(self, logits: Tensor) -> None:
+        logits = logits.float()
+        scores = self.constraints.apply(logits, self.sequence, self.prefix + 1 + self.position)
+        if self.settings.do_sample:
+            scores = scores + self.noise(scores.shape)
+        tokens = scores.argmax(-1)  # [S, R]
+        said = logits.gather(2, tokens[:, :, None])[:, :, 0] - logits.logsumexp(-1)
+        position = self.position + 1
+        live = ~self.ended[:, None] & ~self.row_ended
+        self.keep(
+            live,
+            sequence=self.append(self.sequence, tokens),
+            raw=self.raw + said,
+            length=self.length + 1,
+            row_ended=self.ends(tokens),
+        )
+        over = self.row_ended.all(1) | (position >= self.settings.max_new_tokens)
+        self.keep(~self.ended, position=position, ended=over)
+
+    def hypotheses(self, seats: Sequence[int]) -> list[list[Hypothesis]]:
+        at = torch.tensor(seats, device=self.device)
+        read = (self.sequence[at, :, self.prefix + 1 :], self.length[at], self.raw[at], self.raw[at])
+        return captions(*(x.cpu() for x in read))
+
+
+class Beams(Search):
+    """Beam search, sampled or not: rows that swap parents, and the finished hypotheses of every slot."""
+
+    def __init__(self, settings: Settings, slots: int, device: torch.device | str) -> None:
+        super().__init__(settings, slots, device)
+        s, r, t = slots, settings.num_beams, settings.max_new_tokens
+        self.candidates = max(2, 1 + len(settings.eos_token_ids)) * r  # so that R remain when others end
+        self.score = torch.zeros(s, r, device=device)
+        self.done_sequence = torch.zeros_like(self.sequence)
+        self.done_score = torch.zeros(s, r, device=device)
+        self.done_raw = torch.zeros(s, r, device=device)
+        self.done_length = torch.zeros(s, r, dtype=torch.long, device=device)
+        self.done = torch.zeros(s, r, dtype=torch.bool, device=device)
+        self.improvable = torch.ones(s, dtype=torch.bool, device=device)
+        # in float64 first, as Python's own power of an int, and only then rounded
+        power = [float(n) ** settings.length_penalty if n else 1.0 for n in range(t + 2)]
+        self.power = torch.tensor(power, dtype=torch.float64, device=device).float()
+
+    def seat(self, seats: Sequence[int], keys: Sequence[int]) -> None:
+        super().seat(seats, keys)
+        at = torch.tensor(seats, device=self.device)
+        self.score[at] = 0
+        self.score[at, 1:] = FAR_BELOW  # all rows are one at first: only the first may speak
+        self.done_sequence[at] = self.sequence[at]
+        self.done_score[at] = FAR_BELOW
+        self.improvable[at] = True
+        for state in (self.done_raw, self.done_length, self.done):
+            state[at] = 0
+
+    def advance(self, logits: Tensor) -> None:
+        s, r, v = logits.shape
+        top, raw, picked = self.pick(logits)  # [S, K] each
+        parent, token = picked // v, picked % v
+        raw = raw + self.raw.gather(1, parent)
+        position = self.position + 1
+        sequence = self.append(rows_of(self.sequence, parent), token)  # [S, K, L]
+        hits = self.ends(token) | (position >= self.settings.max_new_tokens)[:, None]
+        running = top + hits.float() * FAR_BELOW
+        best = running.topk(r).indices
+        live = ~self.ended
+        self.finish(top, raw, sequence, hits, position, live)
+        self.keep(
+            live,
+            sequence=rows_of(sequence, best),
+            visible=rows_of(self.visible, parent.gather(1, best)),
+            score=running.gather(1, best),
+            raw=raw.gather(1, best),
+            position=position,
+        )
+        self.stop(hits, live)
+
+    def pick(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The best continuations of all rows: accumulated scores, raw log-probabilities, row*V + token; each [S, K]."""
+        if not self.constraints.active and logits.shape[1] * logits.shape[2] > 1 << 16:
+            return self.pick_few(logits)
+        plain = logits.float().log_softmax(-1)
+        scores = self.constraints.apply(plain, self.sequence, self.prefix + 1 + self.position)
+        total = (scores + self.score[:, :, None]).flatten(1)  # [S, R*V]
+        if self.settings.do_sample:
+            picked = (total + self.noise(scores.shape).flatten(1)).topk(self.candidates).indices
+            top = total.gather(1, picked)
+        else:
+            top, picked = total.topk(self.candidates)
+        return top, plain.flatten(1).gather(1, picked), picked
+
+    def pick_few(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`pick` without constraints: the best of each row are the best of its logits, so only those need log-probabilities."""
+        best, token = top_few(logits, self.candidates)  # [S, R, K]
+        # as log_softmax does it: the maximum off first, then the logarithm of the sum
+        peak = best[..., :1].float()
+        plain = best.float() - peak - (logits.float() - peak).exp_().sum(-1, keepdim=True).log_()
+        top, index = (plain + self.score[:, :, None]).flatten(1).topk(self.candidates)
+        row = index // self.candidates
+        return top, plain.flatten(1).gather(1, index), row * logits.shape[2] + token.flatten(1).gather(1, index)
+
+    def finish(self, top: Tensor, raw: Tensor, sequence: Tensor, hits: Tensor, position: Tensor, live: Tensor) -> None:
+        """Keeps the best R finished hypotheses: those there were, and those of the first R candidates that just ended."""
+        r = self.settings.num_beams
+        just = hits & (torch.arange(self.candidates, device=top.device) < r)
+        score = top / self.power[position][:, None]
+        if self.settings.early_stopping is True:
+            score = score + self.done.all(1, keepdim=True).float() * FAR_BELOW
+        score = score + (~self.improvable)[:, None].float() * FAR_BELOW
+        score = score + (~just).float() * FAR_BELOW
+        merged = torch.cat((self.done_score, score), 1)
+        keep = merged.topk(r).indices
+        length = position[:, None].expand_as(top)
+        self.keep(
+            live,
+            done_sequence=rows_of(torch.cat((self.done_sequence, sequence), 1), keep),
+            done_score=merged.gather(1, keep),
+            done_raw=torch.cat((self.done_raw, raw), 1).gather(1, keep),
+            done_length=torch.cat((self.done_length, length), 1).gather(1, keep),
+            done=torch.cat((self.done, just), 1).gather(1, keep),
+        )
+
+    def stop(self, hits: Tensor, live: Tensor) -> None:
+        """Ends the slots whose finished hypotheses cannot be bettered, by `early_stopping`'s rules."""
+        s = self.settings
+        longest = s.early_stopping == "never" and s.length_penalty > 0
+        power = self.power[torch.full_like(self.position, s.max_new_tokens) if longest else self.position]
+        possible = self.score[:, 0] / power
+        worst = torch.where(self.done, self.done_score.amin(1, keepdim=True), FAR_BELOW)
+        improvable = self.improvable & (possible[:, None] > worst).any(1)
+        over = ~improvable | hits.all(1)
+        if s.early_stopping is True:
+            over = over | self.done.all(1)
+        self.keep(live, improvable=improvable, ended=over)
+
+    def hypotheses(self, seats: Sequence[int]) -> list[list[Hypothesis]]:
+        at, n = torch.tensor(seats, device=self.device), self.settings.num_return_sequences
+        state = (self.done_sequence[:, :, self.prefix + 1 :], self.done_length, self.done_raw, self.done_score)
+        return captions(*(x[at, :n].cpu() for x in state))
+
+
+def rows_of(state: Tensor, parent: Tensor) -> Tensor:
+    """Rows `parent` [S, K] of `state` [S, R, ...]."""
+    index = parent.view(*parent.shape, *[1] * (state.dim() - 2))
+    return state.gather(1, index.expand(*parent.shape, *state.shape[2:]))
+
+
+def top_few(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`x.topk(k)` over a long last dimension: the best k lie in the k blocks with the highest maxima."""
+    n, whole = x.shape[-1], x.shape[-1] // BLOCK
+    if whole <= k:
+        return x.topk(k)
+    blocks = x[..., : whole * BLOCK].unflatten(-1, (whole, BLOCK))
+    chosen = blocks.amax(-1).topk(k).indices.sort(-1).values  # [..., k]
+    inside = blocks.gather(-2, chosen[..., None].expand(*chosen.shape, BLOCK)).flatten(-2)
+    index = (chosen[..., None] * BLOCK + torch.arange(BLOCK, device=x.device)).flatten(-2)
+    rest = torch.arange(whole * BLOCK, n, device=x.device).expand(*x.shape[:-1], -1)
+    values, at = torch.cat((inside, x[..., whole * BLOCK :]), -1).topk(k)
+    return values, torch.cat((index, rest), -1).gather(-1, at)
+
+
+def captions(tokens: Tensor, length: Tensor, raw: Tensor, score: Tensor) -> list[list[Hypothesis]]:
+    """Hypotheses from tokens [n, K, T], length, raw and score [n, K]."""
+    return [
+        [
+            Hypothesis(tuple(ids[:count]), total / max(count, 1), beam)
+            for ids, count, total, beam in zip(*slot, strict=True)
+        ]
+        for slot in zip(tokens.tolist(), length.tolist(), raw.tolist(), score.tolist(), strict=True)
+    ]

@@ -1,0 +1,59 @@
+"""transformers' cache over a slot's memory and pool: cross layers that are filled, self layers that write where they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, arange
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+
+
+class PoolLayer(CacheLayerMixin):
+    """Keys and values [S, H, N, D] of one layer. `update` writes new ones in place, slot s from entry `at[s]` on."""
+
+    is_compileable, is_sliding = True, False
+
+    def __init__(self, keys: Tensor, values: Tensor, at: Tensor | None = None) -> None:
+        super().__init__()
+        self.keys, self.values, self.at, self.is_initialized = keys, values, at, True
+
+    def lazy_initialization(self, *_: Any) -> None:
+        """Nothing to do: the tensors are given."""
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        assert self.at is not None
+        slot = arange(keys.shape[0], device=keys.device)[:, None]
+        entry = self.at[:, None] + arange(keys.shape[2], device=keys.device)  # [S, Q]
+        self.keys[slot, :, entry] = keys.transpose(1, 2)
+        self.values[slot, :, entry] = values.transpose(1, 2)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
+        return self.keys.shape[2], 0
+
+    def get_seq_length(self) -> int:
+        return 0  # positions are handed in
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+    def get_max_cache_shape(self) -> int:
+        return self.keys.shape[2]
+
+
+class Layers(Cache):
+    """A cache of given layers."""
+
+    def __init__(self, layers: list[PoolLayer]) -> None:
+        self.layers, self.layer_class_to_replicate, self.offloading = layers, None, False
+
+
+def pool_cache(memory: Sequence[Tensor], pool: Sequence[Tensor], at: Tensor) -> EncoderDecoderCache:
+    """The cache of one step: `memory` and `pool` hold keys and values of every layer in turn, `at` [S] is where to write."""
+    count = len(pool) // 2
+    own = Layers([PoolLayer(pool[2 * i], pool[2 * i + 1], at) for i in range(count)])
+    cross = Layers([PoolLayer(memory[2 * i], memory[2 * i + 1]) for i in range(count)])
+    cache = EncoderDecoderCache(own, cross)
+    cache.is_updated = dict.fromkeys(range(count), True)
+    return cache

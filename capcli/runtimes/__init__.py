@@ -1,0 +1,1 @@
+"""What executes encode and step."""
