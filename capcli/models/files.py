@@ -1,0 +1,194 @@
+"""What a captioner's folder holds: which of its files are needed, for a folder on disk and a hub repository alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from capcli.errors import CapcliError
+
+ENCODERS = ("vit", "deit", "beit", "swin", "swinv2")
+DECODERS = ("gpt2", "bert")
+NOT_YET = {"blip": "BLIP", "blip-2": "BLIP-2", "git": "GIT", "florence2": "Florence-2"}
+
+CONFIG = "config.json"
+PROCESSOR = "preprocessor_config.json"
+PROCESSOR_NESTED = "processor_config.json"
+SETTINGS = (CONFIG, "generation_config.json", PROCESSOR, PROCESSOR_NESTED)
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of preference; never both
+FOREIGN_WEIGHTS = ("tf_model.h5", "flax_model.msgpack", "rust_model.ot")
+
+
+class IncompleteError(CapcliError):
+    """A file that a captioner needs is not there."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A captioner on this disk: `name` as the user gave it, `revision` the commit when it came from a hub."""
+
+    name: str
+    folder: str
+    revision: str | None
+    config: dict[str, Any]
+    processor: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """What is there to take (no sub-folders), and `fetch`, which gives the path of a file on this disk."""
+
+    title: str
+    names: frozenset[str]
+    fetch: Callable[[str], str]
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Raise CapcliError when the file is no JSON object or cannot be read."""
+        path = self.fetch(name)
+        try:
+            with open(path, encoding="utf-8") as file:
+                value = json.load(file)
+        except OSError as error:
+            raise CapcliError(f"Cannot read {path}: {error.strerror}.") from error
+        except (ValueError, RecursionError) as error:
+            raise CapcliError(f"{name} of {self.title} is not JSON ({error}): replace the file.") from error
+        if not isinstance(value, dict):
+            raise CapcliError(f"{name} of {self.title} is JSON but no object: replace the file.")
+        return value
+
+
+def shelf_of(folder: str, title: str | None = None) -> Shelf:
+    try:
+        with os.scandir(folder) as entries:
+            # A dangling link is a file that is not there: caches have them when a blob was removed.
+            names = frozenset(entry.name for entry in entries if entry.is_file())
+    except OSError as error:
+        raise CapcliError(f"Cannot read the folder {folder}: {error.strerror}.") from error
+    return Shelf(title or folder, names, lambda name: os.path.join(folder, name))
+
+
+def gather(name: str, shelf: Shelf, revision: str | None) -> ModelFiles:
+    """Fetch all that captioning needs, the weights last: a folder that has its weights has everything.
+
+    Raise IncompleteError when a file is missing and CapcliError when the architecture is not supported; both before any
+    weights are fetched.
+    """
+    if CONFIG not in shelf.names:
+        raise IncompleteError(f"{shelf.title} has no {CONFIG}, so it is no model in the format of transformers.")
+    config = shelf.read_json(CONFIG)
+    check_architecture(name, config)
+    settings = setting_files(shelf.names)
+    processor = _processor(shelf)
+    weights = weight_files(shelf)
+    lacks = _missing(shelf, settings, processor, weights)
+    if lacks:
+        raise IncompleteError(f"{shelf.title} lacks {' and '.join(lacks)}.")
+    paths = [shelf.fetch(file) for file in (*settings, *weights)]
+    return ModelFiles(name, os.path.dirname(paths[0]), revision, config, processor)
+
+
+def check_architecture(name: str, config: dict[str, Any]) -> None:
+    """Raise CapcliError, naming what is supported, unless capcli can caption with a model of this config."""
+    kind = config.get("model_type")
+    encoder, decoder = (_model_type(config.get(part)) for part in ("encoder", "decoder"))
+    if kind == "vision-encoder-decoder" and encoder in ENCODERS and decoder in DECODERS:
+        return
+    found = str(kind or config.get("architectures") or "no model_type")
+    if kind == "vision-encoder-decoder":
+        found += f" of {encoder} and {decoder}"
+    message = (
+        f"The architecture of {name} is not supported: {found}. Supported is vision-encoder-decoder"
+        f" with an encoder of {', '.join(ENCODERS)} and a decoder of {', '.join(DECODERS)}."
+    )
+    if kind in NOT_YET:
+        message += f" {NOT_YET[kind]} is not supported yet."
+    elif "auto_map" in config:
+        message += " The model brings its own code, which capcli never runs."
+    raise CapcliError(message)
+
+
+def setting_files(names: frozenset[str]) -> list[str]:
+    """Give the configuration, processor and tokenizer files among `names`."""
+    listed = [name for name in (*SETTINGS, *TOKENIZER) if name in names]
+    return listed + sorted(name for name in names if name.endswith(".model"))
+
+
+def weight_files(shelf: Shelf) -> list[str]:
+    """Give the files of the preferred weights, the index of sharded ones first; nothing when there are none.
+
+    Shards are listed as their index names them, there or not.
+    """
+    for whole in WEIGHTS:
+        if whole in shelf.names:
+            return [whole]
+        index = f"{whole}.index.json"
+        if index in shelf.names:
+            shards = shelf.read_json(index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise CapcliError(f"{index} of {shelf.title} has no weight_map: replace the file.")
+            return [index, *sorted({str(shard) for shard in shards.values()})]
+    return []
+
+
+def fingerprint(folder: str) -> str:
+    """Give the SHA-256 over the files that decide captions: by name and content, wherever the folder lies.
+
+    Raise CapcliError when a file cannot be read.
+    """
+    shelf = shelf_of(folder)
+    whole = hashlib.sha256()
+    for name in sorted([*setting_files(shelf.names), *weight_files(shelf)]):
+        path = shelf.fetch(name)
+        try:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise CapcliError(f"Cannot read {path}: {error.strerror}.") from error
+        whole.update(f"{digest}  {name}\n".encode())
+    return whole.hexdigest()
+
+
+def _model_type(part: Any) -> str | None:
+    return part.get("model_type") if isinstance(part, dict) else None
+
+
+def _processor(shelf: Shelf) -> dict[str, Any]:
+    """Give the image processor's settings, from where transformers takes them first; empty when there are none."""
+    if PROCESSOR_NESTED in shelf.names:
+        nested = shelf.read_json(PROCESSOR_NESTED).get("image_processor")
+        if isinstance(nested, dict):
+            return nested
+    return shelf.read_json(PROCESSOR) if PROCESSOR in shelf.names else {}
+
+
+def _missing(shelf: Shelf, settings: list[str], processor: dict[str, Any], weights: list[str]) -> list[str]:
+    lacks = []
+    if not processor:
+        lacks.append(f"{PROCESSOR} (how images are resized and normalised)")
+    if not _has_tokenizer(settings):
+        lacks.append("its tokenizer (tokenizer.json, or vocab.json with merges.txt, vocab.txt or a .model file)")
+    if not weights:
+        foreign = [name for name in FOREIGN_WEIGHTS if name in shelf.names]
+        note = f"; {foreign[0]} is of another framework and cannot be loaded" if foreign else ""
+        lacks.append(f"weights ({' or '.join(WEIGHTS)}{note})")
+    lacks.extend(f"{file}, which its index names" for file in weights if file not in shelf.names)
+    return lacks
+
+
+def _has_tokenizer(files: list[str]) -> bool:
+    if "tokenizer.json" in files or "vocab.txt" in files or any(file.endswith(".model") for file in files):
+        return True
+    return "vocab.json" in files and "merges.txt" in files
