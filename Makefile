@@ -1,0 +1,61 @@
+# Everything runs in .venv, made once and installed into again only when pyproject.toml changes. PYTHON=... chooses the
+# interpreter, and pip's own PIP_* variables where packages come from.
+
+VENV := .venv
+BIN := $(VENV)/bin
+CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.13 python3.12 python3.11 python3)
+
+# Leaves the first of CANDIDATES that will do in $$python, or says what is missing and fails.
+define FIND_PYTHON
+will_do=; \
+for python in $(CANDIDATES); do \
+  version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue; \
+  found="$$python is Python $$version"; \
+  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || continue; \
+  "$$python" -c 'import ensurepip, venv' 2>/dev/null && { will_do=yes; break; }; \
+  lacks="$$python has no venv module: install it (Debian, Ubuntu: apt-get install $${python##*/}-venv)."; \
+done; \
+if [ -z "$$will_do" ]; then \
+  if [ -n "$$lacks" ]; then echo "$$lacks"; \
+  elif [ -n "$$found" ]; then echo "$$found, and capcli needs 3.11 or newer: install one, or name it (make PYTHON=...)."; \
+  else echo "No Python (tried $(CANDIDATES)): install 3.11 or newer (Debian, Ubuntu: apt-get install python3-venv)."; \
+  fi >&2; \
+  exit 1; \
+fi
+endef
+
+.DELETE_ON_ERROR:
+.PHONY: demo test check lint python
+
+demo: $(VENV)/.installed
+	$(BIN)/capcli caption examples/scenes --model examples/demo-model --out captions.jsonl
+	@head -n 8 captions.jsonl
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+check: lint
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+# Prints the interpreter that .venv would be made with.
+python:
+	@$(FIND_PYTHON); echo "$$python"
+
+$(BIN)/python:
+	@$(FIND_PYTHON); \
+	echo "Making $(VENV) with $$python. PyTorch is large: the first installation takes some minutes."; \
+	"$$python" -m venv $(VENV)
+
+# Editable, so that a change of the sources needs no new installation.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
