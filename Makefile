@@ -1,5 +1,5 @@
-# Everything runs in .venv, made once and installed into again only when pyproject.toml changes. PYTHON=... chooses the
-# interpreter, and pip's own PIP_* variables where packages come from.
+# Everything runs in .venv, made once and installed into again when pyproject.toml or Python changes. PYTHON=... chooses
+# the interpreter, and pip's own PIP_* variables where packages come from.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -46,16 +46,18 @@ check: lint
 python:
 	@$(FIND_PYTHON); echo "$$python"
 
+# What is left of it when the Python it was made with is gone are links to nowhere, which venv would keep.
 $(BIN)/python:
 	@$(FIND_PYTHON); \
+	rm -f $(BIN)/python*; \
 	echo "Making $(VENV) with $$python. PyTorch is large: the first installation takes some minutes."; \
 	"$$python" -m venv $(VENV)
 
 # Editable, so that a change of the sources needs no new installation.
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+$(VENV)/.installed: pyproject.toml $(BIN)/python
 	$(BIN)/python -m pip install --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-dev: pyproject.toml $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
