@@ -7,6 +7,9 @@ from typing import Literal
 
 from capcli.errors import UsageError
 
+DEFAULT_MODEL = "nlpconnect/vit-gpt2-image-captioning"
+MAX_PIXELS = 178_956_970  # where Pillow itself refuses an image as a decompression bomb
+DECODE_TIMEOUT = 60.0  # seconds
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:

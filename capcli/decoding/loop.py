@@ -59,7 +59,9 @@ class Done:
 class Feed(Protocol):
     """Where jobs come from."""
 
-    ended: bool
+    @property
+    def ended(self) -> bool:
+        """Whether no more will come."""
 
     def take(self, most: int, wait: float | None) -> Sequence[Job]:
         """At most `most` jobs, those there now; waits `wait` seconds (None: for ever) for the first. Empty when none came."""

@@ -91,7 +91,8 @@ def _safetensors_size(file: BinaryIO, size: int) -> int | None:
 def _again(files: ModelFiles) -> str:
     if files.revision is None:
         return "Copy the model into its folder again."
-    return f"Remove {files.folder} and its blobs, and the next run downloads them again."
+    cached = os.path.dirname(os.path.dirname(files.folder))  # all commits: they share the bytes of their files
+    return f"Remove {cached}, and the next run downloads the model again."
 
 
 def _line(error: Exception) -> str:

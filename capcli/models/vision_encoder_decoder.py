@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 
 from capcli.models.cache import pool_cache
 
-ENCODERS = ("vit", "deit", "beit", "swin", "swinv2")
-DECODERS = ("gpt2", "bert")
+ANY_SIZE = ("swin", "swinv2")  # encoders that take images of other sizes than they were trained on
 
 
 class Encode(nn.Module):

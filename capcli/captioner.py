@@ -1,0 +1,180 @@
+"""A captioner: a trained model with its tokenizer and image processor, and images in, captions out.
+
+    from capcli import Captioner
+
+    captioner = Captioner.load("nlpconnect/vit-gpt2-image-captioning")
+    for caption in captioner.caption(["beach.jpg", "dog.png"], num_beams=4):
+        print(caption.name, caption.text, caption.score)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from capcli import pixels
+from capcli.decoding import noise
+from capcli.decoding.capacity import fitting_slots, paying_slots
+from capcli.decoding.loop import Done, Job, Shapes, decode
+from capcli.decoding.search import Hypothesis
+from capcli.decoding.settings import Settings, resolve
+from capcli.errors import ImageError, UsageError
+from capcli.models.files import ModelFiles
+from capcli.models.hub import resolve as find_model
+from capcli.models.loading import Model, choose_device, choose_dtype, load_model
+from capcli.options import DEFAULT_MODEL, MAX_PIXELS, GenerationOptions
+from capcli.records import Candidate, Caption, Failure, Loaded
+from capcli.runtimes.eager import Eager
+from capcli.stream import ArrivalFeed, Arrivals, Deliver, InPlace, Order, Result
+
+ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.generic]
+# Between two of these a space is the tokenizer's, not the language's: CJK ideographs, kana, punctuation, full-width forms.
+WIDE = "[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]"
+UNSPACED = re.compile(f"(?<={WIDE}) (?={WIDE})")
+
+
+class Captioner:
+    """Captions images with one model. Not for use from several threads at once."""
+
+    def __init__(self, model: Model, files: ModelFiles) -> None:
+        self.model, self.files = model, files
+        self._runtime = Eager(model.encode, model.step, model.device)
+
+    @classmethod
+    def load(
+        cls,
+        model: str = DEFAULT_MODEL,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> Captioner:
+        """Load a captioner from a folder or the hub.
+
+        `device` is `auto`, `cpu` or `cuda[:n]`; `dtype` is `auto` (bfloat16 where the hardware computes in it), `float32`,
+        `bfloat16` or `float16`. Raises UsageError for what cannot be right, CapcliError for files that cannot be had or used.
+        """
+        place = choose_device(device)
+        files = find_model(model, revision, quiet=True)
+        return cls(load_model(files, place, choose_dtype(dtype, place)), files)
+
+    def caption(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        prompt: str | None = None,
+        keep_prompt: bool = False,
+        batch_size: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+        **generation: Any,
+    ) -> Iterator[Result]:
+        """Caption `images`: paths, PIL images (any mode), or arrays [height, width(, 1 | 3 | 4)] of uint8, uint16 or floats in 0..1.
+
+        Yields one `Caption` or `Failure` per image, in order; a bad image never raises. A path's `name` is the path, any other
+        image's its index. `generation` takes transformers' names: num_beams, max_new_tokens, min_new_tokens, length_penalty,
+        early_stopping, no_repeat_ngram_size, repetition_penalty, do_sample, temperature, top_k, top_p,
+        num_return_sequences, seed. `batch_size` is how many images are decoded at once; None: as many as pay.
+        Raises UsageError for settings that cannot be.
+        """
+        settings = self.settings(GenerationOptions(**generation), prompt)
+        taken, most = iter(images), paying_slots(self.model.device, settings)
+        first = list(islice(taken, most + 1))
+        shapes = self.shapes(settings, len(first) if len(first) <= most else None, batch_size)
+        arrivals = InPlace(chain(first, taken), partial(self._prepare, max_pixels=max_pixels))
+        ready: deque[Result] = deque()
+        before = settings.prompt[1:] if keep_prompt else ()
+        for _ in self.run(arrivals, settings, shapes, lambda _, result: ready.append(result), before=before):
+            while ready:
+                yield ready.popleft()
+
+    def settings(self, options: GenerationOptions, prompt: str | None = None) -> Settings:
+        """The search settings in force: `options`, and the checkpoint's where they say nothing."""
+        ids = self.model.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else ()
+        settings = resolve(self.model.generation, options, ids)
+        room = self.model.positions - len(settings.prompt)
+        if settings.max_new_tokens > room:
+            raise UsageError(
+                f"max_new_tokens is {settings.max_new_tokens}, but the decoder holds {self.model.positions} tokens, "
+                f"prompt included: at most {room} here"
+            )
+        return settings
+
+    def shapes(self, settings: Settings, count: int | None, batch_size: int | None = None) -> Shapes:
+        """Slots and chunk for `count` images; None: unknown, or more than ever fit."""
+        slots = batch_size or paying_slots(self.model.device, settings)
+        slots = slots if count is None else max(1, min(slots, count))
+        slots = batch_size or min(slots, fitting_slots(self.model.device, self._bytes_per_slot(settings)))
+        return Shapes(slots, max(1, min(slots, max(4, slots // 4))))
+
+    def run(
+        self,
+        arrivals: Arrivals,
+        settings: Settings,
+        shapes: Shapes,
+        deliver: Deliver,
+        *,
+        ordered: bool = True,
+        before: tuple[int, ...] = (),
+        stop: Callable[[], bool] = lambda: False,
+        shrunk: Callable[[Shapes], None] = lambda _: None,
+    ) -> Iterator[None]:
+        """Caption all arrivals; `deliver(index, result)` gets each result, by index of arrival, in order if `ordered`.
+
+        A generator, so that the caller keeps the reins: it yields after every result. `before` are tokens to show before each
+        caption. Once `stop` says so, no more images are taken and those under way are finished.
+        """
+        give = Order(deliver).put if ordered else deliver
+        feed = ArrivalFeed(arrivals, partial(self._job, settings), give, stop)
+        for done in decode(feed, self._runtime, settings, shapes, shrunk):
+            index, loaded = done.tag
+            give(index, self._result(loaded, done, settings, before))
+            yield
+        yield  # failures may have come after the last caption
+
+    def _job(self, settings: Settings, index: int, loaded: Loaded) -> Job:
+        """Raises ImageError for pixels of a size that the encoder does not take."""
+        size, (height, width) = loaded.pixels.shape[:2], self.model.size
+        if size != self.model.size:
+            raise ImageError(
+                "shape",
+                f"the processor leaves it {size[1]}x{size[0]} and the model takes {width}x{height}; resize it before, or let "
+                "preprocessor_config.json do so",
+            )
+        return Job((index, replace(loaded, pixels=loaded.pixels[:0])), loaded.pixels, noise.key(settings.seed, loaded.name))
+
+    def _result(self, loaded: Loaded, done: Done, settings: Settings, before: tuple[int, ...]) -> Result:
+        if not done.hypotheses:
+            return Failure(loaded.name, "not-finite", "its numbers overflow in the model (NaN or infinity); try --dtype float32")
+        said = tuple(Candidate(self._text(h, settings, before), h.score) for h in done.hypotheses)
+        return Caption(loaded.name, said, loaded.facts)
+
+    def _text(self, hypothesis: Hypothesis, settings: Settings, before: tuple[int, ...]) -> str:
+        ids = [*before, *(t for t in hypothesis.tokens if t not in settings.eos_token_ids)]
+        text = str(self.model.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return UNSPACED.sub("", text) if self.model.spaced else text
+
+    def _bytes_per_slot(self, settings: Settings) -> int:
+        """What a slot holds: its memory, its pool, and a step's logits several times over in float32."""
+        height, width = self.model.size
+        with torch.inference_mode():
+            memory = self.model.encode(torch.zeros(1, height, width, 3, dtype=torch.uint8, device=self.model.device))
+        pool = sum(x.nbytes // x.shape[2] * settings.entries for x in memory)
+        return sum(x.nbytes for x in memory) + pool + 16 * settings.rows * self.model.vocabulary
+
+    def _prepare(self, index: int, image: ImageLike, max_pixels: int) -> Loaded:
+        if isinstance(image, str | os.PathLike):
+            path = os.fspath(image)
+            return Loaded(path, pixels.load(path, self.model.spec, max_pixels=max_pixels)[0])
+        rgb = pixels.to_rgb(image) if isinstance(image, Image.Image) else pixels.from_array(image)
+        return Loaded(str(index), pixels.resize(rgb, self.model.spec))
