@@ -62,9 +62,10 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("models") / "captioner"
     torch.manual_seed(0)
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 1}
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
-        ViTConfig(hidden_size=8, intermediate_size=8, image_size=8, patch_size=8, **sizes),
+        ViTConfig(
+            hidden_size=8, intermediate_size=8, image_size=8, patch_size=8, num_hidden_layers=1, num_attention_heads=1
+        ),
         GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16, n_positions=16, bos_token_id=0, eos_token_id=0),
         decoder_start_token_id=0,
         pad_token_id=0,
@@ -477,6 +478,15 @@ def test_truncated_weights(model: Path) -> None:
     assert "its header is damaged" in load(model)
     os.truncate(path, 0)
     assert "it is empty" in load(model)
+
+
+def test_truncated_weights_in_the_cache(model: Path) -> None:
+    folder = model / "hub" / "models--a--b" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+    files = ModelFiles("a/b", str(folder), "abc", {}, {})
+    message = str(explain_load_error(ValueError("short"), files))
+    assert f"Remove {folder.parents[1]}, and the next run downloads the model again" in message
 
 
 def test_weights_that_are_a_pointer(model: Path) -> None:
