@@ -17,6 +17,15 @@ NO_DECODER = {
     "EPS": "it is a PostScript program, which is not run here: convert it to PNG",
     "MPEG": "it is a video: extract a frame from it",
 }
+BEGINNINGS: dict[str, bytes | tuple[bytes, ...]] = {
+    "JPEG": b"\xff\xd8",
+    "PNG": b"\x89PNG",
+    "GIF": b"GIF8",
+    "WebP": b"RIFF",
+    "TIFF": (b"II*\0", b"MM\0*"),
+    "BMP": b"BM",
+    "PSD": b"8BPS",
+}
 ZERO_TAIL = 32  # bytes; no encoder ends its image data with so many zeros
 
 Stream = io.BytesIO | io.BufferedReader
@@ -67,7 +76,7 @@ def identify(stream: Stream) -> ImageFile.ImageFile:
     """The image in `stream`, its header read and nothing decoded.
 
     Raises:
-        ImageError: unknown-format, or no-decoder; and a truncated JPEG that decoding would take for whole: unreadable.
+        ImageError: unknown-format, no-decoder, or unreadable: a damaged header, or an end that was never written.
     """
     stream.seek(0)
     head = stream.read(64)
@@ -79,15 +88,14 @@ def identify(stream: Stream) -> ImageFile.ImageFile:
         raise ImageError("no-decoder", f"{image.format} cannot be decoded: {NO_DECODER[image.format]}")
     if isinstance(image, ImageFile.StubImageFile):
         raise ImageError("no-decoder", f"{image.format} cannot be decoded here: convert it to PNG")
-    if image.format in ("JPEG", "MPO"):
-        _refuse_zero_tail(stream)
+    if image.format in ("JPEG", "MPO", "PNG") and _ends_unwritten(stream, image.format):
+        raise ImageError("unreadable", f"{image.format} cannot be decoded: it is truncated, its end is all zeros")
     return image
 
 
 def _unidentified(head: bytes) -> ImageError:
-    for name in Image.ID:
-        accept = Image.OPEN[name][1]
-        if accept and accept(head[:16]) is True:
+    for name in BEGINNINGS:
+        if head.startswith(BEGINNINGS[name]):
             return ImageError("unreadable", f"it begins like {name}, but its header is damaged or cut short")
     return ImageError("unknown-format", "it is not an image in any format that is known here")
 
@@ -112,19 +120,20 @@ def _open_heif(stream: Stream) -> ImageFile.ImageFile:
     return image
 
 
-def _refuse_zero_tail(stream: Stream) -> None:
-    """Refuse a JPEG whose end was never written: zeros are valid image data, and would decode to half a grey picture.
+def _ends_unwritten(stream: Stream, format_name: str) -> bool:
+    """Whether a file's end was never written, as when a copy into reserved space is interrupted.
 
-    Space reserved by an interrupted copy looks so: a run of zeros at the end, and no end marker since the image data
-    began. (Zeros behind the end marker are harmless padding.)
+    Zeros are valid image data to a JPEG or PNG decoder, which would return half a picture. So: a run of zeros at the
+    end, and no end marker since the image data began. (Zeros behind the end marker are harmless padding.)
     """
     stream.seek(-min(ZERO_TAIL, stream.seek(0, os.SEEK_END)), os.SEEK_END)
     if stream.read().strip(b"\0"):
-        return
+        return False
     stream.seek(0)
     data = stream.read()
+    if format_name == "PNG":
+        return b"IEND" not in data
     start = 2
     while data[start : start + 1] == b"\xff" and data[start + 1 : start + 2] != b"\xda":  # markers up to start of scan
         start += 2 + int.from_bytes(data[start + 2 : start + 4], "big")
-    if b"\xff\xd9" not in data[start:]:
-        raise ImageError("unreadable", "JPEG cannot be decoded: the file is truncated, its end is all zeros")
+    return data.find(b"\xff\xd9", start) < 0

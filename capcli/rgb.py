@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,10 +33,29 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
     An RGB image that stands upright is returned as it is, not copied. Raises whatever Pillow raises.
     """
-    image.load()  # before the orientation is asked for: Pillow turns a TIFF while loading it, and then forgets the tag
+    with _silent_libtiff() if image.format == "TIFF" else contextlib.nullcontext():
+        image.load()  # before the orientation is asked for: Pillow turns a TIFF as it loads it, and forgets the tag
     method = TRANSPOSITIONS.get(_orientation(image))
     rgb = _rgb(image)
     return rgb if method is None else rgb.transpose(method)
+
+
+@contextlib.contextmanager
+def _silent_libtiff() -> Iterator[None]:
+    """libtiff writes what it finds wrong to descriptor 2, past Python, besides failing as it should."""
+    try:
+        before = os.dup(2)
+    except OSError:  # there is no standard error to keep clean
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 def array_rgb(array: Array) -> Image.Image:
@@ -56,8 +78,8 @@ def _eight_bits(array: Array) -> Bytes:
         return np.asarray(array, np.uint8)
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
-    if array.dtype == np.uint16:
-        return (array.astype(np.uint16, copy=False) >> 8).astype(np.uint8)
+    if array.dtype.newbyteorder("=") == np.uint16:
+        return (array >> 8).astype(np.uint8)
     if np.issubdtype(array.dtype, np.floating):
         floats = array.astype(np.float32, copy=False)
         if not (floats.min() >= 0 and floats.max() <= 1):  # so that NaN fails too
