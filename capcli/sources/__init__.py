@@ -20,8 +20,8 @@ class SourceOptions:
     """What to list.
 
     `sources` are files, folders, glob patterns or `-` (names on standard input); a path that exists is taken as it
-    is, wildcards in it or not. `from_file` is a list of paths, one a line, or separated by NUL with `null`, which holds
-    for standard input as well. Folders and patterns yield files with an image suffix, but not hidden ones (leading dot).
+    is, wildcards or not. `from_file` is a list of paths, one a line, or separated by NUL with `null`, which holds
+    for standard input as well. Folders and patterns yield files with an image suffix, hidden ones (leading dot) not.
 
     `include` and `exclude` hold patterns over the name relative to the folder (or to the part of a glob before its
     first wildcard). One without `/` is held against base names at any depth: `*.tif`. One with `/` is held against the

@@ -1,0 +1,87 @@
+"""The identity of a name: what is written for it, and the eight bytes by which a run remembers it."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from array import array
+from collections.abc import Iterable
+from hashlib import blake2b
+
+import numpy as np
+import numpy.typing as npt
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_LOOSE = 1 << 15  # keys held in a set before they join the array: some 3 MB
+
+
+def raw_bytes(name: str) -> bytes:
+    """The bytes a name stands for; two names are the same when these are."""
+    try:
+        return name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a UTF-16 pair, which Windows allows in names
+        return name.encode("utf-8", "surrogatepass")
+
+
+def is_text(name: str) -> bool:
+    """Whether the name can be written as UTF-8."""
+    return _SURROGATE.search(name) is None
+
+
+def as_text(text: str) -> str:
+    """The text with U+FFFD for every byte that is not UTF-8."""
+    return _SURROGATE.sub("\ufffd", text)
+
+
+def printable(text: str) -> str:
+    """The text with all that could drive a terminal written as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    if character.isprintable() or unicodedata.category(character) == "Zs":
+        return character
+    if "\udc80" <= character <= "\udcff":
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def key(raw: bytes) -> int:
+    """64 bits of the name's hash: among a million names two are alike once in thirty million runs."""
+    return int.from_bytes(blake2b(raw, digest_size=8).digest(), "big")
+
+
+class Keys:
+    """A set of keys that takes eight bytes for each."""
+
+    def __init__(self, keys: Iterable[int] = ()) -> None:
+        self._loose: set[int] = set()
+        self._sorted = _unique(np.frombuffer(array("Q", keys), np.uint64))
+
+    def __contains__(self, item: int) -> bool:
+        if item in self._loose:
+            return True
+        position = int(np.searchsorted(self._sorted, np.uint64(item)))
+        return position < self._sorted.size and int(self._sorted[position]) == item
+
+    def __len__(self) -> int:
+        return self._sorted.size + len(self._loose)
+
+    def add(self, item: int) -> None:
+        if item in self:
+            return
+        self._loose.add(item)
+        if len(self._loose) >= _LOOSE:
+            fresh = np.fromiter(self._loose, np.uint64, len(self._loose))
+            self._sorted = _unique(np.concatenate([self._sorted, fresh]))
+            self._loose = set()
+
+
+def _unique(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    ordered = np.sort(keys)
+    if ordered.size:
+        first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
+        ordered = ordered if first.all() else ordered[first]
+    return ordered
