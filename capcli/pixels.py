@@ -99,14 +99,16 @@ def resize(image: Image.Image, spec: PixelSpec) -> npt.NDArray[np.uint8]:
     memory, only what the crop keeps is made.
 
     Raises:
-        ImageError: a shape whose resized image has an empty edge, or one above `LONGEST_EDGE` or `LARGEST_OUTPUT`.
+        ImageError: a shape whose resized image has an empty edge, or one above `LONGEST_EDGE` or `LARGEST_OUTPUT`; or
+            not enough memory.
     """
     height, width = spec.resized(image.height, image.width)
     crop_height, crop_width = spec.crop or (height, width)
     _refuse_shape(image, (width, height), cropped=spec.crop is not None)
     top, rows, above = _window(height, crop_height)
     left, columns, before = _window(width, crop_width)
-    part = _resized_part(image, (width, height), (left, top, left + columns, top + rows), spec.resample)
+    with _failures():
+        part = _resized_part(image, (width, height), (left, top, left + columns, top + rows), spec.resample)
     if part.size == (crop_width, crop_height):
         return np.array(part)
     pixels = np.zeros((crop_height, crop_width, 3), np.uint8)
@@ -126,28 +128,27 @@ def _resized_part(
 ) -> Image.Image:
     """`image.resize(size, resample).crop(box)`, to the bit, in bounded memory.
 
-    Pillow resizes along the rows, rounds to bytes, then along the columns, each row and column by itself: so both
-    passes can be made of strips. (Its own `box` argument shifts the filter by a rounded fraction and is not exact.)
+    Pillow resizes along the rows, rounds to bytes, then along the columns by the same arithmetic, each row and column
+    by itself: so both passes can be made of strips. (Its own `box` shifts the filter by a rounded fraction: not exact.)
     """
     width, height = size
+    left, top, right, bottom = box
     if width * height <= WHOLE_RESIZE or box == (0, 0, width, height):
         whole = image.resize(size, Image.Resampling(resample))
         return whole if box == (0, 0, width, height) else whole.crop(box)
-    left, top, right, bottom = box
-    middle = Image.new("RGB", (right - left, image.height))
-    for above, below in _strips(image.height, max(1, WHOLE_RESIZE // width)):
+    wide = _resized_columns(image, width, left, right, resample).transpose(Image.Transpose.TRANSPOSE)
+    return _resized_columns(wide, height, top, bottom, resample).transpose(Image.Transpose.TRANSPOSE)
+
+
+def _resized_columns(image: Image.Image, width: int, left: int, right: int, resample: int) -> Image.Image:
+    """Columns `left` to `right` of the image resized to `width` and its own height, made a few rows at a time."""
+    columns = Image.new("RGB", (right - left, image.height))
+    step = max(1, WHOLE_RESIZE // width)
+    for above in range(0, image.height, step):
+        below = min(above + step, image.height)
         strip = image.crop((0, above, image.width, below)).resize((width, below - above), Image.Resampling(resample))
-        middle.paste(strip.crop((left, 0, right, below - above)), (0, above))
-    part = Image.new("RGB", (right - left, bottom - top))
-    for start, end in _strips(middle.width, max(1, WHOLE_RESIZE // height)):
-        strip = middle.crop((start, 0, end, middle.height)).resize((end - start, height), Image.Resampling(resample))
-        part.paste(strip.crop((0, top, end - start, bottom)), (start, 0))
-    return part
-
-
-def _strips(length: int, step: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, length, step):
-        yield start, min(start + step, length)
+        columns.paste(strip.crop((left, 0, right, below - above)), (0, above))
+    return columns
 
 
 def _refuse_shape(image: Image.Image, resized: tuple[int, int], *, cropped: bool) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -50,6 +51,8 @@ WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pcx": ("PCX", {}),
     "dds": ("DDS", {}),
 }
+OLD_PILLOW = int(PIL.__version__.split(".")[0]) < 13
+UNREADABLE = {("icns", "P")} | ({("tiff", "YCbCr"), ("tga", "1")} if OLD_PILLOW else set())  # as Pillow writes them
 
 
 def picture(width: int = 64, height: int = 48) -> Image.Image:
@@ -137,11 +140,16 @@ def test_every_mode_that_a_format_holds(name: str, tmp_path: Path) -> None:
             data = encoded(in_mode(mode), name)
         except (OSError, ValueError, KeyError):  # this format does not hold this mode
             continue
-        if (name, mode) == ("icns", "P"):  # Pillow does not read the palette that it writes
+        if (name, mode) in UNREADABLE:
             continue
         found = read(data, tmp_path)
         spoilt = mode.startswith("I;16") and name in ("webp", "webp-lossless", "gif", "avif", "ico", "icns")
-        black = (name, mode) == ("ppm", "I")  # written as 16 bits, of which these are the lowest 8
+        black = mode == "I" and name in (
+            "ppm",
+            "png",
+            "ico",
+            "icns",
+        )  # written as 16 bits, of which these are the low 8
         if not spoilt and not black:
             expected = np.asarray(pixels.to_rgb(in_mode(mode)))
             assert abs(found.mean(axis=(0, 1)) - expected.mean(axis=(0, 1))).max() < 8, mode
@@ -473,6 +481,8 @@ def test_the_limit_is_ours_and_pillows_is_left_alone(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_truncated_files_are_failures(name: str, tmp_path: Path) -> None:
+    if name == "dds" and OLD_PILLOW:
+        pytest.skip("Pillow before 13 takes a truncated DDS for whole")
     data = encoded(picture(), name)
     whole = read(data, tmp_path)
     for part in [0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.97]:

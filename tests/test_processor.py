@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from capcli import pixels
@@ -123,6 +125,24 @@ def test_long_images_are_cropped_without_being_made(
     for crop in (56, {"height": 90, "width": 30}):
         config = {"image_processor_type": "CLIPImageProcessor", "size": 56, "crop_size": crop, "resample": resample}
         assert_same(config, [noise(*shape)], tmp_path)
+
+
+@settings(max_examples=500, deadline=None)
+@given(height=st.integers(1, 20_000), width=st.integers(1, 20_000), edge=st.integers(1, 900), more=st.integers(0, 900))
+def test_resized_edges_round_as_the_processors(height: int, width: int, edge: int, more: int) -> None:
+    from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
+    from transformers.image_utils import get_image_size_for_max_height_width
+
+    def resized(**size: int) -> tuple[int, int]:
+        return PixelSpec.from_config({"image_processor_type": "ViTImageProcessor", "size": size}).resized(height, width)
+
+    image = np.broadcast_to(np.uint8(0), (3, height, width))
+    shortest = get_resize_output_image_size(image, edge, default_to_square=False, input_data_format="channels_first")
+    assert resized(shortest_edge=edge) == shortest
+    between = get_size_with_aspect_ratio((height, width), edge, edge + more)
+    assert resized(shortest_edge=edge, longest_edge=edge + more) == between
+    within = get_image_size_for_max_height_width((height, width), edge, edge + more)
+    assert resized(max_height=edge, max_width=edge + more) == within
 
 
 def test_a_very_long_image_in_bounded_memory(tmp_path: Path) -> None:
