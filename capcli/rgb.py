@@ -37,7 +37,11 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         image.load()  # before the orientation is asked for: Pillow turns a TIFF as it loads it, and forgets the tag
     method = TRANSPOSITIONS.get(_orientation(image))
     rgb = _rgb(image)
-    return rgb if method is None else rgb.transpose(method)
+    if method is None:
+        return rgb
+    upright = rgb.transpose(method)
+    upright.info = {}  # which still says how to turn it
+    return upright
 
 
 @contextlib.contextmanager

@@ -118,6 +118,18 @@ def png_claiming(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
+def tiff_with(image: Image.Image, changes: dict[int, int]) -> bytes:
+    """A TIFF whose tags say other things than Pillow wrote."""
+    data = bytearray(encoded(image, "tiff"))
+    directory = int.from_bytes(data[4:8], "little")
+    for entry in range(int.from_bytes(data[directory : directory + 2], "little")):
+        at = directory + 2 + 12 * entry
+        tag = int.from_bytes(data[at : at + 2], "little")
+        if tag in changes:
+            data[at + 2 : at + 12] = struct.pack("<HII", 4, 1, changes[tag])
+    return bytes(data)
+
+
 # Modes and formats
 
 
@@ -169,6 +181,14 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
     pgm = b"P5 256 256 65535\n" + ramp.astype(">u2").tobytes()
     assert np.array_equal(read(pgm, tmp_path), expected)
     assert np.array_equal(np.asarray(pixels.from_array(ramp)), expected)
+
+
+def test_tiffs_of_12_bits_and_of_white_zeros(tmp_path: Path) -> None:
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    inverted = tiff_with(Image.fromarray(ramp), {262: 0})
+    assert np.array_equal(read(inverted, tmp_path)[..., 0], 255 - (ramp >> 8).astype(np.uint8))
+    twelve = tiff_with(Image.fromarray(np.full((4, 4), 0x8F8F, np.uint16)), {258: 12})  # 0x8F8 and 0xF8F by turns
+    assert read(twelve, tmp_path)[0, :, 0].tolist() == [0x8F, 0xF8, 0x8F, 0xF8]
 
 
 def test_sixteen_bit_colour_and_grey_agree(tmp_path: Path) -> None:
@@ -308,6 +328,7 @@ def test_all_orientations(name: str, orientation: int, tmp_path: Path) -> None:
     path.write_bytes(encoded(stored, name, exif=exif.tobytes()))
     made, facts = pixels.read(str(path), max_pixels=MAX, facts=["width", "height"])
     assert facts == {"width": 64, "height": 48}
+    assert pixels.to_rgb(made) is made  # turned once
     assert abs(np.asarray(made).astype(int) - upright).mean() < (4 if name in ("jpeg", "avif") else 0.1)
 
 
@@ -417,17 +438,6 @@ def test_extreme_shapes(size: tuple[int, int], tmp_path: Path) -> None:
     assert pixels.load(str(tmp_path / "image"), SPEC, max_pixels=MAX)[0].shape == (224, 224, 3)
 
 
-def tiff_claiming(width: int, height: int) -> bytes:
-    data = bytearray(encoded(picture(), "tiff"))
-    directory = int.from_bytes(data[4:8], "little")
-    for entry in range(int.from_bytes(data[directory : directory + 2], "little")):
-        at = directory + 2 + 12 * entry
-        tag = int.from_bytes(data[at : at + 2], "little")
-        if tag in (256, 257):
-            data[at + 2 : at + 12] = struct.pack("<HII", 4, 1, width if tag == 256 else height)
-    return bytes(data)
-
-
 def icon_holding(png: bytes) -> bytes:
     """An icon whose header says 16x16."""
     return struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(png), 22) + png
@@ -445,8 +455,8 @@ def gif_with_a_frame_of(width: int, height: int) -> bytes:
         png_claiming(100_000, 100_000),
         png_claiming(2**31 - 1, 2**31 - 1),
         icon_holding(png_claiming(100_000, 100_000)),
-        tiff_claiming(100_000, 100_000),
-        tiff_claiming(2**31, 2**31),
+        tiff_with(picture(), {256: 100_000, 257: 100_000}),
+        tiff_with(picture(), {256: 2**31, 257: 2**31}),
         gif_with_a_frame_of(65535, 65535),
         b"BM" + struct.pack("<IIIIiiHHIIIIII", 0, 0, 54, 40, 200_000, 200_000, 1, 24, 0, 0, 0, 0, 0, 0),
         b"P6 300000 300000 255\n" + bytes(1000),
