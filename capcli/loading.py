@@ -141,10 +141,10 @@ def default_workers(cpus: int, *, on_gpu: bool) -> int:
 def usable_cpus() -> int:
     """CPUs this process may use: its affinity, and the quota of the container it is in."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cpus, _quota("/sys/fs/cgroup/cpu.max") or cpus)
+    return min(cpus, quota("/sys/fs/cgroup/cpu.max") or cpus)
 
 
-def _quota(path: str) -> int | None:
+def quota(path: str) -> int | None:
     """CPUs' worth of time that a cgroup's `cpu.max` ("quota period", or "max period") grants; None if unbounded."""
     try:
         with open(path) as file:

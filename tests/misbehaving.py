@@ -1,0 +1,170 @@
+"""Decode functions for the tests of loading: the path says what to do. Light to import, as workers do."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from capcli.errors import ImageError
+
+Decoded = tuple[npt.NDArray[np.uint8], dict[str, str | int]]
+
+
+class UnpicklableError(Exception):
+    def __init__(self) -> None:
+        super().__init__("line one\nline two")
+        self.secret = lambda: None
+
+
+class SpeechlessError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def picture(number: int) -> npt.NDArray[np.uint8]:
+    """An image that only `number` gives, of a size that varies with it."""
+    height, width = 5 + number % 7, 3 + number % 5
+    return ((np.arange(height * width * 3) + 31 * number) % 251).astype(np.uint8).reshape(height, width, 3)
+
+
+def decode(path: str) -> Decoded:
+    """`verb:argument:number` acts on the verb, and gives `picture(number)` if it comes back."""
+    verb, argument, number = path.split(":", 2)
+    if verb == "strange-facts":
+        return picture(0), {"number": {1, 2}}  # type: ignore[dict-item]
+    act = ACTS.get(verb)
+    if act is not None:
+        given = act(argument)
+        if given is not None:
+            return given, {}
+    return picture(int(number)), {"number": int(number), "pid": os.getpid(), "path": path}
+
+
+def _sleep(argument: str) -> None:
+    time.sleep(float(argument))
+
+
+def _hang(_argument: str) -> None:
+    time.sleep(1e6)
+
+
+def _hang_holding_the_gil(_argument: str) -> None:
+    ctypes.PyDLL(None).sleep(1_000_000)
+
+
+def _kill(argument: str) -> None:
+    os.kill(os.getpid(), getattr(signal, argument))
+
+
+def _exit(argument: str) -> None:
+    os._exit(int(argument))
+
+
+def _system_exit(_argument: str) -> None:
+    sys.exit(7)
+
+
+def _swell(argument: str) -> None:
+    blocks = [np.ones(1 << 20, np.uint8) for _ in range(int(argument))]
+    blocks.clear()
+
+
+_leaked: list[npt.NDArray[np.uint8]] = []
+
+
+def _leak(argument: str) -> None:
+    _leaked.append(np.ones(int(argument) << 20, np.uint8))
+
+
+_harmed = False
+
+
+def _harm(_argument: str) -> None:
+    """Comes back well, and brings down whoever is next in this process."""
+    global _harmed
+    _harmed = True
+
+
+def _suffer(_argument: str) -> None:
+    if _harmed:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def _raise(argument: str) -> None:
+    errors: dict[str, BaseException] = {
+        "image": ImageError("missing", "it is\nnot there"),
+        "value": ValueError("odd \udcff"),
+        "unpicklable": UnpicklableError(),
+        "speechless": SpeechlessError(),
+        "recursion": RecursionError("deep"),
+        "memory": MemoryError(),
+    }
+    raise errors[argument]
+
+
+def _big(argument: str) -> npt.NDArray[np.uint8]:
+    return np.full((int(argument) << 10, 1024, 3), 7, np.uint8)
+
+
+STRANGE: dict[str, Any] = {
+    "float": np.zeros((2, 2, 3)),
+    "flat": np.zeros((2, 2), np.uint8),
+    "grey": np.zeros((2, 2, 1), np.uint8),
+    "text": "pixels",
+    "empty": np.zeros((0, 4, 3), np.uint8),
+    "strided": np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)[::-1, ::2],
+}
+
+
+def _strange(argument: str) -> Any:
+    return STRANGE[argument]
+
+
+def _speak(_argument: str) -> None:
+    print("a codec speaks", flush=True)
+    os.write(2, b"a codec warns\n")
+    sys.stderr.write("and again\n")
+
+
+def _note(argument: str) -> None:
+    """Write the process id where `argument` says, then hang."""
+    Path(argument, str(os.getpid())).touch()
+    time.sleep(1e6)
+
+
+def _environment(argument: str) -> npt.NDArray[np.uint8]:
+    text = os.environ.get(argument, "").encode() or b"\0"
+    return np.frombuffer(text, np.uint8).reshape(1, -1, 1).repeat(3, axis=2)
+
+
+def _modules(argument: str) -> npt.NDArray[np.uint8]:
+    return np.full((1, 1, 3), argument in sys.modules, np.uint8)
+
+
+ACTS = {
+    "sleep": _sleep,
+    "hang": _hang,
+    "hold": _hang_holding_the_gil,
+    "kill": _kill,
+    "exit": _exit,
+    "system-exit": _system_exit,
+    "swell": _swell,
+    "leak": _leak,
+    "harm": _harm,
+    "suffer": _suffer,
+    "raise": _raise,
+    "big": _big,
+    "strange": _strange,
+    "speak": _speak,
+    "note": _note,
+    "environment": _environment,
+    "modules": _modules,
+}
