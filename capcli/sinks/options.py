@@ -83,8 +83,9 @@ class Paths:
             if not overwrite:
                 raise
             left = None
-        other = (left or {}).get("output", os.path.basename(self.out))
-        if other != os.path.basename(self.out) and os.path.exists(os.path.join(os.path.dirname(self.out), other)):
+        own = os.path.basename(self.out)
+        other = str((left or {}).get("output", own))
+        if other != own and os.path.exists(os.path.join(os.path.dirname(self.out), other)):
             raise UsageError(
                 f"the receipt {printable(self.receipt)} belongs to {printable(other)}: choose another --out"
             )

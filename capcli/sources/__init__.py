@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from capcli.errors import UsageError
 from capcli.records import Entry
-from capcli.sources.files import IMAGE_SUFFIXES, Folder, Glob, is_folder, shown
+from capcli.sinks.names import printable
+from capcli.sources.files import IMAGE_SUFFIXES, Folder, Glob, is_folder
 from capcli.sources.lists import ListStream, open_list
 from capcli.sources.patterns import MAGIC, Sieve
 
@@ -104,19 +105,19 @@ def _open(
         try:
             os.scandir(source).close()
         except OSError as error:
-            raise UsageError(f"{shown(source)}: {error.strerror or error}") from None
+            raise UsageError(f"{printable(source)}: {error.strerror or error}") from None
         return Folder(source, sieve, options.recursive, only, warn)
     if os.path.lexists(source):
         return (Entry(source, source),)
     if not MAGIC.search(source):
-        raise UsageError(f"{shown(source)}: no such file or folder")
+        raise UsageError(f"{printable(source)}: no such file or folder")
     glob = Glob.of(source, sieve, warn)
     # A glob is walked up to its first match: nothing but a walk can tell that there is none.
     if next(iter(Glob(glob.folder, glob.pattern, glob.sieve, lambda _: None)), None) is None:
         kind = "file" if options.include else "file with an image suffix"
-        raise UsageError(f"{shown(source)}: no {kind} matches")
+        raise UsageError(f"{printable(source)}: no {kind} matches")
     return glob
 
 
 def _described(source: str, kind: str = "") -> str:
-    return "standard input" if source == "-" else f"{kind}{shown(source)}"
+    return "standard input" if source == "-" else f"{kind}{printable(source)}"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from capcli.records import Entry
+from capcli.sinks.names import printable
 from capcli.sources.patterns import MAGIC, Pattern, Sieve
 
 # What Pillow (with its HEIF, AVIF and JPEG XL plugins) opens and people call a photo or a picture.
@@ -127,7 +128,7 @@ def _list(root: str, prefix: str, above: set[Identity], enters: Test, takes: Tes
         status = os.stat(path)
         identity = (status.st_dev, status.st_ino)
         if identity in above:
-            raise _NotListedError(f"{shown(path)}: a link back to a folder around it, not followed")
+            raise _NotListedError(f"{printable(path)}: a link back to a folder around it, not followed")
         with os.scandir(path) as found:
             for entry in found:
                 name = prefix + entry.name
@@ -137,7 +138,7 @@ def _list(root: str, prefix: str, above: set[Identity], enters: Test, takes: Tes
                 elif takes(name) and _is_file(entry):
                     names.append(entry.name)
     except OSError as error:
-        raise _NotListedError(f"{shown(path)}: {error.strerror or error}, folder passed over") from None
+        raise _NotListedError(f"{printable(path)}: {error.strerror or error}, folder passed over") from None
     names.sort(key=os.fsencode)
     return _Level(prefix, identity, iter(names))
 
@@ -160,11 +161,6 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 def slashed(path: str) -> str:
     """The path with `/` between its parts, whatever the system's own separator."""
     return path if os.sep == "/" else path.replace(os.sep, "/")
-
-
-def shown(path: str) -> str:
-    """The path for a message."""
-    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def is_folder(path: str) -> bool:

@@ -10,7 +10,7 @@ from typing import BinaryIO, cast
 
 from capcli.errors import UsageError
 from capcli.records import Entry
-from capcli.sources.files import shown
+from capcli.sinks.names import printable
 
 _CHUNK = 1 << 16
 _LONGEST = 1 << 16  # bytes; no system takes a path near this long, so it is no list of paths
@@ -48,7 +48,7 @@ def open_list(path: str, *, null: bool) -> ListFile | ListStream:
             raise UsageError("there is no standard input to read names from")
         return ListStream(sys.stdin.buffer, "standard input", null)
     if os.path.isdir(path):
-        raise UsageError(f"{shown(path)} is a folder: give it as a SOURCE, not as a list")
+        raise UsageError(f"{printable(path)} is a folder: give it as a SOURCE, not as a list")
     stream = _open(path)
     if not os.path.isfile(path):  # a pipe such as <(find ...): what is read is gone, so it is opened once
         return ListStream(stream, path, null)
@@ -64,7 +64,7 @@ def read_list(stream: BinaryIO, path: str, *, null: bool) -> Iterator[Entry]:
     while chunk := _read(stream, path):
         *whole, held = (held + chunk).split(separator)
         if len(held) > _LONGEST:
-            raise UsageError(f"{shown(path)} is no list of paths: one is longer than {_LONGEST} bytes")
+            raise UsageError(f"{printable(path)} is no list of paths: one is longer than {_LONGEST} bytes")
         for name in whole:
             yield from _entry(name, path, null=null, first=first)
             first = False
@@ -84,7 +84,7 @@ def _entry(name: bytes, path: str, *, null: bool, first: bool) -> Iterator[Entry
 
 def _reject(part: bytes, path: str, *, null: bool) -> None:
     if not null and b"\0" in part:
-        raise UsageError(f"{shown(path)} holds NUL bytes: with --null they separate the names; else it is no list")
+        raise UsageError(f"{printable(path)} holds NUL bytes: with --null they separate the names; else it is no list")
 
 
 def _open(path: str) -> BinaryIO:
@@ -92,7 +92,7 @@ def _open(path: str) -> BinaryIO:
         return open(path, "rb")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"cannot read the list {shown(path)}: {reason}") from None
+        raise UsageError(f"cannot read the list {printable(path)}: {reason}") from None
 
 
 def _read(stream: BinaryIO, path: str) -> bytes:
@@ -100,4 +100,4 @@ def _read(stream: BinaryIO, path: str) -> bytes:
     try:
         return cast("bytes", stream.read1(_CHUNK))  # type: ignore[attr-defined]
     except OSError as error:
-        raise UsageError(f"cannot read the list {shown(path)}: {error.strerror or error}") from None
+        raise UsageError(f"cannot read the list {printable(path)}: {error.strerror or error}") from None

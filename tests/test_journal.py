@@ -1,0 +1,349 @@
+"""What a kill, a power cut, a full disk or a second run leave: always something to go on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sinking import caption_of, rows, run
+
+from capcli.errors import CapcliError
+from capcli.records import Candidate, Caption, Entry, Failure
+from capcli.sinks import SinkOptions, open_sink
+from capcli.sinks.names import Keys
+
+ODD = [
+    "a.jpg",
+    'q"uo"te, b.jpg',
+    "new\nline\r\n.jpg",
+    "ü\u2028€.jpg",
+    "bytes\udce9.jpg",
+    '"',
+    "\n",
+    "z\udcff\n,.jpg",
+    "end",
+]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".run.json")}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_file_cut_anywhere_becomes_the_whole_one(tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"captions.{suffix}"
+    options = SinkOptions(str(out), candidates=suffix == "csv", fields=("width",))
+
+    def caption(name: str) -> Caption:
+        return caption_of(name, '"{}", ü\n\t', width=3)
+
+    run(ODD, options, caption=caption)
+    whole = out.read_bytes()
+    for length in range(len(whole)):
+        for tail in (b"", b"\0" * 9)[: 1 + (length % 10 == 0)]:
+            out.write_bytes(whole[:length] + tail)
+            run(ODD, options, caption=caption)
+            assert out.read_bytes() == whole, (length, tail)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    suffix=st.sampled_from(["jsonl", "csv"]),
+    raw=st.lists(
+        st.one_of(
+            st.binary(min_size=1, max_size=9), st.text('a",\r\nü', min_size=1, max_size=6).map(str.encode)
+        ).filter(lambda raw: b"\0" not in raw),
+        min_size=1,
+        max_size=5,
+        unique=True,
+    ),
+    text=st.text(alphabet='a",\r\n\0\x1bü', max_size=6),
+    data=st.data(),
+)
+def test_any_rows_cut_anywhere_become_whole(
+    tmp_path_factory: pytest.TempPathFactory, suffix: str, raw: list[bytes], text: str, data: st.DataObject
+) -> None:
+    out = tmp_path_factory.mktemp("cut") / f"captions.{suffix}"
+    names = [os.fsdecode(name) for name in raw]
+
+    def caption(name: str) -> Caption:
+        return Caption(name, (Candidate(text, -0.5),))
+
+    run(names, SinkOptions(str(out)), caption=caption)
+    whole = out.read_bytes()
+    out.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    run(names, SinkOptions(str(out)), caption=caption)
+    assert out.read_bytes() == whole
+
+
+def test_failures_cut_anywhere_are_made_again(tmp_path: Path) -> None:
+    out, failures = tmp_path / "captions.jsonl", tmp_path / "captions.failures.jsonl"
+
+    def fail(name: str) -> Failure:
+        return Failure(name, "broken", f"no {name}")
+
+    run(ODD, SinkOptions(str(out)), caption=fail)
+    whole = failures.read_bytes()
+    for length in range(len(whole)):
+        failures.write_bytes(whole[:length])
+        assert run(ODD, SinkOptions(str(out)), caption=fail).failures_on_record == len(ODD)
+        assert failures.read_bytes() == whole, length
+
+
+def test_mending_is_told(tmp_path: Path) -> None:
+    out = tmp_path / "captions.jsonl"
+    run(["a"], SinkOptions(str(out)))
+    with out.open("ab") as stream:
+        stream.write(b'{"file_name": "b"' + b"\0" * (1 << 20))
+    warnings: list[str] = []
+    run(["a"], SinkOptions(str(out)), warnings=warnings)
+    assert warnings == [f"{out}: cut off {17 + (1 << 20)} bytes of a row that an earlier run could not finish"]
+
+
+def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path: Path) -> None:
+    out = tmp_path / "captions.csv"
+    run(["a", "b", "c"], SinkOptions(str(out)))
+    damaged = out.read_bytes().replace(b"b,", b'"b,', 1)
+    out.write_bytes(damaged)
+    with pytest.raises(CapcliError, match="line 3 is damaged"):
+        open_sink(SinkOptions(str(out)), print)
+    assert out.read_bytes() == damaged
+
+
+def test_names_in_both_files_are_captioned_and_the_last_failure_counts(tmp_path: Path) -> None:
+    out, failures = tmp_path / "captions.jsonl", tmp_path / "captions.failures.jsonl"
+    run(["a", "b"], SinkOptions(str(out)))
+    lines = [{"file_name": name, "error": "x", "message": str(n)} for n, name in enumerate(["a", "c", "d", "c", "b"])]
+    failures.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sink = run([], SinkOptions(str(out)))
+    assert sink.old_failures == 2
+    assert [(row["file_name"], row["message"]) for row in rows(failures)] == [("d", "2"), ("c", "3")]
+
+
+# Kills: a child process runs the scenario and ends without a word at its nth call to the system.
+
+CALLS = ("open", "write", "ftruncate", "fsync", "replace", "unlink", "makedirs", "close", "fchmod")
+KILLED = 9
+
+
+def killed_at(count: int, scenario: Callable[[], object]) -> bool:
+    """Run the scenario in a child that is killed before its call number `count` (in it, for a write)."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == KILLED
+    try:
+        left = iter(range(count))
+
+        def dying(call: Callable[..., Any]) -> Callable[..., Any]:
+            def made(*arguments: Any, **options: Any) -> Any:
+                if next(left, None) is None:
+                    if call.__name__ == "write":
+                        call(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                    os._exit(KILLED)
+                return call(*arguments, **options)
+
+            return made
+
+        for name in CALLS:
+            setattr(os, name, dying(getattr(os, name)))
+        scenario()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def kills(scenario: Callable[[], object], reset: Callable[[], None]) -> Iterator[int]:
+    """Once for each call of the scenario, with the files as a kill there leaves them."""
+    for count in range(1000):
+        reset()
+        if not killed_at(count, scenario):
+            assert count > 10
+            return
+        yield count
+    raise AssertionError("the scenario does not end")
+
+
+def sometimes(name: str) -> Caption | Failure:
+    return Failure(name, "broken", "no") if "bad" in name else caption_of(name)
+
+
+LISTED = ["a.jpg", "bad1", "b.jpg", "a.jpg", "\udce9.jpg", "bad2", "c.jpg", "\udcff.jpg"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+@pytest.mark.parametrize(
+    "more", [{}, {"overwrite": True}, {"sidecar": ".txt"}, {"sidecar": ".txt", "existing": "append"}]
+)
+def test_killed_anywhere_the_same_command_goes_on(tmp_path: Path, suffix: str, more: dict[str, Any]) -> None:
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+
+    def scenario(folder: Path) -> None:
+        images = folder / "images"
+        images.mkdir(exist_ok=True)
+        run(LISTED, SinkOptions(str(folder / f"x.{suffix}"), **more), caption=sometimes, folder=images)
+
+    def reset() -> None:
+        subprocess.run(["rm", "-rf", torn], check=True)
+        torn.mkdir()
+
+    def left(folder: Path) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*") if ".tmp" not in path.name
+        }
+
+    whole.mkdir()
+    scenario(whole)
+    for count in kills(lambda: scenario(torn), reset):
+        if count % 5 == 0:
+            killed_at(count, lambda: scenario(torn))  # and the next run as well
+        scenario(torn)
+        assert left(torn) == left(whole), count
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_retry_killed_anywhere_can_be_gone_on_with(tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"x.{suffix}"
+    options = SinkOptions(str(out))
+    again = SinkOptions(str(out), retry_failed=True)
+
+    def reset() -> None:
+        for path in tmp_path.iterdir():
+            path.unlink()
+        run(LISTED, options, caption=sometimes)
+
+    def mended(name: str) -> Caption | Failure:
+        return Failure(name, "broken", "again") if name == "bad2" else caption_of(name)
+
+    reset()
+    run(LISTED, again, caption=mended)
+    whole = contents(tmp_path)
+    for count in kills(lambda: run(LISTED, again, caption=mended), reset):
+        run(LISTED, again, caption=mended)
+        assert contents(tmp_path) == whole, count
+
+
+def test_an_overwrite_killed_anywhere_mixes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "x.jsonl"
+
+    def saying(text: str, **options: Any) -> None:
+        def caption(name: str) -> Caption | Failure:
+            return Failure(name, "broken", text) if "bad" in name else Caption(name, (Candidate(text, -1.0),))
+
+        run(LISTED, SinkOptions(str(out), **options), caption=caption, data={"settings": {"text": text}})
+
+    def reset() -> None:
+        for path in tmp_path.iterdir():
+            path.unlink()
+        saying("old")
+
+    for _ in kills(lambda: saying("new", overwrite=True), reset):
+        with open_sink(SinkOptions(str(out)), print) as sink:
+            texts = {row["text"] for row in rows(out)[: sink.old_captions]}
+            assert len(texts) < 2
+            if texts:
+                assert sink.receipt
+                assert sink.receipt["settings"]["text"] in texts
+            failures = {row["message"] for row in rows(tmp_path / "x.failures.jsonl")}
+            assert failures <= {sink.receipt["settings"]["text"]} if sink.receipt else not failures
+
+
+RUN = """
+import sys
+sys.path.insert(0, "tests")
+from sinking import run
+from capcli.sinks import SinkOptions
+run(map(str, range(int(sys.argv[2]))), SinkOptions(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_full_disk_leaves_whole_rows(tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"x.{suffix}"
+
+    def small() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+
+    command = [sys.executable, "-c", RUN, str(out), "1000"]
+    done = subprocess.run(command, preexec_fn=small, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "File too large. What is there is whole; the same command goes on from there" in done.stderr
+    left = out.read_bytes()
+    assert 4900 < len(left) <= 5000
+    assert left.endswith(b"\n")
+    subprocess.run(command, check=True)
+    assert out.read_bytes().startswith(left)
+    with open_sink(SinkOptions(str(out)), print) as sink:
+        assert sink.old_captions == 1000
+
+
+def test_a_widening_that_finds_the_disk_full_leaves_the_table(tmp_path: Path) -> None:
+    out = tmp_path / "x.csv"
+    run(map(str, range(100)), SinkOptions(str(out)))
+    before = out.read_bytes()
+    child = os.fork()
+    if not child:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), len(before)))
+            run(["\udcff"], SinkOptions(str(out)))
+        except CapcliError as error:
+            os._exit("File too large" in str(error))
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert out.read_bytes() == before
+    assert not (tmp_path / "x.csv.tmp").exists()
+
+
+def test_a_second_run_on_the_same_files_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "x.jsonl"
+    command = [sys.executable, "-c", RUN, str(out), "3"]
+    new, other = open_sink(SinkOptions(str(out)), print), open_sink(SinkOptions(str(out)), print)
+    new.begin({})
+    with pytest.raises(CapcliError, match="is being written by another run"):
+        other.begin({})
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert "is being written by another run: wait for its end" in done.stderr
+    new.write(Entry("0", "0"), caption_of("0"))
+    new.write(Entry("1", "1"), Failure("1", "x", "y"))
+    with pytest.raises(CapcliError, match="failures"):
+        open_sink(SinkOptions(str(tmp_path / "y.jsonl"), failures=str(tmp_path / "x.failures.jsonl")), print)
+    new.close()
+    subprocess.run(command, check=True)
+    assert [row["file_name"] for row in rows(out)] == ["0", "2"]
+
+
+def test_the_lock_outlives_a_widening(tmp_path: Path) -> None:
+    options = SinkOptions(str(tmp_path / "x.csv"))
+    with open_sink(options, print) as sink:
+        sink.begin({})
+        sink.write(Entry("\udcff", ""), caption_of("\udcff"))
+        with pytest.raises(CapcliError, match="is being written by another run"):
+            open_sink(options, print)
+    open_sink(options, print).close()
+
+
+@given(st.lists(st.integers(0, 2**64 - 1)), st.lists(st.integers(0, 2**64 - 1)), st.integers(0, 2**64 - 1))
+def test_keys_are_a_set(read: list[int], added: list[int], other: int) -> None:
+    keys = Keys(read)
+    for item in added:
+        keys.add(item)
+    assert len(keys) == len({*read, *added})
+    assert all(item in keys for item in (*read, *added))
+    assert (other in keys) == (other in {*read, *added})
+
+
+def test_many_keys_are_a_set() -> None:
+    keys = Keys(range(0, 200_000, 2))
+    for item in range(0, 200_000, 3):
+        keys.add(item)
+    assert len(keys) == len({*range(0, 200_000, 2), *range(0, 200_000, 3)})
+    assert all((item in keys) == (item % 2 == 0 or item % 3 == 0) for item in range(0, 200_000, 7))

@@ -1,0 +1,315 @@
+"""Sources through `open_source`: what is listed, under which name, in which order, and when."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tracemalloc
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capcli.errors import UsageError
+from capcli.sources import Source, SourceOptions, open_source
+from capcli.sources.patterns import Pattern
+
+posix = pytest.mark.skipif(os.name == "nt", reason="needs names and files of POSIX")
+
+
+def plant(root: Path, *names: str) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
+
+
+def source(*sources: object, warnings: list[str] | None = None, **options: object) -> Source:
+    heard = [] if warnings is None else warnings
+    return open_source(SourceOptions(tuple(map(str, sources)), **options), heard.append)  # type: ignore[arg-type]
+
+
+def names(*sources: object, **options: object) -> list[str]:
+    return [entry.name for entry in source(*sources, **options)]
+
+
+def test_a_folder_alone_gives_names_relative_to_it(tmp_path: Path) -> None:
+    plant(tmp_path, "b.jpg", "a/y.PNG", "a/x.webp", "a.txt", "c.HEIC")
+    listed = source(tmp_path)
+    assert listed.root == str(tmp_path)
+    assert not listed.streaming
+    assert listed.describe() == str(tmp_path)
+    assert [entry.name for entry in listed] == ["a/x.webp", "a/y.PNG", "b.jpg", "c.HEIC"]
+    assert all(os.path.samefile(entry.path, tmp_path / entry.name) for entry in listed)  # a second walk, too
+
+
+def test_several_sources_keep_their_paths_and_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(tmp_path, "z/1.jpg", "a/2.jpg", "notes.dat")
+    monkeypatch.chdir(tmp_path)
+    listed = source("z", "notes.dat", "a/")
+    assert [entry.name for entry in listed] == ["z/1.jpg", "notes.dat", "a/2.jpg"]
+    assert listed.root is None
+    assert listed.describe() == "z, notes.dat, a/"
+
+
+@settings(deadline=None)
+@given(
+    st.sets(st.lists(st.sampled_from(["a", "a-b", "a.b", "B", "é", "\udcff", "￿"]), min_size=1, max_size=3).map(tuple))
+)
+def test_the_walk_is_in_byte_order_of_whole_names(
+    tmp_path_factory: pytest.TempPathFactory, parts: set[tuple[str, ...]]
+) -> None:
+    root = tmp_path_factory.mktemp("walk")
+    wanted = ["/".join(each) + ".jpg" for each in parts]
+    plant(root, *wanted)
+    assert names(root) == sorted(wanted, key=os.fsencode)
+
+
+@posix
+def test_names_hold_any_byte(tmp_path: Path) -> None:
+    odd = [b" .jpg", b"a\nb.jpg", b"a\r.jpg", b'it\'s "q",.jpg', b"\xff\xfe.jpg", "\u2028ü.jpg".encode()]
+    for name in odd:
+        (tmp_path / os.fsdecode(name)).touch()
+    assert [os.fsencode(name) for name in names(tmp_path)] == sorted(odd)
+
+
+def test_hidden_names_are_listed_only_where_spelt(tmp_path: Path) -> None:
+    plant(tmp_path, "a.jpg", ".b.jpg", ".h/c.jpg", ".h/d/e.jpg", "f/._g.jpg")
+    assert names(tmp_path) == ["a.jpg"]
+    assert names(tmp_path, include=("*.jpg",)) == ["a.jpg"]
+    assert names(tmp_path, include=(".*.jpg",)) == [".b.jpg", "f/._g.jpg"]
+    assert names(tmp_path, include=(".h/**",)) == [".h/c.jpg", ".h/d/e.jpg"]
+    assert names(tmp_path / ".h") == ["c.jpg", "d/e.jpg"]
+    assert len(names(tmp_path / ".b.jpg")) == 1
+
+
+def test_include_decides_alone_and_exclude_prunes(tmp_path: Path) -> None:
+    plant(tmp_path, "a.jpg", "b.pdf", "raw/c.jpg", "raw/deep/d.jpg", "thumbs/e.jpg", "raw/thumbs/f.jpg")
+    assert names(tmp_path, include=("*.pdf", "raw/*.jpg")) == ["b.pdf", "raw/c.jpg"]
+    assert names(tmp_path, include=("raw/**/*.jpg",)) == ["raw/c.jpg", "raw/deep/d.jpg", "raw/thumbs/f.jpg"]
+    assert names(tmp_path, exclude=("thumbs",)) == ["a.jpg", "raw/c.jpg", "raw/deep/d.jpg"]
+    assert names(tmp_path, exclude=("thumbs/", "[ab].*")) == ["raw/c.jpg", "raw/deep/d.jpg"]
+    assert names(tmp_path, exclude=("raw/**",)) == ["a.jpg", "thumbs/e.jpg"]
+    assert names(tmp_path, include=("*.jpg",), exclude=("raw/*/*",)) == ["a.jpg", "raw/c.jpg", "thumbs/e.jpg"]
+    assert names(tmp_path, recursive=False) == ["a.jpg"]
+
+
+def test_an_excluded_folder_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(tmp_path, "keep/a.jpg", "skip/b.jpg")
+    opened: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: opened.append(str(path)) or scandir(path))
+    assert names(tmp_path, exclude=("skip",)) == ["keep/a.jpg"]
+    assert not any("skip" in path for path in opened)
+
+
+def test_a_glob_gives_the_paths_as_matched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(tmp_path, "p/a.jpg", "p/q/b.jpg", "p/q/r/c.jpg", "p/.h/d.jpg", "p/q/n.pdf", "e.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert names("p/*.jpg") == ["p/a.jpg"]
+    assert names("**/*.jpg") == ["e.jpg", "p/a.jpg", "p/q/b.jpg", "p/q/r/c.jpg"]
+    assert names("p/**") == ["p/a.jpg", "p/q/b.jpg", "p/q/r/c.jpg"]
+    assert names("p/*/?.*") == ["p/q/b.jpg"]
+    assert names("p/.h/*") == ["p/.h/d.jpg"]
+    assert names("p/**", include=("*.pdf",)) == ["p/q/n.pdf"]
+    assert names("p/**", exclude=("q",)) == ["p/a.jpg"]
+    assert names(tmp_path / "p/[a]*") == [f"{tmp_path}/p/a.jpg"]
+    assert source("p/*.jpg").root is None
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(tmp_path, "a[1].jpg", "a1.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert names("a[1].jpg") == ["a[1].jpg"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "hit"),
+    [
+        ("**", "a", True),
+        ("**", "a/b/c", True),
+        ("a/**/b", "a/b", True),
+        ("a/**/b", "a/x/y/b", True),
+        ("a/**/b", "ab", False),
+        ("**/**/b", "b", True),
+        ("*", "a/b", False),
+        ("a*", "a\nb", True),
+        ("[!a]", "b", True),
+        ("[!a]", "a", False),
+        ("?", ".", False),
+        ("[.]a", ".a", False),
+        (".a", ".a", True),
+        ("**/b", ".h/b", False),
+        ("./a//b", "a/b", True),
+        ("A", "a", False),
+    ],
+)
+def test_patterns(pattern: str, name: str, hit: bool) -> None:
+    assert Pattern.anchored(pattern).matches(name) is hit
+
+
+@posix
+def test_links_are_followed_but_not_round(tmp_path: Path) -> None:
+    plant(tmp_path, "in/a.jpg", "out/b.jpg")
+    (tmp_path / "in" / "loop").symlink_to("..")
+    (tmp_path / "in" / "other").symlink_to(tmp_path / "out")
+    (tmp_path / "in" / "self.jpg").symlink_to("self.jpg")
+    (tmp_path / "in" / "gone.jpg").symlink_to("nowhere")
+    warnings: list[str] = []
+    assert [entry.name for entry in source(tmp_path / "in", warnings=warnings)] == [
+        "a.jpg",
+        "gone.jpg",
+        "loop/out/b.jpg",
+        "other/b.jpg",
+        "self.jpg",
+    ]
+    assert len(warnings) == 1
+    assert "loop/in" in warnings[0]
+
+
+@posix
+def test_what_is_no_file_is_left_out(tmp_path: Path) -> None:
+    plant(tmp_path, "a.jpg")
+    os.mkfifo(tmp_path / "b.jpg")
+    assert names(tmp_path) == ["a.jpg"]
+
+
+def test_a_folder_that_cannot_be_listed_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(tmp_path, "a/1.jpg", "b/2.jpg", "c/3.jpg")
+    scandir = os.scandir
+
+    def failing(path: str) -> object:
+        if path.endswith("b"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    warnings: list[str] = []
+    walk = iter(source(tmp_path, warnings=warnings))
+    assert next(walk).name == "a/1.jpg"
+    (tmp_path / "c" / "3.jpg").unlink()
+    (tmp_path / "c").rmdir()
+    assert list(walk) == []
+    assert [warning.rpartition(": ")[2] for warning in warnings] == [
+        "Permission denied, folder passed over",
+        "No such file or directory, folder passed over",
+    ]
+
+
+def test_a_large_tree_is_listed_lazily(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in range(200):
+        (tmp_path / f"{folder:03}").mkdir()
+        for image in range(100):
+            os.close(os.open(tmp_path / f"{folder:03}" / f"a rather long name for an image {image:03}.jpg", os.O_CREAT))
+    opened: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: opened.append(path) or scandir(path))
+    listed = source(tmp_path)
+    opened.clear()
+    tracemalloc.start()
+    first = list(islice(listed, 1))
+    assert first[0].name.startswith("000/")
+    assert len(opened) == 2
+    opened.clear()
+    assert sum(1 for _ in listed) == 20_000
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+def test_a_list_yields_all_its_paths(tmp_path: Path) -> None:
+    listing = tmp_path / "list.txt"
+    listing.write_bytes(b"\xef\xbb\xbfb.jpg\r\n\nno such.tif\n/x/\xff y.pdf\na.jpg")
+    listed = source(from_file=str(listing))
+    expected = ["b.jpg", "no such.tif", os.fsdecode(b"/x/\xff y.pdf"), "a.jpg"]
+    assert [entry.name for entry in listed] == expected
+    assert [entry.path for entry in listed] == expected
+    assert listed.describe() == f"list {listing}"
+    assert not listed.streaming
+
+
+@settings(deadline=None)
+@given(st.lists(st.binary(min_size=1).filter(lambda name: b"\0" not in name)))
+def test_a_list_separated_by_nul_carries_any_name(tmp_path_factory: pytest.TempPathFactory, raw: list[bytes]) -> None:
+    listing = tmp_path_factory.mktemp("list") / "list"
+    listing.write_bytes(b"\0".join([b"first", *raw]))
+    assert [os.fsencode(name) for name in names(from_file=str(listing), null=True)] == [b"first", *raw]
+
+
+@posix
+def test_a_list_may_come_through_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = subprocess.Popen([sys.executable, "-c", f"open({str(pipe)!r}, 'w').write('a.jpg\\nb.jpg\\n')"])
+    listed = source(from_file=str(pipe))
+    assert listed.streaming
+    assert [entry.name for entry in listed] == ["a.jpg", "b.jpg"]
+    assert writer.wait() == 0
+
+
+LISTEN = """
+import sys
+from capcli.sources import SourceOptions, open_source
+for entry in open_source(SourceOptions(("-",), null=len(sys.argv) > 1), print):
+    print(ascii(entry.name), flush=True)
+"""
+
+
+@pytest.mark.parametrize("separator", [b"\n", b"\0"])
+def test_standard_input_is_yielded_as_it_arrives(separator: bytes) -> None:
+    command = [sys.executable, "-c", LISTEN, *(["null"] if separator == b"\0" else [])]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    assert child.stdin
+    assert child.stdout
+    for sent, heard in [
+        (b"a" + separator, b"'a'\n"),
+        (b"b c" + separator + separator + b"d", b"'b c'\n"),
+        (b"\xe9" + separator, b"'d\\udce9'\n"),
+    ]:
+        child.stdin.write(sent)
+        assert child.stdout.readline() == heard  # would wait for ever, were names held back
+    child.stdin.write(b"last")
+    child.stdin.close()
+    assert child.stdout.read() == b"'last'\n"
+    assert child.wait() == 0
+    child.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("sources", "options", "message"),
+    [
+        ((), {}, "no source"),
+        (("gone",), {}, "gone: no such file or folder"),
+        (("*.jpg",), {}, r"\*.jpg: no file with an image suffix matches"),
+        (("*.jpg",), {"include": ("*",)}, r"\*.jpg: no file matches"),
+        (("gone/*.jpg",), {}, "no file with an image suffix matches"),
+        ((), {"from_file": "gone"}, "cannot read the list gone: No such file"),
+        ((), {"from_file": "."}, "is a folder: give it as a SOURCE"),
+        (("-",), {"from_file": "-"}, "asked for twice"),
+        ((".",), {"null": True}, "there is no list"),
+        (("some.dat",), {"exclude": ("x",)}, "no SOURCE is one"),
+        ((), {"from_file": "some.dat"}, "holds NUL bytes"),
+        (("bad\0name",), {}, "no such file"),
+    ],
+)
+def test_wrong_usage_is_told_before_anything_starts(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sources: tuple[str, ...],
+    options: dict[str, object],
+    message: str,
+) -> None:
+    (tmp_path / "some.dat").write_bytes(b"a.jpg\0b.jpg\0")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        source(*sources, **options)
+
+
+def test_standard_input_is_described_and_streams() -> None:
+    listed = source("-")
+    assert listed.streaming
+    assert listed.root is None
+    assert listed.describe() == "standard input"
