@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from capcli.errors import CapcliError, ImageError
 from capcli.records import Failure, Loaded
 from capcli.window import Ticket, Window
-from capcli.workers import AHEAD, LONGEST_PATH, Decoded, Worker, encode_path
+from capcli.worker_main import Decoded
+from capcli.workers import AHEAD, LONGEST_PATH, Worker, encode_path
 
 _START_TIMEOUT = 120.0  # seconds until a worker is ready; a cold network disk is slow to import from
 _STILLBORN = 3  # workers in a row that ended before they were ready
@@ -82,10 +83,13 @@ class Dispatcher:
             if post is None:
                 self._window.put_back(ticket)
                 continue
-            if not post.tickets:
-                post.since = self._now if post.ready else post.since
-            post.tickets.append(ticket)
-            post.worker.send(path)
+            self._give(post, ticket, path)
+
+    def _give(self, post: _Post, ticket: Ticket, path: bytes) -> None:
+        if post.ready and not post.tickets:
+            post.since = self._now
+        post.tickets.append(ticket)
+        post.worker.send(path)
 
     def _least_busy(self) -> _Post | None:
         """Who takes the next: a worker is started only when all that run are full, as starting costs many images."""
@@ -135,8 +139,10 @@ class Dispatcher:
         if answer is None:
             post.ready = True
             self._stillborn = 0
+        elif not post.tickets:
+            self._discard(post)  # it answers what it was not asked
         elif isinstance(answer, ImageError) and answer.kind == "out-of-memory":
-            self._dismiss(post)  # its heap stays swollen
+            self._discard(post)  # its heap stays swollen
             self._blame(post, answer)
         else:
             self._settle(post.tickets.popleft(), answer)
@@ -155,8 +161,7 @@ class Dispatcher:
 
     def _look_at_the_clock(self) -> None:
         for post in [post for post in self._posts if post.busy and self._now >= self._deadline(post)]:
-            post.worker.kill()
-            ending = self._dismiss(post)
+            ending = self._discard(post)
             if post.ready:
                 late = ImageError("timeout", f"decoding took longer than {self._timeout:g} seconds")
                 self._settle(post.tickets.popleft(), late)
@@ -165,13 +170,14 @@ class Dispatcher:
                 self._lost(post, ending)
 
     def _blame(self, post: _Post, error: ImageError) -> None:
-        """The first ticket of a dismissed worker failed; if others went before, they may have done it: once more."""
-        ticket = post.tickets[0]
-        if post.served and not ticket.tried:
-            ticket.tried = True
-        else:
-            self._settle(post.tickets.popleft(), error)
+        """The image of a worker that is gone failed, unless others before it did that: then a fresh worker decides."""
+        ticket = post.tickets.popleft()
         self._put_back(post)
+        fresh = self._start_worker() if post.served else None
+        if fresh:
+            self._give(fresh, ticket, encode_path(ticket.entry.path))
+        else:
+            self._settle(ticket, error)
 
     def _put_back(self, post: _Post) -> None:
         while post.tickets:
@@ -179,6 +185,10 @@ class Dispatcher:
 
     def _settle(self, ticket: Ticket, answer: Decoded | ImageError) -> None:
         self._window.settle(ticket, to_result(ticket, answer))
+
+    def _discard(self, post: _Post) -> str:
+        post.worker.kill()
+        return self._dismiss(post)
 
     def _dismiss(self, post: _Post) -> str:
         self._posts.remove(post)

@@ -21,7 +21,7 @@ from typing import Self
 from capcli.dispatch import Dispatcher, to_result
 from capcli.records import Entry, Failure, Loaded
 from capcli.window import Window
-from capcli.workers import Decode, attempt
+from capcli.worker_main import Decode, attempt
 
 __all__ = ["Decode", "Loading", "default_workers", "load", "usable_cpus"]
 

@@ -18,7 +18,6 @@ class Ticket:
 
     entry: Entry
     result: Loaded | Failure | None = None
-    tried: bool = False  # once already, in a worker that earlier images may have harmed
 
 
 class Window:

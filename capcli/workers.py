@@ -1,71 +1,35 @@
-"""One decoder process: how it is started, asked, answered and ended; and, below, what runs inside it.
+"""One decoder process as its parent sees it: how it is started, asked, answered and ended.
 
-It is a plain child (`python -m capcli.workers`) and no `multiprocessing` one: those run the user's `__main__` again,
-and keep a tracker process that speaks on stderr. The two sides share a socket for small messages and, for pixels,
-files that live in memory and have no name, so nothing is left behind however either side ends. The worker writes them
-and the parent reads them: no mapping to grow, any size fits, and each result is the reader's own copy. Answers are
-JSON: a codec taken over by an image can send data, never code.
+It is a plain child (`python -m capcli.worker_main`) and no `multiprocessing` one: those run the user's `__main__`
+again, and keep a tracker process that speaks on stderr. The two sides share a socket for small messages and, for
+pixels, files that live in memory and have no name, so nothing is left behind however either side ends. The worker
+writes them and the parent reads them: no mapping to grow, any size fits, and each result is the reader's own copy.
+Answers are JSON: a codec taken over by an image can send data, never code.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
-import pickle
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import count
 from multiprocessing.connection import Connection
-from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from capcli.errors import CapcliError, ImageError
-from capcli.records import Facts
-
-Pixels: TypeAlias = npt.NDArray[np.uint8]
-Decode: TypeAlias = Callable[[str], tuple[Pixels, Facts]]
-Decoded: TypeAlias = tuple[Pixels, Facts]
+from capcli.worker_main import LONGEST_ANSWER, Decoded, Pixels
 
 AHEAD = 2  # images a worker holds: one being decoded, one waiting, so that it never waits for the parent
 LONGEST_PATH = 65_536  # bytes; a path must fit in the socket, or sending it to a busy worker would block
-_LONGEST_ANSWER = 1 << 20  # bytes
 _KEPT = 16 << 20  # bytes a block keeps between images
 _GRACE = 1.0  # seconds a process that is ending has to be gone
-
-
-def attempt(decode: Decode, path: str) -> Decoded | ImageError:
-    """What `decode` makes of `path`, or why it cannot: any exception but an exit or interrupt is the image's fault."""
-    try:
-        pixels, facts = decode(path)
-        if (
-            not isinstance(pixels, np.ndarray)
-            or pixels.dtype != np.uint8
-            or pixels.shape[2:] != (3,)
-            or not pixels.size
-        ):
-            raise TypeError("decoding gave no uint8 [height, width, 3]")
-        return pixels, facts
-    except ImageError as error:
-        return ImageError(error.kind, _words(error))
-    except MemoryError:
-        return ImageError("out-of-memory", "decoding needs more memory than one image may take")
-    except Exception as error:  # a codec may raise anything
-        return ImageError("unreadable", f"{type(error).__name__}: {_words(error)}")
-
-
-def _words(error: BaseException) -> str:
-    try:
-        return " ".join(str(error).split())
-    except Exception:  # an exception's own __str__ may be broken
-        return "no message"
 
 
 class Worker:
@@ -107,7 +71,7 @@ class Worker:
         EOFError: the process is gone or talks nonsense. CapcliError: it cannot decode at all, whatever the image.
         """
         try:
-            answer = json.loads(self._channel.recv_bytes(_LONGEST_ANSWER))
+            answer = json.loads(self._channel.recv_bytes(LONGEST_ANSWER))
             match answer:
                 case {"ready": True}:
                     return None
@@ -120,6 +84,8 @@ class Worker:
                     return self._read((height, width, depth)), facts
         except (OSError, ValueError) as error:
             raise EOFError from error
+        except MemoryError:
+            return ImageError("out-of-memory", "no memory to take over the pixels")
         raise EOFError
 
     def _read(self, shape: tuple[int, int, int]) -> Pixels:
@@ -171,10 +137,10 @@ def _start(arguments: Sequence[int], fds: Sequence[int]) -> subprocess.Popen[byt
     if not sys.executable:
         raise FileNotFoundError("this Python does not know its own executable")
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    python_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    python_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path if isinstance(entry, str))
     utf8 = f"utf8={sys.flags.utf8_mode}"
     return subprocess.Popen(
-        [sys.executable, "-P", "-X", utf8, "-m", "capcli.workers", *map(str, arguments)],
+        [sys.executable, "-P", "-X", utf8, "-m", "capcli.worker_main", *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,  # the codecs' C libraries warn on the terminal
         stderr=subprocess.DEVNULL,
@@ -192,85 +158,3 @@ def _ending(code: int) -> str:
     except ValueError:
         name = f"signal {-code}"
     return f"was ended by {name}"
-
-
-# What follows runs inside the worker.
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Decode what the parent asks for until it closes the socket."""
-    channel_fd, memory, *blocks = map(int, arguments)
-    _follow_parent()
-    channel = Connection(channel_fd)
-    with contextlib.suppress(EOFError, OSError):  # the parent is gone
-        try:
-            decode: Decode = pickle.loads(channel.recv_bytes())
-        except Exception as error:
-            channel.send_bytes(_json({"broken": f"{type(error).__name__}: {_words(error)}"}))
-            return
-        _bound_memory(memory)
-        channel.send_bytes(_json({"ready": True}))
-        for turn in count():
-            path = channel.recv_bytes().decode("utf-8", "surrogatepass")
-            channel.send_bytes(_answer(decode, path, blocks[turn % len(blocks)]))
-
-
-def _answer(decode: Decode, path: str, block: int) -> bytes:
-    decoded = attempt(decode, path)
-    if not isinstance(decoded, ImageError):
-        pixels, facts = decoded
-        try:
-            answer = _json({"shape": pixels.shape, "facts": dict(facts)})
-            if len(answer) > _LONGEST_ANSWER:
-                raise ValueError("the facts are too long")
-            _write(block, pixels)
-            return answer
-        except (MemoryError, OSError) as error:
-            decoded = ImageError("out-of-memory", f"no memory for the pixels: {_words(error)}")
-        except Exception as error:
-            decoded = ImageError("unreadable", f"{type(error).__name__}: {_words(error)}")
-    return _json({"error": decoded.kind, "message": str(decoded)[:10_000]})
-
-
-def _write(block: int, pixels: Pixels) -> None:
-    flat = np.ascontiguousarray(pixels).reshape(-1)
-    at = 0
-    while at < flat.size:
-        at += os.pwrite(block, flat[at:].data, at)
-
-
-def _json(message: dict[str, Any]) -> bytes:
-    return json.dumps(message, separators=(",", ":")).encode("ascii")
-
-
-def _follow_parent() -> None:
-    """End when the parent ends, even in the middle of an image, and by nobody else's polite request."""
-    for request in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(request, signal.SIG_IGN)
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-            score.write("1000")  # where the machine runs out of memory, one image goes and not the run
-
-
-def _bound_memory(rise: int) -> None:
-    """Let this process's data grow by `rise` bytes at most (0: no bound), and let it dump no core.
-
-    RLIMIT_DATA counts what is written to, not address space, which libraries reserve far more of than they use.
-    """
-    import resource
-
-    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
-    core = 1 if hard == resource.RLIM_INFINITY else min(1, hard)  # 1 and not 0: that also stops a piped core_pattern
-    resource.setrlimit(resource.RLIMIT_CORE, (core, hard))
-    if rise and sys.platform == "linux":
-        with open("/proc/self/status") as status:
-            used = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData:"))
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        wanted = used + rise if hard == resource.RLIM_INFINITY else min(used + rise, hard)
-        resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

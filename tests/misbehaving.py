@@ -72,6 +72,16 @@ def _system_exit(_argument: str) -> None:
     sys.exit(7)
 
 
+def _garble(_argument: str) -> None:
+    os.write(int(sys.argv[1]), b"\0\0\0\3abc")  # into the socket that answers go through
+    time.sleep(1e6)
+
+
+def _prattle(_argument: str) -> None:
+    for message in (b'{"error":"missing","message":"said by the codec"}',) * 4:
+        os.write(int(sys.argv[1]), len(message).to_bytes(4, "big") + message)
+
+
 def _swell(argument: str) -> None:
     blocks = [np.ones(1 << 20, np.uint8) for _ in range(int(argument))]
     blocks.clear()
@@ -156,6 +166,8 @@ ACTS = {
     "kill": _kill,
     "exit": _exit,
     "system-exit": _system_exit,
+    "garble": _garble,
+    "prattle": _prattle,
     "swell": _swell,
     "leak": _leak,
     "harm": _harm,

@@ -180,8 +180,14 @@ def test_time_in_which_the_parent_stood_still_counts_for_nothing(monkeypatch: py
 @linux
 def test_what_an_image_did_to_its_process_is_not_the_next_ones_fault() -> None:
     assert [outcome(result) for result in results("harm:", "suffer:", "ok:", workers=1)] == ["ok"] * 3
-    leaking = results(*["leak:90"] * 6, workers=1, memory=200 * MEGABYTE)
-    assert [outcome(result) for result in leaking] == ["ok"] * 6
+    for count in (1, 2):
+        leaking = results(*["leak:90"] * 8, workers=count, memory=200 * MEGABYTE)
+        assert [outcome(result) for result in leaking] == ["ok"] * 8
+
+
+def test_a_codec_that_takes_over_the_socket_stops_nothing() -> None:
+    assert [outcome(result) for result in results("ok:", "garble:", "ok:", workers=1)] == ["ok", "crash", "ok"]
+    assert [outcome(result) for result in results("prattle:", workers=1)] == ["missing"]
 
 
 def test_in_place_and_in_processes_give_the_same() -> None:
