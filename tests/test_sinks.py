@@ -298,6 +298,23 @@ def test_an_image_whose_sidecar_is_another_s_still_gets_its_row(tmp_path: Path) 
     assert (tmp_path / "a.txt").read_text() == "a picture of a.jpg\n"
 
 
+def test_a_sidecar_that_a_kill_prevented_is_made_from_its_row(tmp_path: Path) -> None:
+    options = SinkOptions(str(tmp_path / "captions.csv"), sidecar=".txt", candidates=True)
+    run(["a.jpg", "b.jpg"], options, caption=lambda name: caption_of(name, "of\n{}", 2), folder=tmp_path)
+    sidecar = tmp_path / "b.txt"
+    sidecar.unlink()
+    with open_sink(options, print) as sink:
+        assert not sink.wants(Entry("b.jpg", str(tmp_path / "b.jpg")))
+        assert not sidecar.exists()
+        sink.begin({})
+    assert sidecar.read_text() == "of b.jpg\nof b.jpg again\n"
+    sidecar.unlink()
+    with open_sink(options, print) as sink:
+        sink.begin({})
+        assert not sink.wants(Entry("b.jpg", str(tmp_path / "b.jpg")))
+    assert sidecar.exists()
+
+
 def test_a_pipe_gets_rows_and_people_get_failures(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     warnings: list[str] = []
     sink = run(["a", "bad\x1b[2J", "a"], SinkOptions(), caption=broken, warnings=warnings)

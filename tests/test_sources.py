@@ -189,11 +189,13 @@ def test_a_folder_that_cannot_be_listed_is_warned_of(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "scandir", failing)
     warnings: list[str] = []
-    walk = iter(source(tmp_path, warnings=warnings))
+    listed = source(tmp_path, warnings=warnings)
+    walk = iter(listed)
     assert next(walk).name == "a/1.jpg"
     (tmp_path / "c" / "3.jpg").unlink()
     (tmp_path / "c").rmdir()
     assert list(walk) == []
+    assert [entry.name for entry in listed] == ["a/1.jpg"]
     assert [warning.rpartition(": ")[2] for warning in warnings] == [
         "Permission denied, folder passed over",
         "No such file or directory, folder passed over",

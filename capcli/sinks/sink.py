@@ -17,7 +17,7 @@ from capcli.sinks.sidecar import Sidecars
 
 
 class Sink:
-    """The outputs of a run. The order of calls is `begin`, then `wants` and `write`, then `close`.
+    """The outputs of a run. `begin` comes before the first `write`; `wants` may be asked at any time before `close`.
 
     `receipt` is what an earlier run left beside a captions file that is gone on with, else None; `old_captions` and
     `old_failures` are how many it left on record.
@@ -41,6 +41,8 @@ class Sink:
         self._failed_here = 0
         self._listed = Keys()
         self._last: tuple[int, list[str]] | None = None
+        self._missed: tuple[Entry, list[str]] | None = None
+        self._begun = False
         self.receipt: dict[str, Any] | None = None
         self.old_captions = 0
         self.old_failures = 0
@@ -82,6 +84,8 @@ class Sink:
             self._file.start()
         if self._console is not None:
             self._console.start()
+        self._begun = True
+        self._write_missed()
 
     def wants(self, entry: Entry) -> bool:
         """Whether the image is still to be captioned; to be asked once for every entry listed, in order.
@@ -141,9 +145,16 @@ class Sink:
             return True
         claimed = self._sidecars.claim(entry)
         if claimed and self._last is not None and self._last[0] == item:
-            self._sidecars.write(entry, self._last[1])
+            self._missed = (entry, self._last[1])
+            self._write_missed()
         alone = self._file is None and self._console is None
         return claimed or not (alone or self._sidecars.existing == "skip")
+
+    def _write_missed(self) -> None:
+        """Write the one sidecar that an earlier run may not have come to."""
+        if self._begun and self._missed is not None and self._sidecars is not None:
+            self._sidecars.write(*self._missed)
+            self._missed = None
 
     def _write_failure(self, failure: Failure) -> None:
         if self._failures is not None:

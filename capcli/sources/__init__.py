@@ -62,7 +62,7 @@ class Source:
 
 
 def open_source(options: SourceOptions, warn: Callable[[str], None]) -> Source:
-    """The images that `options` name; `warn` hears of folders that could not be listed.
+    """The images that `options` name; `warn` hears, once, of each folder that could not be listed.
 
     Raises UsageError for no source, one that does not exist or cannot be read, a pattern that matches nothing, and
     standard input or options that have nothing to do. Listed paths are not looked at.
@@ -70,9 +70,10 @@ def open_source(options: SourceOptions, warn: Callable[[str], None]) -> Source:
     lists = [source for source in options.sources if source == "-"]
     lists += [] if options.from_file is None else [options.from_file]
     _check(options, lists)
+    tell = _once(warn)
     only = len(options.sources) == 1 and options.from_file is None
     sieve = Sieve.of(options.include, options.exclude, IMAGE_SUFFIXES)
-    parts = [_open(source, options, sieve, warn, only=only) for source in options.sources]
+    parts = [_open(source, options, sieve, tell, only=only) for source in options.sources]
     if options.from_file is not None:
         parts.append(open_list(options.from_file, null=options.null))
     if (options.include or options.exclude) and not any(isinstance(part, Folder | Glob) for part in parts):
@@ -117,6 +118,18 @@ def _open(
         kind = "file" if options.include else "file with an image suffix"
         raise UsageError(f"{printable(source)}: no {kind} matches")
     return glob
+
+
+def _once(warn: Callable[[str], None]) -> Callable[[str], None]:
+    """A folder may be walked again, to count what it holds."""
+    said: set[str] = set()
+
+    def tell(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            warn(line)
+
+    return tell
 
 
 def _described(source: str, kind: str = "") -> str:
