@@ -1,10 +1,10 @@
 """A captioner: a trained model with its tokenizer and image processor, and images in, captions out.
 
-    from capcli import Captioner
+from capcli import Captioner
 
-    captioner = Captioner.load("nlpconnect/vit-gpt2-image-captioning")
-    for caption in captioner.caption(["beach.jpg", "dog.png"], num_beams=4):
-        print(caption.name, caption.text, caption.score)
+captioner = Captioner.load("nlpconnect/vit-gpt2-image-captioning")
+for caption in captioner.caption(["beach.jpg", "dog.png"], num_beams=4):
+    print(caption.name, caption.text, caption.score)
 """
 
 from __future__ import annotations
@@ -151,11 +151,15 @@ class Captioner:
                 f"the processor leaves it {size[1]}x{size[0]} and the model takes {width}x{height}; resize it before, or let "
                 "preprocessor_config.json do so",
             )
-        return Job((index, replace(loaded, pixels=loaded.pixels[:0])), loaded.pixels, noise.key(settings.seed, loaded.name))
+        return Job(
+            (index, replace(loaded, pixels=loaded.pixels[:0])), loaded.pixels, noise.key(settings.seed, loaded.name)
+        )
 
     def _result(self, loaded: Loaded, done: Done, settings: Settings, before: tuple[int, ...]) -> Result:
         if not done.hypotheses:
-            return Failure(loaded.name, "not-finite", "its numbers overflow in the model (NaN or infinity); try --dtype float32")
+            return Failure(
+                loaded.name, "not-finite", "its numbers overflow in the model (NaN or infinity); try --dtype float32"
+            )
         said = tuple(Candidate(self._text(h, settings, before), h.score) for h in done.hypotheses)
         return Caption(loaded.name, said, loaded.facts)
 
@@ -170,7 +174,7 @@ class Captioner:
         with torch.inference_mode():
             memory = self.model.encode(torch.zeros(1, height, width, 3, dtype=torch.uint8, device=self.model.device))
         pool = sum(x.nbytes // x.shape[2] * settings.entries for x in memory)
-        return sum(x.nbytes for x in memory) + pool + 16 * settings.rows * self.model.vocabulary
+        return int(sum(x.nbytes for x in memory) + pool + 16 * settings.rows * self.model.vocabulary)
 
     def _prepare(self, index: int, image: ImageLike, max_pixels: int) -> Loaded:
         if isinstance(image, str | os.PathLike):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from capcli.errors import UsageError
+from capcli.sinks.options import SinkOptions
+from capcli.sources import SourceOptions
 
 DEFAULT_MODEL = "nlpconnect/vit-gpt2-image-captioning"
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses an image as a decompression bomb
@@ -49,3 +51,27 @@ class GenerationOptions:
             raise UsageError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.early_stopping not in (None, True, False, "never"):
             raise UsageError(f"early_stopping is {self.early_stopping!r}; it must be true, false or 'never'")
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionOptions:
+    """One `capcli caption`. `None` is `auto`: what this machine, the model and the number of images ask for."""
+
+    source: SourceOptions
+    sink: SinkOptions
+    generation: GenerationOptions = GenerationOptions()
+    prompt: str | None = None
+    keep_prompt: bool = False
+    model: str = DEFAULT_MODEL
+    revision: str | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    batch_size: int | None = None
+    workers: int | None = None
+    threads: int | None = None
+    max_pixels: int = MAX_PIXELS
+    decode_timeout: float = DECODE_TIMEOUT
+    order: Literal["source", "done"] = "source"
+    limit: int | None = None
+    dry_run: bool = False
+    quiet: bool = False

@@ -22,11 +22,10 @@ from PIL import Image, ImageFile
 from capcli.errors import ImageError
 from capcli.opening import identify, open_regular
 from capcli.processor import PixelSpec
+from capcli.records import FACTS
 from capcli.rgb import array_rgb, upright_rgb
 
 __all__ = ["FACTS", "PixelSpec", "from_array", "load", "read", "resize", "to_rgb"]
-
-FACTS = ("width", "height", "format", "mode", "bytes", "sha256")
 
 WHOLE_RESIZE = 1 << 24  # pixels of a resized image up to which it is made whole before it is cropped
 LONGEST_EDGE = 1 << 21  # of a resized image; Pillow's filter table alone takes some 50 bytes for each of its pixels

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+FACTS = ("width", "height", "format", "mode", "bytes", "sha256")  # what can be asked for of an image's file
 Facts = Mapping[str, str | int]
 
 

@@ -17,6 +17,7 @@ class Ticket:
     """One entry on its way through the window."""
 
     entry: Entry
+    number: int
     result: Loaded | Failure | None = None
 
 
@@ -47,12 +48,10 @@ class Window:
         """Put entries in as there is room, until they end or the window closes; an error of theirs comes after them."""
         error: BaseException | None = None
         try:
-            remaining = iter(entries)
-            while self._wait_for_room():
-                entry = next(remaining, None)
-                if entry is None:
-                    break
-                self._add(Ticket(entry))
+            remaining = enumerate(entries)
+            while self._wait_for_room() and (numbered := next(remaining, None)):
+                number, entry = numbered
+                self._add(Ticket(entry, number))
         except BaseException as raised:  # it belongs to the thread that takes
             error = raised
         with self._lock:
@@ -89,9 +88,9 @@ class Window:
             return self._to_begin.popleft() if self._may_begin() else None
 
     def put_back(self, ticket: Ticket) -> None:
-        """`ticket` was begun and not finished: it is the next to be begun."""
+        """`ticket` was begun and not finished: it is to be begun again, in its turn."""
         with self._lock:
-            self._to_begin.appendleft(ticket)
+            self._to_begin = deque(sorted([*self._to_begin, ticket], key=lambda ticket: ticket.number))
 
     def settle(self, ticket: Ticket, result: Loaded | Failure) -> None:
         """`ticket` is decoded, or failed."""

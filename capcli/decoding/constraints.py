@@ -7,79 +7,85 @@ said, `scores` is float32 [S, R, V].
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
+from torch import Tensor
 
 from capcli.decoding.settings import Settings
 
 
+Where = Callable[[Tensor], Tensor]  # length [S] -> bool [S]
+Constraint = Callable[[Tensor, Tensor, Tensor], Tensor]  # scores, sequence, length -> scores
+
+
 class Constraints:
-    """All constraints of one run, applied in transformers' order."""
+    """All constraints of one run, in transformers' order; `active` where there is any."""
 
     def __init__(self, settings: Settings, device: torch.device | str) -> None:
-        self.settings = settings
-        self.prompt = len(settings.prompt)
-        ids = {"eos": settings.eos_token_ids, "forced_eos": settings.forced_eos_token_ids}
-        ids |= {"suppress": settings.suppress_tokens, "begin": settings.begin_suppress_tokens}
-        self.ids = {name: torch.tensor(value, dtype=torch.long, device=device) for name, value in ids.items()}
+        self._all = [*shaping(settings, device), *(filters(settings) if settings.do_sample else ())]
+        if settings.renormalize_logits:
+            self._all.append(lambda scores, *_: scores.log_softmax(-1))
 
     @property
     def active(self) -> bool:
-        """False where `apply` would give back what it was given."""
-        s = self.settings
-        plain = Settings(s.prompt, s.eos_token_ids, s.max_new_tokens, num_beams=s.num_beams, do_sample=False)
-        names = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "forced_bos_token_id", "forced_eos_token_ids")
-        names += ("remove_invalid_values", "suppress_tokens", "begin_suppress_tokens", "renormalize_logits", "do_sample")
-        return any(getattr(s, name) != getattr(plain, name) for name in names)
+        return bool(self._all)
 
-    def apply(self, scores: torch.Tensor, sequence: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-        """The scores under every constraint in force; a new tensor."""
-        scores = self.shape(scores, sequence, length)
-        if self.settings.do_sample:
-            scores = self.filter(scores)
-        return scores.log_softmax(-1) if self.settings.renormalize_logits else scores
-
-    def shape(self, scores: torch.Tensor, sequence: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-        s, said = self.settings, length - self.prompt
-        if s.repetition_penalty != 1.0:
-            scores = repetition_penalty(scores, sequence, length, s.repetition_penalty)
-        if s.no_repeat_ngram_size:
-            scores = no_repeat_ngram(scores, sequence, length, s.no_repeat_ngram_size)
-        if s.min_new_tokens and s.eos_token_ids:
-            scores = suppress(scores, self.ids["eos"], said < s.min_new_tokens)
-        if s.forced_bos_token_id is not None:
-            scores = force(scores, torch.tensor([s.forced_bos_token_id], device=scores.device), length == 1)
-        if s.forced_eos_token_ids:
-            scores = force(scores, self.ids["forced_eos"], said == s.max_new_tokens - 1)
-        if s.remove_invalid_values:
-            scores = torch.nan_to_num(scores, nan=0.0)
-        if s.suppress_tokens:
-            scores = suppress(scores, self.ids["suppress"], torch.ones_like(said, dtype=torch.bool))
-        if s.begin_suppress_tokens:
-            begin = 0 if self.prompt > 1 or s.forced_bos_token_id is None else 1
-            scores = suppress(scores, self.ids["begin"], said == begin)
+    def apply(self, scores: Tensor, sequence: Tensor, length: Tensor) -> Tensor:
+        """The scores under every constraint in force; what was given is left as it was."""
+        for constraint in self._all:
+            scores = constraint(scores, sequence, length)
         return scores
 
-    def filter(self, scores: torch.Tensor) -> torch.Tensor:
-        s = self.settings
-        # beams must keep one token that does not end the caption
-        keep = len(s.eos_token_ids) + 1 if s.num_beams > 1 and s.eos_token_ids else 2 if s.num_beams > 1 else 1
-        if s.temperature != 1.0:
-            scores = scores / s.temperature
-        if s.top_k:
-            scores = top_k(scores, max(s.top_k, keep))
-        if s.top_p < 1.0:
-            scores = top_p(scores, s.top_p, keep)
-        return scores if s.min_p is None else min_p(scores, s.min_p, keep)
+
+def shaping(settings: Settings, device: torch.device | str) -> Iterator[Constraint]:
+    """What holds for every search: transformers' logits processors."""
+    s, prompt = settings, len(settings.prompt)
+    ids = partial(torch.tensor, dtype=torch.long, device=device)
+    if s.repetition_penalty != 1.0:
+        yield partial(repetition_penalty, penalty=s.repetition_penalty)
+    if s.no_repeat_ngram_size:
+        yield partial(no_repeat_ngram, size=s.no_repeat_ngram_size)
+    if s.min_new_tokens and s.eos_token_ids:
+        yield partial(suppress, ids=ids(s.eos_token_ids), where=lambda n: n < prompt + s.min_new_tokens)
+    if s.forced_bos_token_id is not None:
+        yield partial(force, ids=ids([s.forced_bos_token_id]), where=lambda n: n == 1)
+    if s.forced_eos_token_ids:
+        yield partial(force, ids=ids(s.forced_eos_token_ids), where=lambda n: n == prompt + s.max_new_tokens - 1)
+    if s.remove_invalid_values:
+        yield lambda scores, *_: torch.nan_to_num(scores, nan=0.0)
+    if s.suppress_tokens:
+        yield partial(suppress, ids=ids(s.suppress_tokens), where=lambda n: n >= 0)
+    if s.begin_suppress_tokens:
+        begin = prompt if prompt > 1 or s.forced_bos_token_id is None else prompt + 1
+        yield partial(suppress, ids=ids(s.begin_suppress_tokens), where=lambda n: n == begin)
 
 
-def repetition_penalty(scores: torch.Tensor, sequence: torch.Tensor, length: torch.Tensor, penalty: float) -> torch.Tensor:
+def filters(settings: Settings) -> Iterator[Constraint]:
+    """What sampling leaves to draw from; beams keep one token more than can end a caption."""
+    s = settings
+    keep = 1 if s.num_beams == 1 else 1 + max(1, len(s.eos_token_ids))
+    if s.temperature != 1.0:
+        yield lambda scores, *_: scores / s.temperature
+    if s.top_k:
+        yield partial(top_k, k=max(s.top_k, keep))
+    if s.top_p < 1.0:
+        yield partial(top_p, p=s.top_p, keep=keep)
+    if s.min_p is not None:
+        yield partial(min_p, p=s.min_p, keep=keep)
+
+
+def repetition_penalty(scores: Tensor, sequence: Tensor, length: Tensor, penalty: float) -> Tensor:
     said = torch.arange(sequence.shape[2], device=scores.device) < length[:, None, None]
-    ids = torch.where(said, sequence, sequence[:, :, :1])  # the first token is always said: repeating it changes nothing
+    ids = torch.where(
+        said, sequence, sequence[:, :, :1]
+    )  # the first token is always said: repeating it changes nothing
     picked = scores.gather(2, ids)
     return scores.scatter(2, ids, torch.where(picked < 0, picked * penalty, picked / penalty))
 
 
-def no_repeat_ngram(scores: torch.Tensor, sequence: torch.Tensor, length: torch.Tensor, size: int) -> torch.Tensor:
+def no_repeat_ngram(scores: Tensor, sequence: Tensor, length: Tensor, size: int) -> Tensor:
     """Bans what would end an n-gram said before: where the last n - 1 tokens stood before, what came after them."""
     windows = sequence.unfold(2, size, 1)  # [S, R, L - n + 1, n]
     ends = torch.arange(windows.shape[2], device=scores.device) + size <= length[:, None]  # [S, L - n + 1]
@@ -91,31 +97,31 @@ def no_repeat_ngram(scores: torch.Tensor, sequence: torch.Tensor, length: torch.
     return scores.scatter_reduce(2, windows[..., -1], value, "amin", include_self=True)
 
 
-def suppress(scores: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+def suppress(scores: Tensor, _sequence: Tensor, length: Tensor, ids: Tensor, where: Where) -> Tensor:
     out = scores.clone()
-    out[:, :, ids] = out[:, :, ids].masked_fill(slots[:, None, None], -torch.inf)
+    out[:, :, ids] = out[:, :, ids].masked_fill(where(length)[:, None, None], -torch.inf)
     return out
 
 
-def force(scores: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+def force(scores: Tensor, _sequence: Tensor, length: Tensor, ids: Tensor, where: Where) -> Tensor:
     only = torch.full_like(scores[:1, :1], -torch.inf)
     only[..., ids] = 0
-    return torch.where(slots[:, None, None], only, scores)
+    return torch.where(where(length)[:, None, None], only, scores)
 
 
-def top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
+def top_k(scores: Tensor, *_: Tensor, k: int) -> Tensor:
     least = scores.topk(min(k, scores.shape[-1])).values[..., -1:]
     return scores.masked_fill(scores < least, -torch.inf)
 
 
-def top_p(scores: torch.Tensor, p: float, keep: int) -> torch.Tensor:
+def top_p(scores: Tensor, *_: Tensor, p: float, keep: int) -> Tensor:
     ordered, index = scores.sort(descending=False)
     drop = ordered.softmax(-1).cumsum(-1) <= 1 - p
     drop[..., -keep:] = False
     return scores.masked_fill(drop.scatter(-1, index, drop), -torch.inf)
 
 
-def min_p(scores: torch.Tensor, p: float, keep: int) -> torch.Tensor:
+def min_p(scores: Tensor, *_: Tensor, p: float, keep: int) -> Tensor:
     probability = scores.softmax(-1)
     drop = probability < p * probability.amax(-1, keepdim=True)
     drop.scatter_(-1, probability.topk(min(keep, scores.shape[-1])).indices, False)

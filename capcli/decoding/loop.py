@@ -28,7 +28,7 @@ LINGER = 0.05  # seconds that images which do not fill a chunk wait for company
 class Shapes:
     """The fixed shapes of a run: `slots` S in the running batch, images encoded `chunk` E at a time.
 
-    With the rows and the entries of the settings they fix every tensor of the run; so a caption does not depend on its neighbours.
+    With the rows and the entries of the settings they fix every tensor of the run, so no caption depends on its neighbours.
     """
 
     slots: int
@@ -197,7 +197,7 @@ class Batch:
         if flags.device.type != "cuda":
             return flags.clone(), broken.clone(), None
         flags, broken = (x.to("cpu", non_blocking=True) for x in (flags, broken))
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return flags, broken, event
 

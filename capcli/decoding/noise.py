@@ -17,7 +17,9 @@ _MIX_B = 0x94D049BB133111EB - (1 << 64)
 
 def key(seed: int, name: str) -> int:
     """A signed 64-bit key for one image's noise."""
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8, salt=(seed % (1 << 64)).to_bytes(8, "big"))
+    digest = hashlib.blake2b(
+        name.encode("utf-8", "surrogateescape"), digest_size=8, salt=(seed % (1 << 64)).to_bytes(8, "big")
+    )
     return int.from_bytes(digest.digest(), "big", signed=True)
 
 

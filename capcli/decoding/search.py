@@ -169,7 +169,7 @@ class Beams(Search):
             state[at] = 0
 
     def advance(self, logits: Tensor) -> None:
-        s, r, v = logits.shape
+        r, v = logits.shape[1:]
         top, raw, picked = self.pick(logits)  # [S, K] each
         parent, token = picked // v, picked % v
         raw = raw + self.raw.gather(1, parent)
@@ -265,7 +265,7 @@ def top_few(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n, whole = x.shape[-1], x.shape[-1] // BLOCK
     if whole <= k:
         return x.topk(k)
-    blocks = x[..., : whole * BLOCK].unflatten(-1, (whole, BLOCK))
+    blocks = x[..., : whole * BLOCK].view(*x.shape[:-1], whole, BLOCK)
     chosen = blocks.amax(-1).topk(k).indices.sort(-1).values  # [..., k]
     inside = blocks.gather(-2, chosen[..., None].expand(*chosen.shape, BLOCK)).flatten(-2)
     index = (chosen[..., None] * BLOCK + torch.arange(BLOCK, device=x.device)).flatten(-2)

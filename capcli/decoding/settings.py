@@ -11,17 +11,62 @@ from capcli.options import GenerationOptions
 
 # Fields of a generation_config that change no caption here: caches, outputs, assistants that are not there, bookkeeping.
 WITHOUT_EFFECT = frozenset(
-    "use_cache cache_implementation cache_config max_cache_len return_dict_in_generate output_attentions "
-    "output_hidden_states output_scores output_logits is_assistant num_assistant_tokens num_assistant_tokens_schedule "
-    "assistant_confidence_threshold max_matching_ngram_size assistant_lookbehind target_lookbehind "
-    "assistant_ensemble_weight compile_config disable_compile continuous_batching_config low_memory prefill_chunk_size "
-    "transformers_version encoder_repetition_penalty encoder_no_repeat_ngram_size".split()
+    [
+        "use_cache",
+        "cache_implementation",
+        "cache_config",
+        "max_cache_len",
+        "return_dict_in_generate",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "output_logits",
+        "is_assistant",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold",
+        "max_matching_ngram_size",
+        "assistant_lookbehind",
+        "target_lookbehind",
+        "assistant_ensemble_weight",
+        "compile_config",
+        "disable_compile",
+        "continuous_batching_config",
+        "low_memory",
+        "prefill_chunk_size",
+        "transformers_version",
+        "encoder_repetition_penalty",
+        "encoder_no_repeat_ngram_size",
+    ]
 )
 HONOURED = frozenset(
-    "max_length max_new_tokens min_length min_new_tokens early_stopping do_sample num_beams temperature top_k top_p min_p "
-    "repetition_penalty length_penalty no_repeat_ngram_size renormalize_logits forced_bos_token_id forced_eos_token_id "
-    "remove_invalid_values suppress_tokens begin_suppress_tokens num_return_sequences pad_token_id bos_token_id "
-    "eos_token_id decoder_start_token_id".split()
+    [
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "min_new_tokens",
+        "early_stopping",
+        "do_sample",
+        "num_beams",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "renormalize_logits",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "num_return_sequences",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "decoder_start_token_id",
+    ]
 )
 # What generate() takes a missing field for; a field that holds this changes nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -150,9 +195,13 @@ def idle(given: GenerationOptions, settings: Settings) -> list[str]:
     """What was asked for that has no effect under these settings, a line each."""
     lines = []
     if not settings.do_sample:
-        names = ("temperature", "top_k", "top_p", "seed")
-        lines += [f"--{n.replace('_', '-')} has no effect without --do-sample" for n in names if getattr(given, n) is not None]
+        names: tuple[str, ...] = ("temperature", "top_k", "top_p", "seed")
+        lines += [
+            f"--{n.replace('_', '-')} has no effect without --do-sample" for n in names if getattr(given, n) is not None
+        ]
     if settings.num_beams == 1:
         names = ("length_penalty", "early_stopping")
-        lines += [f"--{n.replace('_', '-')} has no effect with one beam" for n in names if getattr(given, n) is not None]
+        lines += [
+            f"--{n.replace('_', '-')} has no effect with one beam" for n in names if getattr(given, n) is not None
+        ]
     return lines

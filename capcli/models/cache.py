@@ -13,6 +13,8 @@ class PoolLayer(CacheLayerMixin):
     """Keys and values [S, H, N, D] of one layer. `update` writes new ones in place, slot s from entry `at[s]` on."""
 
     is_compileable, is_sliding = True, False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, keys: Tensor, values: Tensor, at: Tensor | None = None) -> None:
         super().__init__()
@@ -21,12 +23,12 @@ class PoolLayer(CacheLayerMixin):
     def lazy_initialization(self, *_: Any) -> None:
         """Nothing to do: the tensors are given."""
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         assert self.at is not None
-        slot = arange(keys.shape[0], device=keys.device)[:, None]
-        entry = self.at[:, None] + arange(keys.shape[2], device=keys.device)  # [S, Q]
-        self.keys[slot, :, entry] = keys.transpose(1, 2)
-        self.values[slot, :, entry] = values.transpose(1, 2)
+        slot = arange(key_states.shape[0], device=key_states.device)[:, None]
+        entry = self.at[:, None] + arange(key_states.shape[2], device=key_states.device)  # [S, Q]
+        self.keys[slot, :, entry] = key_states.transpose(1, 2)
+        self.values[slot, :, entry] = value_states.transpose(1, 2)
         return self.keys, self.values
 
     def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
@@ -45,7 +47,7 @@ class PoolLayer(CacheLayerMixin):
 class Layers(Cache):
     """A cache of given layers."""
 
-    def __init__(self, layers: list[PoolLayer]) -> None:
+    def __init__(self, layers: list[Any]) -> None:
         self.layers, self.layer_class_to_replicate, self.offloading = layers, None, False
 
 

@@ -45,9 +45,10 @@ def load_model(files: ModelFiles, device: torch.device, dtype: str) -> Model:
     spec = PixelSpec.from_config(files.processor)
     with explained(files), quiet_transformers():
         tokenizer = load_tokenizer(files)
-        model, report = VisionEncoderDecoderModel.from_pretrained(
+        loaded: Any = VisionEncoderDecoderModel.from_pretrained(
             files.folder, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True
         )
+        model, report = loaded
         refuse_missing(files, report)
         model = model.eval().to(device)
     decoder = model.config.decoder
@@ -83,10 +84,13 @@ def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder; one that says nothing of its kind gets the decoder's own."""
     names = set(os.listdir(files.folder))
     if not names & {"tokenizer.json", "tokenizer_config.json"}:
-        kind = {"gpt2": transformers.GPT2Tokenizer, "bert": transformers.BertTokenizer}[files.config["decoder"]["model_type"]]
-        tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(files.folder, local_files_only=True)
-        return tokenizer
-    return AutoTokenizer.from_pretrained(files.folder, local_files_only=True)
+        kind: Any = {"gpt2": transformers.GPT2Tokenizer, "bert": transformers.BertTokenizer}[
+            files.config["decoder"]["model_type"]
+        ]
+    else:
+        kind = AutoTokenizer
+    tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(files.folder, local_files_only=True)
+    return tokenizer
 
 
 def refuse_missing(files: ModelFiles, report: dict[str, Any]) -> None:
@@ -104,7 +108,9 @@ def explained(files: ModelFiles) -> Iterator[None]:
     except (CapcliError, KeyboardInterrupt):
         raise
     except torch.OutOfMemoryError as error:
-        raise CapcliError(f"{files.name} does not fit the device's memory; try --dtype bfloat16 or --device cpu") from error
+        raise CapcliError(
+            f"{files.name} does not fit the device's memory; try --dtype bfloat16 or --device cpu"
+        ) from error
     except Exception as error:
         raise explain_load_error(error, files) from error
 
@@ -114,13 +120,13 @@ def quiet_transformers() -> Iterator[None]:
     """Loading says nothing a user of capcli can act on; what matters is checked here."""
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.CRITICAL)
-    transformers.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         transformers.logging.set_verbosity(level)
         if bars:
-            transformers.logging.enable_progress_bar()
+            transformers.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def choose_device(name: str) -> torch.device:
@@ -143,5 +149,5 @@ def choose_dtype(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    abilities = getattr(torch.cpu, "get_capabilities", dict)()
+    abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else "float32"

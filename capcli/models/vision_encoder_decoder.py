@@ -23,8 +23,10 @@ class Encode(nn.Module):
 
     def __init__(self, model: PreTrainedModel, rescale: float, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.encoder, self.decoder = model.encoder, model.decoder
-        self.project = getattr(model, "enc_to_dec_proj", None) or nn.Identity()
+        whole: Any = model
+        self.encoder: nn.Module = whole.encoder
+        self.decoder: nn.Module = whole.decoder
+        self.project: nn.Module = getattr(whole, "enc_to_dec_proj", None) or nn.Identity()
         self.rescale = rescale
         self.mean = nn.Buffer(torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.std = nn.Buffer(torch.tensor(std, dtype=torch.float32), persistent=False)
@@ -46,7 +48,8 @@ class Step(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.decoder = model.decoder
+        whole: Any = model
+        self.decoder: nn.Module = whole.decoder
 
     def forward(
         self,
@@ -92,4 +95,4 @@ def keys_and_values(layer: Any, seen: Tensor) -> tuple[Tensor, Tensor]:
     else:
         keys, values = layer.key(seen), layer.value(seen)
         heads = layer.num_attention_heads
-    return tuple(t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (keys, values))  # type: ignore[return-value]
+    return tuple(t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (keys, values))

@@ -1,0 +1,51 @@
+"""The command line: one file per command, Click only; nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import click
+
+from capcli import __version__
+from capcli.cli.caption import caption
+from capcli.errors import CapcliError
+
+HELP = "Caption folders of images in bulk."
+
+
+@click.group(help=HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="capcli")
+def cli() -> None:
+    pass
+
+
+cli.add_command(caption)
+
+
+def main() -> None:
+    """The program: runs a command and exits with its code; every error is one line that says what to do."""
+    debug = "--debug" in sys.argv or os.environ.get("CAPCLI_CAPTION_DEBUG") in ("1", "true", "yes")
+    try:
+        sys.exit(cli.main(auto_envvar_prefix="CAPCLI", prog_name="capcli", standalone_mode=False) or 0)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except CapcliError as error:
+        if debug:
+            traceback.print_exc()
+        click.echo(f"capcli: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        click.echo(f"capcli: unexpected {type(error).__name__}: {error} (--debug shows where)", err=True)
+        sys.exit(1)

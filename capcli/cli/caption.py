@@ -1,0 +1,202 @@
+"""`capcli caption`: parse, build CaptionOptions, run the pipeline, exit with its code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import click
+
+from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, comma_separated
+from capcli.options import (
+    DECODE_TIMEOUT,
+    DEFAULT_MODEL,
+    MAX_PIXELS,
+    CaptionOptions,
+    GenerationOptions,
+    SinkOptions,
+    SourceOptions,
+)
+from capcli.records import FACTS
+
+Decorator = Callable[[Any], Any]
+
+
+def under(section: str) -> Callable[..., Decorator]:
+    return partial(click.option, cls=SectionedOption, section=section, show_envvar=False)
+
+
+source, generation, model, output, running = map(under, ("Source", "Generation", "Model", "Output", "Running"))
+EARLY = {"true": True, "false": False, "never": "never"}
+
+
+@click.command(cls=SectionedCommand, short_help="Caption images: files, folders, lists, standard input.")
+@click.argument("sources", nargs=-1, type=click.Path())
+@source(
+    "--from-file", metavar="LIST", type=click.Path(), help="Take paths from a file, one per line ('-': standard input)."
+)
+@source("-0", "--null", is_flag=True, help="Listed paths are separated by NUL, as by find -print0.")
+@source("--recursive/--no-recursive", default=True, show_default=True, help="Look into folders below folders.")
+@source(
+    "--include", metavar="PATTERN", multiple=True, help="In folders take only what matches, e.g. '*.tif'; repeatable."
+)
+@source(
+    "--exclude",
+    metavar="PATTERN",
+    multiple=True,
+    help="In folders leave out what matches, e.g. 'thumbs/**'; repeatable.",
+)
+@source("--limit", metavar="N", type=click.IntRange(min=0), help="Caption at most N images in this run.")
+@source(
+    "--max-pixels",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=MAX_PIXELS,
+    show_default=True,
+    help="Refuse images of more pixels than this, before they are decoded.",
+)
+@source(
+    "--decode-timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    default=DECODE_TIMEOUT,
+    show_default=True,
+    help="Give up on an image that takes longer to decode.",
+)
+@model(
+    "-m",
+    "--model",
+    metavar="ID|FOLDER",
+    default=DEFAULT_MODEL,
+    show_default=True,
+    help="The captioner: a name on the hub, or a folder.",
+)
+@model("--revision", metavar="REV", help="Branch, tag or commit of a model on the hub.")
+@model("--device", metavar="auto|cpu|cuda[:N]", default="auto", show_default=True, help="Where to compute.")
+@model(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Precision; auto is bfloat16 where the hardware computes in it, else float32.",
+)
+@model(
+    "--batch-size",
+    type=AutoOrNumber(1),
+    default="auto",
+    show_default=True,
+    help="Images decoded at a time (slots); auto fits the device's memory and the number of images.",
+)
+@model("--threads", metavar="N", type=click.IntRange(min=1), help="CPU threads for the model. [default: all cores]")
+@generation("--num-beams", metavar="N", type=click.IntRange(min=1), help="Beams of beam search; 1 is greedy.")
+@generation("--max-new-tokens", metavar="N", type=click.IntRange(min=1), help="Longest caption, in tokens.")
+@generation("--min-new-tokens", metavar="N", type=click.IntRange(min=0), help="Shortest caption, in tokens.")
+@generation("--length-penalty", metavar="X", type=float, help="With beams: above 0 favours longer captions.")
+@generation("--early-stopping", type=click.Choice(list(EARLY)), help="With beams: when the search may end.")
+@generation("--no-repeat-ngram-size", metavar="N", type=click.IntRange(min=0), help="Say no N-gram twice; 0 is off.")
+@generation(
+    "--repetition-penalty",
+    metavar="X",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Above 1 makes words said before less likely.",
+)
+@generation("--do-sample/--no-do-sample", default=None, help="Draw words at random instead of taking the likeliest.")
+@generation(
+    "--temperature", metavar="X", type=click.FloatRange(min=0, min_open=True), help="With sampling: above 1 is bolder."
+)
+@generation(
+    "--top-k", metavar="N", type=click.IntRange(min=0), help="With sampling: only the N likeliest words; 0 is off."
+)
+@generation(
+    "--top-p",
+    metavar="X",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    help="With sampling: only the likeliest words that make up this share.",
+)
+@generation(
+    "--num-return-sequences",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Captions per image: the best beams, or samples.",
+)
+@generation("--seed", metavar="N", type=int, help="With sampling: other noise; the same seed gives the same captions.")
+@generation("--prompt", metavar="TEXT", help="Words given to the decoder before the caption.")
+@generation("--keep-prompt", is_flag=True, help="Leave the prompt in the text.")
+@output(
+    "-o",
+    "--out",
+    metavar="PATH|-",
+    type=click.Path(allow_dash=True),
+    help="Write rows here and go on with what is there. [default: standard output]",
+)
+@output("--format", type=click.Choice(["jsonl", "csv"]), help="Format of the rows. [default: by the suffix of --out]")
+@output("--fields", metavar="A,B,..", callback=comma_separated, help=f"More columns: {', '.join(FACTS)}.")
+@output("--sidecar", type=click.Choice([".txt", ".caption"]), help="Write a text file per image too, beside the image.")
+@output("--sidecar-dir", metavar="FOLDER", type=click.Path(), help="Where to put the text files, in the same folders.")
+@output(
+    "--existing",
+    type=click.Choice(["skip", "overwrite", "append"]),
+    default="skip",
+    show_default=True,
+    help="What to do about a text file that is there.",
+)
+@output(
+    "--failures", metavar="PATH", type=click.Path(), help="Where to list images that failed. [default: beside --out]"
+)
+@output(
+    "--order",
+    type=click.Choice(["source", "done"]),
+    default="source",
+    show_default=True,
+    help="Order of the rows: the source's, or as captions come.",
+)
+@output("--overwrite", is_flag=True, help="Start --out anew.")
+@output("--retry-failed", is_flag=True, help="Try images again that failed in an earlier run.")
+@running(
+    "--workers",
+    type=AutoOrNumber(0),
+    default="auto",
+    show_default=True,
+    help="Processes that decode images; 0 decodes in this one, without --decode-timeout.",
+)
+@running("--dry-run", is_flag=True, help="List what would be captioned and stop.")
+@running("-q", "--quiet", is_flag=True, help="No progress and no closing line.")
+@running("--debug", is_flag=True, help="Show where an error came from.")
+def caption(**given: Any) -> int:
+    """Caption SOURCES: image files, folders, quoted glob patterns, or - for paths on standard input.
+
+    \b
+      capcli caption ./photos --out captions.jsonl
+      find . -name '*.jpg' -print0 | capcli caption -0 - | head
+
+    A rerun with the same --out goes on where the last one ended. What is not given comes from the model's own
+    generation settings. Every option can be set in the environment too: CAPCLI_CAPTION_NUM_BEAMS=4.
+
+    \b
+    Exit codes: 0 all captioned; 3 finished, with failures on record; 2 wrong usage; 1 could not run;
+    130 or 143 interrupted (the same command goes on from there).
+    """
+    given["early_stopping"] = EARLY.get(given["early_stopping"])
+    options = caption_options(given)
+    from capcli import pipeline
+
+    return pipeline.run(options)
+
+
+def caption_options(given: dict[str, Any]) -> CaptionOptions:
+    """The command's parameters, by name, in the dataclass that each belongs to. Raises UsageError for what cannot be."""
+
+    def taken(kind: type) -> dict[str, Any]:
+        return {name: given[name] for name in kind.__dataclass_fields__ if name in given}  # type: ignore[attr-defined]
+
+    unknown = [name for name in given["fields"] if name not in FACTS]
+    if unknown:
+        raise click.BadParameter(f"{', '.join(unknown)} is none of {', '.join(FACTS)}", param_hint="--fields")
+    several = (given["num_return_sequences"] or 1) > 1
+    return CaptionOptions(
+        source=SourceOptions(**taken(SourceOptions)),
+        sink=SinkOptions(candidates=several, **taken(SinkOptions)),
+        generation=GenerationOptions(**taken(GenerationOptions)),
+        **taken(CaptionOptions),
+    )

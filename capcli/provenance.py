@@ -1,0 +1,81 @@
+"""What made these captions: the receipt of a run, and whether a later run may go on from it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+import PIL
+import torch
+import transformers
+
+from capcli import __version__
+from capcli.captioner import Captioner
+from capcli.decoding.loop import Shapes
+from capcli.decoding.settings import Settings
+from capcli.errors import UsageError
+from capcli.models.files import fingerprint
+from capcli.options import CaptionOptions
+from capcli.progress import Report
+from capcli.sinks import Sink, difference
+from capcli.sources import Source
+
+
+def make_receipt(
+    options: CaptionOptions, source: Source, captioner: Captioner, settings: Settings, shapes: Shapes
+) -> dict[str, Any]:
+    """A run's receipt, as it stands before the first image.
+
+    What is under `settings` decides the captions: a later run goes on only where it is the same. `shapes` and `threads` are
+    taken over by a later run, so that its captions are the same to the bit.
+    """
+    return {
+        "capcli": __version__,
+        "state": "running",
+        "source": source.describe(),
+        "model": {"name": captioner.files.name, "revision": captioner.files.revision},
+        "settings": {
+            "model": fingerprint(captioner.files.folder),
+            "dtype": captioner.model.dtype,
+            "fields": list(options.sink.fields),
+            "keep_prompt": options.keep_prompt,
+            "generation": settings.receipt(),
+        },
+        "shapes": {"slots": shapes.slots, "chunk": shapes.chunk, "rows": settings.rows, "pool": settings.entries},
+        "device": str(captioner.model.device),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "pillow": PIL.__version__,
+            "numpy": numpy.__version__,
+        },
+    }
+
+
+def refuse_other_settings(old: Mapping[str, Any] | None, new: Mapping[str, Any], out: str | None) -> None:
+    """Raises UsageError, naming what differs, when `new` would not have made the captions that `old` made."""
+    lines = [] if old is None else difference(old.get("settings", {}), new["settings"])
+    if lines:
+        raise UsageError(
+            f"{out} was begun with other settings: {'; '.join(lines)}. Go on with those, name another --out, "
+            "or start anew with --overwrite"
+        )
+
+
+def earlier_shapes(old: Mapping[str, Any] | None) -> Shapes | None:
+    """The shapes an earlier run had, where its receipt says."""
+    try:
+        return None if old is None else Shapes(int(old["shapes"]["slots"]), int(old["shapes"]["chunk"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def finished(receipt: Mapping[str, Any], report: Report, sink: Sink, state: str) -> dict[str, Any]:
+    """The receipt at the end of a run: rows and failures on record, and what this run did."""
+    counts = {"captions": sink.old_captions + report.captioned, "failures": sink.failures_on_record}
+    last = {"captioned": report.captioned, "failed": report.failed, "skipped": report.skipped}
+    return {**receipt, "state": state, "counts": counts, "last_run": {**last, "seconds": round(report.seconds, 3)}}
