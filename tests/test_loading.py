@@ -311,10 +311,10 @@ def test_the_window_bounds_the_pixels_that_wait(monkeypatch: pytest.MonkeyPatch)
     assert isinstance(third, Ticket)
     ours.settle(second, Loaded("second", misbehaving.STRANGE["strided"]))
     assert ours.next_task() is None
-    ours.put_back(third)
-    assert ours.next_task() is None
     ours.put_back(first)
+    ours.put_back(third)
     assert ours.next_task() is first
+    assert ours.next_task() is None
     ours.settle(first, Failure("first", "crash", ""))
     assert [ours.take(0) is not None, ours.take(0) is not None, ours.take(0)] == [True, True, None]
     assert ours.next_task() is third
