@@ -79,7 +79,9 @@ class Captioner:
         max_pixels: int = MAX_PIXELS,
         **generation: Any,
     ) -> Iterator[Result]:
-        """Caption `images`: paths, PIL images (any mode), or arrays [height, width(, 1 | 3 | 4)] of uint8, uint16 or floats in 0..1.
+        """Caption `images`: paths, PIL images of any mode, or arrays [height, width(, 1 | 3 | 4)].
+
+        Arrays hold uint8, uint16, or floats from 0 to 1.
 
         Yields one `Caption` or `Failure` per image, in order; a bad image never raises. A path's `name` is the path, any other
         image's its index. `generation` takes transformers' names: num_beams, max_new_tokens, min_new_tokens, length_penalty,

@@ -6,12 +6,61 @@ from dataclasses import dataclass
 from typing import Literal
 
 from capcli.errors import UsageError
-from capcli.sinks.options import SinkOptions
-from capcli.sources import SourceOptions
 
 DEFAULT_MODEL = "nlpconnect/vit-gpt2-image-captioning"
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses an image as a decompression bomb
 DECODE_TIMEOUT = 60.0  # seconds
+
+Format = Literal["jsonl", "csv"]
+Suffix = Literal[".txt", ".caption"]
+Existing = Literal["skip", "overwrite", "append"]
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What to list.
+
+    `sources` are files, folders, glob patterns or `-` (names on standard input); a path that exists is taken as it
+    is, wildcards or not. `from_file` is a list of paths, one a line, or separated by NUL with `null`, which holds
+    for standard input as well. Folders and patterns yield files with an image suffix, hidden ones (leading dot) not.
+
+    `include` and `exclude` hold patterns over the name relative to the folder (or to the part of a glob before its
+    first wildcard). One without `/` is held against base names at any depth: `*.tif`. One with `/` is held against the
+    whole relative name: `2024/*.tif`, `2024/**`. With `include` these patterns alone decide, whatever the suffix;
+    `exclude` wins over it, and prunes a folder that it matches. Hidden names are included only by patterns that spell
+    the dot. Files that are named or listed are always yielded.
+    """
+
+    sources: tuple[str, ...] = ()
+    from_file: str | None = None
+    null: bool = False
+    recursive: bool = True
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SinkOptions:
+    """Where captions go and what a row holds.
+
+    `out` is a file, `-` for standard output, or None: standard output, unless sidecars are asked for. `format` None
+    goes by the file's suffix; on standard output it is JSON lines, readable ones on a terminal. `candidates` adds all
+    captions of an image to its row, `fields` names facts to add. `failures` None: beside `out`, or lines to `warn`.
+    `overwrite` starts a file anew, `retry_failed` tries earlier failures again. `sidecar` is the suffix of a text file
+    for each image, beside it or below `sidecar_dir`; `existing` says what becomes of one that is there.
+    """
+
+    out: str | None = None
+    format: Format | None = None
+    candidates: bool = False
+    fields: tuple[str, ...] = ()
+    failures: str | None = None
+    overwrite: bool = False
+    retry_failed: bool = False
+    sidecar: Suffix | None = None
+    sidecar_dir: str | None = None
+    existing: Existing = "skip"
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:

@@ -21,12 +21,12 @@ from capcli.interrupts import Interrupts
 from capcli.loading import Loading, default_workers, load, usable_cpus
 from capcli.models.hub import resolve as find_model
 from capcli.models.loading import choose_device, choose_dtype, load_model
+from capcli.names import printable
 from capcli.options import CaptionOptions
 from capcli.progress import Progress, Report
 from capcli.provenance import earlier_shapes, finished, make_receipt, refuse_other_settings
 from capcli.records import Caption, Entry, Failure
 from capcli.sinks import ClosedPipeError, Sink, open_sink
-from capcli.sinks.names import printable
 from capcli.sources import Source, open_source
 
 

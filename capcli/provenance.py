@@ -41,6 +41,8 @@ def make_receipt(
             "dtype": captioner.model.dtype,
             "fields": list(options.sink.fields),
             "keep_prompt": options.keep_prompt,
+            "sidecar": options.sink.sidecar,
+            "sidecar_dir": options.sink.sidecar_dir,
             "generation": settings.receipt(),
         },
         "shapes": {"slots": shapes.slots, "chunk": shapes.chunk, "rows": settings.rows, "pool": settings.entries},

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:  # the command line reads this file, and is quick without numpy
+    import numpy as np
+    import numpy.typing as npt
 
 FACTS = ("width", "height", "format", "mode", "bytes", "sha256")  # what can be asked for of an image's file
 Facts = Mapping[str, str | int]

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from capcli.options import SinkOptions
 from capcli.records import Candidate, Caption, Entry, Failure
-from capcli.sinks import Sink, SinkOptions, open_sink
+from capcli.sinks import Sink, open_sink
 
 AHEAD = 3  # entries asked for before the first of them is written, as a pipeline does
 

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from sinking import caption_of, rows, run
 
 from capcli.errors import CapcliError
+from capcli.options import SinkOptions
 from capcli.records import Candidate, Caption, Entry, Failure
-from capcli.sinks import SinkOptions, open_sink
-from capcli.sinks.names import Keys
+from capcli.sinks import open_sink
+from capcli.sinks.keys import Keys
 
 ODD = [
     "a.jpg",
@@ -260,7 +261,7 @@ RUN = """
 import sys
 sys.path.insert(0, "tests")
 from sinking import run
-from capcli.sinks import SinkOptions
+from capcli.options import SinkOptions
 run(map(str, range(int(sys.argv[2]))), SinkOptions(sys.argv[1]))
 """
 

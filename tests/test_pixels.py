@@ -384,7 +384,7 @@ def test_facts_are_what_was_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_file_too_large_for_memory_is_read_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("capcli.opening.IN_MEMORY", 100)
+    monkeypatch.setattr("capcli.pixels.opening.IN_MEMORY", 100)
     for name in ["jpeg", "tiff", "tiff-lzw", "webp"]:
         data = encoded(picture(), name)
         path = tmp_path / "image"

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from sinking import caption_of, rows, run
 
 from capcli.errors import CapcliError, UsageError
+from capcli.names import is_text, printable
+from capcli.options import SinkOptions
 from capcli.records import Candidate, Caption, Entry, Failure
-from capcli.sinks import SinkOptions, difference, open_sink
-from capcli.sinks.names import is_text, printable
+from capcli.sinks import difference, open_sink
 
 raw_names = st.binary(min_size=1, max_size=12).filter(lambda raw: b"\0" not in raw)
 any_names = st.one_of(raw_names, st.text(min_size=1, max_size=8).map(lambda text: text.encode("utf-8", "replace")))
@@ -348,7 +349,8 @@ PRINT = """
 import sys
 sys.path.insert(0, "tests")
 from sinking import run
-from capcli.sinks import ClosedPipeError, SinkOptions
+from capcli.options import SinkOptions
+from capcli.sinks import ClosedPipeError
 try:
     run(sys.argv[1:] or map(str, range(100000)), SinkOptions())
 except ClosedPipeError:

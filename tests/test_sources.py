@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capcli.errors import UsageError
-from capcli.sources import Source, SourceOptions, open_source
+from capcli.options import SourceOptions
+from capcli.sources import Source, open_source
 from capcli.sources.patterns import Pattern
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs names and files of POSIX")
@@ -254,7 +255,8 @@ def test_a_list_may_come_through_a_pipe(tmp_path: Path) -> None:
 
 LISTEN = """
 import sys
-from capcli.sources import SourceOptions, open_source
+from capcli.options import SourceOptions
+from capcli.sources import open_source
 for entry in open_source(SourceOptions(("-",), null=len(sys.argv) > 1), print):
     print(ascii(entry.name), flush=True)
 """

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from capcli.decoding.settings import Settings
 
-
 Where = Callable[[Tensor], Tensor]  # length [S] -> bool [S]
 Constraint = Callable[[Tensor, Tensor, Tensor], Tensor]  # scores, sequence, length -> scores
 

@@ -1,6 +1,6 @@
 """The decode loop: images take free slots, every step says one token for all of them, and who has ended makes room.
 
-It knows nothing of files, text or models: images are arrays with a key, a runtime has two calls (`admit`, `step`), captions are ids.
+It knows nothing of files, text or models: images are arrays with a key, a runtime admits and steps, captions are ids.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from torch import Tensor, arange
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 
-class PoolLayer(CacheLayerMixin):
+class PoolLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values [S, H, N, D] of one layer. `update` writes new ones in place, slot s from entry `at[s]` on."""
 
     is_compileable, is_sliding = True, False
@@ -17,7 +17,7 @@ class PoolLayer(CacheLayerMixin):
     values: Tensor
 
     def __init__(self, keys: Tensor, values: Tensor, at: Tensor | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values, self.at, self.is_initialized = keys, values, at, True
 
     def lazy_initialization(self, *_: Any) -> None:

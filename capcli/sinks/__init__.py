@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from capcli.options import SinkOptions
 from capcli.sinks.console import ClosedPipeError
-from capcli.sinks.options import SinkOptions
 from capcli.sinks.receipt import difference
 from capcli.sinks.sink import Sink
 
-__all__ = ["ClosedPipeError", "Sink", "SinkOptions", "difference", "open_sink"]
+__all__ = ["ClosedPipeError", "Sink", "difference", "open_sink"]
 
 
 def open_sink(options: SinkOptions, warn: Callable[[str], None]) -> Sink:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
 
+from capcli.names import is_text
+from capcli.options import Format
 from capcli.records import Caption
 from capcli.sinks.journal import Journal
-from capcli.sinks.names import Keys, is_text, key
+from capcli.sinks.keys import Keys, key
 from capcli.sinks.rows import Columns, Csv, JsonCaptions
-
-Format = Literal["jsonl", "csv"]
 
 
 def rows_for(kind: Format, columns: Columns) -> JsonCaptions | Csv:

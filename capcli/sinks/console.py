@@ -9,9 +9,10 @@ import sys
 from collections.abc import Callable
 
 from capcli.errors import CapcliError
+from capcli.names import is_text, printable
+from capcli.options import Format
 from capcli.records import Caption
-from capcli.sinks.captions import Format, rows_for
-from capcli.sinks.names import is_text, printable
+from capcli.sinks.captions import rows_for
 from capcli.sinks.rows import Columns, Csv
 
 

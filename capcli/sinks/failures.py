@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from capcli.names import as_text, raw_bytes
 from capcli.records import Failure
 from capcli.sinks.journal import Journal
-from capcli.sinks.names import Keys, as_text, key, raw_bytes
+from capcli.sinks.keys import Keys, key
 from capcli.sinks.rows import JsonLines, json_line
 
 

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 from capcli.errors import CapcliError, UsageError
+from capcli.names import printable
 from capcli.sinks import atomic, locks, scan
-from capcli.sinks.names import key, printable
+from capcli.sinks.keys import key
 from capcli.sinks.rows import Rows
 
 _SYNC_SECONDS = 5.0

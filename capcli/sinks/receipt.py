@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from capcli.errors import CapcliError
+from capcli.names import printable
 from capcli.sinks import atomic
-from capcli.sinks.names import printable
 
 _UNSET = object()
 

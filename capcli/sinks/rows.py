@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from capcli.names import as_text, is_text, raw_bytes
 from capcli.records import Caption, Facts
-from capcli.sinks.names import as_text, is_text, raw_bytes
 
 LONGEST = 1 << 22  # bytes of one row; what is longer was not written by this command
 

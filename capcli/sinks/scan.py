@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-from capcli.sinks.names import printable
+from capcli.names import printable
 from capcli.sinks.rows import LONGEST, ForeignRowError, Rows
 
 _BLOCK = 1 << 18

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from capcli.errors import CapcliError
+from capcli.names import printable, raw_bytes
+from capcli.options import Existing, Suffix
 from capcli.records import Entry
 from capcli.sinks import atomic
-from capcli.sinks.names import Keys, key, printable, raw_bytes
-
-Suffix = Literal[".txt", ".caption"]
-Existing = Literal["skip", "overwrite", "append"]
+from capcli.sinks.keys import Keys, key
 
 
 class Sidecars:

@@ -6,12 +6,14 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
+from capcli.names import printable, raw_bytes
+from capcli.options import SinkOptions
 from capcli.records import Caption, Entry, Failure
 from capcli.sinks.captions import CaptionFile
 from capcli.sinks.console import Console
 from capcli.sinks.failures import FailureFile
-from capcli.sinks.names import Keys, key, printable, raw_bytes
-from capcli.sinks.options import Paths, SinkOptions, format_of
+from capcli.sinks.keys import Keys, key
+from capcli.sinks.paths import Paths, format_of
 from capcli.sinks.rows import Columns
 from capcli.sinks.sidecar import Sidecars
 

@@ -7,36 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from capcli.errors import UsageError
+from capcli.names import printable
+from capcli.options import SourceOptions
 from capcli.records import Entry
-from capcli.sinks.names import printable
 from capcli.sources.files import IMAGE_SUFFIXES, Folder, Glob, is_folder
 from capcli.sources.lists import ListStream, open_list
 from capcli.sources.patterns import MAGIC, Sieve
 
-__all__ = ["IMAGE_SUFFIXES", "Source", "SourceOptions", "open_source"]
-
-
-@dataclass(frozen=True)
-class SourceOptions:
-    """What to list.
-
-    `sources` are files, folders, glob patterns or `-` (names on standard input); a path that exists is taken as it
-    is, wildcards or not. `from_file` is a list of paths, one a line, or separated by NUL with `null`, which holds
-    for standard input as well. Folders and patterns yield files with an image suffix, hidden ones (leading dot) not.
-
-    `include` and `exclude` hold patterns over the name relative to the folder (or to the part of a glob before its
-    first wildcard). One without `/` is held against base names at any depth: `*.tif`. One with `/` is held against the
-    whole relative name: `2024/*.tif`, `2024/**`. With `include` these patterns alone decide, whatever the suffix;
-    `exclude` wins over it, and prunes a folder that it matches. Hidden names are included only by patterns that spell
-    the dot. Files that are named or listed are always yielded.
-    """
-
-    sources: tuple[str, ...] = ()
-    from_file: str | None = None
-    null: bool = False
-    recursive: bool = True
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+__all__ = ["IMAGE_SUFFIXES", "Source", "open_source"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,218 @@
+"""Bytes -> oriented RGB -> pixels, with the processor's arithmetic to the bit.
+
+Runs in light decoder processes: the standard library, NumPy and Pillow, and pillow-heif once a file asks for it.
+Pillow's limits and warnings are the process's, so one image at a time is decoded here: more cores want more processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import threading
+import warnings
+from collections.abc import Collection, Iterator
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile
+
+from capcli.errors import ImageError
+from capcli.pixels.opening import identify, open_regular
+from capcli.pixels.processor import PixelSpec
+from capcli.pixels.rgb import array_rgb, upright_rgb
+from capcli.records import FACTS
+
+__all__ = ["FACTS", "PixelSpec", "from_array", "load", "read", "resize", "to_rgb"]
+
+WHOLE_RESIZE = 1 << 24  # pixels of a resized image up to which it is made whole before it is cropped
+LONGEST_EDGE = 1 << 21  # of a resized image; Pillow's filter table alone takes some 50 bytes for each of its pixels
+LARGEST_OUTPUT = 1 << 26  # pixels of a resized image that is not cropped
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Python prints what plugins log about damaged files
+_one_at_a_time = threading.RLock()
+
+
+def load(
+    path: str, spec: PixelSpec, *, max_pixels: int, facts: Collection[str] = ()
+) -> tuple[npt.NDArray[np.uint8], dict[str, str | int]]:
+    """`read`, then `resize`: the pixels uint8 [height, width, 3] of the image at `path`, and its `facts`.
+
+    Raises:
+        ImageError: whatever went wrong, in decoding or in memory.
+    """
+    with _failures():
+        image, found = read(path, max_pixels=max_pixels, facts=facts)
+        return resize(image, spec), found
+
+
+def read(path: str, *, max_pixels: int, facts: Collection[str] = ()) -> tuple[Image.Image, dict[str, str | int]]:
+    """Open the image at `path`: upright RGB, the first frame of several; and those of `FACTS` that are asked for.
+
+    Width and height are those of the upright image; format and mode are Pillow's names for what the file holds. An
+    image of more than `max_pixels` is refused before it is decoded.
+
+    Raises:
+        ImageError: it is no regular file, no image, truncated, too large, or anything else was wrong with it.
+    """
+    with _failures(), open_regular(path) as stream, _pillow_limits(max_pixels):
+        found: dict[str, str | int] = {"bytes": stream.seek(0, os.SEEK_END)}
+        if "sha256" in facts:
+            stream.seek(0)
+            found["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+        image = identify(stream)
+        _refuse_large(image.size, max_pixels)
+        found |= {"format": image.format or "", "mode": image.mode}
+        rgb = upright_rgb(image)
+        _refuse_large(rgb.size, max_pixels)  # some containers hold other sizes than their headers say
+        found |= {"width": rgb.width, "height": rgb.height}
+        return rgb, {name: found[name] for name in facts}
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as upright RGB; the image itself where it is that already.
+
+    Raises:
+        ImageError: it cannot be decoded or converted.
+    """
+    with _failures(), _pillow_limits(None):
+        return upright_rgb(image)
+
+
+def from_array(array: npt.NDArray[np.generic]) -> Image.Image:
+    """RGB from [height, width] or [height, width, 1 | 3 | 4]: uint8, uint16, bool, or floats from 0 to 1.
+
+    Raises:
+        ImageError: another shape or dtype, an empty array, or floats outside 0 to 1.
+    """
+    with _failures():
+        return array_rgb(array)
+
+
+def resize(image: Image.Image, spec: PixelSpec) -> npt.NDArray[np.uint8]:
+    """Resize and crop an RGB image as the processor does: uint8 [height, width, 3], C-contiguous and writable.
+
+    The result equals transformers' PIL backend to the bit. Of an image so long that resizing it whole would take much
+    memory, only what the crop keeps is made.
+
+    Raises:
+        ImageError: a shape whose resized image has an empty edge, or one above `LONGEST_EDGE` or `LARGEST_OUTPUT`; or
+            not enough memory.
+    """
+    height, width = spec.resized(image.height, image.width)
+    crop_height, crop_width = spec.crop or (height, width)
+    _refuse_shape(image, (width, height), cropped=spec.crop is not None)
+    top, rows, above = _window(height, crop_height)
+    left, columns, before = _window(width, crop_width)
+    with _failures():
+        part = _resized_part(image, (width, height), (left, top, left + columns, top + rows), spec.resample)
+    if part.size == (crop_width, crop_height):
+        return np.array(part)
+    pixels = np.zeros((crop_height, crop_width, 3), np.uint8)
+    pixels[above : above + rows, before : before + columns] = np.asarray(part)
+    return pixels
+
+
+def _window(length: int, crop: int) -> tuple[int, int, int]:
+    """Of a centred crop along one edge: where it begins in the image, what it takes, where that begins in the crop."""
+    if length >= crop:
+        return (length - crop) // 2, crop, 0
+    return 0, length, (crop - length + 1) // 2
+
+
+def _resized_part(
+    image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], resample: int
+) -> Image.Image:
+    """`image.resize(size, resample).crop(box)`, to the bit, in bounded memory.
+
+    Pillow resizes along the rows, rounds to bytes, then along the columns by the same arithmetic, each row and column
+    by itself: so both passes can be made of strips. (Its own `box` shifts the filter by a rounded fraction: not exact.)
+    """
+    width, height = size
+    left, top, right, bottom = box
+    if width * height <= WHOLE_RESIZE or box == (0, 0, width, height):
+        whole = image.resize(size, Image.Resampling(resample))
+        return whole if box == (0, 0, width, height) else whole.crop(box)
+    wide = _resized_columns(image, width, left, right, resample).transpose(Image.Transpose.TRANSPOSE)
+    return _resized_columns(wide, height, top, bottom, resample).transpose(Image.Transpose.TRANSPOSE)
+
+
+def _resized_columns(image: Image.Image, width: int, left: int, right: int, resample: int) -> Image.Image:
+    """Columns `left` to `right` of the image resized to `width` and its own height, made a few rows at a time."""
+    columns = Image.new("RGB", (right - left, image.height))
+    step = max(1, WHOLE_RESIZE // width)
+    for above in range(0, image.height, step):
+        below = min(above + step, image.height)
+        strip = image.crop((0, above, image.width, below)).resize((width, below - above), Image.Resampling(resample))
+        columns.paste(strip.crop((left, 0, right, below - above)), (0, above))
+    return columns
+
+
+def _refuse_shape(image: Image.Image, resized: tuple[int, int], *, cropped: bool) -> None:
+    width, height = resized
+    if min(resized) < 1:
+        reason = "one edge would vanish"
+    elif resized == image.size:
+        return
+    elif max(resized) > LONGEST_EDGE:
+        reason = f"an edge would pass {LONGEST_EDGE} pixels"
+    elif not cropped and width * height > LARGEST_OUTPUT:
+        reason = f"it would pass {LARGEST_OUTPUT} pixels"
+    else:
+        return
+    shape = f"{image.width}x{image.height} is too long and thin for this model"
+    raise ImageError("shape", f"{shape}: resized to {width}x{height} {reason}; cut it into pieces")
+
+
+def _refuse_large(size: tuple[int, int], max_pixels: int) -> None:
+    if size[0] * size[1] > max_pixels:
+        raise _too_large(f"{size[0]}x{size[1]}", max_pixels)
+
+
+def _too_large(what: str, max_pixels: int | None) -> ImageError:
+    return ImageError(
+        "too-large", f"{what} pixels are more than the limit of {max_pixels}; raise max_pixels to allow it"
+    )
+
+
+@contextlib.contextmanager
+def _pillow_limits(max_pixels: int | None) -> Iterator[None]:
+    """Set what Pillow keeps for the whole process, and put it back.
+
+    Pillow refuses by `max_pixels` at places that only it can see (an icon's inner image, a frame that outgrows its
+    GIF), truncation fails even where the embedding program allows it, and no warning is shown or raised.
+    """
+    with _one_at_a_time, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, False
+        try:
+            yield
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            pixels = re.search(r"\d+", str(error))
+            raise _too_large(pixels[0] if pixels else "its", max_pixels) from error
+        finally:
+            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    """Whatever decoding raises, Pillow's own and what its plugins let through, becomes an ImageError."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except MemoryError as error:
+        raise ImageError("out-of-memory", "there was not enough memory to decode it") from error
+    except Exception as error:
+        raise ImageError("unreadable", f"it cannot be decoded: {_one_line(error)}") from error
+
+
+def _one_line(text: object) -> str:
+    """A message for people: no line breaks, no addresses of objects, not without end."""
+    line = " ".join(re.sub(r"<[^<>]*\bat 0x[0-9a-fA-F]+>", "the file", str(text)).split())
+    printable = "".join(character if character.isprintable() else "?" for character in line)
+    return printable[:200] or type(text).__name__

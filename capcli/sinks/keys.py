@@ -1,0 +1,51 @@
+"""The eight bytes by which a run remembers a name, and a set of them that stays small."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from hashlib import blake2b
+
+import numpy as np
+import numpy.typing as npt
+
+_LOOSE = 1 << 15  # keys held in a set before they join the array: some 3 MB
+
+
+def key(raw: bytes) -> int:
+    """64 bits of the name's hash: among a million names two are alike once in thirty million runs."""
+    return int.from_bytes(blake2b(raw, digest_size=8).digest(), "big")
+
+
+class Keys:
+    """A set of keys that takes eight bytes for each."""
+
+    def __init__(self, keys: Iterable[int] = ()) -> None:
+        self._loose: set[int] = set()
+        self._sorted = _unique(np.frombuffer(array("Q", keys), np.uint64))
+
+    def __contains__(self, item: int) -> bool:
+        if item in self._loose:
+            return True
+        position = int(np.searchsorted(self._sorted, np.uint64(item)))
+        return position < self._sorted.size and int(self._sorted[position]) == item
+
+    def __len__(self) -> int:
+        return self._sorted.size + len(self._loose)
+
+    def add(self, item: int) -> None:
+        if item in self:
+            return
+        self._loose.add(item)
+        if len(self._loose) >= _LOOSE:
+            fresh = np.fromiter(self._loose, np.uint64, len(self._loose))
+            self._sorted = _unique(np.concatenate([self._sorted, fresh]))
+            self._loose = set()
+
+
+def _unique(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    ordered = np.sort(keys)
+    if ordered.size:
+        first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
+        ordered = ordered if first.all() else ordered[first]
+    return ordered
