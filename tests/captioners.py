@@ -1,26 +1,47 @@
-"""Random captioners of every supported shape, small enough to make in a test, whose captions end at different steps."""
+"""Random captioners of every supported shape, small enough to make in a test, whose captions end early, late and not at all."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
 import torch
+import transformers
 from transformers import (
     BeitConfig,
     BertConfig,
     DeiTConfig,
     GPT2Config,
     PretrainedConfig,
-    Swinv2Config,
     SwinConfig,
+    Swinv2Config,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
     ViTConfig,
 )
 
+from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
+from capcli.decoding.search import Hypothesis
+from capcli.decoding.settings import Settings
+from capcli.models.vision_encoder_decoder import Encode, Step
+from capcli.runtimes.eager import Eager
+
 SIZE = 32
+HALF = (0.5, 0.5, 0.5)
+WIDTH = {"vit": 40, "deit": 40, "beit": 40, "swin": 32, "swinv2": 32}  # of what the encoders leave
+
+transformers.logging.set_verbosity_error()
 
 
 def encoder_config(kind: str) -> PretrainedConfig:
-    small = {"hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": SIZE}
+    small = {
+        "hidden_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "image_size": SIZE,
+    }
     if kind in ("vit", "deit", "beit"):
         made: PretrainedConfig = {"vit": ViTConfig, "deit": DeiTConfig, "beit": BeitConfig}[kind](**small, patch_size=8)
         return made
@@ -29,15 +50,21 @@ def encoder_config(kind: str) -> PretrainedConfig:
 
 
 def decoder_config(kind: str, width: int, vocabulary: int, **more: object) -> PretrainedConfig:
+    more = {
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "add_cross_attention": True,
+        "is_decoder": True,
+    } | more
     if kind == "gpt2":
         sizes = {"n_embd": width, "n_layer": 3, "n_head": 4, "n_positions": 64}
-        return GPT2Config(vocab_size=vocabulary, **sizes, add_cross_attention=True, is_decoder=True, **more)
+        return GPT2Config(vocab_size=vocabulary, **sizes, **more)
     sizes = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 2 * width}
-    return BertConfig(
-        vocab_size=vocabulary, **sizes, max_position_embeddings=64, add_cross_attention=True, is_decoder=True, **more
-    )
+    return BertConfig(vocab_size=vocabulary, **sizes, max_position_embeddings=64, **more)
 
 
+@cache
 def random_captioner(
     encoder: str = "vit",
     decoder: str = "gpt2",
@@ -45,14 +72,15 @@ def random_captioner(
     width: int = 48,
     vocabulary: int = 120,
     seed: int = 0,
-    end_bias: float = 1.5,
+    ends: float = 0.2,
     one_id: bool = False,
+    dtype: torch.dtype = torch.float32,
     **more: object,
 ) -> VisionEncoderDecoderModel:
-    """A captioner with large random weights whose captions end early and late.
+    """A captioner with large random weights, the same one for the same arguments: treat it as constant.
 
-    `end_bias` makes the end token likelier, in standard deviations of the logits. `one_id`: start, end and padding are one
-    token, as in the most used checkpoint.
+    `ends` is the share of steps at which greedy decoding ends. `one_id`: start, end and padding are one token, as in the most
+    used checkpoint.
     """
     torch.manual_seed(seed)
     more = {"tie_word_embeddings": False} | more
@@ -66,23 +94,68 @@ def random_captioner(
         place = "wpe" in name or "position_embeddings" in name
         torch.nn.init.normal_(weight, mean=1.0 if norm and name.endswith("weight") else 0.0, std=1.0 if place else 0.3)
     end = vocabulary - 1
-    bias_end(model, end, end_bias)
     start = end if one_id else vocabulary - 2
     pad = end if one_id else vocabulary - 3
     for place in (model.generation_config, model.config):
-        place.decoder_start_token_id, place.eos_token_id, place.pad_token_id, place.bos_token_id = start, end, pad, start
-    return model
+        place.bos_token_id = place.decoder_start_token_id = start
+        place.eos_token_id, place.pad_token_id = end, pad
+    make_end(model, end, ends)
+    return model.to(dtype)
 
 
 @torch.inference_mode()
-def bias_end(model: VisionEncoderDecoderModel, end: int, bias: float) -> None:
-    """Adds to the end token's logit. GPT-2's head has no bias: its row moves along the last norm's bias instead."""
+def make_end(model: VisionEncoderDecoderModel, end: int, share: float) -> None:
+    """Lifts or lowers the end token's logit so that it is the highest at this share of the steps.
+
+    GPT-2's head has no bias: one channel of its last norm becomes constant and carries it.
+    """
     head = model.decoder.get_output_embeddings()
-    picture = torch.rand(1, 3, SIZE, SIZE) * 2 - 1
-    logits = model(pixel_values=picture, decoder_input_ids=torch.arange(8)[None]).logits
-    amount = bias * logits.std()
-    if head.bias is not None:
-        head.bias[end] += amount
+    if head.bias is None:
+        norm = model.decoder.transformer.ln_f
+        norm.weight[0], norm.bias[0], head.weight[:, 0] = 0.0, 1.0, 0.0
+    pixels = torch.cat([values(picture) for picture in pictures(24, seed=99)])
+    out = model.generate(
+        pixels, max_new_tokens=12, suppress_tokens=[end], output_logits=True, return_dict_in_generate=True
+    )
+    logits = torch.stack(out.logits)  # [steps, images, V]
+    lead = logits.index_fill(-1, torch.tensor([end]), -torch.inf).amax(-1) - logits[..., end]
+    lift = lead.quantile(share)
+    if head.bias is None:
+        head.weight[end, 0] += lift
     else:
-        along = model.decoder.transformer.ln_f.bias
-        head.weight[end] += along * amount / along.square().sum()
+        head.bias[end] += lift
+
+
+def pictures(count: int, seed: int = 0) -> list[np.ndarray]:
+    draw = np.random.default_rng(seed)
+    return [draw.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8) for _ in range(count)]
+
+
+def values(picture: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What transformers' image processor makes of a picture; [1, 3, h, w]."""
+    x = torch.from_numpy(picture.astype(np.float64) * (1 / 255)).float()
+    return ((x - 0.5) / 0.5).permute(2, 0, 1)[None].to(dtype)
+
+
+def eager(model: VisionEncoderDecoderModel, lag: int = 0) -> Eager:
+    """The runtime of a captioner, whose finished flags are read `lag` steps late."""
+    runtime = Eager(Encode(model, 1 / 255, HALF, HALF).eval(), Step(model).eval(), torch.device("cpu"))
+    runtime.lag = lag
+    return runtime
+
+
+def captions(
+    model: VisionEncoderDecoderModel,
+    images: Sequence[np.ndarray],
+    settings: Settings,
+    shapes: Shapes = Shapes(4, 2),  # noqa: B008
+    keys: Sequence[int] | None = None,
+    lag: int = 0,
+) -> list[list[Hypothesis]]:
+    """What capcli says of each of `images`."""
+    jobs = [Job(i, image, keys[i] if keys else 0) for i, image in enumerate(images)]
+    found = {}
+    for done in decode(IterableFeed(jobs), eager(model, lag), settings, shapes):
+        assert done.tag not in found, "captioned twice"
+        found[done.tag] = done.hypotheses
+    return [found[i] for i in range(len(images))]

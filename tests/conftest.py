@@ -4,4 +4,4 @@ from __future__ import annotations
 
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tensors in tests are tiny: a second thread costs more than it brings

@@ -86,6 +86,8 @@ def repetition_penalty(scores: Tensor, sequence: Tensor, length: Tensor, penalty
 
 def no_repeat_ngram(scores: Tensor, sequence: Tensor, length: Tensor, size: int) -> Tensor:
     """Bans what would end an n-gram said before: where the last n - 1 tokens stood before, what came after them."""
+    if size > sequence.shape[2]:
+        return scores  # no caption gets so long
     windows = sequence.unfold(2, size, 1)  # [S, R, L - n + 1, n]
     ends = torch.arange(windows.shape[2], device=scores.device) + size <= length[:, None]  # [S, L - n + 1]
     at = (length[:, None] - size + 1 + torch.arange(size - 1, device=scores.device)).clamp_min(0)  # [S, n - 1]

@@ -161,17 +161,24 @@ def resolve(config: Mapping[str, Any], given: GenerationOptions, prompt: Iterabl
         "forced_eos_token_ids": as_ids(fields.get("forced_eos_token_id")),
         "suppress_tokens": as_ids(fields.get("suppress_tokens")),
         "begin_suppress_tokens": as_ids(fields.get("begin_suppress_tokens")),
-        "max_new_tokens": longest(fields, asked, len(ids)),
-        "min_new_tokens": max(fields.get("min_new_tokens", 0), fields.get("min_length", 0) - len(ids), 0),
+        "max_new_tokens": most(fields, len(ids)),
+        "min_new_tokens": least(fields, len(ids)),
     }
     return Settings(**taken)
 
 
-def longest(fields: Mapping[str, Any], asked: Mapping[str, Any], prompt: int) -> int:
-    """New tokens at most: what was asked for, else the checkpoint's, where max_length counts the prompt; else generate()'s 20."""
-    if "max_new_tokens" in asked or "max_new_tokens" in fields:
+def most(fields: Mapping[str, Any], prompt: int) -> int:
+    """New tokens at most: max_new_tokens, else max_length, which counts the prompt; else generate()'s 20."""
+    if "max_new_tokens" in fields:
         return int(fields["max_new_tokens"])
     return int(fields["max_length"]) - prompt if "max_length" in fields else 20
+
+
+def least(fields: Mapping[str, Any], prompt: int) -> int:
+    """New tokens at least: min_new_tokens, else min_length, which counts the prompt."""
+    if "min_new_tokens" in fields:
+        return int(fields["min_new_tokens"])
+    return max(int(fields.get("min_length", 0)) - prompt, 0)
 
 
 def as_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
