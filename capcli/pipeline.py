@@ -26,6 +26,7 @@ from capcli.options import CaptionOptions
 from capcli.progress import Progress, Report
 from capcli.provenance import earlier_shapes, finished, make_receipt, refuse_other_settings
 from capcli.records import Caption, Entry, Failure
+from capcli.runtimes.cpu import keep_memory_mapped
 from capcli.sinks import ClosedPipeError, Sink, open_sink
 from capcli.sources import Source, open_source
 
@@ -145,6 +146,8 @@ def load_captioner(options: CaptionOptions, receipt: dict[str, Any] | None) -> C
     """The captioner, in the dtype and on as many threads as an earlier run had, unless these are asked for."""
     earlier = receipt or {}
     device = choose_device(options.device)
+    if device.type == "cpu":
+        keep_memory_mapped()
     files = find_model(options.model, options.revision, quiet=options.quiet)
     dtype: str = options.dtype
     if dtype == "auto":

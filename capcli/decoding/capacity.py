@@ -6,7 +6,8 @@ import torch
 
 from capcli.decoding.settings import Settings
 
-CPU_ROWS = 64  # rows in all; more of them fill the matrix units no better and only delay the first caption
+CPU_SLOTS = 32  # beyond, the weights that a step reads weigh little against the memory of the slots (BENCHMARKS.md)
+CPU_ROWS = 128
 CUDA_ROWS = 1024
 CUDA_SLOTS = 256
 SHARE = 0.5  # of the memory that is free now: the weights are in it already, the rest is for activations and neighbours
@@ -16,7 +17,7 @@ def paying_slots(device: torch.device, settings: Settings) -> int:
     """Slots beyond which throughput grows no further."""
     if device.type == "cuda":
         return max(1, min(CUDA_SLOTS, CUDA_ROWS // settings.rows))
-    return max(1, min(32, CPU_ROWS // settings.rows))
+    return max(1, min(CPU_SLOTS, CPU_ROWS // settings.rows))
 
 
 def fitting_slots(device: torch.device, per_slot: int) -> int:

@@ -5,6 +5,7 @@ It knows nothing of files, text or models: images are arrays with a key, a runti
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -145,22 +146,28 @@ class Batch:
         self.since = 0.0
 
     def captions(self) -> Iterator[Done]:
-        with torch.inference_mode():
-            while self.fill():
+        while True:
+            with torch.inference_mode():  # never across a yield: who takes the captions may be training
+                if not self.fill():
+                    return
                 self.step()
-                yield from self.retire()
+                done = self.retire()
+            yield from done
 
     def fill(self) -> bool:
-        """Seats what has come; False when nothing is seated and nothing will come."""
+        """Seats what has come; False when nothing is seated and nothing will come.
+
+        Encoding costs a whole chunk however few are in it, so a chunk waits for company (not for long), then for seats for all.
+        """
         while not self.slots.busy and not self.waiting:
             if self.feed.ended:
                 return False
             self.fetch(wait=None)
         while (room := min(self.shapes.chunk, self.slots.free)) and self.fetch(wait=0):
-            full = len(self.waiting) >= self.shapes.chunk
-            late = self.feed.ended or time.monotonic() - self.since >= LINGER
-            if (full and room == self.shapes.chunk) or late:
-                self.seat([self.waiting.popleft() for _ in range(min(room, len(self.waiting)))])
+            most = min(self.shapes.chunk, len(self.waiting))
+            complete = most == self.shapes.chunk or self.feed.ended or time.monotonic() - self.since >= LINGER
+            if complete and room >= most:
+                self.seat([self.waiting.popleft() for _ in range(most)])
             elif self.slots.busy:
                 break
             else:
@@ -201,19 +208,20 @@ class Batch:
         event.record()
         return flags, broken, event
 
-    def retire(self) -> Iterator[Done]:
+    def retire(self) -> list[Done]:
         """Reads the flags once they are old enough and empties the slots that have ended."""
         if len(self.readings) <= self.runtime.lag:
-            return
+            return []
         taken, flags, broken, event = self.readings.popleft()
         if event is not None:
             event.synchronize()
         seats = self.slots.finished(flags.tolist(), taken)
         if not seats:
-            return
+            return []
         hypotheses = self.search.hypotheses(seats)
         self.runtime.clear(seats)
+        done = []
         for seat, found in zip(seats, hypotheses, strict=True):
-            job = self.slots.leave(seat)
-            sound = not broken[seat] and all(h.score == h.score for h in found)
-            yield Done(job.tag, found if sound else [])
+            sound = not broken[seat] and all(math.isfinite(h.score) for h in found)
+            done.append(Done(self.slots.leave(seat).tag, found if sound else []))
+        return done

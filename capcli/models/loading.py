@@ -15,10 +15,12 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, VisionEncoderDecoderModel
 
 from capcli.errors import CapcliError, UsageError
+from capcli.models.attention import use_attention
 from capcli.models.files import ModelFiles
 from capcli.models.load_errors import explain_load_error
 from capcli.models.vision_encoder_decoder import ANY_SIZE, Encode, Step
 from capcli.pixels import PixelSpec
+from capcli.runtimes.cpu import speed_up
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,10 +53,15 @@ def load_model(files: ModelFiles, device: torch.device, dtype: str) -> Model:
         model, report = loaded
         refuse_missing(files, report)
         model = model.eval().to(device)
+        use_attention(model.decoder)
+    encode, step = Encode(model, spec.rescale_factor, spec.mean, spec.std).eval().to(device), Step(model).eval()
+    if device.type == "cpu" and dtype != "float16":  # which no CPU multiplies fast
+        speed_up(encode)
+        speed_up(step)
     decoder = model.config.decoder
     return Model(
-        encode=Encode(model, spec.rescale_factor, spec.mean, spec.std).eval().to(device),
-        step=Step(model).eval(),
+        encode=encode,
+        step=step,
         device=device,
         dtype=dtype,
         tokenizer=tokenizer,

@@ -35,10 +35,11 @@ class Eager:
             self._make_room(memory)
         at = torch.tensor(seats, device=self.device)
         for mine, new in zip(self._memory, memory, strict=True):
-            mine[at] = new[: len(seats)]
+            mine.index_copy_(0, at, new[: len(seats)])
         if len(self._prompt) > 1:
             self._write_prefix(memory, at)
-        return torch.stack([x[: len(seats)].isfinite().flatten(1).all(1) for x in memory]).all(0)
+        # the first layer's keys mix all of what the encoder saw; what overflows later shows in the score
+        return memory[0][: len(seats)].isfinite().flatten(1).all(1)
 
     def step(self, tokens: Tensor, position: Tensor, visible: Tensor) -> Tensor:
         prefix, rows = len(self._prompt) - 1, tokens.shape[1]
@@ -48,8 +49,8 @@ class Eager:
 
     def clear(self, seats: Sequence[int]) -> None:
         at = torch.tensor(seats, device=self.device)
-        for state in (*self._pool, *self._memory):
-            state[at] = 0  # a NaN poisons what is multiplied with it, even by the zero of a mask
+        for entries in self._pool:
+            entries.index_fill_(0, at, 0)  # a NaN behind a mask still poisons; memory is written anew as a whole
 
     def _make_room(self, memory: Sequence[Tensor]) -> None:
         slots, entries = self._shapes.slots, self._settings.entries

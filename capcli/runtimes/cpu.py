@@ -1,0 +1,85 @@
+"""A captioner's modules made fast on a CPU: weights packed once in oneDNN's own layout, activations fused, memory kept mapped.
+
+transformers' modules stay as they are, with their linear layers swapped; where oneDNN or glibc is missing nothing changes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
+
+FUSED = (
+    ("c_fc", "act"),
+    ("fc1", "activation_fn"),
+    ("dense", "intermediate_act_fn"),
+)  # a linear layer and what follows it
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight is reordered once for the matrix units; with `gelu`, that follows, fused.
+
+    The operators are PyTorch's own, which its compiler uses (`torch._inductor`, mkldnn fusion).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool) -> None:
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())  # noqa: SLF001
+        self.bias = bias
+        self.follow = ("gelu", "tanh") if gelu else ("none", "")
+
+    def forward(self, x: Tensor) -> Tensor:
+        name, how = self.follow
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], how)  # noqa: SLF001
+        return out
+
+
+def speed_up(module: nn.Module) -> None:
+    """Packs every linear layer of a module in place; its weights are float32 or bfloat16 and on the CPU."""
+    if not can_pack():
+        return
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear | Conv1D):
+                weight = child.weight if isinstance(child, nn.Linear) else child.weight.t()
+                setattr(parent, name, PackedLinear(weight.detach(), detached(child.bias), gelu=take_gelu(parent, name)))
+
+
+def can_pack() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+def detached(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach()
+
+
+def take_gelu(parent: Any, linear: str) -> bool:
+    """Takes the GELU that follows this layer out of `parent`; False where none does.
+
+    Only GPT-2's, by the tanh approximation: written out in six operations it costs more than the layer. The exact one is
+    quicker by itself than fused (BENCHMARKS.md).
+    """
+    for name, follow in FUSED:
+        if linear == name and isinstance(getattr(parent, follow, None), NewGELUActivation):
+            setattr(parent, follow, nn.Identity())
+            return True
+    return False
+
+
+def keep_memory_mapped() -> None:
+    """Tells glibc to reuse large blocks instead of returning them: fresh pages cost more than the work done in them.
+
+    For the whole process, so it is for the command and not for those who import capcli. Elsewhere it does nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    mallopt(mmap_threshold, 32 << 20)
+    mallopt(trim_threshold, 1 << 30)
+    mallopt(top_pad, 256 << 20)
