@@ -30,9 +30,9 @@ from capcli.decoding.loop import Done, Job, Shapes, decode
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import Settings, resolve
 from capcli.errors import ImageError, UsageError
+from capcli.models.build import Model, choose_device, choose_dtype, load_model
 from capcli.models.files import ModelFiles
 from capcli.models.hub import resolve as find_model
-from capcli.models.loading import Model, choose_device, choose_dtype, load_model
 from capcli.options import DEFAULT_MODEL, MAX_PIXELS, GenerationOptions
 from capcli.records import Candidate, Caption, Failure, Loaded
 from capcli.runtimes.eager import Eager

@@ -19,8 +19,8 @@ from capcli.decoding.settings import Settings, idle
 from capcli.errors import CapcliError
 from capcli.interrupts import Interrupts
 from capcli.loading import Loading, default_workers, load, usable_cpus
+from capcli.models.build import choose_device, choose_dtype, load_model
 from capcli.models.hub import resolve as find_model
-from capcli.models.loading import choose_device, choose_dtype, load_model
 from capcli.names import printable
 from capcli.options import CaptionOptions
 from capcli.progress import Progress, Report

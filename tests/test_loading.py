@@ -21,11 +21,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capcli import dispatch, loading, window, workers
+from capcli import loading
 from capcli.errors import CapcliError
-from capcli.loading import default_workers, load, usable_cpus
+from capcli.loading import default_workers, dispatch, load, usable_cpus, window
+from capcli.loading import worker as workers
+from capcli.loading.window import Ticket, Window
 from capcli.records import Entry, Failure, Loaded
-from capcli.window import Ticket, Window
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 TESTS = Path(__file__).parent

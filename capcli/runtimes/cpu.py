@@ -50,7 +50,7 @@ def speed_up(module: nn.Module) -> None:
 
 
 def can_pack() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 def detached(bias: Tensor | None) -> Tensor | None:

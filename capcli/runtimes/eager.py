@@ -39,7 +39,8 @@ class Eager:
         if len(self._prompt) > 1:
             self._write_prefix(memory, at)
         # the first layer's keys mix all of what the encoder saw; what overflows later shows in the score
-        return memory[0][: len(seats)].isfinite().flatten(1).all(1)
+        finite: Tensor = memory[0][: len(seats)].isfinite().flatten(1).all(1)
+        return finite
 
     def step(self, tokens: Tensor, position: Tensor, visible: Tensor) -> Tensor:
         prefix, rows = len(self._prompt) - 1, tokens.shape[1]

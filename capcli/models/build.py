@@ -1,0 +1,160 @@
+"""A captioner's files -> its modules, tokenizer and pixel arithmetic, on a device and in a dtype."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, VisionEncoderDecoderModel
+
+from capcli.errors import CapcliError, UsageError
+from capcli.models.attention import use_attention
+from capcli.models.files import ModelFiles
+from capcli.models.load_errors import explain_load_error
+from capcli.models.vision_encoder_decoder import ANY_SIZE, Encode, Step
+from capcli.pixels import PixelSpec
+from capcli.runtimes.cpu import speed_up
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded captioner: `encode` and `step` on `device`, the tokenizer, how pixels are made, its generation_config."""
+
+    encode: nn.Module
+    step: nn.Module
+    device: torch.device
+    dtype: str
+    tokenizer: PreTrainedTokenizerBase
+    spec: PixelSpec
+    size: tuple[int, int]  # height and width of the pixels that the encoder takes
+    generation: dict[str, Any]
+    positions: int  # the longest sequence, prompt and caption, that the decoder can hold
+    vocabulary: int
+    spaced: bool  # the tokenizer's decoder puts spaces between tokens, so between characters where those are the tokens
+
+
+def load_model(files: ModelFiles, device: torch.device, dtype: str) -> Model:
+    """Load weights and tokenizer. Raises CapcliError when they cannot be used."""
+    spec = PixelSpec.from_config(files.processor)
+    with explained(files), quiet_transformers():
+        tokenizer = load_tokenizer(files)
+        loaded: Any = VisionEncoderDecoderModel.from_pretrained(
+            files.folder, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True
+        )
+        model, report = loaded
+        refuse_missing(files, report)
+        model = model.eval().to(device)
+        use_attention(model.decoder)
+    encode, step = Encode(model, spec.rescale_factor, spec.mean, spec.std).eval().to(device), Step(model).eval()
+    if device.type == "cpu" and dtype != "float16":  # which no CPU multiplies fast
+        speed_up(encode)
+        speed_up(step)
+    decoder = model.config.decoder
+    return Model(
+        encode=encode,
+        step=step,
+        device=device,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        spec=spec,
+        size=pixel_size(files.name, model.config.encoder, spec),
+        generation=model.generation_config.to_dict(),
+        positions=decoder.max_position_embeddings,
+        vocabulary=decoder.vocab_size,
+        spaced=type(getattr(tokenizer, "backend_tokenizer", tokenizer).decoder).__name__ == "WordPiece",
+    )
+
+
+def pixel_size(name: str, encoder: Any, spec: PixelSpec) -> tuple[int, int]:
+    """Height and width that the encoder takes. Raises CapcliError when the processor makes another."""
+    size = encoder.image_size
+    takes = (size, size) if isinstance(size, int) else (size[0], size[1])
+    makes = (spec.height, spec.width) if spec.height and spec.width else takes
+    if makes != takes and encoder.model_type not in ANY_SIZE:
+        raise CapcliError(
+            f"The image processor of {name} makes {makes[1]}x{makes[0]} pixels and its encoder takes {takes[1]}x{takes[0]}: "
+            "its preprocessor_config.json is of another model"
+        )
+    return makes
+
+
+def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; one that says nothing of its kind gets the decoder's own."""
+    names = set(os.listdir(files.folder))
+    if not names & {"tokenizer.json", "tokenizer_config.json"}:
+        kind: Any = {"gpt2": transformers.GPT2Tokenizer, "bert": transformers.BertTokenizer}[
+            files.config["decoder"]["model_type"]
+        ]
+    else:
+        kind = AutoTokenizer
+    tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(files.folder, local_files_only=True)
+    return tokenizer
+
+
+def refuse_missing(files: ModelFiles, report: dict[str, Any]) -> None:
+    """transformers fills weights that a checkpoint lacks at random; only those that no caption needs may be missing."""
+    lacks = sorted(name for name in report["missing_keys"] if ".pooler." not in name)
+    if lacks:
+        shown = ", ".join(lacks[:3]) + (f" and {len(lacks) - 3} more" if len(lacks) > 3 else "")
+        raise CapcliError(f"The weights of {files.name} lack {shown}: download or save the model again.")
+
+
+@contextmanager
+def explained(files: ModelFiles) -> Iterator[None]:
+    try:
+        yield
+    except (CapcliError, KeyboardInterrupt):
+        raise
+    except torch.OutOfMemoryError as error:
+        raise CapcliError(
+            f"{files.name} does not fit the device's memory; try --dtype bfloat16 or --device cpu"
+        ) from error
+    except Exception as error:
+        raise explain_load_error(error, files) from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Loading says nothing a user of capcli can act on; what matters is checked here."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device that there is, else the CPU. Raises UsageError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            there = f"this machine has {count}" if count else "no CUDA device can be used here"
+            raise UsageError(f"--device {name}: {there}; --device auto takes what there is")
+        device = torch.device("cuda", device.index or 0)
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> str:
+    """`auto` is bfloat16 where the hardware computes in it, else float32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else "float32"
