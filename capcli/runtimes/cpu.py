@@ -50,7 +50,8 @@ def speed_up(module: nn.Module) -> None:
 
 
 def can_pack() -> bool:
-    return bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(there) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 def detached(bias: Tensor | None) -> Tensor | None:
