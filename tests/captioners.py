@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cache
 
@@ -24,7 +25,9 @@ from transformers import (
 from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import Settings
+from capcli.models.attention import use_attention
 from capcli.models.vision_encoder_decoder import Encode, Step
+from capcli.runtimes.cpu import speed_up
 from capcli.runtimes.eager import Eager
 
 SIZE = 32
@@ -137,9 +140,21 @@ def values(picture: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Ten
     return ((x - 0.5) / 0.5).permute(2, 0, 1)[None].to(dtype)
 
 
+@cache
+def modules(model: VisionEncoderDecoderModel) -> tuple[Encode, Step]:
+    """A captioner's modules as they are when loaded; `model` itself stays transformers' own."""
+    own = copy.deepcopy(model)
+    use_attention(own.decoder)
+    encode, step = Encode(own, 1 / 255, HALF, HALF).eval(), Step(own).eval()
+    if model.dtype != torch.float64:
+        speed_up(encode)
+        speed_up(step)
+    return encode, step
+
+
 def eager(model: VisionEncoderDecoderModel, lag: int = 0) -> Eager:
     """The runtime of a captioner, whose finished flags are read `lag` steps late."""
-    runtime = Eager(Encode(model, 1 / 255, HALF, HALF).eval(), Step(model).eval(), torch.device("cpu"))
+    runtime = Eager(*modules(model), torch.device("cpu"))
     runtime.lag = lag
     return runtime
 

@@ -78,13 +78,13 @@ class Runtime(Protocol):
         """Makes room for a run; forgets any earlier one."""
 
     def admit(self, pixels: npt.NDArray[np.uint8], seats: Sequence[int]) -> torch.Tensor:
-        """Encodes `pixels` [E, h, w, 3], of which the first len(seats) count, into those slots. bool [len(seats)]: all finite."""
+        """Encodes `pixels` [E, h, w, 3], of which the first len(seats) count, into those slots. bool [len(seats)]: all finite.
+
+        Nothing stays of who sat there before.
+        """
 
     def step(self, tokens: torch.Tensor, position: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """One token for every row: tokens [S, R], position [S], visible [S, R, P + R*T] -> logits [S, R, V]."""
-
-    def clear(self, seats: Sequence[int]) -> None:
-        """Zeroes what those slots leave behind."""
 
 
 class IterableFeed:
@@ -219,7 +219,6 @@ class Batch:
         if not seats:
             return []
         hypotheses = self.search.hypotheses(seats)
-        self.runtime.clear(seats)
         done = []
         for seat, found in zip(seats, hypotheses, strict=True):
             sound = not broken[seat] and all(math.isfinite(h.score) for h in found)

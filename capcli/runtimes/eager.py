@@ -36,6 +36,8 @@ class Eager:
         at = torch.tensor(seats, device=self.device)
         for mine, new in zip(self._memory, memory, strict=True):
             mine.index_copy_(0, at, new[: len(seats)])
+        for entries in self._pool:
+            entries.index_fill_(0, at, 0)  # a NaN behind a mask still poisons, and an empty seat goes on writing
         if len(self._prompt) > 1:
             self._write_prefix(memory, at)
         # the first layer's keys mix all of what the encoder saw; what overflows later shows in the score
@@ -47,11 +49,6 @@ class Eager:
         positions = (prefix + position)[:, None].expand(-1, rows)
         logits: Tensor = self._step(tokens, positions, prefix + position * rows, visible, self._memory, self._pool)
         return logits
-
-    def clear(self, seats: Sequence[int]) -> None:
-        at = torch.tensor(seats, device=self.device)
-        for entries in self._pool:
-            entries.index_fill_(0, at, 0)  # a NaN behind a mask still poisons; memory is written anew as a whole
 
     def _make_room(self, memory: Sequence[Tensor]) -> None:
         slots, entries = self._shapes.slots, self._settings.entries
