@@ -93,7 +93,11 @@ EARLY = {"true": True, "false": False, "never": "never"}
 @generation("--max-new-tokens", metavar="N", type=click.IntRange(min=1), help="Longest caption, in tokens.")
 @generation("--min-new-tokens", metavar="N", type=click.IntRange(min=0), help="Shortest caption, in tokens.")
 @generation("--length-penalty", metavar="X", type=float, help="With beams: above 0 favours longer captions.")
-@generation("--early-stopping", type=click.Choice(list(EARLY)), help="With beams: when the search may end.")
+@generation(
+    "--early-stopping",
+    type=click.Choice(list(EARLY)),
+    help="With beams: end when there are captions enough, when better ones are unlikely, or impossible.",
+)
 @generation("--no-repeat-ngram-size", metavar="N", type=click.IntRange(min=0), help="Say no N-gram twice; 0 is off.")
 @generation(
     "--repetition-penalty",

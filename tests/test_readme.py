@@ -1,0 +1,31 @@
+"""The README shows the help texts as they are. `python tests/test_readme.py` writes them into it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+
+from capcli.cli import cli
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCK = re.compile("(?<=<!-- help -->\n).*?(?=<!-- /help -->)", re.DOTALL)
+
+
+def help_text() -> str:
+    with click.Context(cli.commands["caption"], info_name="capcli caption", terminal_width=100) as context:
+        return f"```\n{context.get_help()}\n```\n"
+
+
+def test_the_readme_shows_the_help_as_it_is() -> None:
+    assert BLOCK.findall(README.read_text()) == [help_text()], "run: python tests/test_readme.py"
+
+
+def test_every_command_is_in_the_readme() -> None:
+    text = README.read_text()
+    assert all(f"`capcli {name}`" in text for name in cli.commands)
+
+
+if __name__ == "__main__":
+    README.write_text(BLOCK.sub(lambda _: help_text(), README.read_text()))
