@@ -152,9 +152,8 @@ def load_captioner(options: CaptionOptions, receipt: dict[str, Any] | None) -> C
     dtype: str = options.dtype
     if dtype == "auto":
         dtype = earlier.get("settings", {}).get("dtype") or choose_dtype("auto", device)
-    threads = options.threads or earlier.get("threads")
-    if threads:
-        torch.set_num_threads(threads)
+    threads = options.threads or earlier.get("threads") or min(torch.get_num_threads(), usable_cpus())
+    torch.set_num_threads(threads)
     return Captioner(load_model(files, device, dtype), files)
 
 
