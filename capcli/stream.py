@@ -48,7 +48,8 @@ class InPlace:
 class ArrivalFeed:
     """The decode loop's feed: a job for every image that loaded well; failures are delivered on the way.
 
-    `make(index, loaded)` makes the job, or raises ImageError for an image that this captioner cannot take.
+    `make(index, loaded)` makes the job, or raises ImageError for an image that this captioner cannot take. One `take` draws no
+    more arrivals than the jobs asked for: failures in their thousands do not run ahead of a caption that is still being made.
     """
 
     def __init__(
@@ -64,14 +65,16 @@ class ArrivalFeed:
 
     def take(self, most: int, wait: float | None) -> Sequence[Job]:
         jobs: list[Job] = []
+        drawn = 0
         until = None if wait is None else time.monotonic() + wait
-        while len(jobs) < most and not self.ended:
+        while drawn < most and not self.ended:
             if self._stop():
                 self._halted = True
                 break
             left = HEED if until is None else max(0.0, min(HEED, until - time.monotonic()))
             arrival = self._arrivals.take(0 if jobs else left)
             if arrival is not None:
+                drawn += 1
                 jobs += self._job(arrival)
             elif jobs or (until is not None and time.monotonic() >= until):
                 break
