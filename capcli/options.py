@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,8 +96,10 @@ class GenerationOptions:
                 raise UsageError(f"{name} is {value}; it must be at least {least}")
         for name in ("repetition_penalty", "temperature"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UsageError(f"{name} is {value}; it must be above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{name} is {value}; it must be above 0 and finite")
+        if self.length_penalty is not None and not math.isfinite(self.length_penalty):
+            raise UsageError(f"length_penalty is {self.length_penalty}; it must be finite")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.early_stopping not in (None, True, False, "never"):
@@ -124,3 +128,14 @@ class CaptionOptions:
     limit: int | None = None
     dry_run: bool = False
     quiet: bool = False
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
+        if not self.decode_timeout > 0:
+            raise UsageError(f"decode_timeout is {self.decode_timeout}; it must be above 0")
+
+
+def check_device(name: str) -> None:
+    """Raises UsageError for what names no kind of device; whether it is there is another question."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise UsageError(f"--device {name}: it is auto, cpu, cuda, or cuda:N")

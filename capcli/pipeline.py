@@ -15,15 +15,15 @@ from capcli import pixels
 from capcli.captioner import Captioner
 from capcli.decoding.capacity import paying_slots
 from capcli.decoding.loop import Shapes
-from capcli.decoding.settings import Settings, idle
+from capcli.decoding.settings import Settings, idle, resolve
 from capcli.errors import CapcliError
 from capcli.interrupts import Interrupts
 from capcli.loading import Loading, default_workers, load, usable_cpus
-from capcli.models.build import choose_device, choose_dtype, load_model
+from capcli.models.build import choose_device, choose_dtype, load_model, own_generation
 from capcli.models.hub import resolve as find_model
 from capcli.names import printable
 from capcli.options import CaptionOptions
-from capcli.progress import Progress, Report
+from capcli.progress import Progress, Report, say
 from capcli.provenance import earlier_shapes, finished, make_receipt, refuse_other_settings
 from capcli.records import Caption, Entry, Failure
 from capcli.runtimes.cpu import keep_memory_mapped
@@ -95,7 +95,7 @@ class Run:
                 progress.update()
         self.report.on_record = self.sink.failures_on_record - self.report.failed
         if not self.options.quiet:
-            print(self.report.line(), file=sys.stderr)
+            say(self.report.line())
         return interrupts.exit_code or self.report.exit_code
 
     def pixels(self, entries: Iterable[Entry]) -> Loading:
@@ -138,7 +138,7 @@ def list_only(wanted: Iterable[Entry], report: Report) -> int:
     for entry in wanted:
         count += 1
         print(printable(entry.name))
-    print(f"{count} would be captioned, {report.skipped} skipped", file=sys.stderr)
+    say(f"{count} would be captioned, {report.skipped} skipped")
     return 0
 
 
@@ -149,6 +149,9 @@ def load_captioner(options: CaptionOptions, receipt: dict[str, Any] | None) -> C
     if device.type == "cpu":
         keep_memory_mapped()
     files = find_model(options.model, options.revision, quiet=options.quiet)
+    own = own_generation(files)
+    if own is not None:
+        resolve(own, options.generation)  # what is wrong with the settings is told before the weights are read
     dtype: str = options.dtype
     if dtype == "auto":
         dtype = earlier.get("settings", {}).get("dtype") or choose_dtype("auto", device)
@@ -198,4 +201,4 @@ def tell_shrunk(shapes: Shapes) -> None:
 
 
 def warn(line: str) -> None:
-    print(f"capcli: {line}", file=sys.stderr)
+    say(f"capcli: {line}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -87,7 +88,7 @@ class Progress:
         if self._bar is not None:
             self._draw()
         else:
-            print(self._words(), file=sys.stderr, flush=True)
+            say(self._words())
 
     def _count(self, total: Callable[[], int]) -> None:
         self._total = total()
@@ -105,6 +106,16 @@ class Progress:
         of = "" if total is None else f" of {total}"
         left = "" if total is None or not done else f", {duration((total - done) / report.rate)} left"
         return f"{done}{of} done, {report.failed} failed, {report.rate:.1f} images/s{left}"
+
+
+def say(line: str) -> None:
+    """A line on standard error. Where nobody reads it any more the run goes on: what counts is in its files."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)  # the interpreter would fail at its end on what is left in the buffer
+        os.close(nowhere)
 
 
 def make_bar() -> Any:

@@ -26,16 +26,19 @@ cli.add_command(caption)
 
 def main() -> None:
     """The program: runs a command and exits with its code; every error is one line that says what to do."""
-    debug = "--debug" in sys.argv or os.environ.get("CAPCLI_CAPTION_DEBUG") in ("1", "true", "yes")
+    replace_closed_streams()
+    asked: dict[str, bool] = {}  # where a command leaves word of --debug
     try:
-        sys.exit(cli.main(auto_envvar_prefix="CAPCLI", prog_name="capcli", standalone_mode=False) or 0)
+        code = cli.main(auto_envvar_prefix="CAPCLI", prog_name="capcli", standalone_mode=False, obj=asked) or 0
+        sys.stdout.flush()  # here a closed pipe is nothing; at the interpreter's end it would be an error
+        sys.exit(code)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except CapcliError as error:
-        if debug:
+        if asked.get("debug"):
             traceback.print_exc()
         click.echo(f"capcli: {error}", err=True)
         sys.exit(error.exit_code)
@@ -45,7 +48,15 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        if debug:
+        if asked.get("debug"):
             raise
         click.echo(f"capcli: unexpected {type(error).__name__}: {error} (--debug shows where)", err=True)
         sys.exit(1)
+
+
+def replace_closed_streams() -> None:
+    """Python leaves None for a stream that a caller closed (`2>&-`), and files opened later would take its place."""
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")  # rows written there are an error
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, comma_separated
+from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, comma_separated, leave_word
 from capcli.options import (
     DECODE_TIMEOUT,
     DEFAULT_MODEL,
@@ -166,7 +166,7 @@ EARLY = {"true": True, "false": False, "never": "never"}
 )
 @running("--dry-run", is_flag=True, help="List what would be captioned and stop.")
 @running("-q", "--quiet", is_flag=True, help="No progress and no closing line.")
-@running("--debug", is_flag=True, help="Show where an error came from.")
+@running("--debug", is_flag=True, expose_value=False, callback=leave_word, help="Show where an error came from.")
 def caption(**given: Any) -> int:
     """Caption SOURCES: image files, folders, quoted glob patterns, or - for paths on standard input.
 

@@ -55,3 +55,9 @@ class AutoOrNumber(click.ParamType[int | None]):
 def comma_separated(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...]:
     """A callback: names separated by commas."""
     return tuple(part.strip() for part in (value or "").split(",") if part.strip())
+
+
+def leave_word(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+    """A callback: tells the program, which shows errors, what a flag says."""
+    ctx.ensure_object(dict)[param.name] = value
+    return value

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from capcli.models.attention import use_attention
 from capcli.models.files import ModelFiles
 from capcli.models.load_errors import explain_load_error
 from capcli.models.vision_encoder_decoder import ANY_SIZE, Encode, Step
+from capcli.options import check_device
 from capcli.pixels import PixelSpec
 from capcli.runtimes.cpu import speed_up
 
@@ -68,11 +69,22 @@ def load_model(files: ModelFiles, device: torch.device, dtype: str) -> Model:
         tokenizer=tokenizer,
         spec=spec,
         size=pixel_size(files.name, model.config.encoder, spec),
-        generation=model.generation_config.to_dict(),
+        generation=own_generation(files) or model.generation_config.to_dict(),
         positions=decoder.max_position_embeddings,
         vocabulary=decoder.vocab_size,
         spaced=type(getattr(tokenizer, "backend_tokenizer", tokenizer).decoder).__name__ == "WordPiece",
     )
+
+
+def own_generation(files: ModelFiles) -> dict[str, Any] | None:
+    """A captioner's generation_config as its model will have it, and what transformers would pass over; None without a file."""
+    path = os.path.join(files.folder, "generation_config.json")
+    if not os.path.exists(path):
+        return None
+    with explained(files), quiet_transformers():
+        with open(path, encoding="utf-8") as file:
+            written: dict[str, Any] = json.load(file)
+        return written | transformers.GenerationConfig.from_pretrained(files.folder, local_files_only=True).to_dict()
 
 
 def pixel_size(name: str, encoder: Any, spec: PixelSpec) -> tuple[int, int]:
@@ -139,10 +151,9 @@ def quiet_transformers() -> Iterator[None]:
 
 def choose_device(name: str) -> torch.device:
     """`auto` is the first CUDA device that there is, else the CPU. Raises UsageError for one that is not there."""
+    check_device(name)
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UsageError(f"--device {name}: it is auto, cpu, cuda, or cuda:N")
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

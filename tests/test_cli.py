@@ -1,0 +1,649 @@
+"""`capcli caption` as a user types it: help, usage errors, sources, rows, failures, sidecars, exit codes."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import call, change_json, environment, paint, save_captioner
+from safetensors.torch import load_file, save_file
+
+from capcli.cli import cli
+from capcli.cli.caption import caption
+from capcli.models import build
+
+HEAVY = ("PIL", "huggingface_hub", "numpy", "rich", "torch", "transformers")
+TREE = ("a.png", b"caf\xe9.gif", "new\nline.png", "quo'te\".bmp", "sub/b.jpg", "sub/c d.webp", "sub/deep/e.tif")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    paint(tmp_path / "photos", *TREE)
+    (tmp_path / "photos" / "notes.txt").write_text("no picture")
+    return tmp_path / "photos"
+
+
+def names(rows: list[dict[str, Any]]) -> list[bytes]:
+    """The names of rows, byte for byte."""
+    return [
+        base64.b64decode(row["file_name_bytes"]) if row.get("file_name_bytes") else row["file_name"].encode()
+        for row in rows
+    ]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(path.read_bytes().decode(), newline="")))
+
+
+def receipt(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(out.with_suffix(".run.json").read_text())
+    return found
+
+
+# Help and options
+
+
+LIGHT = f"""
+import json, sys
+from capcli.cli import main
+for arguments in json.load(sys.stdin):
+    sys.argv = ["capcli", *arguments]
+    try:
+        main()
+    except SystemExit as leaving:
+        print("code", leaving.code or 0)
+print("heavy", sorted(set(sys.modules) & set({HEAVY!r})))
+"""
+
+
+def light(*commands: list[str]) -> list[str]:
+    """The words that these commands say, run one after the other in a fresh process."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT], input=json.dumps(commands).encode(), capture_output=True, check=True
+    )
+    return done.stdout.decode().splitlines()
+
+
+def test_help_and_version_come_without_anything_heavy():
+    helps = [[name, flag] for name in cli.commands for flag in ("--help", "-h")]
+    said = light(["--version"], ["--help"], ["-h"], *helps)
+    assert said[0].startswith("capcli, version ")
+    assert said.count("code 0") == 3 + len(helps)
+    assert said[-1] == "heavy []"
+
+
+def test_a_wrong_option_is_told_before_anything_heavy_is_imported():
+    wrong = [
+        ["nosuch"],
+        [],
+        ["caption", "--nosuch"],
+        ["caption", ".", "--fields", "width,nosuch"],
+        ["caption", ".", "--early-stopping", "perhaps"],
+        ["caption", ".", "--threads", "0"],
+        ["caption", ".", "--batch-size", "0"],
+        ["caption", ".", "--workers", "-1"],
+        ["caption", ".", "--workers", "many"],
+        ["caption", ".", "--num-beams", "none"],
+        ["caption", ".", "--temperature", "0"],
+        ["caption", ".", "--temperature", "nan"],
+        ["caption", ".", "--top-p", "1.5"],
+        ["caption", ".", "--limit", "-1"],
+        ["caption", ".", "--decode-timeout", "0"],
+        ["caption", ".", "--decode-timeout", "nan"],
+        ["caption", ".", "--length-penalty", "nan"],
+        ["caption", ".", "--format", "xml"],
+        ["caption", ".", "--device", "abacus"],
+    ]
+    said = light(*wrong)
+    assert [line for line in said if line.startswith("code")] == ["code 2"] * len(wrong)
+    assert said[-1] == "heavy []"
+
+
+def every_option() -> Iterator[tuple[click.Command, click.Option]]:
+    for command in cli.commands.values():
+        for param in command.params:
+            if isinstance(param, click.Option):
+                yield command, param
+
+
+def sample(option: click.Option) -> str:
+    """A value for an option that is not its default."""
+    kind = option.type
+    if isinstance(kind, click.Choice):
+        return str(next(choice for choice in reversed(kind.choices) if choice != option.default))
+    if option.is_bool_flag:
+        return "0" if option.default is True else "1"
+    if option.name == "fields":
+        return "width,sha256"
+    if option.multiple:
+        return "*.tif thumbs/**"
+    return "cpu" if option.name == "device" else "0.5" if isinstance(kind, click.FloatRange) else "3"
+
+
+def test_every_option_explains_itself():
+    silent = [option.name for _, option in every_option() if not option.help or not option.help.endswith((".", "]"))]
+    assert not silent
+
+
+def test_every_option_can_be_set_in_the_environment(monkeypatch: pytest.MonkeyPatch):
+    for command, option in every_option():
+        value, name = sample(option), str(option.name)
+        flag = option.opts[-1]
+        if option.is_bool_flag:
+            typed = [flag if value == "1" else option.secondary_opts[-1]]
+        else:
+            typed = [part for one in (value.split() if option.multiple else [value]) for part in (flag, one)]
+        prefix = f"CAPCLI_{str(command.name).upper()}"
+
+        def parsed(*arguments: str, command: click.Command = command, prefix: str = prefix) -> dict[str, Any]:
+            made = command.make_context(str(command.name), ["x", *arguments], auto_envvar_prefix=prefix)
+            return made.params
+
+        plain, wanted = parsed(), parsed(*typed)
+        monkeypatch.setenv(f"{prefix}_{name.upper()}", value)
+        assert parsed() == wanted, name
+        monkeypatch.delenv(f"{prefix}_{name.upper()}")
+        assert wanted.get(name) != plain.get(name) or not option.expose_value, name
+
+
+def test_the_environment_reaches_the_run(captioner: Path, photos: Path, tmp_path: Path):
+    settings = {"NUM_BEAMS": "4", "FIELDS": "width", "OUT": str(tmp_path / "c.jsonl"), "EXCLUDE": "sub *.gif"}
+    env = {f"CAPCLI_CAPTION_{name}": value for name, value in {**settings, "EARLY_STOPPING": "never"}.items()}
+    assert call("caption", photos, "-m", captioner, env=env).code == 0
+    generation = receipt(tmp_path / "c.jsonl")["settings"]["generation"]
+    assert (generation["num_beams"], generation["early_stopping"]) == (4, "never")
+    assert [set(row) for row in lines(tmp_path / "c.jsonl")] == [{"file_name", "text", "score", "width"}] * 3
+
+
+def test_a_shell_can_complete_options():
+    def completion(**variables: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "capcli"], env=environment(**variables), capture_output=True, check=True
+        )
+        return done.stdout.decode()
+
+    assert "_capcli_completion" in completion(_CAPCLI_COMPLETE="bash_source")
+    words = {"COMP_WORDS": "capcli caption --num-", "COMP_CWORD": "2"}
+    said = completion(_CAPCLI_COMPLETE="bash_complete", **words).split()
+    assert said == ["plain,--num-beams", "plain,--num-return-sequences"]
+
+
+# Errors
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch):
+    """Reading any weights fails the test."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("weights were read")
+
+    monkeypatch.setattr(build.VisionEncoderDecoderModel, "from_pretrained", refuse)
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("", "no source"),
+        ("nosuch.jpg", "nosuch.jpg: no such file or folder"),
+        ("photos 'nosuch/*.jpg'", "no file with an image suffix matches"),
+        ("- -", "asked for twice"),
+        ("photos -0", "there is no list"),
+        ("--from-file nosuch.txt", "cannot read the list nosuch.txt"),
+        ("photos/a.png --include '*.png'", "no SOURCE is one"),
+        ("photos -o photos/a.png/c.jsonl", "photos/a.png is no folder"),
+        ("photos -o c.xml", "name it .jsonl or .csv"),
+        ("photos -o photos", "--out photos"),
+        ("photos -o /dev/full --format jsonl", "no regular file"),
+        ("photos -o c.jsonl --failures c.jsonl", "one file"),
+        ("photos --sidecar-dir texts", "--sidecar"),
+        ("photos -m ./nosuch", "No such folder: ./nosuch"),
+        ("photos -m captioner --revision main", "--revision is for models on the hub"),
+        ("photos -m captioner --device cuda:99", "--device cuda:99"),
+        ("photos -m captioner --num-return-sequences 3", "--num-beams 3"),
+        ("photos -m captioner --num-return-sequences 3 --num-beams 2", "--num-beams 3"),
+    ],
+)
+def test_wrong_usage_is_told_before_any_weights_are_read(
+    arguments: str, said: str, captioner: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(photos.parent)
+    Path("captioner").symlink_to(captioner)
+    before = sorted(photos.parent.rglob("*"))
+    ended = call("caption", *shlex.split(arguments))
+    assert (ended.code, ended.out) == (2, b"")
+    assert said in ended.err
+    assert ended.err.count("\n") == 1
+    assert "Traceback" not in ended.err
+    assert sorted(photos.parent.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"guidance_scale": 3.0}, "guidance_scale=3.0"),
+        ({"penalty_alpha": 0.6}, "penalty_alpha=0.6"),
+        ({"made_up_field": 7}, "made_up_field=7"),
+    ],
+)
+def test_a_field_of_the_checkpoint_that_is_not_known_is_named(
+    fields: dict[str, Any], said: str, photos: Path, tmp_path: Path
+):
+    model = save_captioner(tmp_path / "odd", generation=fields)
+    ended = call("caption", photos, "-m", model)
+    assert ended.code == 1
+    assert said in ended.err
+
+
+def test_debug_shows_where_an_error_came_from(photos: Path):
+    plain = call("caption", photos, "-m", "./nosuch")
+    for shown in (
+        call("caption", photos, "-m", "./nosuch", "--debug"),
+        call("caption", photos, "-m", "./nosuch", env={"CAPCLI_CAPTION_DEBUG": "yes"}),
+    ):
+        assert shown.code == plain.code == 2
+        assert "Traceback" in shown.err
+        assert shown.err.endswith(plain.err)
+    assert "Traceback" not in plain.err
+
+
+def test_an_error_nobody_foresaw_is_one_line(photos: Path, monkeypatch: pytest.MonkeyPatch):
+    def break_down(*_: Any) -> None:
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr("capcli.pipeline.run", break_down)
+    ended = call("caption", photos)
+    assert (ended.code, ended.err) == (1, "capcli: unexpected ZeroDivisionError: by nothing (--debug shows where)\n")
+
+
+# Sources
+
+
+@pytest.mark.usefixtures("photos")
+def test_sources_of_every_kind_are_captioned_in_order(captioner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    every = [os.fsencode(name) for name in TREE]
+    top = every[:4]
+    within = [b"photos/" + name for name in every]
+    listed = b"photos/sub/c d.webp\nphotos/a.png\n"
+    (tmp_path / "list.txt").write_bytes(listed)
+    null = b"\0".join([within[2], within[1], within[3]]) + b"\0"
+    (tmp_path / "list.nul").write_bytes(null)
+    for arguments, stdin, wanted in (
+        (["photos"], b"", every),
+        (["photos", "--no-recursive"], b"", top),
+        (["photos", "--include", "*.tif", "--include", "*.gif"], b"", [every[1], every[6]]),
+        (["photos", "--exclude", "sub/*.jpg", "--exclude", "deep"], b"", [*top, every[5]]),
+        (["photos/a.png"], b"", within[:1]),
+        (["photos/sub", "photos/a.png"], b"", [*within[4:], within[0]]),
+        (["photos/**/*.[jt]*"], b"", [within[4], within[6]]),
+        (["-"], listed, [within[5], within[0]]),
+        (["-", "-0"], null, [within[2], within[1], within[3]]),
+        (["--from-file", "list.txt"], b"", [within[5], within[0]]),
+        (["--from-file", "list.nul", "-0"], b"", [within[2], within[1], within[3]]),
+        (["--from-file", "-", "photos/a.png"], listed, [within[0], within[5], within[0]]),
+    ):
+        ended = call("caption", *arguments, "-m", captioner, "--workers", 0, stdin=stdin)
+        assert ended.code == 0, ended.err
+        assert names(ended.rows) == wanted, arguments
+
+
+def test_a_caption_does_not_depend_on_how_its_image_was_listed(captioner: Path, photos: Path):
+    folder = call("caption", photos, "-m", captioner).rows
+    single = call("caption", photos / "sub/b.jpg", "-m", captioner, "--batch-size", 32).rows
+    assert single[0]["text"] == folder[4]["text"]
+    assert single[0]["score"] == folder[4]["score"]
+
+
+# Rows
+
+
+def test_neither_workers_nor_batches_change_a_byte(captioner: Path, tmp_path: Path):
+    paint(tmp_path / "photos", *(f"{n:02d}.png" for n in range(20)))
+    (tmp_path / "photos" / "07a.png").write_bytes(b"broken")
+
+    def out(*arguments: object) -> bytes:
+        ended = call("caption", tmp_path / "photos", "-m", captioner, "--dtype", "float32", *arguments)
+        assert ended.code == 3
+        return ended.out
+
+    for search in ([], ["--num-beams", 3, "--num-return-sequences", 2]):
+        usual = out(*search)
+        assert usual.count(b"\n") == 20
+        for arguments in (["--workers", 0], ["--workers", 1], ["--workers", 2]):
+            assert out(*search, *arguments) == usual
+        texts = [json.loads(line)["text"] for line in usual.splitlines()]
+        for size in (1, 2, 7):
+            assert [json.loads(line)["text"] for line in out(*search, "--batch-size", size).splitlines()] == texts
+    done = out("--order", "done", "--batch-size", 4)
+    assert sorted(done.splitlines()) == sorted(out("--batch-size", 4).splitlines())
+
+
+def test_several_captions_come_best_first(captioner: Path, photos: Path):
+    rows = call("caption", photos, "-m", captioner, "--num-beams", 4, "--num-return-sequences", 3).rows
+    for row in rows:
+        assert len(row["candidates"]) == 3
+        assert {"text": row["text"], "score": row["score"]} == row["candidates"][0]
+        assert len({candidate["text"] for candidate in row["candidates"]}) == 3
+
+
+def test_sampling_is_repeated_by_its_seed(captioner: Path, photos: Path):
+    def sampled(*arguments: object) -> list[list[str]]:
+        rows = call("caption", photos, "-m", captioner, "--do-sample", "--num-return-sequences", 4, *arguments).rows
+        return [[candidate["text"] for candidate in row["candidates"]] for row in rows]
+
+    three = sampled("--seed", 3)
+    assert sampled("--seed", 3) == three
+    assert sampled("--seed", 4) != three
+    assert any(len(set(texts)) > 1 for texts in three)
+
+
+def test_facts_of_the_file_become_columns(captioner: Path, photos: Path, tmp_path: Path):
+    fields = ["sha256", "width", "height", "format", "mode", "bytes"]
+    rows = call("caption", photos, "-m", captioner, "--fields", ",".join(fields)).rows
+    for row, name in zip(rows, names(rows), strict=True):
+        data = Path(os.fsdecode(os.fsencode(photos) + b"/" + name)).read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            facts = [hashlib.sha256(data).hexdigest(), *image.size, image.format, image.mode, len(data)]
+        assert [row[field] for field in fields] == facts
+        assert list(row)[:9] == ["file_name", "text", "score", *fields]
+    assert call("caption", photos, "-m", captioner, "--fields", "width", "-o", tmp_path / "c.csv").code == 0
+    assert [int(row["width"]) for row in table(tmp_path / "c.csv")] == [row["width"] for row in rows]
+
+
+def test_csv_holds_what_json_lines_hold(captioner: Path, photos: Path, tmp_path: Path):
+    search = ["-m", captioner, "--num-beams", 2, "--num-return-sequences", 2]
+    rows = call("caption", photos, *search).rows
+    assert call("caption", photos, *search, "-o", tmp_path / "c.csv").code == 0
+    cells = table(tmp_path / "c.csv")
+    assert names(cells) == names(rows)
+    for cell, row in zip(cells, rows, strict=True):
+        assert (cell["text"], float(cell["score"])) == (row["text"], row["score"])
+        assert json.loads(cell["candidates"]) == row["candidates"]
+    piped = call("caption", photos, *search, "--format", "csv")
+    assert piped.out.startswith(b"file_name,text,score,candidates")
+    assert piped.out.count(b"\r\n") == 0
+
+
+def test_a_prompt_is_left_out_unless_it_is_kept(captioner: Path, photos: Path):
+    usual = call("caption", photos, "-m", captioner).rows
+    asked = call("caption", photos, "-m", captioner, "--prompt", "word30 word31").rows
+    kept = call("caption", photos, "-m", captioner, "--prompt", "word30 word31", "--keep-prompt").rows
+    assert [row["text"] for row in asked] != [row["text"] for row in usual]
+    assert [row["text"] for row in kept] == [f"word30 word31 {row['text']}".strip() for row in asked]
+
+
+def test_the_checkpoints_own_settings_are_in_force_and_on_record(photos: Path, tmp_path: Path):
+    own = {
+        "num_beams": 3,
+        "length_penalty": 2.0,
+        "early_stopping": True,
+        "no_repeat_ngram_size": 1,
+        "max_new_tokens": 7,
+    }
+    model, plain = save_captioner(tmp_path / "own", generation=own), save_captioner(tmp_path / "plain")
+    out = tmp_path / "c.jsonl"
+    assert call("caption", photos, "-m", model, "-o", out).code == 0
+    generation = receipt(out)["settings"]["generation"]
+    assert {name: generation[name] for name in own} == own
+    flags = ["--num-beams", 3, "--length-penalty", 2, "--early-stopping", "true", "--no-repeat-ngram-size", 1]
+    asked = call("caption", photos, "-m", plain, *flags, "--max-new-tokens", 7)
+    assert asked.out == out.read_bytes()
+    assert call("caption", photos, "-m", plain).out != asked.out
+
+
+# Failures
+
+
+def hostile(folder: Path) -> dict[str, str]:
+    """Files that are no images, each in its own way, by name and what the failure is called."""
+    whole = (paint(folder, "0-whole.jpg", "5-whole.png", "z-whole.webp") / "0-whole.jpg").read_bytes()
+    png, webp = (folder / "5-whole.png").read_bytes(), (folder / "z-whole.webp").read_bytes()
+    huge = bytearray(png)
+    huge[16:24] = (60_000).to_bytes(4, "big") * 2
+    huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, "big")
+    files = {
+        "cut.jpg": whole[: len(whole) // 2],
+        "cut.png": png[: len(png) // 2],
+        "cut.webp": webp[: len(webp) // 2],
+        "empty.jpg": b"",
+        "garbage.gif": b"GIF89a" + bytes(range(256)),
+        "header.tif": b"II*\0\xff\xff\xff\xff",
+        "huge.png": bytes(huge),
+        "letter.jpg": b"Dear all, this is no picture.\n",
+        "noise.bmp": b"BM" + os.urandom(300),
+        "script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
+        "zeros.jpg": whole[: len(whole) // 2] + bytes(len(whole) // 2),
+    }
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    (folder / "nowhere.png").symlink_to("gone.png")
+    return dict.fromkeys(files, "unreadable") | {
+        "empty.jpg": "empty",
+        "huge.png": "too-large",
+        "letter.jpg": "unknown-format",
+        "nowhere.png": "missing",
+        "script.png": "no-decoder",
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_corrupt_image_is_one_failure_and_the_run_goes_on(captioner: Path, tmp_path: Path, workers: int):
+    kinds = hostile(tmp_path / "photos")
+    out = tmp_path / "c.jsonl"
+    ended = call("caption", tmp_path / "photos", "-m", captioner, "-o", out, "--workers", workers)
+    assert ended.code == 3
+    assert names(lines(out)) == [b"0-whole.jpg", b"5-whole.png", b"z-whole.webp"]
+    failures = lines(tmp_path / "c.failures.jsonl")
+    assert [row["file_name"] for row in failures] == sorted(kinds)
+    assert {row["file_name"]: row["error"] for row in failures} == kinds
+    assert all(row["message"] and "\n" not in row["message"] for row in failures)
+    assert receipt(out)["counts"] == {"captions": 3, "failures": len(kinds)}
+    assert ended.err.startswith(f"3 captioned, 0 skipped, {len(kinds)} failed")
+
+
+def test_failures_of_rows_on_standard_output_are_told_or_listed(captioner: Path, photos: Path, tmp_path: Path):
+    (photos / "b.png").write_bytes(b"no picture")
+    told = call("caption", photos, "-m", captioner)
+    assert (told.code, told.err.count("b.png")) == (3, 1)
+    listed = call("caption", photos, "-m", captioner, "--failures", tmp_path / "f.jsonl")
+    assert (listed.code, listed.err.count("b.png")) == (3, 0)
+    assert [row["file_name"] for row in lines(tmp_path / "f.jsonl")] == ["b.png"]
+    assert listed.out == told.out
+
+
+def test_a_mended_image_is_captioned_when_failures_are_tried_again(captioner: Path, photos: Path, tmp_path: Path):
+    out = tmp_path / "c.jsonl"
+    good = (photos / "a.png").read_bytes()
+    for name in ("b.png", "c.png"):
+        (photos / name).write_bytes(b"no picture")
+    command = ["caption", photos, "-m", captioner, "-o", out]
+    assert call(*command).code == 3
+    (photos / "b.png").write_bytes(good)
+    again = call(*command)
+    assert (again.code, b"b.png" in out.read_bytes()) == (3, False)
+    assert "0 captioned, 9 skipped, 0 failed (2 failed before: --retry-failed tries them again)" in again.err
+    retried = call(*command, "--retry-failed")
+    assert retried.code == 3
+    assert "1 captioned, 7 skipped, 1 failed" in retried.err
+    assert [row["file_name"] for row in lines(tmp_path / "c.failures.jsonl")] == ["c.png"]
+    assert receipt(out)["counts"] == {"captions": 8, "failures": 1}
+    (photos / "c.png").write_bytes(good)
+    assert call(*command, "--retry-failed").code == 0
+    assert not (tmp_path / "c.failures.jsonl").exists()
+    assert len(lines(out)) == 9
+
+
+def test_numbers_that_overflow_are_failures_not_captions(photos: Path, tmp_path: Path):
+    for part in ("encoder", "decoder"):
+        model = save_captioner(tmp_path / part)
+        weights = load_file(model / "model.safetensors")
+        name = next(name for name in sorted(weights) if name.startswith(part) and weights[name].dim() == 2)
+        weights[name] = torch.full_like(weights[name], torch.nan)
+        save_file(weights, model / "model.safetensors", {"format": "pt"})
+        ended = call("caption", photos, "-m", model, "--failures", tmp_path / f"{part}.jsonl")
+        assert (ended.code, ended.out) == (3, b"")
+        assert {row["error"] for row in lines(tmp_path / f"{part}.jsonl")} == {"not-finite"}
+        assert len(lines(tmp_path / f"{part}.jsonl")) == len(TREE)
+
+
+def test_an_image_of_another_size_than_the_encoders_is_a_failure(tmp_path: Path):
+    model = save_captioner(tmp_path / "model", processor={"do_resize": False})
+    photos = paint(tmp_path / "photos", "large.png")
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(photos / "fits.png")
+    ended = call("caption", photos, "-m", model, "--failures", tmp_path / "f.jsonl")
+    assert (ended.code, names(ended.rows)) == (3, [b"fits.png"])
+    (failure,) = lines(tmp_path / "f.jsonl")
+    assert (failure["file_name"], failure["error"]) == ("large.png", "shape")
+    assert "40x36" in failure["message"]
+    assert "32x32" in failure["message"]
+
+
+def test_images_too_large_or_too_slow_are_refused(captioner: Path, tmp_path: Path):
+    photos = paint(tmp_path / "photos", "0.png", "1.png")
+    Image.new("RGB", (100, 100)).save(photos / "large.png")
+    ended = call("caption", photos, "-m", captioner, "--max-pixels", 9_999, "--failures", tmp_path / "f.jsonl")
+    assert names(ended.rows) == [b"0.png", b"1.png"]
+    assert [row["error"] for row in lines(tmp_path / "f.jsonl")] == ["too-large"]
+    assert call("caption", photos, "-m", captioner, "--max-pixels", 10_000).code == 0
+    Image.new("RGB", (5000, 5000)).save(tmp_path / "slow.png")
+    slow = ["-m", captioner, "--decode-timeout", 0.001, "--failures", tmp_path / "slow.jsonl"]
+    assert call("caption", tmp_path / "slow.png", *slow).code == 3
+    assert [row["error"] for row in lines(tmp_path / "slow.jsonl")] == ["timeout"]
+
+
+# Files
+
+
+def test_sidecars_are_written_as_asked(captioner: Path, photos: Path, tmp_path: Path):
+    texts = [row["text"] for row in call("caption", photos, "-m", captioner).rows]
+
+    def beside(folder: Path, suffix: str) -> list[str]:
+        paths = [os.fsdecode(os.path.join(os.fsencode(folder), os.fsencode(name))) for name in TREE]
+        return [Path(os.path.splitext(path)[0] + suffix).read_text() for path in paths]
+
+    usual = ["caption", photos, "-m", captioner, "--sidecar", ".txt"]
+    first = call(*usual)
+    assert (first.code, first.out) == (0, b"")
+    assert beside(photos, ".txt") == [f"{text}\n" for text in texts]
+    (photos / "a.txt").write_text("mine\n")
+    assert "0 captioned, 7 skipped" in call(*usual).err
+    assert (photos / "a.txt").read_text() == "mine\n"
+    for _ in range(2):  # a caption that is there already is not added again
+        assert call(*usual, "--existing", "append").code == 0
+        assert beside(photos, ".txt") == [f"mine\n{texts[0]}\n", *(f"{text}\n" for text in texts[1:])]
+    assert call(*usual, "--existing", "overwrite").code == 0
+    assert beside(photos, ".txt") == [f"{text}\n" for text in texts]
+    mirrored = ["--sidecar", ".caption", "--sidecar-dir", tmp_path / "texts", "-o", tmp_path / "c.jsonl"]
+    assert call("caption", photos, "-m", captioner, *mirrored).code == 0
+    assert beside(tmp_path / "texts", ".caption") == [f"{text}\n" for text in texts]
+    assert [row["text"] for row in lines(tmp_path / "c.jsonl")] == texts
+
+
+def test_a_dry_run_lists_and_touches_nothing(captioner: Path, photos: Path, tmp_path: Path):
+    out = tmp_path / "c.jsonl"
+    assert call("caption", photos, "-m", captioner, "-o", out, "--limit", 2).code == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    ended = call("caption", photos, "-m", "./nosuch", "-o", out, "--dry-run")
+    assert ended.code == 0
+    assert ended.out.decode().splitlines() == [
+        "new\\nline.png",
+        "quo'te\".bmp",
+        "sub/b.jpg",
+        "sub/c d.webp",
+        "sub/deep/e.tif",
+    ]
+    assert ended.err == "5 would be captioned, 2 skipped\n"
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_a_limit_counts_what_is_still_to_do(captioner: Path, photos: Path, tmp_path: Path):
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    command = ["caption", photos, "-m", captioner, "--batch-size", 4, "-o"]
+    assert call(*command, whole).code == 0
+    for _ in range(4):
+        assert call(*command, parts, "--limit", 2).code == 0
+    assert parts.read_bytes() == whole.read_bytes()
+    assert call(*command, tmp_path / "none.jsonl", "--limit", 0).code == 0
+    assert (tmp_path / "none.jsonl").read_bytes() == b""
+
+
+def test_overwrite_starts_anew(captioner: Path, photos: Path, tmp_path: Path):
+    out = tmp_path / "c.jsonl"
+    command = ["caption", photos, "-m", captioner, "-o", out]
+    assert call(*command).code == 0
+    assert call(*command, "--num-beams", 2, "--overwrite").code == 0
+    assert receipt(out)["settings"]["generation"]["num_beams"] == 2
+    assert receipt(out)["counts"] == {"captions": 7, "failures": 0}
+    assert out.read_bytes() == call("caption", photos, "-m", captioner, "--num-beams", 2).out
+
+
+def test_a_quiet_run_says_nothing(captioner: Path, photos: Path, tmp_path: Path):
+    (photos / "b.png").write_bytes(b"no picture")
+    out = tmp_path / "c.jsonl"
+    ended = call("caption", photos, "-m", captioner, "-o", out, "--quiet")
+    assert (ended.code, ended.out, ended.err) == (3, b"", "")
+    assert len(lines(out)) == 7
+
+
+def test_what_has_no_effect_is_told(captioner: Path, photos: Path):
+    idle = call("caption", photos, "-m", captioner, "--temperature", 0.5, "--length-penalty", 2)
+    assert idle.code == 0
+    assert "--temperature has no effect without --do-sample" in idle.err
+    assert "--length-penalty has no effect with one beam" in idle.err
+
+
+def test_a_checkpoint_of_several_captions_wants_them_asked_for(photos: Path, tmp_path: Path):
+    model = save_captioner(tmp_path / "model", generation={"num_beams": 3, "num_return_sequences": 3})
+    ended = call("caption", photos, "-m", model)
+    assert (ended.code, ended.out) == (1, b"")
+    assert "--num-return-sequences 3, or 1" in ended.err
+    assert "candidates" not in call("caption", photos, "-m", model, "--num-return-sequences", 1).rows[0]
+    assert len(call("caption", photos, "-m", model, "--num-return-sequences", 3).rows[0]["candidates"]) == 3
+
+
+def test_a_receipt_that_was_edited_is_noticed(captioner: Path, photos: Path, tmp_path: Path):
+    out = tmp_path / "c.jsonl"
+    command = ["caption", photos, "-m", captioner, "-o", out]
+    assert call(*command).code == 0
+    change_json(out.with_suffix(".run.json"), {"settings": {}})
+    refused = call(*command)
+    assert refused.code == 2
+    assert "was begun with other settings" in refused.err
+
+
+def test_an_option_named_by_the_command_is_the_same_everywhere():
+    """Options in docstrings and messages exist."""
+    known = {flag for param in caption.params for flag in (*param.opts, *param.secondary_opts)} | {
+        "--help",
+        "--version",
+    }
+    folder = Path(build.__file__).parents[1]
+    for path in folder.rglob("*.py"):
+        if path.parent.name == "cli":
+            continue
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+[a-z]", path.read_text()):
+            assert flag in known, f"{path.name}: {flag}"
