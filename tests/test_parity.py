@@ -119,7 +119,7 @@ CHECKPOINTS = {
     "forced end": ({"forced_eos_token_id": END}, {"max_new_tokens": 8}),
     "forced ends": ({"forced_eos_token_id": [END, 5], "eos_token_id": [END, 5]}, {"max_new_tokens": 8}),
     "forced both ways, suppressed between": (
-        {"forced_bos_token_id": 11, "forced_eos_token_id": END, "begin_suppress_tokens": [3, 4, 5, 6, END]},
+        {"forced_bos_token_id": 11, "forced_eos_token_id": END, "begin_suppress_tokens": [*range(60), END]},
         {"max_new_tokens": 6},
     ),
     "suppressed": ({"suppress_tokens": list(range(0, 110, 3))}, {"max_new_tokens": 10}),
