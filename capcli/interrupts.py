@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import sys
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 
 class Interrupts:
-    """While entered, the first SIGINT or SIGTERM only sets `signal`; a second raises KeyboardInterrupt."""
+    """While entered, the first SIGINT or SIGTERM only sets `signal`, which is told; a second raises KeyboardInterrupt."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool) -> None:
         self.signal: int | None = None
+        self._quiet = quiet
         self._before: dict[int, Any] = {}
 
     def asked(self) -> bool:
@@ -37,3 +41,8 @@ class Interrupts:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
+        if not self._quiet:
+            # Past Python's buffers, in whose use the signal may have come; on a terminal, behind its ^C.
+            line = "capcli: finishing what is under way; again, to leave at once\n"
+            with contextlib.suppress(OSError):
+                os.write(2, f"{chr(10) if sys.stderr.isatty() else ''}{line}".encode())

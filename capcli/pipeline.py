@@ -78,7 +78,7 @@ class Run:
             progress.update()
 
         with (
-            Interrupts() as interrupts,
+            Interrupts(quiet=self.options.quiet) as interrupts,
             Progress(self.report, shown=self.shows_progress, total=total) as progress,
             self.pixels(numbered(wanted, listed)) as arrivals,
         ):

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,3 +152,16 @@ def shell(script: str, **variables: object) -> Ended:
         start_new_session=True,
     )
     return ended(process)
+
+
+def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Waits for what only looking can tell; a process that ends before it fails the test."""
+    deadline = time.monotonic() + PATIENCE
+    while not ready():
+        assert process.poll() is None, (process.returncode, ended(process).err)
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -27,6 +27,7 @@ cli.add_command(caption)
 def main() -> None:
     """The program: runs a command and exits with its code; every error is one line that says what to do."""
     replace_closed_streams()
+    stdout = sys.stdout
     asked: dict[str, bool] = {}  # where a command leaves word of --debug
     try:
         code = cli.main(auto_envvar_prefix="CAPCLI", prog_name="capcli", standalone_mode=False, obj=asked) or 0
@@ -44,7 +45,10 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as error:
+        # Click takes a closed pipe for a fault: it puts another stream in place of stdout and exits with 1.
+        if isinstance(error, SystemExit) and sys.stdout is stdout:
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:

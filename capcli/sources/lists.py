@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import IO
 
 from capcli.errors import UsageError
 from capcli.names import printable
@@ -33,7 +33,7 @@ class ListFile:
 class ListStream:
     """Names on standard input or another pipe, given out as they arrive, once."""
 
-    stream: BinaryIO
+    stream: IO[bytes]
     path: str
     null: bool
 
@@ -46,7 +46,8 @@ def open_list(path: str, *, null: bool) -> ListFile | ListStream:
     if path == "-":
         if sys.stdin is None:
             raise UsageError("there is no standard input to read names from")
-        return ListStream(sys.stdin.buffer, "standard input", null)
+        # Past its buffer, whose lock a thread that waits for input would hold against the interpreter's end.
+        return ListStream(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer), "standard input", null)
     if os.path.isdir(path):
         raise UsageError(f"{printable(path)} is a folder: give it as a SOURCE, not as a list")
     stream = _open(path)
@@ -57,7 +58,7 @@ def open_list(path: str, *, null: bool) -> ListFile | ListStream:
     return ListFile(path, null)
 
 
-def read_list(stream: BinaryIO, path: str, *, null: bool) -> Iterator[Entry]:
+def read_list(stream: IO[bytes], path: str, *, null: bool) -> Iterator[Entry]:
     """Entries for the names in `stream`, each as soon as its separator has been read; raises UsageError for no list."""
     separator = b"\0" if null else b"\n"
     held, first = b"", True
@@ -87,17 +88,17 @@ def _reject(part: bytes, path: str, *, null: bool) -> None:
         raise UsageError(f"{printable(path)} holds NUL bytes: with --null they separate the names; else it is no list")
 
 
-def _open(path: str) -> BinaryIO:
+def _open(path: str) -> IO[bytes]:
     try:
-        return open(path, "rb")
+        return open(path, "rb", buffering=0)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"cannot read the list {printable(path)}: {reason}") from None
 
 
-def _read(stream: BinaryIO, path: str) -> bytes:
+def _read(stream: IO[bytes], path: str) -> bytes:
     """What has arrived, waiting only while nothing has."""
     try:
-        return cast("bytes", stream.read1(_CHUNK))  # type: ignore[attr-defined]
+        return stream.read(_CHUNK) or b""
     except OSError as error:
         raise UsageError(f"cannot read the list {printable(path)}: {error.strerror or error}") from None
