@@ -123,6 +123,8 @@ def main() -> None:
             rate, said[side] = pipe.recv()
             rates[side].append(rate)
         print(f"round {number + 1}: generate() {rates[0][-1]:.2f} images/s, capcli {rates[1][-1]:.2f}", flush=True)
+    for pipe in pipes:
+        pipe.send(False)
     medians = [statistics.median(rate) for rate in rates]
     equal = sum(a == b for a, b in zip(*said, strict=True)) / options.images
     result = {
