@@ -87,15 +87,31 @@ class Captioner:
         image's its index. `generation` takes transformers' names: num_beams, max_new_tokens, min_new_tokens, length_penalty,
         early_stopping, no_repeat_ngram_size, repetition_penalty, do_sample, temperature, top_k, top_p,
         num_return_sequences, seed. `batch_size` is how many images are decoded at once; None: as many as pay.
-        Raises UsageError for settings that cannot be.
+        Images are taken as they are needed: a few more than `batch_size`, or, without it, than pay.
+        Raises TypeError for a name that is none of these, UsageError for settings that cannot be, both at once.
         """
+        unknown = [name for name in generation if name not in GenerationOptions.__dataclass_fields__]
+        if unknown:
+            known = ", ".join(GenerationOptions.__dataclass_fields__)
+            raise TypeError(f"caption() knows no setting {', '.join(unknown)}; it knows {known}")
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
         settings = self.settings(GenerationOptions(**generation), prompt)
-        taken, most = iter(images), paying_slots(self.model.device, settings)
+        return self._captions(images, settings, settings.prompt[1:] if keep_prompt else (), batch_size, max_pixels)
+
+    def _captions(
+        self,
+        images: Iterable[ImageLike],
+        settings: Settings,
+        before: tuple[int, ...],
+        batch_size: int | None,
+        max_pixels: int,
+    ) -> Iterator[Result]:
+        taken, most = iter(images), 0 if batch_size else paying_slots(self.model.device, settings)
         first = list(islice(taken, most + 1))
         shapes = self.shapes(settings, len(first) if len(first) <= most else None, batch_size)
         arrivals = InPlace(chain(first, taken), partial(self._prepare, max_pixels=max_pixels))
         ready: deque[Result] = deque()
-        before = settings.prompt[1:] if keep_prompt else ()
         for _ in self.run(arrivals, settings, shapes, lambda _, result: ready.append(result), before=before):
             while ready:
                 yield ready.popleft()
@@ -180,7 +196,11 @@ class Captioner:
 
     def _prepare(self, index: int, image: ImageLike, max_pixels: int) -> Loaded:
         if isinstance(image, str | os.PathLike):
-            path = os.fspath(image)
+            path = os.fsdecode(image)
             return Loaded(path, pixels.load(path, self.model.spec, max_pixels=max_pixels)[0])
+        if not isinstance(image, Image.Image | np.ndarray):
+            raise ImageError(
+                "unreadable", f"a {type(image).__name__} is no image: a path, a PIL image or an array is one"
+            )
         rgb = pixels.to_rgb(image) if isinstance(image, Image.Image) else pixels.from_array(image)
         return Loaded(str(index), pixels.resize(rgb, self.model.spec))

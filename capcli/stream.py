@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -39,7 +40,7 @@ class InPlace:
             try:
                 return self._make(index, image)
             except ImageError as error:
-                name = image if isinstance(image, str) else str(index)
+                name = os.fsdecode(image) if isinstance(image, str | os.PathLike) else str(index)
                 return Failure(name, error.kind, str(error))
         self.done = True
         return None

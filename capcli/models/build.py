@@ -166,8 +166,10 @@ def choose_device(name: str) -> torch.device:
 
 def choose_dtype(name: str, device: torch.device) -> str:
     """`auto` is bfloat16 where the hardware computes in it, else float32."""
-    if name != "auto":
+    if name in DTYPES:
         return name
+    if name != "auto":
+        raise UsageError(f"--dtype {name}: it is auto, {', '.join(DTYPES)}")
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()

@@ -75,8 +75,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as upright RGB; the image itself where it is that already.
 
     Raises:
-        ImageError: it cannot be decoded or converted.
+        ImageError: it is empty, or cannot be decoded or converted.
     """
+    if 0 in image.size:
+        raise ImageError("unreadable", f"an image of {image.width}x{image.height} pixels is empty")
     with _failures(), _pillow_limits(None):
         return upright_rgb(image)
 

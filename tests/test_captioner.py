@@ -1,0 +1,140 @@
+"""`Captioner`, the Python face: images of any kind in, captions out, in order."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from running import call, paint
+
+from capcli import Captioner
+from capcli.errors import UsageError
+from capcli.records import Caption, Failure
+
+
+@pytest.fixture(scope="module")
+def model(captioner: Path) -> Captioner:
+    return Captioner.load(str(captioner), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = paint(tmp_path_factory.mktemp("photos"), *(f"{n}.png" for n in range(6)), b"caf\xe9.png")
+    return sorted(folder.iterdir())
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    script = (
+        "import sys, capcli\n"
+        "assert capcli.__version__ and 'Captioner' in dir(capcli) + capcli.__all__\n"
+        "assert not {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "try:\n    capcli.nosuch\nexcept AttributeError:\n    pass\nelse:\n    raise SystemExit('no such thing')\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_captions_come_in_order_and_are_the_commands(model: Captioner, captioner: Path, photos: list[Path]):
+    found = list(model.caption(photos))
+    assert [caption.name for caption in found] == [os.fspath(path) for path in photos]
+    rows = call("caption", *photos, "-m", captioner, "--dtype", "float32").rows
+    assert [(row["text"], row["score"]) for row in rows] == [(c.text, round(c.score, 4)) for c in found]
+
+
+def test_an_image_is_captioned_alike_in_every_form(model: Captioner, photos: list[Path]):
+    with Image.open(photos[0]) as opened:
+        image = opened.convert("RGB")
+    array = np.asarray(image)
+    forms: list[Any] = [str(photos[0]), photos[0], image, array, array / 255.0, image.convert("RGBA")]
+    found = list(model.caption(forms))
+    assert len({(caption.text, caption.score) for caption in found}) == 1
+    assert [caption.name for caption in found] == [str(photos[0])] * 2 + ["2", "3", "4", "5"]
+
+
+def test_failures_stand_where_their_images_stood(model: Captioner, photos: list[Path], tmp_path: Path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    images: list[Any] = [
+        tmp_path / "gone.png",
+        photos[0],
+        str(tmp_path / "broken.png"),
+        np.zeros((3, 3, 9)),
+        np.full((4, 4), np.nan),
+        None,
+        7,
+        Image.new("RGB", (0, 5)),
+        photos[1],
+    ]
+    found = list(model.caption(images))
+    assert [type(result) for result in found] == [Failure, Caption, *[Failure] * 6, Caption]
+    assert [result.name for result in found[:4]] == [str(images[0]), str(photos[0]), images[2], "3"]
+    assert [result.error for result in found if isinstance(result, Failure)][:2] == ["missing", "unknown-format"]
+    assert all(result.message for result in found if isinstance(result, Failure))
+    small = list(model.caption([photos[0]], max_pixels=10))
+    assert isinstance(small[0], Failure)
+    assert small[0].error == "too-large"
+
+
+def test_images_are_taken_as_they_are_needed(model: Captioner, photos: list[Path]):
+    taken = 0
+
+    def endless() -> Iterator[Path]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield photos[0]
+
+    captions = model.caption(endless(), batch_size=2)
+    assert taken == 0
+    for number in range(20):
+        assert isinstance(next(captions), Caption)
+        assert taken <= number + 8
+    captions.close()  # type: ignore[attr-defined]
+
+
+def test_settings_are_transformers_names(model: Captioner, photos: list[Path]):
+    usual = [caption.text for caption in model.caption(photos)]
+    several = list(model.caption(photos, num_beams=3, num_return_sequences=2, max_new_tokens=5))
+    assert all(isinstance(found, Caption) and len(found.candidates) == 2 for found in several)
+    assert all(len(found.text.split()) <= 5 for found in several if isinstance(found, Caption))
+    sampled = [[c.text for c in model.caption(photos, do_sample=True, seed=seed)] for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    kept = [c.text for c in model.caption(photos, prompt="word30", keep_prompt=True)]
+    assert all(text.startswith("word30") for text in kept)
+    assert [caption.text for caption in model.caption(photos, batch_size=1)] == usual
+    assert list(model.caption([])) == []
+
+
+def test_wrong_settings_are_told_at_once(model: Captioner, captioner: Path):
+    with pytest.raises(TypeError, match="num_beam; it knows num_beams, "):
+        model.caption([], num_beam=3)
+    for wrong in (
+        {"num_beams": 0},
+        {"top_p": 2},
+        {"num_return_sequences": 2},
+        {"max_new_tokens": 999},
+        {"batch_size": 0},
+    ):
+        with pytest.raises(UsageError, match=next(iter(wrong)) if "sequences" not in str(wrong) else "beams"):
+            model.caption([], **wrong)
+    with pytest.raises(UsageError, match="abacus"):
+        Captioner.load(str(captioner), device="abacus")
+    with pytest.raises(UsageError, match="abacus"):
+        Captioner.load(str(captioner), dtype="abacus")
+    with pytest.raises(UsageError, match="No such folder"):
+        Captioner.load("./nosuch")
+
+
+def test_a_warning_within_the_package_is_an_error_in_tests():
+    for module in ("capcli", "capcli.pipeline", "capcli.models.build"):
+        with pytest.raises(UserWarning, match="heard"):
+            exec("import warnings; warnings.warn('heard')", {"__name__": module, "__warningregistry__": {}})
+    with warnings.catch_warnings(record=True) as heard:
+        exec("import warnings; warnings.warn('passed')", {"__name__": "elsewhere", "__warningregistry__": {}})
+    assert len(heard) == 1
