@@ -131,7 +131,8 @@ def out_of_memory(error: Exception) -> bool:
     """Whether this is one of the ways in which torch says that memory ran out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    signs = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return any(sign in str(error) for sign in signs)
 
 
 class Batch:
