@@ -24,7 +24,7 @@ from capcli.models.hub import resolve as find_model
 from capcli.names import printable
 from capcli.options import CaptionOptions
 from capcli.progress import Progress, Report, say
-from capcli.provenance import earlier_shapes, finished, make_receipt, refuse_other_settings
+from capcli.provenance import earlier_naming, earlier_shapes, finished, make_receipt, refuse_other_settings
 from capcli.records import Caption, Entry, Failure
 from capcli.runtimes.cpu import keep_memory_mapped
 from capcli.sinks import ClosedPipeError, Sink, open_sink
@@ -36,8 +36,8 @@ def run(options: CaptionOptions) -> int:
 
     Raises UsageError for a wrong command, before any model is loaded, and CapcliError when the run cannot go on.
     """
-    source = open_source(options.source, warn)
     with open_sink(options.sink, warn) as sink:
+        source = open_source(options.source, warn, earlier_naming(sink.receipt))
         report = Report()
         wanted: Iterator[Entry] = islice(wanted_entries(source, sink, report), options.limit)
         if options.dry_run:

@@ -20,7 +20,7 @@ from capcli.models.files import fingerprint
 from capcli.options import CaptionOptions
 from capcli.progress import Report
 from capcli.sinks import Sink, difference
-from capcli.sources import Source
+from capcli.sources import Naming, Source
 
 
 def make_receipt(
@@ -29,12 +29,13 @@ def make_receipt(
     """A run's receipt, as it stands before the first image.
 
     What is under `settings` decides the captions: a later run goes on only where it is the same. `shapes` and `threads` are
-    taken over by a later run, so that its captions are the same to the bit.
+    taken over by a run that goes on where this one was cut short, so that its captions are the same to the bit.
     """
     return {
         "capcli": __version__,
         "state": "running",
         "source": source.describe(),
+        "folder": source.root,
         "model": {"name": captioner.files.name, "revision": captioner.files.revision},
         "settings": {
             "model": fingerprint(captioner.files.folder),
@@ -68,10 +69,17 @@ def refuse_other_settings(old: Mapping[str, Any] | None, new: Mapping[str, Any],
         )
 
 
+def earlier_naming(old: Mapping[str, Any] | None) -> Naming | None:
+    """How an earlier run named its images."""
+    return None if old is None else Naming(old.get("folder"))
+
+
 def earlier_shapes(old: Mapping[str, Any] | None) -> Shapes | None:
-    """The shapes an earlier run had, where its receipt says."""
+    """The shapes of an earlier run that was cut short; one that finished leaves a later one free to fit its own images."""
+    if old is None or old.get("state") == "finished":
+        return None
     try:
-        return None if old is None else Shapes(int(old["shapes"]["slots"]), int(old["shapes"]["chunk"]))
+        return Shapes(int(old["shapes"]["slots"]), int(old["shapes"]["chunk"]))
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -209,6 +209,32 @@ def test_a_rerun_goes_on_whatever_does_not_change_captions(captioner: Path, few:
     assert receipt(out)["counts"] == {"captions": 12, "failures": 0}
 
 
+def test_a_second_source_changes_no_name_of_the_first(captioner: Path, few: Path, tmp_path: Path):
+    more = paint(tmp_path / "more", "a.png", "b.png", seed=2)
+    out = tmp_path / "c.jsonl"
+    command = ["caption", "-m", captioner, "-o", out]
+    assert call(*command, few).code == 0
+    assert "2 captioned, 9 skipped" in call(*command, few, more).err
+    assert "0 captioned, 9 skipped" in call(*command, few).err
+    names = [row["file_name"] for row in map(json.loads, out.open())]
+    assert names == [f"{n}.png" for n in range(9)] + [f"{more}/a.png", f"{more}/b.png"]
+
+
+def test_a_try_on_a_few_images_does_not_shape_the_run_on_all(captioner: Path, few: Path, tmp_path: Path):
+    out = tmp_path / "c.jsonl"
+    command = ["caption", few, "-m", captioner, "-o", out]
+    assert call(*command, "--limit", 2).code == 0
+    assert receipt(out)["shapes"]["slots"] == 2
+    assert call(*command).code == 0
+    assert receipt(out)["shapes"]["slots"] == 7
+
+
+def test_a_setting_without_effect_does_not_refuse_a_rerun(captioner: Path, few: Path, tmp_path: Path):
+    command = ["caption", few, "-m", captioner, "-o", tmp_path / "c.jsonl"]
+    assert "--seed has no effect" in call(*command, "--seed", 3, "--limit", 2).err
+    assert call(*command).code == 0
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_run_that_is_done_writes_no_rows_again(captioner: Path, few: Path, tmp_path: Path, broken: bool):
     photos, out = tmp_path / "photos", tmp_path / "c.csv"

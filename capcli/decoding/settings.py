@@ -79,6 +79,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "token_healing": (False,),
     "use_mtp": (False,),
 }
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")  # without effect where nothing is drawn
+BEAM_SEARCH = ("length_penalty", "early_stopping")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +137,9 @@ class Settings:
         return len(self.prompt) - 1 + self.rows * self.max_new_tokens
 
     def receipt(self) -> dict[str, Any]:
-        """The settings as a run's receipt shows them."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """The settings as a run's receipt shows them: those that have an effect."""
+        idle = (*(() if self.do_sample else SAMPLING), *(() if self.num_beams > 1 else BEAM_SEARCH))
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in idle}
 
 
 def resolve(config: Mapping[str, Any], given: GenerationOptions, prompt: Iterable[int] = ()) -> Settings:
@@ -202,12 +205,12 @@ def idle(given: GenerationOptions, settings: Settings) -> list[str]:
     """What was asked for that has no effect under these settings, a line each."""
     lines = []
     if not settings.do_sample:
-        names: tuple[str, ...] = ("temperature", "top_k", "top_p", "seed")
+        names = [name for name in SAMPLING if hasattr(given, name)]
         lines += [
             f"--{n.replace('_', '-')} has no effect without --do-sample" for n in names if getattr(given, n) is not None
         ]
     if settings.num_beams == 1:
-        names = ("length_penalty", "early_stopping")
+        names = list(BEAM_SEARCH)
         lines += [
             f"--{n.replace('_', '-')} has no effect with one beam" for n in names if getattr(given, n) is not None
         ]

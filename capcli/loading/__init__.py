@@ -25,7 +25,9 @@ from capcli.records import Entry, Failure, Loaded
 
 __all__ = ["Decode", "Loading", "default_workers", "load", "usable_cpus"]
 
-MEMORY = 4 << 30  # bytes a worker may grow by; a PNG of 179 megapixels with alpha, as large as Pillow trusts, took 2.9 GB
+MEMORY = (
+    4 << 30
+)  # bytes a worker may grow by; a PNG of 179 megapixels with alpha, as large as Pillow trusts, took 2.9 GB
 TIMEOUT = 60.0  # seconds
 _FEEDER_GRACE = 0.2  # seconds to let entries that do not block come to an end
 

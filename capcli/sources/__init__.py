@@ -21,8 +21,8 @@ __all__ = ["IMAGE_SUFFIXES", "Source", "open_source"]
 class Source:
     """The images of a run, in a fixed order: sources as given, then the list; folders in byte order of their names.
 
-    `root` is the folder that names are relative to, where one folder is the only source. A `streaming` source reads
-    standard input or a pipe: it can be iterated once, and must not be read ahead of the work.
+    `root` is the folder that names are relative to, where there is one: the only source, or that of an earlier run. A
+    `streaming` source reads standard input or a pipe: it can be iterated once, and must not be read ahead of the work.
     """
 
     parts: tuple[Iterable[Entry], ...]
@@ -39,8 +39,22 @@ class Source:
         return ", ".join(self.given)
 
 
-def open_source(options: SourceOptions, warn: Callable[[str], None]) -> Source:
+@dataclass(frozen=True)
+class Naming:
+    """How an earlier run named its images: relative to the folder `root`, or as given where that is None."""
+
+    root: str | None
+
+    def bare(self, source: str, *, only: bool) -> bool:
+        """Whether the images of this folder are named relative to it."""
+        return self.root is not None and (only or os.path.abspath(source) == os.path.abspath(self.root))
+
+
+def open_source(options: SourceOptions, warn: Callable[[str], None], earlier: Naming | None = None) -> Source:
     """The images that `options` name; `warn` hears, once, of each folder that could not be listed.
+
+    One folder alone gives names relative to it. A run that goes on from an `earlier` one names images as that did, so that
+    a source more or less changes no name.
 
     Raises UsageError for no source, one that does not exist or cannot be read, a pattern that matches nothing, and
     standard input or options that have nothing to do. Listed paths are not looked at.
@@ -51,7 +65,10 @@ def open_source(options: SourceOptions, warn: Callable[[str], None]) -> Source:
     tell = _once(warn)
     only = len(options.sources) == 1 and options.from_file is None
     sieve = Sieve.of(options.include, options.exclude, IMAGE_SUFFIXES)
-    parts = [_open(source, options, sieve, tell, only=only) for source in options.sources]
+    parts = [
+        _open(source, options, sieve, tell, bare=earlier.bare(source, only=only) if earlier else only)
+        for source in options.sources
+    ]
     if options.from_file is not None:
         parts.append(open_list(options.from_file, null=options.null))
     if (options.include or options.exclude) and not any(isinstance(part, Folder | Glob) for part in parts):
@@ -61,7 +78,7 @@ def open_source(options: SourceOptions, warn: Callable[[str], None]) -> Source:
     return Source(
         parts=tuple(parts),
         given=tuple(given),
-        root=options.sources[0] if only and isinstance(parts[0], Folder) else None,
+        root=next((part.path for part in parts if isinstance(part, Folder) and part.bare), None),
         streaming=any(isinstance(part, ListStream) for part in parts),
     )
 
@@ -76,7 +93,7 @@ def _check(options: SourceOptions, lists: list[str]) -> None:
 
 
 def _open(
-    source: str, options: SourceOptions, sieve: Sieve, warn: Callable[[str], None], *, only: bool
+    source: str, options: SourceOptions, sieve: Sieve, warn: Callable[[str], None], *, bare: bool
 ) -> Iterable[Entry]:
     if source == "-":
         return open_list("-", null=options.null)
@@ -85,7 +102,7 @@ def _open(
             os.scandir(source).close()
         except OSError as error:
             raise UsageError(f"{printable(source)}: {error.strerror or error}") from None
-        return Folder(source, sieve, options.recursive, only, warn)
+        return Folder(source, sieve, options.recursive, bare, warn)
     if os.path.lexists(source):
         return (Entry(source, source),)
     if not MAGIC.search(source):
