@@ -12,10 +12,9 @@ from __future__ import annotations
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import replace
 from functools import partial
-from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -26,13 +25,14 @@ from PIL import Image
 from capcli import pixels
 from capcli.decoding import noise
 from capcli.decoding.capacity import fitting_slots, paying_slots
-from capcli.decoding.loop import Done, Job, Shapes, decode
+from capcli.decoding.loop import Done, Job, Shapes, decode_steps
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import Settings, resolve
-from capcli.errors import ImageError, UsageError
-from capcli.models.build import Model, choose_device, choose_dtype, load_model
+from capcli.errors import CapcliError, ImageError, UsageError
+from capcli.models.build import Model, choose_device, choose_dtype, load_model, quiet_transformers
 from capcli.models.files import ModelFiles
-from capcli.models.hub import resolve as find_model
+from capcli.models.hub import find_model
+from capcli.names import is_text, printable
 from capcli.options import DEFAULT_MODEL, MAX_PIXELS, GenerationOptions
 from capcli.records import Candidate, Caption, Failure, Loaded
 from capcli.runtimes.eager import Eager
@@ -87,9 +87,11 @@ class Captioner:
         image's its index. `generation` takes transformers' names: num_beams, max_new_tokens, min_new_tokens, length_penalty,
         early_stopping, no_repeat_ngram_size, repetition_penalty, do_sample, temperature, top_k, top_p,
         num_return_sequences, seed. `batch_size` is how many images are decoded at once; None: as many as pay.
-        Images are taken as they are needed: a few more than `batch_size`, or, without it, than pay.
-        Raises TypeError for a name that is none of these, UsageError for settings that cannot be, both at once.
+        Images are taken as they are needed. Raises, at once, TypeError for a name that is none of these and for one image
+        alone, UsageError for settings that cannot be.
         """
+        if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
+            raise TypeError("caption() takes several images: put one into a list")
         unknown = [name for name in generation if name not in GenerationOptions.__dataclass_fields__]
         if unknown:
             known = ", ".join(GenerationOptions.__dataclass_fields__)
@@ -107,10 +109,8 @@ class Captioner:
         batch_size: int | None,
         max_pixels: int,
     ) -> Iterator[Result]:
-        taken, most = iter(images), 0 if batch_size else paying_slots(self.model.device, settings)
-        first = list(islice(taken, most + 1))
-        shapes = self.shapes(settings, len(first) if len(first) <= most else None, batch_size)
-        arrivals = InPlace(chain(first, taken), partial(self._prepare, max_pixels=max_pixels))
+        shapes = self.shapes(settings, len(images) if isinstance(images, Sized) else None, batch_size)
+        arrivals = InPlace(images, partial(self._prepare, max_pixels=max_pixels))
         ready: deque[Result] = deque()
         for _ in self.run(arrivals, settings, shapes, lambda _, result: ready.append(result), before=before):
             while ready:
@@ -118,22 +118,47 @@ class Captioner:
 
     def settings(self, options: GenerationOptions, prompt: str | None = None) -> Settings:
         """The search settings in force: `options`, and the checkpoint's where they say nothing."""
-        ids = self.model.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else ()
-        settings = resolve(self.model.generation, options, ids)
-        room = self.model.positions - len(settings.prompt)
+        settings = resolve(self.model.generation, options, self._prompt_ids(prompt) if prompt else ())
+        room = self.model.positions - len(settings.prompt) + 1  # the last token is never given back to the decoder
+        if room < 1:
+            raise UsageError(
+                f"the prompt has {len(settings.prompt)} tokens and the decoder holds {self.model.positions}: shorten it"
+            )
         if settings.max_new_tokens > room:
             raise UsageError(
                 f"max_new_tokens is {settings.max_new_tokens}, but the decoder holds {self.model.positions} tokens, "
                 f"prompt included: at most {room} here"
             )
+        self._refuse_strange_ids(settings)
         return settings
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        if not is_text(prompt):
+            raise UsageError(f"the prompt {printable(prompt)} is not UTF-8")
+        with quiet_transformers():
+            ids: list[int] = self.model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _refuse_strange_ids(self, settings: Settings) -> None:
+        """Raises CapcliError for token ids that the decoder does not have."""
+        s = settings
+        forced = () if s.forced_bos_token_id is None else (s.forced_bos_token_id,)
+        named = {"the prompt": s.prompt, "forced tokens": (*forced, *s.forced_eos_token_ids)}
+        named |= {"suppressed tokens": (*s.suppress_tokens, *s.begin_suppress_tokens)}
+        for what, ids in named.items():
+            strange = [i for i in ids if not 0 <= i < self.model.vocabulary]
+            if strange:
+                raise CapcliError(
+                    f"{what} hold token {strange[0]}, and the decoder has {self.model.vocabulary}: tokenizer or "
+                    "generation_config of another model?"
+                )
 
     def shapes(self, settings: Settings, count: int | None, batch_size: int | None = None) -> Shapes:
         """Slots and chunk for `count` images; None: unknown, or more than ever fit."""
         slots = batch_size or paying_slots(self.model.device, settings)
-        slots = slots if count is None else max(1, min(slots, count))
-        slots = batch_size or min(slots, fitting_slots(self.model.device, self._bytes_per_slot(settings)))
-        return Shapes(slots, max(1, min(slots, max(4, slots // 4))))
+        if batch_size is None:
+            slots = min(slots, fitting_slots(self.model.device, self._bytes_per_slot(settings)))
+        return Shapes.of(slots if count is None else max(1, min(slots, count)))
 
     def run(
         self,
@@ -149,14 +174,15 @@ class Captioner:
     ) -> Iterator[None]:
         """Caption all arrivals; `deliver(index, result)` gets each result, by index of arrival, in order if `ordered`.
 
-        A generator, so that the caller keeps the reins: it yields after every result. `before` are tokens to show before each
+        A generator, so that the caller keeps the reins: it yields after every step. `before` are tokens to show before each
         caption. Once `stop` says so, no more images are taken and those under way are finished.
         """
         give = Order(deliver).put if ordered else deliver
         feed = ArrivalFeed(arrivals, partial(self._job, settings), give, stop)
-        for done in decode(feed, self._runtime, settings, shapes, shrunk):
-            index, loaded = done.tag
-            give(index, self._result(loaded, done, settings, before))
+        for ended in decode_steps(feed, self._runtime, settings, shapes, shrunk):
+            for done in ended:
+                index, loaded = done.tag
+                give(index, self._result(loaded, done, settings, before))
             yield
         yield  # failures may have come after the last caption
 
@@ -175,9 +201,7 @@ class Captioner:
 
     def _result(self, loaded: Loaded, done: Done, settings: Settings, before: tuple[int, ...]) -> Result:
         if not done.hypotheses:
-            return Failure(
-                loaded.name, "not-finite", "its numbers overflow in the model (NaN or infinity); try --dtype float32"
-            )
+            return Failure(loaded.name, "not-finite", self._overflow())
         said = tuple(Candidate(self._text(h, settings, before), h.score) for h in done.hypotheses)
         return Caption(loaded.name, said, loaded.facts)
 
@@ -193,6 +217,10 @@ class Captioner:
             memory = self.model.encode(torch.zeros(1, height, width, 3, dtype=torch.uint8, device=self.model.device))
         pool = sum(x.nbytes // x.shape[2] * settings.entries for x in memory)
         return int(sum(x.nbytes for x in memory) + pool + 16 * settings.rows * self.model.vocabulary)
+
+    def _overflow(self) -> str:
+        cure = "its weights may be damaged" if self.model.dtype == "float32" else "try --dtype float32"
+        return f"its numbers overflow in the model (NaN or infinity); {cure}"
 
     def _prepare(self, index: int, image: ImageLike, max_pixels: int) -> Loaded:
         if isinstance(image, str | os.PathLike):

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 
 class Interrupts:
-    """While entered, the first SIGINT or SIGTERM only sets `signal`, which is told; a second raises KeyboardInterrupt."""
+    """While entered, the first SIGINT or SIGTERM only sets `signal`, which is told; a second ends the program."""
 
     def __init__(self, *, quiet: bool) -> None:
         self.signal: int | None = None
@@ -39,7 +39,7 @@ class Interrupts:
 
     def _heed(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None:
-            raise KeyboardInterrupt
+            raise SystemExit(128 + number)
         self.signal = number
         if not self._quiet:
             # Past Python's buffers, in whose use the signal may have come; on a terminal, behind its ^C.

@@ -64,6 +64,12 @@ class SinkOptions:
     existing: Existing = "skip"
 
 
+KINDS = dict.fromkeys(
+    ("num_beams", "max_new_tokens", "min_new_tokens", "no_repeat_ngram_size", "top_k", "num_return_sequences", "seed"),
+    int,
+) | dict.fromkeys(("length_penalty", "repetition_penalty", "temperature", "top_p"), (int, float))
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
     """Search settings asked for; `None` leaves a field to the checkpoint's generation_config."""
@@ -83,6 +89,10 @@ class GenerationOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kinds in KINDS.items():
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+                raise UsageError(f"{name} is {value!r}; it must be a {'whole ' if kinds is int else ''}number")
         for name, least in (
             ("num_beams", 1),
             ("max_new_tokens", 1),
@@ -98,8 +108,8 @@ class GenerationOptions:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"{name} is {value}; it must be above 0 and finite")
-        if self.length_penalty is not None and not math.isfinite(self.length_penalty):
-            raise UsageError(f"length_penalty is {self.length_penalty}; it must be finite")
+        if self.length_penalty is not None and not abs(self.length_penalty) <= 100:
+            raise UsageError(f"length_penalty is {self.length_penalty}; it must be between -100 and 100")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.early_stopping not in (None, True, False, "never"):

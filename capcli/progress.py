@@ -34,6 +34,10 @@ class Report:
             self.captioned += 1
 
     @property
+    def seen(self) -> int:
+        return self.captioned + self.failed + self.skipped
+
+    @property
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
@@ -116,6 +120,11 @@ def say(line: str) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 2)  # the interpreter would fail at its end on what is left in the buffer
         os.close(nowhere)
+
+
+def warn(line: str) -> None:
+    """A line on standard error that says who speaks."""
+    say(f"capcli: {line}")
 
 
 def make_bar() -> Any:

@@ -24,18 +24,18 @@ from capcli.sources import Naming, Source
 
 
 def make_receipt(
-    options: CaptionOptions, source: Source, captioner: Captioner, settings: Settings, shapes: Shapes
+    options: CaptionOptions, source: Source, captioner: Captioner, settings: Settings, earlier: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """A run's receipt, as it stands before the first image.
 
-    What is under `settings` decides the captions: a later run goes on only where it is the same. `shapes` and `threads` are
-    taken over by a run that goes on where this one was cut short, so that its captions are the same to the bit.
+    What is under `settings` decides the captions: a later run goes on only where it is the same. The shapes (`with_shapes`)
+    and `threads` are taken over by a run that goes on where this one was cut short: its captions are the same to the bit.
     """
     return {
         "capcli": __version__,
         "state": "running",
         "source": source.describe(),
-        "folder": source.root,
+        "folder": root_of(source, earlier),
         "model": {"name": captioner.files.name, "revision": captioner.files.revision},
         "settings": {
             "model": fingerprint(captioner.files.folder),
@@ -46,7 +46,8 @@ def make_receipt(
             "sidecar_dir": options.sink.sidecar_dir,
             "generation": settings.receipt(),
         },
-        "shapes": {"slots": shapes.slots, "chunk": shapes.chunk, "rows": settings.rows, "pool": settings.entries},
+        "images": {"max_pixels": options.max_pixels, "decode_timeout": options.decode_timeout, "order": options.order},
+        "batch_size": options.batch_size,
         "device": str(captioner.model.device),
         "threads": torch.get_num_threads(),
         "versions": {
@@ -69,14 +70,30 @@ def refuse_other_settings(old: Mapping[str, Any] | None, new: Mapping[str, Any],
         )
 
 
+def with_shapes(receipt: Mapping[str, Any], shapes: Shapes, settings: Settings) -> dict[str, Any]:
+    """The receipt with the shapes of all tensors of the run."""
+    held = {"slots": shapes.slots, "chunk": shapes.chunk, "rows": settings.rows, "pool": settings.entries}
+    return {**receipt, "shapes": held}
+
+
+def root_of(source: Source, earlier: Mapping[str, Any] | None) -> str | None:
+    """The folder that names in the captions file are relative to, were it only those of an earlier run."""
+    return source.root if earlier is None else earlier.get("folder")
+
+
 def earlier_naming(old: Mapping[str, Any] | None) -> Naming | None:
     """How an earlier run named its images."""
     return None if old is None else Naming(old.get("folder"))
 
 
-def earlier_shapes(old: Mapping[str, Any] | None) -> Shapes | None:
-    """The shapes of an earlier run that was cut short; one that finished leaves a later one free to fit its own images."""
-    if old is None or old.get("state") == "finished":
+def earlier_shapes(old: Mapping[str, Any] | None, device: torch.device, batch_size: int | None) -> Shapes | None:
+    """The shapes of an earlier run that was cut short on such a device; one that finished binds no later one.
+
+    None too where another batch size than then is asked for.
+    """
+    if old is None or old.get("state") == "finished" or not str(old.get("device")).startswith(device.type):
+        return None
+    if batch_size not in (None, old.get("batch_size")):
         return None
     try:
         return Shapes(int(old["shapes"]["slots"]), int(old["shapes"]["chunk"]))

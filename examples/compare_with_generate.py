@@ -26,8 +26,8 @@ from capcli.decoding.capacity import paying_slots
 from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
 from capcli.decoding.settings import Settings
 from capcli.models.attention import use_attention
+from capcli.models.packing import keep_memory_mapped, speed_up
 from capcli.models.vision_encoder_decoder import Encode, Step
-from capcli.runtimes.cpu import keep_memory_mapped, speed_up
 from capcli.runtimes.eager import Eager
 
 START, TOKENS, MEAN = 50256, 15, (0.5, 0.5, 0.5)
@@ -81,7 +81,7 @@ def ours(options: argparse.Namespace) -> Callable[[], Captions]:
     jobs = [Job(index, image) for index, image in enumerate(pictures(options.images))]
 
     def run() -> Captions:
-        done = decode(IterableFeed(jobs), runtime, settings, Shapes(slots, max(4, slots // 4)))
+        done = decode(IterableFeed(jobs), runtime, settings, Shapes.of(slots))
         return [list(d.hypotheses[0].tokens) for d in sorted(done, key=lambda d: d.tag)]
 
     return run

@@ -26,8 +26,8 @@ from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import Settings
 from capcli.models.attention import use_attention
+from capcli.models.packing import speed_up
 from capcli.models.vision_encoder_decoder import Encode, Step
-from capcli.runtimes.cpu import speed_up
 from capcli.runtimes.eager import Eager
 
 SIZE = 32

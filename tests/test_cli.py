@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import call, environment, paint, save_captioner
+from running import call, change_json, environment, paint, save_captioner
 from safetensors.torch import load_file, save_file
 
 from capcli.cli import cli
@@ -616,13 +616,48 @@ def test_what_has_no_effect_is_told(captioner: Path, photos: Path):
     assert "--length-penalty has no effect with one beam" in idle.err
 
 
-def test_a_checkpoint_of_several_captions_wants_them_asked_for(photos: Path, tmp_path: Path):
+def test_a_checkpoint_of_several_captions_gives_them(photos: Path, tmp_path: Path):
     model = save_captioner(tmp_path / "model", generation={"num_beams": 3, "num_return_sequences": 3})
+    rows = [json.loads(line) for line in call("caption", photos, "-m", model).out.splitlines()]
+    assert rows
+    assert all(len(row["candidates"]) == 3 for row in rows)
+    assert b"candidates" not in call("caption", photos, "-m", model, "--num-return-sequences", 1).out
+
+
+@pytest.mark.parametrize(
+    ("generation", "said"),
+    [
+        ({"num_beams": "4"}, "num_beams is '4'"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1"),
+        ({"suppress_tokens": [99999]}, "suppressed tokens hold token 99999"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature is 0.0"),
+    ],
+)
+def test_a_checkpoint_with_impossible_settings_is_refused(photos: Path, tmp_path: Path, generation, said):
+    model = save_captioner(tmp_path / "model")
+    change_json(model / "generation_config.json", generation)
     ended = call("caption", photos, "-m", model)
-    assert (ended.code, ended.out) == (1, b"")
-    assert "--num-return-sequences 3, or 1" in ended.err
-    assert "candidates" not in call("caption", photos, "-m", model, "--num-return-sequences", 1).rows[0]
-    assert len(call("caption", photos, "-m", model, "--num-return-sequences", 3).rows[0]["candidates"]) == 3
+    assert ended.code in (1, 2)
+    assert said in ended.err
+    assert "unexpected" not in ended.err
+
+
+def test_a_caption_may_fill_the_decoder(captioner: Path, photos: Path):
+    assert call("caption", photos, "-m", captioner, "--max-new-tokens", 64, "--limit", 1).code == 0
+    assert "at most 64" in call("caption", photos, "-m", captioner, "--max-new-tokens", 65, "--limit", 1).err
+
+
+def test_a_batch_is_no_larger_than_the_source(captioner: Path, photos: Path, tmp_path: Path):
+    command = ["caption", photos, "-m", captioner, "-o", tmp_path / "c.jsonl", "--batch-size", 10**6, "--limit", 2]
+    assert call(*command).code == 0
+    assert json.loads((tmp_path / "c.run.json").read_text())["shapes"]["slots"] == 2
+
+
+def test_an_empty_folder_is_told(captioner: Path, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    ended = call("caption", tmp_path / "empty", "-m", captioner)
+    assert (ended.code, ended.out) == (0, b"")
+    assert "there is no image in" in ended.err
 
 
 def test_an_option_named_by_the_command_is_the_same_everywhere():

@@ -1,4 +1,4 @@
-"""On a CUDA device: the same captions as `generate()` there, through refill, late flags and lost memory."""
+"""On a CUDA device: the same captions as `generate()` there, through refill and flags that are read late."""
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ import pytest
 from fake_hub import FakeHub, Repo, files_of
 
 from capcli.errors import CapcliError, UsageError
-from capcli.models.hub import ModelFiles, explain_load_error, fingerprint, resolve
+from capcli.models.files import ModelFiles, fingerprint
+from capcli.models.hub import find_model
+from capcli.models.load_errors import explain_load_error
 
 NAME = "someone/captioner"
 APART = ("unshare", "--map-root-user", "--mount")
@@ -34,10 +36,10 @@ NEEDED = {
 RESOLVE = """
 import dataclasses, json, sys
 from capcli.errors import CapcliError
-from capcli.models.hub import resolve
+from capcli.models.hub import find_model
 for model, revision in json.loads(sys.argv[1]):
     try:
-        answer = dataclasses.asdict(resolve(model, revision))
+        answer = dataclasses.asdict(find_model(model, revision))
     except CapcliError as error:
         answer = {"error": str(error), "exit": error.exit_code}
     print(json.dumps(answer), flush=True)
@@ -359,17 +361,17 @@ def test_a_cache_that_cannot_be_made(ask: Asker, tmp_path: Path) -> None:
 )
 def test_names_that_are_neither_folder_nor_model(name: str) -> None:
     with pytest.raises(UsageError, match="No such folder"):
-        resolve(name)
+        find_model(name)
 
 
 def test_a_file_is_no_model(model: Path) -> None:
     with pytest.raises(UsageError, match="is a file"):
-        resolve(str(model / "model.safetensors"))
+        find_model(str(model / "model.safetensors"))
 
 
 def test_a_folder_has_no_revisions(model: Path) -> None:
     with pytest.raises(UsageError, match="--revision is for models on the hub"):
-        resolve(str(model), "main")
+        find_model(str(model), "main")
 
 
 # From a folder
@@ -396,27 +398,27 @@ def test_a_folder_imports_no_hub(captioner: Path) -> None:
 def test_a_folder_that_lacks_a_file(model: Path, removed: str, said: str) -> None:
     (model / removed).unlink()
     with pytest.raises(CapcliError, match=re.escape(f"{model} {said}")):
-        resolve(str(model))
+        find_model(str(model))
 
 
 def test_weights_of_another_framework_are_named(model: Path) -> None:
     (model / "model.safetensors").rename(model / "tf_model.h5")
     with pytest.raises(CapcliError, match=r"tf_model\.h5 is of another framework"):
-        resolve(str(model))
+        find_model(str(model))
 
 
 def test_a_nested_processor_comes_first(model: Path) -> None:
     (model / "processor_config.json").write_text('{"image_processor": {"size": {"height": 4, "width": 4}}}')
-    assert resolve(str(model)).processor == {"size": {"height": 4, "width": 4}}
+    assert find_model(str(model)).processor == {"size": {"height": 4, "width": 4}}
     (model / "preprocessor_config.json").unlink()
-    assert resolve(str(model)).processor == {"size": {"height": 4, "width": 4}}
+    assert find_model(str(model)).processor == {"size": {"height": 4, "width": 4}}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\xff", "[" * 100_000])
 def test_a_config_that_is_no_object(model: Path, text: str) -> None:
     (model / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(CapcliError, match=r"config\.json of .* is (not JSON|JSON but no object)"):
-        resolve(str(model))
+        find_model(str(model))
 
 
 @pytest.mark.parametrize(
@@ -434,7 +436,7 @@ def test_a_config_that_is_no_object(model: Path, text: str) -> None:
 def test_architectures_that_are_not_supported(model: Path, config: dict[str, Any], said: str) -> None:
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(CapcliError, match=re.escape(said)) as caught:
-        resolve(str(model))
+        find_model(str(model))
     assert "Supported is vision-encoder-decoder with an encoder of vit, deit, beit, swin, swinv2" in str(caught.value)
 
 
@@ -463,7 +465,7 @@ def load(folder: Path) -> str:
     """Give the message for what loading these files raises."""
     from transformers import VisionEncoderDecoderModel
 
-    files = resolve(str(folder))
+    files = find_model(str(folder))
     with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever it is, it must be explained
         VisionEncoderDecoderModel.from_pretrained(files.folder)
     return str(explain_load_error(caught.value, files))

@@ -59,8 +59,11 @@ def main() -> None:
 
 
 def replace_closed_streams() -> None:
-    """Python leaves None for a stream that a caller closed (`2>&-`), and files opened later would take its place."""
+    """Takes the place of streams that a caller closed (`2>&-`): files opened later would, and messages would go into them."""
+    while (taken := os.open(os.devnull, os.O_RDONLY)) <= 2:
+        pass
+    os.close(taken)
     if sys.stdout is None:
-        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")  # rows written there are an error
+        sys.stdout = os.fdopen(1, "w", closefd=False)  # open for reading only: rows written there are an error
     if sys.stderr is None:
-        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115

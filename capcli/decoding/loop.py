@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,6 +34,11 @@ class Shapes:
 
     slots: int
     chunk: int
+
+    @classmethod
+    def of(cls, slots: int) -> Shapes:
+        """Slots refill a quarter at a time: bigger chunks encode no faster, and leave seats empty for longer."""
+        return cls(slots, min(slots, max(4, slots // 4)))
 
     def halved(self) -> Shapes:
         slots = max(1, self.slots // 2)
@@ -103,7 +108,14 @@ class IterableFeed:
 def decode(
     feed: Feed, runtime: Runtime, settings: Settings, shapes: Shapes, shrunk: Callable[[Shapes], None] = lambda _: None
 ) -> Iterator[Done]:
-    """Captions everything `feed` gives, in the order in which captions end.
+    """Captions everything `feed` gives, in the order in which captions end; errors as `decode_steps`."""
+    return chain.from_iterable(decode_steps(feed, runtime, settings, shapes, shrunk))
+
+
+def decode_steps(
+    feed: Feed, runtime: Runtime, settings: Settings, shapes: Shapes, shrunk: Callable[[Shapes], None] = lambda _: None
+) -> Iterator[list[Done]]:
+    """`decode`, step by step: what ended with each; nothing, often, also where the feed woke up without a job.
 
     When the device runs out of memory, what was under way starts again with half the slots, and `shrunk` is told the new shapes.
     Raises CapcliError when not even one slot fits.
@@ -146,24 +158,23 @@ class Batch:
         self.broken = torch.zeros(shapes.slots, dtype=torch.bool, device=runtime.device)
         self.since = 0.0
 
-    def captions(self) -> Iterator[Done]:
+    def captions(self) -> Iterator[list[Done]]:
         while True:
+            done: list[Done] = []
             with torch.inference_mode():  # never across a yield: who takes the captions may be training
-                if not self.fill():
+                if self.slots.busy or self.waiting or self.fetch(wait=None):
+                    self.fill()
+                    self.step()
+                    done = self.retire()
+                elif self.feed.ended:
                     return
-                self.step()
-                done = self.retire()
-            yield from done
+            yield done
 
-    def fill(self) -> bool:
-        """Seats what has come; False when nothing is seated and nothing will come.
+    def fill(self) -> None:
+        """Seats what has come. Something is seated then, for there is somebody seated or waiting before.
 
         Encoding costs a whole chunk however few are in it, so a chunk waits for company (not for long), then for seats for all.
         """
-        while not self.slots.busy and not self.waiting:
-            if self.feed.ended:
-                return False
-            self.fetch(wait=None)
         while (room := min(self.shapes.chunk, self.slots.free)) and self.fetch(wait=0):
             most = min(self.shapes.chunk, len(self.waiting))
             complete = most == self.shapes.chunk or self.feed.ended or time.monotonic() - self.since >= LINGER
@@ -173,7 +184,6 @@ class Batch:
                 break
             else:
                 self.fetch(wait=LINGER)
-        return True
 
     def fetch(self, wait: float | None) -> bool:
         """Adds what has come to those waiting, a chunk at most; says whether anyone waits."""

@@ -34,7 +34,7 @@ class Hypothesis:
 
 def make_search(settings: Settings, slots: int, device: torch.device | str) -> Search:
     """The search these settings ask for."""
-    return (Beams if settings.num_beams > 1 else Rows)(settings, slots, device)
+    return (Beams if settings.num_beams > 1 else Independent)(settings, slots, device)
 
 
 class Search:
@@ -100,7 +100,7 @@ class Search:
             setattr(self, name, torch.where(where, value, getattr(self, name)))
 
 
-class Rows(Search):
+class Independent(Search):
     """Greedy decoding and sampling: rows that know nothing of each other."""
 
     def __init__(self, settings: Settings, slots: int, device: torch.device | str) -> None:
@@ -192,7 +192,9 @@ class Beams(Search):
 
     def pick(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The best continuations of all rows: accumulated scores, raw log-probabilities, row*V + token; each [S, K]."""
-        if not self.constraints.active and logits.shape[1] * logits.shape[2] > 1 << 16:
+        rows, vocabulary = logits.shape[1:]
+        few = self.candidates * BLOCK < vocabulary and rows * vocabulary > 1 << 16
+        if few and not self.constraints.active:
             return self.pick_few(logits)
         plain = logits.float().log_softmax(-1)
         scores = self.constraints.apply(plain, self.sequence, self.prefix + 1 + self.position)

@@ -149,6 +149,7 @@ def resolve(config: Mapping[str, Any], given: GenerationOptions, prompt: Iterabl
     Raises CapcliError for a field of `config` that would change captions and is not done here.
     """
     refuse_unknown(config)
+    refuse_impossible(config)
     asked = {name: value for name, value in asdict(given).items() if value is not None}
     have = {name: value for name, value in config.items() if value is not None}
     fields = {**have, **asked}
@@ -199,6 +200,15 @@ def refuse_unknown(config: Mapping[str, Any]) -> None:
             f"the model's generation_config sets {name}={value!r}, which capcli does not do: its captions would differ. "
             f"Remove {name} from generation_config.json if you can do without it"
         )
+
+
+def refuse_impossible(config: Mapping[str, Any]) -> None:
+    """Raises CapcliError for a value that no option could have: the checkpoint's are held to the same rules."""
+    held = {name: config[name] for name in GenerationOptions.__dataclass_fields__ if config.get(name) is not None}
+    try:
+        GenerationOptions(**held)
+    except UsageError as error:
+        raise CapcliError(f"the model's generation_config cannot be used: {error}") from None
 
 
 def idle(given: GenerationOptions, settings: Settings) -> list[str]:

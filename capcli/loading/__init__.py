@@ -21,14 +21,13 @@ from typing import Self
 from capcli.loading.dispatch import Dispatcher, to_result
 from capcli.loading.window import Window
 from capcli.loading.worker_main import Decode, attempt
+from capcli.options import DECODE_TIMEOUT
 from capcli.records import Entry, Failure, Loaded
 
 __all__ = ["Decode", "Loading", "default_workers", "load", "usable_cpus"]
 
-MEMORY = (
-    4 << 30
-)  # bytes a worker may grow by; a PNG of 179 megapixels with alpha, as large as Pillow trusts, took 2.9 GB
-TIMEOUT = 60.0  # seconds
+# Bytes a worker may grow by: a PNG of 179 megapixels with alpha, as large as Pillow trusts, took 2.9 GB.
+MEMORY = 4 << 30
 _FEEDER_GRACE = 0.2  # seconds to let entries that do not block come to an end
 
 
@@ -37,7 +36,7 @@ def load(
     decode: Decode,
     *,
     workers: int,
-    timeout: float = TIMEOUT,
+    timeout: float = DECODE_TIMEOUT,
     memory: int | None = MEMORY,
     window: int | None = None,
 ) -> Loading:

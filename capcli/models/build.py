@@ -19,10 +19,10 @@ from capcli.errors import CapcliError, UsageError
 from capcli.models.attention import use_attention
 from capcli.models.files import ModelFiles
 from capcli.models.load_errors import explain_load_error
+from capcli.models.packing import speed_up
 from capcli.models.vision_encoder_decoder import ANY_SIZE, Encode, Step
 from capcli.options import check_device
 from capcli.pixels import PixelSpec
-from capcli.runtimes.cpu import speed_up
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,8 +72,14 @@ def load_model(files: ModelFiles, device: torch.device, dtype: str) -> Model:
         generation=own_generation(files) or model.generation_config.to_dict(),
         positions=decoder.max_position_embeddings,
         vocabulary=decoder.vocab_size,
-        spaced=type(getattr(tokenizer, "backend_tokenizer", tokenizer).decoder).__name__ == "WordPiece",
+        spaced=puts_spaces(tokenizer),
     )
+
+
+def puts_spaces(tokenizer: Any) -> bool:
+    """Whether decoding puts a space between tokens: WordPiece does, and so does a tokenizer without decoder."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and (backend.decoder is None or type(backend.decoder).__name__ == "WordPiece")
 
 
 def own_generation(files: ModelFiles) -> dict[str, Any] | None:
@@ -81,9 +87,14 @@ def own_generation(files: ModelFiles) -> dict[str, Any] | None:
     path = os.path.join(files.folder, "generation_config.json")
     if not os.path.exists(path):
         return None
-    with explained(files), quiet_transformers():
+    try:
         with open(path, encoding="utf-8") as file:
-            written: dict[str, Any] = json.load(file)
+            written = json.load(file)
+    except (OSError, ValueError) as error:
+        raise CapcliError(f"Cannot read {path}: {error}.") from error
+    if not isinstance(written, dict):
+        raise CapcliError(f"{path} is JSON but no object: replace the file.")
+    with explained(files), quiet_transformers():
         return written | transformers.GenerationConfig.from_pretrained(files.folder, local_files_only=True).to_dict()
 
 

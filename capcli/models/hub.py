@@ -12,10 +12,7 @@ from collections.abc import Iterator
 
 from capcli import __version__
 from capcli.errors import CapcliError, UsageError
-from capcli.models.files import CONFIG, IncompleteError, ModelFiles, Shelf, fingerprint, gather, shelf_of
-from capcli.models.load_errors import explain_load_error
-
-__all__ = ["ModelFiles", "explain_load_error", "fingerprint", "resolve"]
+from capcli.models.files import CONFIG, IncompleteError, ModelFiles, Shelf, gather, shelf_of
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -29,7 +26,7 @@ class _UnreachableError(_RefusedError):
     """The hub could not be asked at all."""
 
 
-def resolve(model: str, revision: str | None = None, *, quiet: bool = False) -> ModelFiles:
+def find_model(model: str, revision: str | None = None, *, quiet: bool = False) -> ModelFiles:
     """Give the files of the captioner that `model` names: a folder, or a name on the hub (downloaded into its cache).
 
     `revision` is a branch, tag or commit of a hub model. Progress is shown on a terminal unless `quiet`. Whatever keeps

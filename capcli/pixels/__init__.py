@@ -174,9 +174,7 @@ def _refuse_large(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _too_large(what: str, max_pixels: int | None) -> ImageError:
-    return ImageError(
-        "too-large", f"{what} pixels are more than the limit of {max_pixels}; raise max_pixels to allow it"
-    )
+    return ImageError("too-large", f"{what} pixels are more than the limit of {max_pixels}; --max-pixels allows more")
 
 
 @contextlib.contextmanager

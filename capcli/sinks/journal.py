@@ -84,7 +84,9 @@ class Journal:
                     if record.name is not None:
                         yield key(record.name)
         except scan.ForeignFileError as error:
-            raise UsageError(f"{self._shown} was not written by this command: {error}; {self._ways_out()}") from None
+            raise UsageError(
+                f"{self._shown} holds other rows than this command would write: {error}; {self._ways_out()}"
+            ) from None
         except scan.DamageError as error:
             raise CapcliError(f"{self._shown}, {error}. Mend or delete that line, or {self._ways_out()}") from None
 

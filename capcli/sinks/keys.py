@@ -27,8 +27,9 @@ class Keys:
     def __contains__(self, item: int) -> bool:
         if item in self._loose:
             return True
-        position = int(np.searchsorted(self._sorted, np.uint64(item)))
-        return position < self._sorted.size and int(self._sorted[position]) == item
+        known = self._sorted  # another thread may be adding
+        position = int(np.searchsorted(known, np.uint64(item)))
+        return position < known.size and int(known[position]) == item
 
     def __len__(self) -> int:
         return self._sorted.size + len(self._loose)

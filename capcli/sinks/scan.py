@@ -70,7 +70,8 @@ def _passes_header(stream: BinaryIO, rows: Rows, size: int) -> bool:
         return True
     if len(head) == size and any(header.startswith(head) for header in rows.headers):
         return False
-    found = (head + stream.readline(LONGEST)).partition(b"\n")[0].decode("utf-8", "replace")
+    stream.seek(0)
+    found = stream.readline(LONGEST).rstrip(b"\n").decode("utf-8", "replace")
     raise ForeignFileError(f"its columns are {printable(found[:200])!r}, not {rows.header.decode().rstrip()!r}")
 
 

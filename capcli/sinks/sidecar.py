@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 
 from capcli.errors import CapcliError
@@ -55,7 +56,7 @@ class Sidecars:
             if self.existing == "append":
                 data = _appended(path, data)
             # Another run may be at work in the same folder.
-            mark = f".capcli-{os.getpid()}.tmp"
+            mark = f".capcli-{os.getpid()}-{threading.get_ident()}.tmp"
             atomic.replace(path, [data], os.path.join(os.path.dirname(path), mark))
         except OSError as error:
             raise CapcliError(f"cannot write the sidecar {printable(path)}: {error.strerror or error}") from error

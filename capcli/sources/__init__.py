@@ -21,7 +21,7 @@ __all__ = ["IMAGE_SUFFIXES", "Source", "open_source"]
 class Source:
     """The images of a run, in a fixed order: sources as given, then the list; folders in byte order of their names.
 
-    `root` is the folder that names are relative to, where there is one: the only source, or that of an earlier run. A
+    `root` is the folder (a real path) that names are relative to: the only source, or the one of an earlier run. A
     `streaming` source reads standard input or a pipe: it can be iterated once, and must not be read ahead of the work.
     """
 
@@ -41,13 +41,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Naming:
-    """How an earlier run named its images: relative to the folder `root`, or as given where that is None."""
+    """How an earlier run named its images: relative to the folder `root` (a real path), or as given where that is None."""
 
     root: str | None
 
-    def bare(self, source: str, *, only: bool) -> bool:
+    def bare(self, folder: str) -> bool:
         """Whether the images of this folder are named relative to it."""
-        return self.root is not None and (only or os.path.abspath(source) == os.path.abspath(self.root))
+        return self.root is not None and os.path.realpath(folder) == self.root
 
 
 def open_source(options: SourceOptions, warn: Callable[[str], None], earlier: Naming | None = None) -> Source:
@@ -66,7 +66,7 @@ def open_source(options: SourceOptions, warn: Callable[[str], None], earlier: Na
     only = len(options.sources) == 1 and options.from_file is None
     sieve = Sieve.of(options.include, options.exclude, IMAGE_SUFFIXES)
     parts = [
-        _open(source, options, sieve, tell, bare=earlier.bare(source, only=only) if earlier else only)
+        _open(source, options, sieve, tell, bare=earlier.bare(source) if earlier else only)
         for source in options.sources
     ]
     if options.from_file is not None:
@@ -78,7 +78,7 @@ def open_source(options: SourceOptions, warn: Callable[[str], None], earlier: Na
     return Source(
         parts=tuple(parts),
         given=tuple(given),
-        root=next((part.path for part in parts if isinstance(part, Folder) and part.bare), None),
+        root=next((os.path.realpath(part.path) for part in parts if isinstance(part, Folder) and part.bare), None),
         streaming=any(isinstance(part, ListStream) for part in parts),
     )
 

@@ -17,7 +17,7 @@ IMAGE_SUFFIXES = (
     *(".png", ".apng", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
     *(".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif", ".jxl"),
     *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".pcx", ".psd", ".qoi"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".pcx", ".psd", ".qoi", ".ico", ".icns", ".dds", ".sgi", ".xbm"),
 )
 
 Warn = Callable[[str], None]

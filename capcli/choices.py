@@ -1,0 +1,91 @@
+"""What a run is made of where the command leaves it open: captioner, search settings, shapes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from itertools import chain, islice
+from typing import Any
+
+import torch
+
+from capcli.captioner import Captioner
+from capcli.decoding.capacity import paying_slots
+from capcli.decoding.loop import Shapes
+from capcli.decoding.settings import Settings, idle, resolve
+from capcli.errors import CapcliError
+from capcli.loading import usable_cpus
+from capcli.models.build import choose_device, choose_dtype, load_model, own_generation
+from capcli.models.hub import find_model
+from capcli.models.packing import keep_memory_mapped
+from capcli.options import CaptionOptions
+from capcli.progress import warn
+from capcli.provenance import earlier_shapes
+from capcli.records import Entry
+from capcli.sources import Source
+
+
+def load_captioner(options: CaptionOptions, receipt: dict[str, Any] | None) -> Captioner:
+    """The captioner, in the dtype and on as many threads as an earlier run had, unless these are asked for."""
+    earlier = receipt or {}
+    device = choose_device(options.device)
+    if device.type == "cpu":
+        keep_memory_mapped()
+    files = find_model(options.model, options.revision, quiet=options.quiet)
+    own = own_generation(files)
+    if own is not None:
+        resolve(own, options.generation)  # what is wrong with the settings is told before the weights are read
+    dtype: str = options.dtype
+    if dtype == "auto":
+        dtype = earlier.get("settings", {}).get("dtype") or choose_dtype("auto", device)
+    most = usable_cpus()
+    torch.set_num_threads(options.threads or min(earlier.get("threads") or torch.get_num_threads(), most))
+    return Captioner(load_model(files, device, dtype), files)
+
+
+def own_sequences(model: str) -> int:
+    """Captions per image that a model in a folder asks for itself; 1 where that is not known before it is fetched."""
+    try:
+        with open(os.path.join(os.path.expanduser(model), "generation_config.json"), encoding="utf-8") as file:
+            asked = json.load(file).get("num_return_sequences")
+    except (OSError, ValueError, AttributeError):
+        return 1
+    return asked if isinstance(asked, int) else 1
+
+
+def search_settings(options: CaptionOptions, captioner: Captioner) -> Settings:
+    settings = captioner.settings(options.generation, options.prompt)
+    for line in idle(options.generation, settings):
+        warn(line)
+    if settings.num_return_sequences > 1 and not options.sink.candidates:
+        n = settings.num_return_sequences
+        raise CapcliError(
+            f"the model's generation_config asks for {n} captions per image: say --num-return-sequences {n}, or 1"
+        )
+    return settings
+
+
+def choose_shapes(
+    options: CaptionOptions,
+    captioner: Captioner,
+    settings: Settings,
+    wanted: Iterator[Entry],
+    source: Source,
+    receipt: Mapping[str, Any] | None,
+) -> tuple[Shapes, Iterator[Entry]]:
+    """The shapes of the run, and all of `wanted` again, of which the first may have been counted.
+
+    Those of an earlier run that was cut short, so that captions stay the same to the bit; else what `--batch-size` says, or
+    what pays, fits and is needed for so many images, where that can be known.
+    """
+    device = captioner.model.device
+    earlier = earlier_shapes(receipt, device, options.batch_size)
+    if earlier is not None:
+        return earlier, wanted
+    if source.streaming:
+        return captioner.shapes(settings, None, options.batch_size), wanted
+    most = options.batch_size or paying_slots(device, settings)
+    first = list(islice(wanted, most))
+    count = len(first) if len(first) < most else None
+    return captioner.shapes(settings, count, options.batch_size), chain(first, wanted)
