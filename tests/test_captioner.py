@@ -7,13 +7,15 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from running import call, paint
+from running import VOCABULARY, call, paint, save_captioner
+from transformers import AutoImageProcessor, BertTokenizer, VisionEncoderDecoderModel
 
 from capcli import Captioner
 from capcli.errors import UsageError
@@ -129,6 +131,42 @@ def test_wrong_settings_are_told_at_once(model: Captioner, captioner: Path):
         Captioner.load(str(captioner), dtype="abacus")
     with pytest.raises(UsageError, match="No such folder"):
         Captioner.load("./nosuch")
+
+
+# A WordPiece vocabulary: Chinese characters and punctuation, Latin words and parts of words, and what starts and ends captions.
+HAN = [*"。《》", *(chr(0x4E00 + 7 * n) for n in range(50))]
+LATIN = ["##s", "##ling", "##er", "tv", "2", "café", *(f"word{n}" for n in range(VOCABULARY - len(HAN) - 9))]
+WORDPIECES = [*HAN, *LATIN, "[PAD]", "[CLS]", "[SEP]"]
+
+
+def written(pieces: list[str]) -> str:
+    """Pieces as they are written: apart, but for Chinese beside Chinese, and parts of words, which join what they follow."""
+    text = "".join(pieces[:1])
+    for before, piece in pairwise(pieces):
+        joined = piece.startswith("##") or (before in HAN and piece in HAN)
+        text += piece.removeprefix("##") if joined else f" {piece}"
+    return text
+
+
+def test_chinese_is_written_without_spaces_and_latin_words_with_them(tmp_path: Path):
+    model = save_captioner(tmp_path / "chinese", decoder="bert", ends=0.05)
+    tokenizer = BertTokenizer(vocab={piece: n for n, piece in enumerate(WORDPIECES)}, unk_token="[PAD]")
+    tokenizer.save_pretrained(model)
+    photos = paint(tmp_path / "photos", *(f"{n:02d}.png" for n in range(24)))
+    theirs = VisionEncoderDecoderModel.from_pretrained(model).eval()
+    processor = AutoImageProcessor.from_pretrained(model)
+    said: list[list[str]] = []
+    for path in sorted(photos.iterdir()):
+        with Image.open(path) as image:
+            values = processor(image.convert("RGB"), return_tensors="pt").pixel_values
+        found = theirs.generate(values, num_beams=4, num_return_sequences=4).tolist()
+        said += [[WORDPIECES[token] for token in ids if token < VOCABULARY - 3] for ids in found]
+    kinds = {(a in HAN, b in HAN) for pieces in said for a, b in pairwise(pieces) if not b.startswith("##")}
+    assert len(kinds) == 4, "every kind of neighbours comes"
+    beams = ["--num-beams", 4, "--num-return-sequences", 4]
+    done = call("caption", photos, "-m", model, "--dtype", "float32", *beams)
+    assert done.code == 0, done.err
+    assert [c["text"] for row in done.rows for c in row["candidates"]] == [written(pieces) for pieces in said]
 
 
 def test_a_warning_within_the_package_is_an_error_in_tests():

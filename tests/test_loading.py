@@ -31,6 +31,7 @@ from capcli.records import Entry, Failure, Loaded
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 TESTS = Path(__file__).parent
 MEGABYTE = 1 << 20
+PATIENCE = 60.0  # seconds that a busy machine may take; what must not be waited for takes as long or longer
 
 
 def entries_of(*verbs: str) -> list[Entry]:
@@ -160,7 +161,7 @@ def test_hanging_images_time_out() -> None:
     got = results("ok:", "hang:", "ok:", "hold:", "ok:", "ok:", timeout=0.7)
     assert [outcome(result) for result in got] == ["ok", "timeout", "ok", "timeout", "ok", "ok"]
     assert_whole(got)
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < PATIENCE
 
 
 def test_an_image_is_timed_from_its_own_start() -> None:
@@ -362,7 +363,7 @@ def test_closing_early_ends_everything_soon(tmp_path: Path) -> None:
             yield Entry("a", f"note:{tmp_path}:{number}")
 
     for end in ("close", "forget"):
-        images = load(endless(), misbehaving.decode, workers=2)
+        images = load(endless(), misbehaving.decode, workers=2, timeout=2 * PATIENCE)
         assert eventually(lambda: len(list(tmp_path.iterdir())) == 2)
         pids = [int(path.name) for path in tmp_path.iterdir()]
         assert children(os.getpid()) >= set(pids)
@@ -374,24 +375,23 @@ def test_closing_early_ends_everything_soon(tmp_path: Path) -> None:
             assert images.take() is None
         else:
             del images
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < PATIENCE  # the images under way would have taken twice that
         assert not any(alive(pid) for pid in pids)
         for path in tmp_path.iterdir():
             path.unlink()
 
 
 def test_closing_does_not_wait_for_blocked_entries() -> None:
-    release = threading.Event()
+    release, went_on = threading.Event(), threading.Event()
 
     def stuck() -> Iterator[Entry]:
-        release.wait()
+        release.wait(PATIENCE)
+        went_on.set()
         yield from entries_of("ok:")
 
     for count in (0, 1):
-        images = load(stuck(), misbehaving.decode, workers=count)
-        began = time.monotonic()
-        images.close()
-        assert time.monotonic() - began < 1
+        load(stuck(), misbehaving.decode, workers=count).close()
+        assert not went_on.is_set()
     release.set()
 
 

@@ -1,0 +1,129 @@
+"""The automatic batch size: as many slots as pay, as memory holds, and as there are images."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from capcli import Captioner
+from capcli.decoding import capacity
+from capcli.decoding.capacity import (
+    CPU_ROWS,
+    CPU_SLOTS,
+    CUDA_ROWS,
+    CUDA_SLOTS,
+    fitting_slots,
+    free_memory,
+    paying_slots,
+)
+from capcli.decoding.settings import Settings
+from capcli.options import GenerationOptions
+
+CPU = torch.device("cpu")
+BOUNDS = {"cpu": (CPU_SLOTS, CPU_ROWS), "cuda": (CUDA_SLOTS, CUDA_ROWS)}
+Free = Callable[[int], None]
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Free:
+    """Says how many bytes the device has free from here on."""
+    return lambda count: monkeypatch.setattr(capacity, "free_memory", lambda _: count)
+
+
+@pytest.fixture(scope="module")
+def model(captioner: Path) -> Captioner:
+    return Captioner.load(str(captioner), device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("place", BOUNDS)
+def test_the_more_rows_an_image_takes_the_fewer_slots_pay(place: str) -> None:
+    most, most_rows = BOUNDS[place]
+    found = [paying_slots(torch.device(place), Settings((0,), (1,), 5, num_beams=rows)) for rows in range(1, 201)]
+    assert found[0] == most
+    assert found == sorted(found, reverse=True)
+    assert len(set(found)) > 5
+    assert all(slots == 1 or 1 < slots * rows <= most_rows for rows, slots in enumerate(found, 1))
+
+
+def test_samples_of_an_image_are_rows_as_beams_are() -> None:
+    beams = Settings((0,), (1,), 5, num_beams=16)
+    samples = Settings((0,), (1,), 5, do_sample=True, num_return_sequences=16)
+    assert paying_slots(CPU, beams) == paying_slots(CPU, samples) == CPU_ROWS // 16
+
+
+@given(st.integers(0, 1 << 50), st.integers(0, 1 << 45))
+def test_slots_fit_into_the_memory_that_is_free_and_are_at_least_one(memory: int, per_slot: int) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(capacity, "free_memory", lambda _: memory)
+        slots = fitting_slots(CPU, per_slot)
+    assert slots == 1 or 1 < slots * per_slot <= memory or per_slot == 0
+    assert slots >= 1
+
+
+def test_half_of_the_free_memory_is_used_and_more_of_it_takes_more_slots(free: Free) -> None:
+    found = []
+    for memory in (0, 1, 1999, 2000, 4000, 200_000):
+        free(memory)
+        found.append(fitting_slots(CPU, 1000))
+    assert found == [1, 1, 1, 1, 2, 100]
+
+
+def test_the_free_memory_is_what_the_system_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert free_memory(CPU) > 1 << 20
+    said = "MemTotal: 9 kB\nMemAvailable:    1234 kB\n"
+    monkeypatch.setattr(capacity, "open", lambda *_: io.StringIO(said), raising=False)
+    assert free_memory(CPU) == 1234 * 1024
+
+
+@pytest.mark.parametrize("text", ["MemTotal: 9 kB\n", "MemAvailable: many\n", "no colon\n", None])
+def test_a_system_that_does_not_say_is_taken_to_have_four_gibibytes(
+    monkeypatch: pytest.MonkeyPatch, text: str | None
+) -> None:
+    def opened(*_: object) -> io.StringIO:
+        if text is None:
+            raise FileNotFoundError("/proc/meminfo")
+        return io.StringIO(text)
+
+    monkeypatch.setattr(capacity, "open", opened, raising=False)
+    assert free_memory(CPU) == 4 << 30
+
+
+def test_there_are_no_more_slots_than_images_and_never_none(model: Captioner, free: Free) -> None:
+    free(1 << 40)
+    settings = model.settings(GenerationOptions())
+    slots = {count: model.shapes(settings, count).slots for count in (0, 1, 3, CPU_SLOTS, 10**6, None)}
+    assert slots == {0: 1, 1: 1, 3: 3, CPU_SLOTS: CPU_SLOTS, 10**6: CPU_SLOTS, None: CPU_SLOTS}
+
+
+@pytest.mark.parametrize("size", [1, 3, 500])
+def test_a_batch_size_that_is_given_is_kept(model: Captioner, free: Free, size: int) -> None:
+    free(0)
+    settings = model.settings(GenerationOptions(num_beams=3))
+    assert {model.shapes(settings, count, size).slots for count in (size, 10**6, None)} == {size}
+
+
+def test_little_memory_makes_fewer_slots_and_beams_fewer_still(model: Captioner, free: Free) -> None:
+    settings = [model.settings(GenerationOptions(num_beams=beams)) for beams in (1, 4)]
+    free(1 << 40)
+    roomy = [model.shapes(each, None).slots for each in settings]
+    assert roomy == [CPU_SLOTS, min(CPU_SLOTS, CPU_ROWS // 4)]
+    free(1 << 20)
+    greedy, beams = (model.shapes(each, None).slots for each in settings)
+    assert 1 < beams < greedy < CPU_SLOTS
+    free(0)
+    assert [model.shapes(each, None).slots for each in settings] == [1, 1]
+
+
+@pytest.mark.parametrize("beams", [1, 2, 5, 50])
+def test_a_chunk_is_never_more_than_the_slots(model: Captioner, beams: int) -> None:
+    settings = model.settings(GenerationOptions(num_beams=beams))
+    for count in (*range(40), None):
+        for size in (None, 1, 2, 3, 4, 5, 64):
+            shapes = model.shapes(settings, count, size)
+            assert 1 <= shapes.chunk <= shapes.slots
