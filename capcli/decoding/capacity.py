@@ -6,8 +6,8 @@ import torch
 
 from capcli.decoding.settings import Settings
 
-CPU_SLOTS = 32  # beyond, the weights that a step reads weigh little against the memory of the slots (BENCHMARKS.md)
-CPU_ROWS = 128
+CPU_SLOTS = 64  # a step reads every weight however few the slots; beyond, their memory outweighs the weights (BENCHMARKS.md)
+CPU_ROWS = 256
 CUDA_ROWS = 1024
 CUDA_SLOTS = 256
 SHARE = 0.5  # of the memory that is free now: the weights are in it already, the rest is for activations and neighbours
