@@ -6,7 +6,9 @@ import torch
 
 from capcli.decoding.settings import Settings
 
-CPU_SLOTS = 64  # a step reads every weight however few the slots; beyond, their memory outweighs the weights (BENCHMARKS.md)
+CPU_SLOTS = (
+    64  # a step reads every weight however few the slots; beyond, their memory outweighs the weights (BENCHMARKS.md)
+)
 CPU_ROWS = 256
 CUDA_ROWS = 1024
 CUDA_SLOTS = 256
