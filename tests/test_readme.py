@@ -14,7 +14,9 @@ BLOCK = re.compile("(?<=<!-- help -->\n).*?(?=<!-- /help -->)", re.DOTALL)
 
 
 def help_text() -> str:
-    with click.Context(cli.commands["caption"], info_name="capcli caption", terminal_width=100) as context:
+    names = ["-h", "--help"]  # as the group hands them down
+    command = cli.commands["caption"]
+    with click.Context(command, info_name="capcli caption", terminal_width=100, help_option_names=names) as context:
         return f"```\n{context.get_help()}\n```\n"
 
 
