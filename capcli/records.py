@@ -70,3 +70,27 @@ class Failure:
     name: str
     error: str
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An image inside a dataset on disk: its file's bytes are in row `row` of the split in `folder`, in `column`."""
+
+    folder: str
+    row: int
+    column: str = "image"
+
+
+@dataclass(frozen=True, slots=True)
+class Annotated:
+    """An image with its captions, as annotations give it.
+
+    `name` is what the annotations call it (COCO's `file_name`, a table's cell), and `image` where it is: a path, a row of
+    a dataset on disk, or None where nothing looked for it (references). `captions` holds no empty one and may be empty
+    itself. `split` is "train", "val", "test", or None where the annotations do not say.
+    """
+
+    name: str
+    image: str | Stored | None
+    captions: tuple[str, ...]
+    split: str | None = None

@@ -10,18 +10,19 @@ import click
 from capcli.cli import cli
 
 README = Path(__file__).parents[1] / "README.md"
-BLOCK = re.compile("(?<=<!-- help -->\n).*?(?=<!-- /help -->)", re.DOTALL)
+BLOCK = re.compile(r"<!-- help (\w+) -->\n(.*?)<!-- /help -->", re.DOTALL)
 
 
-def help_text() -> str:
+def help_text(name: str) -> str:
     names = ["-h", "--help"]  # as the group hands them down
-    command = cli.commands["caption"]
-    with click.Context(command, info_name="capcli caption", terminal_width=100, help_option_names=names) as context:
+    command = cli.commands[name]
+    with click.Context(command, info_name=f"capcli {name}", terminal_width=100, help_option_names=names) as context:
         return f"```\n{context.get_help()}\n```\n"
 
 
 def test_the_readme_shows_the_help_as_it_is() -> None:
-    assert BLOCK.findall(README.read_text()) == [help_text()], "run: python tests/test_readme.py"
+    shown = dict(BLOCK.findall(README.read_text()))
+    assert shown == {name: help_text(name) for name in cli.commands}, "run: python tests/test_readme.py"
 
 
 def test_every_command_is_in_the_readme() -> None:
@@ -30,4 +31,6 @@ def test_every_command_is_in_the_readme() -> None:
 
 
 if __name__ == "__main__":
-    README.write_text(BLOCK.sub(lambda _: help_text(), README.read_text()))
+    README.write_text(
+        BLOCK.sub(lambda block: f"<!-- help {block[1]} -->\n{help_text(block[1])}<!-- /help -->", README.read_text())
+    )

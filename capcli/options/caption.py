@@ -1,4 +1,4 @@
-"""What a command was asked to do: one frozen, validated dataclass per concern. No torch."""
+"""What `capcli caption` was asked to do, and the search settings that other commands share."""
 
 from __future__ import annotations
 

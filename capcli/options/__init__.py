@@ -1,0 +1,31 @@
+"""What a command was asked to do: one frozen, validated dataclass per concern. No torch, no NumPy."""
+
+from capcli.options.caption import (
+    DECODE_TIMEOUT,
+    DEFAULT_MODEL,
+    MAX_PIXELS,
+    CaptionOptions,
+    Existing,
+    Format,
+    GenerationOptions,
+    SinkOptions,
+    SourceOptions,
+    Suffix,
+    check_device,
+)
+from capcli.options.data import DataOptions
+
+__all__ = [
+    "DECODE_TIMEOUT",
+    "DEFAULT_MODEL",
+    "MAX_PIXELS",
+    "CaptionOptions",
+    "DataOptions",
+    "Existing",
+    "Format",
+    "GenerationOptions",
+    "SinkOptions",
+    "SourceOptions",
+    "Suffix",
+    "check_device",
+]
