@@ -30,6 +30,8 @@ class Entry:
 class Loaded:
     """An image as the captioner takes it: `pixels` uint8 [height, width, 3], before rescaling and normalisation.
 
+    Where images are encoded anew, to be stored, `pixels` is the new file's bytes, uint8 [n].
+
     `facts` holds what was asked for of the file itself (`width`, `height`, `sha256`, ...), the size after orientation.
     """
 

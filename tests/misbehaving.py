@@ -130,6 +130,8 @@ STRANGE: dict[str, Any] = {
     "grey": np.zeros((2, 2, 1), np.uint8),
     "text": "pixels",
     "empty": np.zeros((0, 4, 3), np.uint8),
+    "file": np.frombuffer(b"the bytes of a file", np.uint8),
+    "no-file": np.zeros(0, np.uint8),
     "strided": np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)[::-1, ::2],
 }
 

@@ -138,6 +138,7 @@ HOSTILE = {
     "strange:grey": ("unreadable", "TypeError"),
     "strange:text": ("unreadable", "TypeError"),
     "strange:empty": ("unreadable", "TypeError"),
+    "strange:no-file": ("unreadable", "TypeError"),
     "strange-facts:": ("unreadable", "TypeError"),
     "no-such-number:x:": ("unreadable", "ValueError"),
 }
@@ -212,6 +213,13 @@ def test_images_of_any_size_and_layout_are_the_takers_own() -> None:
     assert (strided.pixels == misbehaving.STRANGE["strided"]).all()
     strided.pixels[:] = 0  # writable, and nobody else's
     assert_whole(results("ok:", "ok:", "ok:"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_decoding_may_end_in_a_file_of_its_own(workers: int) -> None:
+    got = results("strange:file", "ok:", "big:1", "strange:file", workers=workers)
+    assert [result.pixels.ndim for result in got if isinstance(result, Loaded)] == [1, 3, 3, 1]
+    assert [r.pixels.tobytes() for r in (got[0], got[3]) if isinstance(r, Loaded)] == [b"the bytes of a file"] * 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])

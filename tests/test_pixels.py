@@ -130,6 +130,25 @@ def tiff_with(image: Image.Image, changes: dict[int, int]) -> bytes:
     return bytes(data)
 
 
+# Files by their path, and files in memory
+
+
+def test_a_files_bytes_are_read_as_the_file_is(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    files = png_claiming(3000, 4000)[:60], encoded(picture(), "jpeg"), encoded(picture(), "tiff"), b"no image", b""
+    for data in (*files, png_claiming(30_000, 30_000)):
+        path.write_bytes(data)
+        outcomes = []
+        for source in (str(path), data):
+            try:
+                found, facts = pixels.load(source, SPEC, max_pixels=MAX, facts=pixels.FACTS)
+                outcomes.append((found.tobytes(), facts))
+            except ImageError as error:
+                assert_for_people(error)
+                outcomes.append((error.kind, str(error)))
+        assert outcomes[0] == outcomes[1]
+
+
 # Modes and formats
 
 

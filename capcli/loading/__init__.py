@@ -43,11 +43,12 @@ def load(
     """One `Loaded` or `Failure` for each entry, in their order, each as soon as it and all before it are there.
 
     `entries` is read in a thread of its own, which it may block, and at most `window` (4 * workers + 16) ahead of what
-    was taken. `decode` must pickle, and be importable from a module other than `__main__`; what it raises is a
-    failure: an ImageError under its own kind, any other exception as `unreadable`. A `timeout` is per image, in
-    seconds; `memory` is how many bytes a worker may grow by (None: no bound), beyond which an image is a failure
-    `out-of-memory`. A process that dies gives a failure `crash`. `workers=0` decodes in this process, when a result
-    is asked for, and bounds neither time nor memory.
+    was taken. `decode` gives facts, and pixels uint8 [height, width, 3] or the bytes of a file that it encoded, uint8 [n].
+    It must pickle, and be importable from a module other than `__main__`; what it raises is a failure: an ImageError
+    under its own kind, any other exception as `unreadable`. A `timeout` is per image, in seconds; `memory` is how many
+    bytes a worker may grow by (None: no bound), beyond which an image is a failure `out-of-memory`. A process that dies
+    gives a failure `crash`. `workers=0` decodes in this process, when a result is asked for, and bounds neither time
+    nor memory.
 
     An error that `entries` raises comes after the results before it; CapcliError where no process can be started.
     """

@@ -80,15 +80,15 @@ class Worker:
                 case {"error": str(kind), "message": str(message)}:
                     next(self._turns)
                     return ImageError(kind, message)
-                case {"shape": [int(height), int(width), int(depth)], "facts": dict(facts)}:
-                    return self._read((height, width, depth)), facts
+                case {"shape": ([int(), int(), 3] | [int()]) as shape, "facts": dict(facts)}:
+                    return self._read(shape), facts
         except (OSError, ValueError) as error:
             raise EOFError from error
         except MemoryError:
             return ImageError("out-of-memory", "no memory to take over the pixels")
         raise EOFError
 
-    def _read(self, shape: tuple[int, int, int]) -> Pixels:
+    def _read(self, shape: Sequence[int]) -> Pixels:
         block = self._blocks[next(self._turns) % AHEAD]
         pixels = np.empty(shape, np.uint8)
         flat = pixels.reshape(-1)

@@ -31,13 +31,8 @@ def attempt(decode: Decode, path: str) -> Decoded | ImageError:
     """What `decode` makes of `path`, or why it cannot: any exception but an exit or interrupt is the image's fault."""
     try:
         pixels, facts = decode(path)
-        if (
-            not isinstance(pixels, np.ndarray)
-            or pixels.dtype != np.uint8
-            or pixels.shape[2:] != (3,)
-            or not pixels.size
-        ):
-            raise TypeError("decoding gave no uint8 [height, width, 3]")
+        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or not _fits(pixels.shape) or not pixels.size:
+            raise TypeError("decoding gave neither uint8 [height, width, 3] nor a file's bytes uint8 [n]")
         return pixels, facts
     except ImageError as error:
         return ImageError(error.kind, _words(error))
@@ -45,6 +40,11 @@ def attempt(decode: Decode, path: str) -> Decoded | ImageError:
         return ImageError("out-of-memory", "decoding needs more memory than one image may take")
     except Exception as error:  # a codec may raise anything
         return ImageError("unreadable", f"{type(error).__name__}: {_words(error)}")
+
+
+def _fits(shape: Sequence[int]) -> bool:
+    """Whether a result may have this shape: [height, width, 3], or [n] where decoding ends in encoding anew."""
+    return len(shape) == 1 or (len(shape) == 3 and shape[2] == 3)
 
 
 def _words(error: BaseException) -> str:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFile
 
 from capcli.errors import ImageError
-from capcli.pixels.opening import identify, open_regular
+from capcli.pixels.opening import identify, open_image
 from capcli.pixels.processor import PixelSpec
 from capcli.pixels.rgb import array_rgb, upright_rgb
 from capcli.records import FACTS
@@ -36,20 +36,24 @@ _one_at_a_time = threading.RLock()
 
 
 def load(
-    path: str, spec: PixelSpec, *, max_pixels: int, facts: Collection[str] = ()
+    source: str | bytes, spec: PixelSpec, *, max_pixels: int, facts: Collection[str] = ()
 ) -> tuple[npt.NDArray[np.uint8], dict[str, str | int]]:
-    """`read`, then `resize`: the pixels uint8 [height, width, 3] of the image at `path`, and its `facts`.
+    """`read`, then `resize`: the pixels uint8 [height, width, 3] of the image, and its `facts`.
+
+    `source` is a file's path, or the bytes of one.
 
     Raises:
         ImageError: whatever went wrong, in decoding or in memory.
     """
     with _failures():
-        image, found = read(path, max_pixels=max_pixels, facts=facts)
+        image, found = read(source, max_pixels=max_pixels, facts=facts)
         return resize(image, spec), found
 
 
-def read(path: str, *, max_pixels: int, facts: Collection[str] = ()) -> tuple[Image.Image, dict[str, str | int]]:
-    """Open the image at `path`: upright RGB, the first frame of several; and those of `FACTS` that are asked for.
+def read(
+    source: str | bytes, *, max_pixels: int, facts: Collection[str] = ()
+) -> tuple[Image.Image, dict[str, str | int]]:
+    """Open an image, by its path or its file's bytes: upright RGB, the first frame of several; and the `FACTS` asked for.
 
     Width and height are those of the upright image; format and mode are Pillow's names for what the file holds. An
     image of more than `max_pixels` is refused before it is decoded.
@@ -57,7 +61,7 @@ def read(path: str, *, max_pixels: int, facts: Collection[str] = ()) -> tuple[Im
     Raises:
         ImageError: it is no regular file, no image, truncated, too large, or anything else was wrong with it.
     """
-    with _failures(), open_regular(path) as stream, _pillow_limits(max_pixels):
+    with _failures(), open_image(source) as stream, _pillow_limits(max_pixels):
         found: dict[str, str | int] = {"bytes": stream.seek(0, os.SEEK_END)}
         if "sha256" in facts:
             stream.seek(0)

@@ -31,6 +31,19 @@ ZERO_TAIL = 32  # bytes; no encoder ends its image data with so many zeros
 Stream = io.BytesIO | io.BufferedReader
 
 
+def open_image(source: str | bytes) -> Stream:
+    """The bytes of an image's file: those at a path, or those given.
+
+    Raises:
+        ImageError: missing, not-a-file, permission, empty, or unreadable.
+    """
+    if isinstance(source, str):
+        return open_regular(source)
+    if not source:
+        raise ImageError("empty", "the file is empty")
+    return io.BytesIO(source)
+
+
 def open_regular(path: str) -> Stream:
     """Open the regular file at `path`, without waiting: a pipe with no writer would otherwise hang.
 
