@@ -1,0 +1,1 @@
+"""Training a captioner: data, model, loss, and what a run leaves."""
