@@ -91,7 +91,7 @@ def gather(name: str, shelf: Shelf, revision: str | None) -> ModelFiles:
     config = shelf.read_json(CONFIG)
     check_architecture(name, config)
     settings = setting_files(shelf.names)
-    processor = _processor(shelf)
+    processor = processor_of(shelf)
     weights = weight_files(shelf)
     lacks = _missing(shelf, settings, processor, weights)
     if lacks:
@@ -165,7 +165,7 @@ def _model_type(part: Any) -> str | None:
     return part.get("model_type") if isinstance(part, dict) else None
 
 
-def _processor(shelf: Shelf) -> dict[str, Any]:
+def processor_of(shelf: Shelf) -> dict[str, Any]:
     """Give the image processor's settings, from where transformers takes them first; empty when there are none."""
     if PROCESSOR_NESTED in shelf.names:
         nested = shelf.read_json(PROCESSOR_NESTED).get("image_processor")

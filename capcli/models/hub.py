@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from capcli import __version__
 from capcli.errors import CapcliError, UsageError
@@ -16,6 +16,7 @@ from capcli.models.files import CONFIG, IncompleteError, ModelFiles, Shelf, gath
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 COMMIT = re.compile("[0-9a-f]{40}")
+Gather = Callable[[str, Shelf, str | None], ModelFiles]  # which files are taken, and what is refused
 
 
 class _RefusedError(CapcliError):
@@ -26,28 +27,36 @@ class _UnreachableError(_RefusedError):
     """The hub could not be asked at all."""
 
 
-def find_model(model: str, revision: str | None = None, *, quiet: bool = False) -> ModelFiles:
+def find_model(
+    model: str,
+    revision: str | None = None,
+    *,
+    quiet: bool = False,
+    take: Gather = gather,
+    option: str = "--model",
+) -> ModelFiles:
     """Give the files of the captioner that `model` names: a folder, or a name on the hub (downloaded into its cache).
 
     `revision` is a branch, tag or commit of a hub model. Progress is shown on a terminal unless `quiet`. Whatever keeps
-    the hub from answering is no error when the cache holds the model whole. Raise UsageError when `model` or `revision`
+    the hub from answering is no error when the cache holds the model whole. `take` gathers the files, another than `gather`
+    those of a part of a captioner, and `option` is what the user calls it. Raise UsageError when `model` or `revision`
     cannot be right, CapcliError when the files cannot be had or are not those of a supported captioner.
     """
     folder = os.path.expanduser(model)
     if os.path.isdir(folder):
         if revision is not None:
             raise UsageError(f"--revision is for models on the hub, and {model} is a folder: leave it out.")
-        return gather(model, shelf_of(folder), None)
-    _refuse_malformed(model)
-    return _from_hub(model, revision, quiet)
+        return take(model, shelf_of(folder), None)
+    _refuse_malformed(model, option)
+    return _from_hub(model, revision, quiet, take, option)
 
 
-def _refuse_malformed(model: str) -> None:
+def _refuse_malformed(model: str, option: str) -> None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     if os.path.isfile(os.path.expanduser(model)):
-        raise UsageError(f"{model} is a file: --model takes the folder that holds {CONFIG}, or a name on the hub.")
+        raise UsageError(f"{model} is a file: {option} takes the folder that holds {CONFIG}, or a name on the hub.")
     if model.startswith(("/", ".", "~")) or model.endswith("/") or "\\" in model:
         raise UsageError(f"No such folder: {model}")
     try:
@@ -59,33 +68,33 @@ def _refuse_malformed(model: str) -> None:
         ) from error
 
 
-def _from_hub(model: str, revision: str | None, quiet: bool) -> ModelFiles:
+def _from_hub(model: str, revision: str | None, quiet: bool, take: Gather, option: str) -> ModelFiles:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         try:
-            return _cached(model, revision)
+            return _cached(model, revision, take)
         except IncompleteError as lack:
             raise CapcliError(
-                f"{lack} HF_HUB_OFFLINE is set: unset it to download the model, or give --model a folder."
+                f"{lack} HF_HUB_OFFLINE is set: unset it to download the model, or give {option} a folder."
             ) from lack
     if revision is not None and COMMIT.fullmatch(revision):
         with contextlib.suppress(IncompleteError):
-            return _cached(model, revision)  # a commit never changes: there is nothing to ask the hub
+            return _cached(model, revision, take)  # a commit never changes: there is nothing to ask the hub
     try:
-        return _download(model, revision, quiet)
+        return _download(model, revision, quiet, take)
     except _RefusedError as refused:
         try:
-            return _cached(model, revision)
+            return _cached(model, revision, take)
         except IncompleteError as lack:
             if isinstance(refused, _UnreachableError):
                 raise CapcliError(
-                    f"{refused} {lack} Check the connection and HF_ENDPOINT, or give --model a folder."
+                    f"{refused} {lack} Check the connection and HF_ENDPOINT, or give {option} a folder."
                 ) from refused
             raise refused from lack
 
 
-def _cached(model: str, revision: str | None) -> ModelFiles:
+def _cached(model: str, revision: str | None, take: Gather) -> ModelFiles:
     """Give the model as an earlier download left it; raise IncompleteError when it did not leave it whole."""
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -94,10 +103,10 @@ def _cached(model: str, revision: str | None) -> ModelFiles:
         wanted = model if revision is None else f"{model} at revision {revision}"
         raise IncompleteError(f"{wanted} is not in the cache ({constants.HF_HUB_CACHE}).")
     folder = os.path.dirname(path)
-    return gather(model, shelf_of(folder, f"The cached copy of {model}"), os.path.basename(folder))
+    return take(model, shelf_of(folder, f"The cached copy of {model}"), os.path.basename(folder))
 
 
-def _download(model: str, revision: str | None, quiet: bool) -> ModelFiles:
+def _download(model: str, revision: str | None, quiet: bool, take: Gather) -> ModelFiles:
     """Fetch into the hub's cache what is not there yet.
 
     Raise _RefusedError when the hub does not give it, UsageError for an unknown revision, CapcliError when it cannot be
@@ -118,7 +127,7 @@ def _download(model: str, revision: str | None, quiet: bool) -> ModelFiles:
             return hf_hub_download(model, name, revision=commit, library_name="capcli", library_version=__version__)
 
     with _progress(shown=not quiet and sys.stderr.isatty()):
-        files = gather(model, Shelf(f"{model} on the hub", names, fetch), commit)
+        files = take(model, Shelf(f"{model} on the hub", names, fetch), commit)
         _bind(model, revision, files)
     return files
 

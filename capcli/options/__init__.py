@@ -14,6 +14,7 @@ from capcli.options.caption import (
     check_device,
 )
 from capcli.options.data import DataOptions
+from capcli.options.model import ModelOptions
 
 __all__ = [
     "DECODE_TIMEOUT",
@@ -24,6 +25,7 @@ __all__ = [
     "Existing",
     "Format",
     "GenerationOptions",
+    "ModelOptions",
     "SinkOptions",
     "SourceOptions",
     "Suffix",

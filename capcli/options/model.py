@@ -1,0 +1,48 @@
+"""Which captioner to train: one to go on from, or the encoder, decoder and tokenizer of a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from capcli.errors import UsageError
+
+NEW = "new"  # the tokenizer that is trained on the captions
+LEAST_VOCABULARY = 259  # every byte, start, end and padding
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Where the weights come from.
+
+    `model` is a captioner to go on from, a folder or a name on the hub, with its own tokenizer. Else `encoder` and `decoder`
+    are each a name on the hub or a folder with weights; or the path of a .json file of config values, or a table of them with
+    a "model_type": those get new random weights. `tokenizer` None is the decoder's own, "new" a byte-level BPE of at most
+    `vocab_size` tokens trained on the captions, anything else a name or a folder. `max_length` is how many tokens of a
+    caption are learned from, the end token included.
+    """
+
+    model: str | None = None
+    encoder: str | Mapping[str, Any] | None = None
+    decoder: str | Mapping[str, Any] | None = None
+    tokenizer: str | None = None
+    vocab_size: int = 15000
+    max_length: int = 50
+
+    def __post_init__(self) -> None:
+        parts = [name for name in ("encoder", "decoder", "tokenizer") if getattr(self, name) is not None]
+        if self.model is not None and parts:
+            raise UsageError(
+                f"model is a whole captioner and goes without {' and '.join(parts)}: give either model, or encoder and decoder"
+            )
+        if self.model is None and (self.encoder is None or self.decoder is None):
+            lacks = " and ".join(name for name in ("encoder", "decoder") if getattr(self, name) is None)
+            raise UsageError(f"{lacks} missing: give encoder and decoder, or model, a captioner to go on from")
+        for name in ("model", "encoder", "decoder", "tokenizer"):
+            if getattr(self, name) == "":
+                raise UsageError(f"{name} is empty; it must name a folder or a model on the hub")
+        for name, least in (("vocab_size", LEAST_VOCABULARY), ("max_length", 2)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {least}")

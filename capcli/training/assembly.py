@@ -1,0 +1,269 @@
+"""An encoder, a decoder and a tokenizer -> an untrained captioner; or a trained one, to go on from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import VisionEncoderDecoderConfig, VisionEncoderDecoderModel
+
+from capcli.errors import CapcliError, UsageError
+from capcli.models.build import explained, own_generation, pixel_size, quiet_transformers, refuse_missing
+from capcli.models.files import PROCESSOR
+from capcli.models.hub import find_model
+from capcli.options import GenerationOptions, ModelOptions
+from capcli.options.model import NEW
+from capcli.pixels import PixelSpec
+from capcli.training.generation import set_generation
+from capcli.training.parts import CROSS_ATTENTION, HEADS, Config, Part, config_of, find_part, make_part, seeded
+from capcli.training.vocabulary import (
+    SpecialTokens,
+    has_tokenizer,
+    load_tokenizer,
+    new_tokenizer,
+    read_tokenizer,
+    special_tokens,
+)
+
+POSITIONS = {"gpt2": "n_positions", "bert": "max_position_embeddings"}
+PADDED = 256  # a vocabulary may be rounded up so far for the hardware's sake
+
+
+@dataclass(frozen=True, slots=True)
+class Untrained:
+    """A captioner before training, in float32 on the CPU.
+
+    `processor` is the preprocessor_config.json to write beside it and `spec` the same as it is carried out. `new` names what
+    has random weights: "encoder", "decoder", "embeddings", "head", "cross-attention"; a decoder's own parts are not named beside
+    it. `notes` are lines to say at the start.
+    """
+
+    model: VisionEncoderDecoderModel
+    tokenizer: Any
+    processor: dict[str, Any]
+    specials: SpecialTokens
+    spec: PixelSpec
+    new: frozenset[str]
+    notes: tuple[str, ...]
+
+    @property
+    def new_cross_attention(self) -> bool:
+        return bool(self.new & {"decoder", "cross-attention"})
+
+
+def assemble(
+    options: ModelOptions,
+    captions: Callable[[], Iterable[str]],
+    generation: GenerationOptions,
+    seed: int,
+    *,
+    quiet: bool = False,
+) -> Untrained:
+    """The captioner that the options describe; `captions` gives those that a new tokenizer is trained on.
+
+    The same options, captions and seed give the same weights. Raises UsageError for what cannot be right, CapcliError for
+    files that cannot be had, are of no supported kind, or do not fit each other.
+    """
+    if options.model is not None:
+        return _go_on(options.model, options, generation, quiet)
+    encoder = find_part("encoder", _given(options.encoder), quiet=quiet)
+    decoder = find_part("decoder", _given(options.decoder), quiet=quiet)
+    processor, notes = _processor(encoder)
+    spec = _pixels(encoder.title, processor, config_of(encoder))
+    _refuse_long(decoder.title, config_of(decoder), options.max_length)
+    own = _own_tokenizer(decoder)
+    tokenizer = _tokenizer(options, decoder, own, captions, quiet)
+    specials = special_tokens(tokenizer, config_of(decoder))
+    speaking, new = _decoder(decoder, own, tokenizer, specials, seed)
+    seeing = make_part(encoder, seed)
+    model = _join(seeing.model, speaking.model, seed)
+    new |= {"encoder"} if encoder.files is None else set()
+    notes += [_new_line(name) for name in sorted(new - {"cross-attention"})]
+    notes += set_generation(model, specials, generation, options.max_length)
+    return Untrained(model, tokenizer, processor, specials, spec, frozenset(new), tuple(notes))
+
+
+def _go_on(name: str, options: ModelOptions, generation: GenerationOptions, quiet: bool) -> Untrained:
+    files = find_model(name, quiet=quiet)
+    spec = PixelSpec.from_config(files.processor)
+    tokenizer: Any = read_tokenizer(files)
+    own = own_generation(files) or {}
+    with explained(files), quiet_transformers():
+        loaded: Any = VisionEncoderDecoderModel.from_pretrained(
+            files.folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    model, report = loaded
+    refuse_missing(files, report)
+    rest_pooler(model)
+    spec = _pixels(name, files.processor, model.config.encoder)
+    _refuse_long(name, model.config.decoder, options.max_length)
+    specials = _specials_in_force(model.generation_config.to_dict() | own, tokenizer, model.config)
+    notes = set_generation(model, specials, generation, None)
+    return Untrained(model, tokenizer, dict(files.processor), specials, spec, frozenset(), tuple(notes))
+
+
+def _specials_in_force(generation: dict[str, Any], tokenizer: Any, config: Any) -> SpecialTokens:
+    """Those that a trained captioner was made with, whatever its tokenizer calls them."""
+    end = generation.get("eos_token_id", config.eos_token_id)
+    end = end[0] if isinstance(end, list) and end else end
+    start = next(
+        (i for i in (generation.get("decoder_start_token_id"), generation.get("bos_token_id")) if i is not None), None
+    )
+    if end is None or start is None:
+        return special_tokens(tokenizer, config.decoder)
+    pad = generation.get("pad_token_id")
+    return SpecialTokens(start, end, end if pad is None else pad)
+
+
+def _given(part: Any) -> Any:
+    if part is None:  # which ModelOptions refuses
+        raise UsageError("give encoder and decoder, or model")
+    return part
+
+
+def _processor(encoder: Config) -> tuple[dict[str, Any], list[str]]:
+    """The encoder's own image processor, else ViT's at its size, and a line when weights came without one."""
+    if encoder.files is not None and encoder.files.processor:
+        return dict(encoder.files.processor), []
+    size = config_of(encoder).image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    made = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    if encoder.files is None:
+        return made, []
+    line = (
+        f"{encoder.title} has no {PROCESSOR}: images are resized to {width}x{height}, with mean 0.5 and deviation 0.5"
+    )
+    return made, [line]
+
+
+def _pixels(title: str, processor: dict[str, Any], encoder: Any) -> PixelSpec:
+    """Raises CapcliError unless the processor makes the size that the encoder takes, of every image."""
+    spec = PixelSpec.from_config(processor)
+    pixel_size(title, encoder, spec)
+    if spec.height is None:
+        raise CapcliError(
+            f"The image processor of {title} leaves images of different sizes, which cannot be trained on together: "
+            f"give its {PROCESSOR} a size with height and width, or do_center_crop"
+        )
+    return spec
+
+
+def _refuse_long(title: str, decoder: Any, max_length: int) -> None:
+    holds = decoder.max_position_embeddings
+    if max_length > holds:
+        field = POSITIONS[decoder.model_type]
+        raise UsageError(
+            f"max_length is {max_length}, but {title} holds {holds} tokens ({field}): give max_length {holds} or less"
+        )
+
+
+def _own_tokenizer(decoder: Config) -> Any:
+    if decoder.folder is None or not has_tokenizer(os.listdir(decoder.folder)):
+        return None
+    return read_tokenizer(decoder.tokenizer_files)
+
+
+def _tokenizer(
+    options: ModelOptions, decoder: Config, own: Any, captions: Callable[[], Iterable[str]], quiet: bool
+) -> Any:
+    if options.tokenizer == NEW:
+        return new_tokenizer(captions(), options.vocab_size)
+    if options.tokenizer is not None:
+        return load_tokenizer(options.tokenizer, quiet=quiet)
+    if own is None:
+        raise UsageError(f"{decoder.title} has no tokenizer: give tokenizer, a name, a folder, or {NEW}")
+    return own
+
+
+def _decoder(decoder: Config, own: Any, tokenizer: Any, specials: SpecialTokens, seed: int) -> tuple[Part, set[str]]:
+    """The decoder with cross-attention and an embedding for every token of the tokenizer; and what of it is random."""
+    changes: dict[str, Any] = {"is_decoder": True, "add_cross_attention": True, "cross_attention_hidden_size": None}
+    count = token_count(tokenizer)
+    if decoder.files is None:
+        ids = {"bos_token_id": specials.start, "eos_token_id": specials.end, "pad_token_id": specials.pad}
+        return make_part(decoder, seed, **changes, **ids, vocab_size=count), {"decoder"}
+    part = make_part(decoder, seed, **changes)
+    new = {"cross-attention"} if _lacks(part, CROSS_ATTENTION) else set()
+    new |= {"head"} if _lacks(part, HEADS) else set()
+    held = part.model.config.vocab_size
+    if _is_foreign(tokenizer, own, held):
+        renew_embeddings(part.model, count, seed)
+        new.add("embeddings")
+    elif count > held:
+        with seeded(seed, "embeddings"), quiet_transformers():
+            part.model.resize_token_embeddings(count, mean_resizing=False)
+    return part, new
+
+
+def _lacks(part: Part, signs: tuple[str, ...]) -> bool:
+    return any(sign in name for name in part.missing for sign in signs)
+
+
+def token_count(tokenizer: Any) -> int:
+    """One more than its highest id, which may be above its length where ids have gaps."""
+    return int(max(len(tokenizer), 1 + max(tokenizer.get_vocab().values())))
+
+
+def _is_foreign(tokenizer: Any, own: Any, held: int) -> bool:
+    """Whether the decoder's embeddings mean other tokens than the tokenizer's.
+
+    Of a decoder without a tokenizer only the size tells.
+    """
+    if own is None:
+        return not 0 <= held - token_count(tokenizer) < PADDED
+    vocabulary = tokenizer.get_vocab()
+    return any(vocabulary.get(token) != i for token, i in own.get_vocab().items() if i < held)
+
+
+def renew_embeddings(decoder: Any, count: int, seed: int) -> None:
+    """Gives a decoder `count` embeddings as a new model's, and the output layer's, where those are not the same."""
+    std = decoder.config.initializer_range
+    with seeded(seed, "embeddings"), quiet_transformers():
+        decoder.resize_token_embeddings(count, mean_resizing=False)
+        put_in, taken_out = decoder.get_input_embeddings(), decoder.get_output_embeddings()
+        nn.init.normal_(put_in.weight, std=std)
+        if taken_out.weight is not put_in.weight:
+            nn.init.normal_(taken_out.weight, std=std)
+        if taken_out.bias is not None:
+            nn.init.zeros_(taken_out.bias)
+
+
+def _join(encoder: Any, decoder: Any, seed: int) -> VisionEncoderDecoderModel:
+    with seeded(seed, "projection"), quiet_transformers():
+        config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder.config)
+        model = VisionEncoderDecoderModel(config=config, encoder=encoder, decoder=decoder)
+    decoder.get_input_embeddings().padding_idx = (
+        None  # BERT's: it would keep a start or end token that is also padding from being learnt
+    )
+    rest_pooler(model)
+    return model
+
+
+def rest_pooler(model: Any) -> None:
+    """Leaves the encoder's pooler out of training, and in the files: no caption sees it, and transformers expects it there."""
+    pooler = getattr(model.encoder, "pooler", None)
+    for weight in pooler.parameters() if pooler is not None else ():
+        weight.requires_grad_(False)
+
+
+def _new_line(name: str) -> str:
+    return {
+        "encoder": "the encoder has new random weights",
+        "decoder": "the decoder has new random weights",
+        "embeddings": "the decoder's embeddings are new: the tokenizer is not its own",
+        "head": "the decoder's language head is new: its weights have none",
+    }[name]

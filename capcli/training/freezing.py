@@ -1,0 +1,87 @@
+"""Which weights learn: freezing the encoder or the decoder, for a while or for good."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from capcli.errors import UsageError
+from capcli.training.parts import CROSS_ATTENTION
+
+What = Literal["encoder", "decoder", "none"]
+POOLER = "encoder.pooler."  # rests always: no caption sees it
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """The names of the frozen weights, and how many numbers are frozen and learn."""
+
+    what: What
+    names: tuple[str, ...]
+    parameters: int
+    learning: int
+
+    def line(self) -> str:
+        """For people: frozen: the encoder (85,798,656 parameters); 152,806,656 learn."""
+        if not self.names:
+            return f"frozen: nothing; {self.learning:,} parameters learn"
+        return f"frozen: the {self.what} ({self.parameters:,} parameters); {self.learning:,} learn"
+
+
+def freeze(model: Any, what: What, *, new_cross_attention: bool = False, new_embeddings: bool = False) -> Frozen:
+    """Freezes a part of a captioner and lets the rest learn; the projection between the parts always learns.
+
+    Of a frozen decoder, cross-attention and embeddings that are new learn all the same: their weights are random. Call before
+    the optimizer is made, and `train` instead of `model.train()` afterwards.
+    """
+    names = []
+    for name, weight in _learnable(model):
+        frozen = name.startswith(f"{what}.") and not _is_new(name, model, new_cross_attention, new_embeddings)
+        weight.requires_grad_(not frozen)
+        if frozen:
+            names.append(name)
+    held = set(names)
+    sizes = {name: weight.numel() for name, weight in _learnable(model)}
+    return Frozen(what, tuple(names), sum(sizes[n] for n in held), sum(sizes[n] for n in sizes if n not in held))
+
+
+def unfreeze(model: Any) -> Frozen:
+    """Lets everything learn again."""
+    return freeze(model, "none")
+
+
+def train(model: Any) -> None:
+    """`model.train()`, with what is frozen as it is when captioning: without dropout."""
+    model.train()
+    for part in (model.encoder, model.decoder):
+        weights = [weight for name, weight in part.named_parameters() if not name.startswith("pooler.")]
+        if all(weight.requires_grad for weight in weights):
+            continue
+        part.eval()
+        for module in part.modules():
+            own = list(module.parameters())
+            if own and all(weight.requires_grad for weight in own):
+                module.train()
+
+
+def refuse_freezing(what: What, new: Collection[str]) -> None:
+    """Raises UsageError for a part that is new: frozen, it would stay random."""
+    if what in new:
+        raise UsageError(f"freeze is {what}, but the {what} is new: its random weights would never be learnt")
+
+
+def _learnable(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, weight) for name, weight in model.named_parameters() if not name.startswith(POOLER))
+
+
+def _is_new(name: str, model: Any, cross_attention: bool, embeddings: bool) -> bool:
+    if cross_attention and any(sign in name for sign in CROSS_ATTENTION):
+        return True
+    if not embeddings:
+        return False
+    put_in, taken_out = model.decoder.get_input_embeddings(), model.decoder.get_output_embeddings()
+    weight = model.get_parameter(name)
+    return any(weight is own for own in (*put_in.parameters(), *taken_out.parameters()))

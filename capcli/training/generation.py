@@ -1,0 +1,50 @@
+"""How a captioner searches by itself: its generation_config, from its special tokens and what was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from capcli.decoding.settings import BEAM_SEARCH, SAMPLING, idle, resolve
+from capcli.errors import UsageError
+from capcli.options import GenerationOptions
+from capcli.training.vocabulary import SpecialTokens
+
+
+def set_generation(
+    model: Any, specials: SpecialTokens, given: GenerationOptions, max_new_tokens: int | None
+) -> list[str]:
+    """Writes special tokens and search settings into a model's configs; `max_new_tokens` is what it is unless given.
+
+    Gives a line for each setting that has no effect: those are left out, for transformers refuses to save them.
+    Raises UsageError for settings that cannot be.
+    """
+    ids = {"bos_token_id": specials.start, "eos_token_id": specials.end, "pad_token_id": specials.pad}
+    start = {"decoder_start_token_id": specials.start}
+    for place, values in (
+        (model.config.decoder, ids),
+        (model.config, ids | start),
+        (model.generation_config, ids | start),
+    ):
+        for name, value in values.items():
+            setattr(place, name, value)
+    config = model.generation_config
+    asked = {name: value for name, value in asdict(given).items() if value is not None and name != "seed"}
+    if max_new_tokens is not None:
+        asked = {"max_new_tokens": max_new_tokens} | asked
+    if "max_new_tokens" in asked:
+        config.max_length = None  # of which generate() would warn
+    if "min_new_tokens" in asked:
+        config.min_length = None
+    for name, value in asked.items():
+        setattr(config, name, value)
+    settings = resolve(config.to_dict(), GenerationOptions())
+    holds = model.config.decoder.max_position_embeddings
+    if settings.max_new_tokens > holds:
+        raise UsageError(
+            f"max_new_tokens is {settings.max_new_tokens}, but the decoder holds {holds} tokens: give {holds} or less"
+        )
+    for name in (*(() if settings.do_sample else SAMPLING), *(BEAM_SEARCH if settings.num_beams == 1 else ())):
+        if hasattr(config, name):
+            setattr(config, name, None)
+    return idle(given, settings)
