@@ -9,12 +9,28 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from capcli.records import Caption, Failure
 
 PLAIN_EVERY = 30.0  # seconds between lines where standard error is no terminal
 BAR_EVERY = 0.1
+
+
+class Counted(Protocol):
+    """What progress is shown of: images done, with those that failed, and those that an earlier run did."""
+
+    @property
+    def done(self) -> int: ...
+
+    @property
+    def failed(self) -> int: ...
+
+    @property
+    def skipped(self) -> int: ...
+
+    @property
+    def rate(self) -> float: ...
 
 
 @dataclass(slots=True)
@@ -34,8 +50,12 @@ class Report:
             self.captioned += 1
 
     @property
+    def done(self) -> int:
+        return self.captioned + self.failed
+
+    @property
     def seen(self) -> int:
-        return self.captioned + self.failed + self.skipped
+        return self.done + self.skipped
 
     @property
     def seconds(self) -> float:
@@ -44,7 +64,7 @@ class Report:
     @property
     def rate(self) -> float:
         """Images per second, failures included."""
-        return (self.captioned + self.failed) / max(self.seconds, 1e-9)
+        return self.done / max(self.seconds, 1e-9)
 
     @property
     def exit_code(self) -> int:
@@ -53,7 +73,7 @@ class Report:
     def line(self) -> str:
         old = f" ({self.on_record} failed before: --retry-failed tries them again)" if self.on_record else ""
         done = f"{self.captioned} captioned, {self.skipped} skipped, {self.failed} failed{old}"
-        return f"{done}, {self.rate:.1f} images/s" if self.captioned + self.failed else done
+        return f"{done}, {self.rate:.1f} images/s" if self.done else done
 
 
 class Progress:
@@ -62,8 +82,10 @@ class Progress:
     `total` counts what there is to do and may take its time: it runs in a thread of its own; None where nobody can know.
     """
 
-    def __init__(self, report: Report, *, shown: bool, total: Callable[[], int] | None) -> None:
-        self._report, self._shown = report, shown
+    def __init__(
+        self, report: Counted, *, shown: bool, total: Callable[[], int] | None, task: str = "captioning"
+    ) -> None:
+        self._report, self._shown, self._what = report, shown, task
         self._total: int | None = None
         self._bar: Any = None
         self._next = time.monotonic() + (BAR_EVERY if sys.stderr.isatty() else PLAIN_EVERY)
@@ -73,7 +95,7 @@ class Progress:
     def __enter__(self) -> Self:
         if self._shown and sys.stderr.isatty():
             self._bar = make_bar()
-            self._task = self._bar.add_task("captioning", total=None, failed=0, rate=0.0)
+            self._task = self._bar.add_task(self._what, total=None, failed=0, rate=0.0)
             self._bar.start()
         return self
 
@@ -99,13 +121,11 @@ class Progress:
 
     def _draw(self) -> None:
         report = self._report
-        done = report.captioned + report.failed
-        total = None if self._total is None else max(done, self._total - report.skipped)
-        self._bar.update(self._task, completed=done, total=total, failed=report.failed, rate=report.rate)
+        total = None if self._total is None else max(report.done, self._total - report.skipped)
+        self._bar.update(self._task, completed=report.done, total=total, failed=report.failed, rate=report.rate)
 
     def _words(self) -> str:
-        report = self._report
-        done = report.captioned + report.failed
+        report, done = self._report, self._report.done
         total = None if self._total is None else max(done, self._total - report.skipped)
         of = "" if total is None else f" of {total}"
         left = "" if total is None or not done else f", {duration((total - done) / report.rate)} left"

@@ -10,6 +10,7 @@ import click
 
 from capcli import __version__
 from capcli.cli.caption import caption
+from capcli.cli.prepare import prepare
 from capcli.errors import CapcliError
 
 HELP = "Caption folders of images in bulk."
@@ -22,6 +23,7 @@ def cli() -> None:
 
 
 cli.add_command(caption)
+cli.add_command(prepare)
 
 
 def main() -> None:

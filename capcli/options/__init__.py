@@ -15,6 +15,7 @@ from capcli.options.caption import (
 )
 from capcli.options.data import DataOptions
 from capcli.options.model import ModelOptions
+from capcli.options.prepare import DownloadOptions, ImageFormat, PrepareOptions
 
 __all__ = [
     "DECODE_TIMEOUT",
@@ -22,10 +23,13 @@ __all__ = [
     "MAX_PIXELS",
     "CaptionOptions",
     "DataOptions",
+    "DownloadOptions",
     "Existing",
     "Format",
     "GenerationOptions",
+    "ImageFormat",
     "ModelOptions",
+    "PrepareOptions",
     "SinkOptions",
     "SourceOptions",
     "Suffix",
