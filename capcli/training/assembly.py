@@ -38,8 +38,8 @@ class Untrained:
     """A captioner before training, in float32 on the CPU.
 
     `processor` is the preprocessor_config.json to write beside it and `spec` the same as it is carried out. `new` names what
-    has random weights: "encoder", "decoder", "embeddings", "head", "cross-attention"; a decoder's own parts are not named beside
-    it. `notes` are lines to say at the start.
+    has random weights: "encoder", "decoder" or, in a decoder with weights, "embeddings" (with the output layer) and
+    "cross-attention". `notes` are lines to say at the start.
     """
 
     model: VisionEncoderDecoderModel
@@ -78,11 +78,14 @@ def assemble(
     own = _own_tokenizer(decoder)
     tokenizer = _tokenizer(options, decoder, own, captions, quiet)
     specials = special_tokens(tokenizer, config_of(decoder))
+    if tokenizer.pad_token_id is None:  # as GPT-2's: the folder says the same in all its files
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(specials.pad)
     speaking, new = _decoder(decoder, own, tokenizer, specials, seed)
     seeing = make_part(encoder, seed)
     model = _join(seeing.model, speaking.model, seed)
-    new |= {"encoder"} if encoder.files is None else set()
-    notes += [_new_line(name) for name in sorted(new - {"cross-attention"})]
+    if encoder.files is None:
+        new["encoder"] = "the encoder has new random weights"
+    notes += [line for line in new.values() if line]
     notes += set_generation(model, specials, generation, options.max_length)
     return Untrained(model, tokenizer, processor, specials, spec, frozenset(new), tuple(notes))
 
@@ -189,20 +192,26 @@ def _tokenizer(
     return own
 
 
-def _decoder(decoder: Config, own: Any, tokenizer: Any, specials: SpecialTokens, seed: int) -> tuple[Part, set[str]]:
-    """The decoder with cross-attention and an embedding for every token of the tokenizer; and what of it is random."""
+def _decoder(
+    decoder: Config, own: Any, tokenizer: Any, specials: SpecialTokens, seed: int
+) -> tuple[Part, dict[str, str]]:
+    """The decoder with cross-attention and an embedding for every token; and what of it is random, with a line on it."""
     changes: dict[str, Any] = {"is_decoder": True, "add_cross_attention": True, "cross_attention_hidden_size": None}
     count = token_count(tokenizer)
     if decoder.files is None:
         ids = {"bos_token_id": specials.start, "eos_token_id": specials.end, "pad_token_id": specials.pad}
-        return make_part(decoder, seed, **changes, **ids, vocab_size=count), {"decoder"}
+        part = make_part(decoder, seed, **changes, **ids, vocab_size=count)
+        return part, {"decoder": "the decoder has new random weights"}
     part = make_part(decoder, seed, **changes)
-    new = {"cross-attention"} if _lacks(part, CROSS_ATTENTION) else set()
-    new |= {"head"} if _lacks(part, HEADS) else set()
+    new: dict[str, str] = {}
+    if _lacks(part, CROSS_ATTENTION):
+        new["cross-attention"] = ""  # as ever, unless it was a captioner's
+    if _lacks(part, HEADS):
+        new["embeddings"] = "the decoder's output layer is new: its weights have none"
     held = part.model.config.vocab_size
     if _is_foreign(tokenizer, own, held):
         renew_embeddings(part.model, count, seed)
-        new.add("embeddings")
+        new["embeddings"] = f"the decoder's embeddings are new, {count:,} of them: the tokenizer is not its own"
     elif count > held:
         with seeded(seed, "embeddings"), quiet_transformers():
             part.model.resize_token_embeddings(count, mean_resizing=False)
@@ -258,12 +267,3 @@ def rest_pooler(model: Any) -> None:
     pooler = getattr(model.encoder, "pooler", None)
     for weight in pooler.parameters() if pooler is not None else ():
         weight.requires_grad_(False)
-
-
-def _new_line(name: str) -> str:
-    return {
-        "encoder": "the encoder has new random weights",
-        "decoder": "the decoder has new random weights",
-        "embeddings": "the decoder's embeddings are new: the tokenizer is not its own",
-        "head": "the decoder's language head is new: its weights have none",
-    }[name]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from capcli.errors import UsageError
-from capcli.training.parts import CROSS_ATTENTION
+from capcli.training.parts import CROSS_ATTENTION, HEADS
 
 What = Literal["encoder", "decoder", "none"]
 POOLER = "encoder.pooler."  # rests always: no caption sees it
@@ -80,8 +80,5 @@ def _learnable(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
 def _is_new(name: str, model: Any, cross_attention: bool, embeddings: bool) -> bool:
     if cross_attention and any(sign in name for sign in CROSS_ATTENTION):
         return True
-    if not embeddings:
-        return False
-    put_in, taken_out = model.decoder.get_input_embeddings(), model.decoder.get_output_embeddings()
-    weight = model.get_parameter(name)
-    return any(weight is own for own in (*put_in.parameters(), *taken_out.parameters()))
+    put_in = model.decoder.get_input_embeddings().weight
+    return embeddings and (model.get_parameter(name) is put_in or name.startswith(tuple(f"decoder.{h}" for h in HEADS)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from transformers import GenerationConfig
+
 from capcli.decoding.settings import BEAM_SEARCH, SAMPLING, idle, resolve
 from capcli.errors import UsageError
 from capcli.options import GenerationOptions
@@ -14,24 +16,23 @@ from capcli.training.vocabulary import SpecialTokens
 def set_generation(
     model: Any, specials: SpecialTokens, given: GenerationOptions, max_new_tokens: int | None
 ) -> list[str]:
-    """Writes special tokens and search settings into a model's configs; `max_new_tokens` is what it is unless given.
+    """Writes special tokens and search settings into a model's configs, over what it has.
 
+    With `max_new_tokens` it has nothing yet, and that is the longest caption unless another is given.
     Gives a line for each setting that has no effect: those are left out, for transformers refuses to save them.
     Raises UsageError for settings that cannot be.
     """
+    if max_new_tokens is not None:
+        fresh: Any = GenerationConfig
+        model.generation_config = fresh(max_new_tokens=max_new_tokens)
+    config = model.generation_config
+    config._from_model_config = None  # noqa: SLF001  (else generate() may put the model config's values over these)
     ids = {"bos_token_id": specials.start, "eos_token_id": specials.end, "pad_token_id": specials.pad}
     start = {"decoder_start_token_id": specials.start}
-    for place, values in (
-        (model.config.decoder, ids),
-        (model.config, ids | start),
-        (model.generation_config, ids | start),
-    ):
+    for place, values in ((model.config.decoder, ids), (model.config, ids | start), (config, ids | start)):
         for name, value in values.items():
             setattr(place, name, value)
-    config = model.generation_config
     asked = {name: value for name, value in asdict(given).items() if value is not None and name != "seed"}
-    if max_new_tokens is not None:
-        asked = {"max_new_tokens": max_new_tokens} | asked
     if "max_new_tokens" in asked:
         config.max_length = None  # of which generate() would warn
     if "min_new_tokens" in asked:

@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -80,7 +80,7 @@ def find_part(role: str, given: str | Mapping[str, Any], *, quiet: bool = False)
     if given.endswith(".json") and not os.path.isdir(path):
         return _new(role, given, _read_config(path), os.path.dirname(path) or ".", strict=False)
     files = find_model(given, quiet=quiet, take=partial(_gather, role), option=f"--{role}")
-    kind, values = _kind(role, given, files.config, UsageError)
+    kind, values = _kind(role, given, files.config)
     return Config(role, given, kind, values, files, files.folder)
 
 
@@ -133,7 +133,7 @@ def _line(error: Exception) -> str:
 def _new(role: str, title: str, values: Mapping[str, Any], folder: str | None, *, strict: bool) -> Config:
     if values.get("model_type") == "vision-encoder-decoder" and isinstance(values.get(role), Mapping):
         values = values[role]
-    kind, values = _kind(role, title, values, UsageError)
+    kind, values = _kind(role, title, values)
     if strict:
         _refuse_unknown(title, kind, values)
     return Config(role, title, kind, values, None, folder)
@@ -152,9 +152,7 @@ def _read_config(path: str) -> Mapping[str, Any]:
     return values
 
 
-def _kind(
-    role: str, title: str, values: Mapping[str, Any], refusal: Callable[[str], CapcliError]
-) -> tuple[str, dict[str, Any]]:
+def _kind(role: str, title: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The kind, by model_type or else by the class that the config was saved with (rinna's old ones say gpt2-ja)."""
     kind = values.get("model_type")
     if kind not in KINDS[role]:
@@ -167,7 +165,7 @@ def _kind(
         message += " It is a whole captioner: --model goes on from it."
     elif "auto_map" in values:
         message += " It brings its own code, which capcli never runs."
-    raise refusal(message)
+    raise UsageError(message)
 
 
 def _kind_of_class(architectures: object) -> str | None:
@@ -192,7 +190,7 @@ def _gather(role: str, name: str, shelf: Shelf, revision: str | None) -> ModelFi
     if CONFIG not in shelf.names:
         raise IncompleteError(f"{shelf.title} has no {CONFIG}, so it is no model in the format of transformers.")
     config = shelf.read_json(CONFIG)
-    _kind(role, name, config, CapcliError)
+    _kind(role, name, config)
     weights = weight_files(shelf)
     lacks = [file for file in weights if file not in shelf.names]
     if lacks or not weights:

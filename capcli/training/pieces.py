@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from capcli.errors import CapcliError
@@ -32,8 +32,6 @@ def convert_pieces(path: str, config: Mapping[str, Any]) -> PreTrainedTokenizerF
     core = Tokenizer(_algorithm(model, path))
     core.normalizer = _normalizer(model, lower=bool(config.get("do_lower_case")))
     core.decoder = _decoder(model)
-    # Given before the special tokens, so that these are found in the vocabulary and keep their ids.
-    core.add_tokens([AddedToken(piece.piece, normalized=False) for piece in model.pieces if piece.type == USER_DEFINED])
     fast: Any = PreTrainedTokenizerFast
     return fast(  # type: ignore[no-any-return]
         tokenizer_object=core, clean_up_tokenization_spaces=False, **_special_names(model, config)
@@ -88,7 +86,12 @@ def _normalizer(model: Any, *, lower: bool) -> normalizers.Normalizer:
     spec = model.normalizer_spec
     steps: list[normalizers.Normalizer] = [normalizers.Lowercase()] if lower else []
     if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+        mapping = normalizers.Precompiled(spec.precompiled_charsmap)
+        steps.append(mapping)
+        if mapping.normalize_str("e\u0301") == "\u00e9":
+            steps.append(
+                normalizers.NFC()
+            )  # it composes, but tokenizers' lookup leaves apart clusters of 6 bytes and more
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:

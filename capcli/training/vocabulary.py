@@ -168,6 +168,8 @@ def read_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
     with explained(files), quiet_transformers():
         tokenizer: Any = read(files.folder)
         tokenizer.name_or_path = files.name
+    for how in ("is_local", "local_files_only"):  # of the loading, not of the tokenizer: it would be saved with it
+        tokenizer.init_kwargs.pop(how, None)
     if not len(tokenizer):
         raise CapcliError(f"The tokenizer of {files.name} has no tokens: replace its files.")
     return tokenizer  # type: ignore[no-any-return]
