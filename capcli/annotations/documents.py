@@ -1,0 +1,202 @@
+"""JSON: COCO's annotations and results, Karpathy's splits, captions by name, lists of objects, and JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from capcli.annotations.rows import (
+    BYTES_COLUMN,
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    SPLIT_COLUMNS,
+    Annotations,
+    Columns,
+    Row,
+    captions_of,
+    named,
+    no_column,
+    object_row,
+    pick,
+    split_of,
+)
+from capcli.annotations.text import lines, parsed, readable
+from capcli.errors import CapcliError
+from capcli.names import printable
+from capcli.options import DataOptions
+
+Object = Mapping[str, Any]
+
+
+def json_file(path: str, options: DataOptions) -> Annotations:
+    """The annotations in a file that begins as JSON does, told apart by its content.
+
+    Raises CapcliError that says what was seen where it holds none.
+    """
+    with lines(path) as stream:
+        first = next((line for line in stream if line.strip()), "")
+        alone = next((line for line in stream if line.strip()), None) is None
+    try:
+        entry = json.loads(first)
+    except (ValueError, RecursionError):  # a document of many lines, unless it is damaged
+        with readable(path), open(path, "rb") as file:
+            return _document(path, parsed(file.read(), path), options)
+    if isinstance(entry, dict) and (not alone or _is_row(entry, options)):
+        rows = partial(_json_lines, path, options)
+        return Annotations(path, "JSON lines", rows, os.path.dirname(path), tuple(entry))
+    return _document(path, entry, options)
+
+
+def _is_row(entry: Object, options: DataOptions) -> bool:
+    """Whether an object that is alone in its file is a row, and not a document."""
+    return (
+        not isinstance(entry.get("images"), list) and pick(list(entry), options.image_column, IMAGE_COLUMNS) is not None
+    )
+
+
+def _document(path: str, document: Any, options: DataOptions) -> Annotations:
+    if isinstance(document, dict) and isinstance(document.get("images"), list):
+        return _images(path, document, options)
+    if isinstance(document, list) and all(isinstance(entry, dict) for entry in document):
+        columns = tuple(document[0]) if document else ()
+        kind = "COCO results" if {"image_id", "caption"} <= set(columns) else "JSON list"
+        rows = partial(_objects, path, list(enumerate(document, 1)), options)
+        return Annotations(path, kind, rows, os.path.dirname(path), columns)
+    if isinstance(document, dict) and document and all(_holds_captions(value, options) for value in document.values()):
+        return Annotations(path, "JSON by name", partial(_by_name, path, document, options), os.path.dirname(path))
+    raise CapcliError(
+        f"{printable(path)} is JSON, but not COCO's or Karpathy's, no list of objects, and no captions by image name: "
+        f"it holds {_seen(document)}"
+    )
+
+
+def _seen(document: object) -> str:
+    if isinstance(document, dict):
+        return "the keys " + ", ".join(map(repr, list(document)[:8])) if document else "nothing"
+    if isinstance(document, list):
+        return f"a list of {type(document[0]).__name__}" if document else "an empty list"
+    return f"a {type(document).__name__}"
+
+
+def _images(path: str, document: Object, options: DataOptions) -> Annotations:
+    """COCO's layout, which is STAIR's too, or Karpathy's."""
+    home = os.path.dirname(path)
+    images = _all_objects(document["images"], path, "images")
+    if any("sentences" in image for image in images):
+        return Annotations(path, "Karpathy JSON", partial(_karpathy, path, images, options), home)
+    if not isinstance(document.get("annotations"), list):
+        raise CapcliError(
+            f"{printable(path)} lists images without captions: it holds {_seen(document)}, no annotations"
+        )
+    annotations = _all_objects(document["annotations"], path, "annotations")
+    key = options.caption_column or "caption"
+    if annotations and not any(key in each for each in annotations):
+        raise no_column(path, list(annotations[0]), options.caption_column, "caption", "--caption-column")
+    return Annotations(path, "COCO annotations", partial(_coco, path, images, annotations, key, options), home)
+
+
+def _all_objects(entries: list[Any], path: str, key: str) -> list[dict[str, Any]]:
+    odd = next((number for number, entry in enumerate(entries) if not isinstance(entry, dict)), None)
+    if odd is not None:
+        raise CapcliError(f"{printable(path)}: {key}[{odd}] is no object, but {_seen(entries[odd])}")
+    return entries
+
+
+def _coco(
+    path: str, images: list[dict[str, Any]], annotations: list[dict[str, Any]], key: str, options: DataOptions
+) -> Iterator[Row]:
+    captions: dict[str, list[object]] = {}
+    for position, annotation in enumerate(annotations):
+        if "image_id" not in annotation:
+            raise CapcliError(f"{printable(path)}: annotations[{position}] has no image_id")
+        captions.setdefault(str(annotation["image_id"]), []).append(annotation.get(key))
+    split = _split_reader(path, images, options)
+    for image in images:
+        number = str(image.get("id"))
+        yield Row(_coco_name(image, options) or number, captions.pop(number, ()), split(image))
+    for number, orphaned in captions.items():  # of images that are not listed: their number is all that is known
+        yield Row(number, orphaned)
+
+
+def _coco_name(image: Object, options: DataOptions) -> str:
+    if options.image_column is not None and options.image_column in image:
+        return named(image[options.image_column])
+    address = str(image.get("coco_url") or image.get("flickr_url") or "")
+    return named(image.get("file_name")) or address.rpartition("/")[2]
+
+
+def _karpathy(path: str, images: list[dict[str, Any]], options: DataOptions) -> Iterator[Row]:
+    split = _split_reader(path, images, options)
+    for number, image in enumerate(images):
+        column = pick(list(image), options.image_column, ("filename", "file_name"))
+        if column is None:
+            raise no_column(path, list(image), options.image_column, f"name of images[{number}]", "--image-column")
+        captions = captions_of(image.get("sentences") or ())
+        if options.caption_column is not None:
+            captions = [each.get(options.caption_column) for each in captions if isinstance(each, dict)]
+        yield Row(named(image[column]), captions, split(image), folder=str(image.get("filepath") or ""))
+
+
+def _split_reader(path: str, images: Sequence[Object], options: DataOptions) -> Callable[[Object], str | None]:
+    """Reads an image's split; raises UsageError where the key that was given is in none of them."""
+    key = options.split_column or "split"
+    if options.split_column is not None and images and not any(key in image for image in images):
+        raise no_column(path, list(images[0]), options.split_column, "split", "--split-column")
+    return lambda image: split_of(image.get(key), path, said=options.split_column is not None)
+
+
+def _holds_captions(value: object, options: DataOptions) -> bool:
+    if isinstance(value, dict):
+        return pick(list(value), options.caption_column, CAPTION_COLUMNS) is not None
+    if isinstance(value, list):
+        return all(isinstance(each, str | None) for each in value)
+    return isinstance(value, str)
+
+
+def _by_name(path: str, document: Object, options: DataOptions) -> Iterator[Row]:
+    """Captions under their image's name: {name: caption}, {name: [captions]}, or kohya's {name: {"caption": ...}}."""
+    split = _split_reader(path, [each for each in document.values() if isinstance(each, dict)], options)
+    for name, value in document.items():
+        if isinstance(value, dict):
+            column = pick(list(value), options.caption_column, CAPTION_COLUMNS)
+            yield Row(name, captions_of(value.get(str(column))), split(value))
+        else:
+            yield Row(name, captions_of(value))
+
+
+def _json_lines(path: str, options: DataOptions) -> Iterator[Row]:
+    with lines(path) as stream:
+        entries = ((number, parsed(line, path, number)) for number, line in enumerate(stream, 1) if line.strip())
+        yield from _objects(path, entries, options)
+
+
+def _objects(path: str, entries: Iterable[tuple[int, Any]], options: DataOptions) -> Iterator[Row]:
+    """Rows of objects that need not have the same keys: a row of failures has no caption.
+
+    Raises CapcliError for one that names no image, and where no object at all has a caption or the split that was given.
+    """
+    layouts: dict[tuple[str, ...], Columns] = {}
+    for number, entry in entries:
+        if not isinstance(entry, dict):
+            raise CapcliError(f"{printable(path)}: entry {number} is no object, but {_seen(entry)}")
+        keys = tuple(entry)
+        columns = layouts.get(keys)
+        if columns is None:
+            columns = layouts[keys] = _columns(path, keys, options)
+        yield object_row(entry, columns, path, said=options.split_column is not None)
+    every = list(dict.fromkeys(key for keys in layouts for key in keys))
+    if layouts and not any(columns.caption for columns in layouts.values()):
+        raise no_column(path, every, options.caption_column, "caption", "--caption-column")
+    if layouts and options.split_column is not None and not any(columns.split for columns in layouts.values()):
+        raise no_column(path, every, options.split_column, "split", "--split-column")
+
+
+def _columns(path: str, keys: Sequence[str], options: DataOptions) -> Columns:
+    image = pick(keys, options.image_column, IMAGE_COLUMNS)
+    if image is None and BYTES_COLUMN not in keys:
+        raise no_column(path, keys, options.image_column, "image's name", "--image-column")
+    caption = pick(keys, options.caption_column, CAPTION_COLUMNS)
+    return Columns(image or BYTES_COLUMN, caption or "", pick(keys, options.split_column, SPLIT_COLUMNS))

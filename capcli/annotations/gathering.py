@@ -1,0 +1,168 @@
+"""From rows to images: an image's captions together, whatever rows and files they stood in, and its file found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from capcli.annotations.places import SAMPLE, Listings, Place
+from capcli.annotations.report import EMPTY, MISSING, WITHOUT, DataReport
+from capcli.annotations.rows import Annotations, texts
+from capcli.errors import CapcliError
+from capcli.names import printable
+from capcli.records import Annotated, Stored
+
+_HELD_OUT = {None: 0, "train": 1, "val": 2, "test": 3}
+
+
+@dataclass(slots=True)
+class Image:
+    """One image while its captions come together."""
+
+    name: str
+    file: Annotations
+    split: str | None
+    folder: str
+    stored: Stored | None
+    captions: list[str] = field(default_factory=list)
+    empty: int = 0
+    elsewhere: frozenset[str] = frozenset()  # captions that other files say
+
+    def add(self, file: Annotations, values: Sequence[object]) -> None:
+        """A caption that one file says twice was said by two people, and CIDEr counts both; what a second file repeats
+        is the same caption again."""
+        if file is not self.file:
+            self.file, self.elsewhere = file, frozenset(self.captions)
+        kept, empty = texts(values)
+        self.captions += [text for text in kept if text not in self.elsewhere] if self.elsewhere else kept
+        self.empty += empty
+
+
+def gather(files: Iterable[Annotations], report: DataReport, *, by_file: bool) -> list[Image]:
+    """The images of these files in the order in which they appear, told apart by name, or by file and name.
+
+    An image whose rows are in several splits is in the one that is held out most: it has been seen by whoever trains on
+    any of its rows.
+    """
+    images: dict[Hashable, Image] = {}
+    torn: set[str] = set()
+    for file in files:
+        nameless = 0
+        where = os.path.realpath(file.path)
+        for row in file.rows():
+            if not row.name:
+                nameless += 1
+                continue
+            key = row.identity or normal(row.name)
+            if by_file:
+                key = (where, key)
+            image = images.get(key)
+            if image is None:
+                image = images[key] = Image(row.name, file, row.split, row.folder, row.image)
+            elif row.split != image.split:
+                if row.split and image.split:
+                    torn.add(image.name)
+                image.split = max(row.split, image.split, key=_HELD_OUT.__getitem__)
+            image.add(file, row.captions)
+        if nameless:
+            report.notes.append(f"{nameless:,} rows of {printable(file.path)} name no image and were passed over")
+    note_torn(torn, report)
+    return list(images.values())
+
+
+def note_torn(names: set[str], report: DataReport) -> None:
+    if names:
+        count = f"{len(names):,} images are" if len(names) > 1 else "1 image is"
+        report.notes.append(
+            f"{count} in more than one split, such as {printable(min(names))}: test before val before train"
+        )
+
+
+def normal(name: str) -> str:
+    """One spelling for the spellings of a name."""
+    return name if "://" in name else os.path.normpath(name)
+
+
+def annotated(images: Sequence[Image], root: str | None, report: DataReport, *, locate: bool) -> list[Annotated]:
+    """Those that can be used: with a caption and, where `locate` asks for it, with a file that is there.
+
+    What is left out goes into the report. Images that turn out to be one file become one.
+    """
+    captioned = [image for image in images if _has_captions(image, report)]
+    if not locate:
+        return [Annotated(image.name, None, tuple(image.captions), image.split) for image in captioned]
+    listings = Listings()
+    places = _places(captioned, root, listings)
+    found: dict[str, int] = {}
+    torn: set[str] = set()
+    result: list[Annotated] = []
+    for image in captioned:
+        if image.stored is not None:
+            result.append(Annotated(image.name, image.stored, tuple(image.captions), image.split))
+            continue
+        place = places[image.file]
+        path = place.find(image.name, image.folder, image.split)
+        if path is None:
+            report.add(image.name, MISSING, f"there is no such file in {printable(place.root or os.curdir)}")
+            continue
+        position = found.setdefault(listings.identity(path), len(result))
+        item = Annotated(image.name, path, tuple(image.captions), image.split)
+        if position == len(result):
+            result.append(item)
+        else:
+            if item.split and result[position].split not in (None, item.split):
+                torn.add(item.name)
+            result[position] = _joined(result[position], item)
+    note_torn(torn, report)
+    return result
+
+
+def _has_captions(image: Image, report: DataReport) -> bool:
+    for _ in range(image.empty):
+        report.add(image.name, EMPTY, "the caption is empty")
+    if not image.captions and not image.empty:
+        report.add(image.name, WITHOUT, f"{os.path.basename(image.file.path)} has no caption of it")
+    return bool(image.captions)
+
+
+def _joined(first: Annotated, second: Annotated) -> Annotated:
+    fresh = tuple(text for text in second.captions if text not in first.captions)
+    split = max(first.split, second.split, key=_HELD_OUT.__getitem__)
+    return replace(first, captions=first.captions + fresh, split=split)
+
+
+def _places(images: Sequence[Image], root: str | None, listings: Listings) -> dict[Annotations, Place]:
+    """Where the images of each file of annotations are, by the first of them."""
+    samples: dict[Annotations, list[tuple[str, str, str | None]]] = {}
+    for image in images:
+        if image.stored is None:
+            sample = samples.setdefault(image.file, [])
+            if len(sample) < SAMPLE:
+                sample.append((image.name, image.folder, image.split))
+    places = {file: Place(file, root, listings) for file in samples}
+    for file, place in places.items():
+        place.choose(samples[file])
+    return places
+
+
+def usable(images: Sequence[Image], root: str | None, report: DataReport, *, locate: bool) -> list[Annotated]:
+    """`annotated`, of which there must be some: raises CapcliError that says what was looked for, and where."""
+    found = annotated(images, root, report, locate=locate)
+    if found:
+        return found
+    first = next((image for image in images if image.captions), images[0])
+    file = first.file
+    read = f"{printable(file.path)}, read as {file.format}"
+    if not first.captions:
+        columns = f" (columns: {', '.join(map(printable, file.columns[:20]))})" if file.columns else ""
+        raise CapcliError(f"no image has a caption, the first being {printable(first.name)} in {read}{columns}")
+    if "://" in first.name:
+        raise CapcliError(
+            f"{read}, names addresses such as {printable(first.name)}: capcli prepare --url-column downloads them"
+        )
+    tried = dict.fromkeys(os.path.normpath(folder or os.curdir) for folder in Place(file, root, Listings()).candidates)
+    raise CapcliError(
+        f"none of the {len(images):,} images is there. {read}, names {printable(first.name)}, which was looked for in "
+        f"{', '.join(map(printable, tried))}; say where the images are with --image-root"
+    )

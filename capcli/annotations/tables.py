@@ -1,0 +1,231 @@
+"""Tables with a row per image or per caption: text with separators, and Parquet."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from capcli.annotations.rows import (
+    BYTES_COLUMN,
+    Annotations,
+    Columns,
+    Row,
+    captions_of,
+    object_row,
+    raw_name,
+    split_of,
+)
+from capcli.annotations.text import lines
+from capcli.errors import CapcliError
+from capcli.names import printable
+from capcli.options import DataOptions
+from capcli.sources import IMAGE_SUFFIXES
+
+_SEPARATORS = ("\t", ",", "|", ";")
+_LONGEST = 50  # lines of one quoted cell; more of them are a quote that was never closed
+_BATCH = 1 << 14  # rows of a Parquet file in memory at a time
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a text table is cut into cells: `names` are its columns, `header` whether the file begins with them."""
+
+    separator: str
+    names: tuple[str, ...]
+    header: bool
+    columns: Columns
+    said_split: bool
+
+    @property
+    def spaced(self) -> bool:
+        """Whether a blank follows each separator, and a quote may follow that."""
+        return any(name.startswith(" ") for name in self.names[1:])
+
+
+def text_table(path: str, first: str, options: DataOptions) -> Annotations | None:
+    """The table that begins with the line `first`; None where it is no table.
+
+    Raises UsageError, or CapcliError that lists the columns, for a table without the columns that are needed.
+    """
+    layout = _without_header(first, options) or _with_header(path, first, options)
+    if layout is None:
+        return None
+    kind = {"\t": "TSV", ",": "CSV"}.get(layout.separator, f"table separated by {layout.separator!r}")
+    rows = partial(_text_rows, path, layout)
+    return Annotations(path, kind, rows, os.path.dirname(path), layout.names if layout.header else ())
+
+
+def _cells(line: str, separator: str) -> list[str]:
+    spaced = f"{separator} " in line
+    return next(csv.reader([line], delimiter=separator, skipinitialspace=spaced), [])
+
+
+def _with_header(path: str, first: str, options: DataOptions) -> Layout | None:
+    tried: list[tuple[str, list[str]]] = []
+    for separator in _SEPARATORS:
+        names = next(csv.reader([first], delimiter=separator), [])
+        if len(names) < 2:
+            continue
+        tried.append((separator, names))
+        try:
+            columns = Columns.among(names, options, path)
+        except CapcliError:
+            continue
+        return Layout(separator, tuple(names), True, columns, options.split_column is not None)
+    if tried:  # the error of the separator that makes most columns
+        Columns.among(max(tried, key=lambda each: len(each[1]))[1], options, path)
+    return None
+
+
+def _without_header(first: str, options: DataOptions) -> Layout | None:
+    """A table of bare rows: columns are given by number, from 1, or its first line is an image's name and a text."""
+    numbers = (options.image_column, options.caption_column)
+    if all(number is not None and number.isdecimal() and number != "0" for number in numbers):
+        image, caption = (int(str(number)) for number in numbers)
+        for separator in _SEPARATORS:
+            width = len(_cells(first, separator))
+            if width >= max(image, caption):
+                names = tuple(map(str, range(1, width + 1)))
+                return Layout(separator, names, False, Columns(names[image - 1], names[caption - 1], None), False)
+    if numbers == (None, None):
+        for separator in _SEPARATORS:
+            cells = _cells(first, separator)
+            if len(cells) > 1 and _is_image(cells[0]) and not _is_image(cells[1]) and cells[1].strip():
+                return Layout(separator, ("1", "2"), False, Columns("1", "2", None), False)
+    return None
+
+
+def _is_image(cell: str) -> bool:
+    return os.path.splitext(cell.strip())[1].lower() in IMAGE_SUFFIXES
+
+
+def _text_rows(path: str, layout: Layout) -> Iterator[Row]:
+    columns, names = layout.columns, layout.names
+    image, caption = names.index(columns.image), names.index(columns.caption)
+    split = None if columns.split is None else names.index(columns.split)
+    encoded = names.index(BYTES_COLUMN) if BYTES_COLUMN in names else None
+    with lines(path) as stream:
+        records = _records(stream, layout, path)
+        for number, cells in islice(records, int(layout.header), None):
+            if len(cells) != len(names):
+                cells = _fitted(cells, layout, caption, path, number)
+            name = cells[image].strip() if layout.separator == "|" else cells[image]
+            if encoded is not None and cells[encoded]:
+                name = raw_name(cells[encoded], path)
+            word = None if split is None else split_of(cells[split], path, said=layout.said_split)
+            yield Row(name, cell_captions(cells[caption]), word)
+
+
+def _records(stream: Iterable[str], layout: Layout, path: str) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each record that is not blank, with the number of its first line."""
+    held: list[str] = []
+
+    def kept() -> Iterator[str]:
+        for line in stream:
+            held.append(line)
+            if len(held) > _LONGEST:
+                break
+            yield line
+
+    number = 1
+    reader = csv.reader(kept(), delimiter=layout.separator, skipinitialspace=layout.spaced)
+    try:
+        for cells in reader:
+            _refuse_unclosed(held, layout, path, number)
+            if any(cell.strip() for cell in cells):
+                yield number, cells
+            number += len(held)
+            held.clear()
+    except csv.Error as error:
+        raise CapcliError(f"{printable(path)}: line {number} is no row of a table: {error}") from None
+
+
+def _refuse_unclosed(record: Sequence[str], layout: Layout, path: str, number: int) -> None:
+    """A quote that is never closed would swallow the images after it."""
+    if len(record) == 1 and record[0].count('"') % 2 == 0:
+        return
+    try:
+        for _ in csv.reader(record, delimiter=layout.separator, skipinitialspace=layout.spaced, strict=True):
+            pass
+    except csv.Error as error:
+        if "unexpected end" in str(error):
+            raise CapcliError(f"{printable(path)}: line {number} opens a quote that is never closed") from None
+
+
+def _fitted(cells: list[str], layout: Layout, caption: int, path: str, number: int) -> list[str]:
+    """A record as wide as the header. Cells too many are a caption with separators that nobody quoted, if it is last."""
+    width = len(layout.names)
+    rest = cells[width:]
+    if not any(cell.strip() for cell in rest):
+        return cells[:width] + [""] * (width - len(cells))
+    if caption == width - 1:
+        return [*cells[:caption], layout.separator.join(cells[caption:])]
+    raise CapcliError(
+        f"{printable(path)}: line {number} has {len(cells)} cells where the header has {width} columns; "
+        "quote the cells that hold a separator"
+    )
+
+
+def cell_captions(cell: str) -> Sequence[object]:
+    """The captions in a cell: one, or the several of a JSON list, which is how tables hold lists."""
+    if cell.startswith(('["', "[{")) and cell.endswith("]"):
+        try:
+            return captions_of(json.loads(cell))
+        except ValueError:
+            pass
+    return (cell,)
+
+
+def parquet_table(path: str, options: DataOptions) -> Annotations:
+    """A Parquet file: columns as in any table, captions possibly as lists. Raises CapcliError without pyarrow."""
+    with opened_parquet(path) as file:
+        schema = file.schema_arrow
+    columns = Columns.among(schema.names, options, path)
+    inside = "path" in _children(schema.field(columns.image).type)
+    kind = (
+        "Parquet with the images inside (to use them, save it with save_to_disk of datasets)" if inside else "Parquet"
+    )
+    wanted = [f"{columns.image}.path" if inside else columns.image, columns.caption]
+    wanted += [name for name in (columns.split, BYTES_COLUMN) if name in schema.names and name is not None]
+    rows = partial(_parquet_rows, path, columns, wanted, said=options.split_column is not None)
+    return Annotations(path, kind, rows, os.path.dirname(path), tuple(schema.names))
+
+
+def _children(kind: Any) -> list[str]:
+    return [kind.field(index).name for index in range(kind.num_fields)]
+
+
+def _parquet_rows(path: str, columns: Columns, wanted: list[str], *, said: bool) -> Iterator[Row]:
+    with opened_parquet(path) as file:
+        for batch in file.iter_batches(_BATCH, columns=wanted):
+            for entry in batch.to_pylist():
+                yield object_row(entry, columns, path, said=said)
+
+
+@contextlib.contextmanager
+def opened_parquet(path: str) -> Iterator[Any]:
+    with arrow_errors(path):
+        from pyarrow.parquet import ParquetFile
+
+        with ParquetFile(path) as file:
+            yield file
+
+
+@contextlib.contextmanager
+def arrow_errors(path: str) -> Iterator[None]:
+    """Says of a file of Arrow's or Parquet's that cannot be read why; raises CapcliError where pyarrow is missing."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise CapcliError(f"{printable(path)} needs pyarrow: pip install 'capcli[train]'") from None
+    try:
+        yield
+    except (OSError, pyarrow.ArrowException) as error:
+        raise CapcliError(f"cannot read {printable(path)}: {' '.join(str(error).split())[:300]}") from None
