@@ -26,7 +26,6 @@ from running import call, change_json, environment, paint, save_captioner
 from safetensors.torch import load_file, save_file
 
 from capcli.cli import cli
-from capcli.cli.caption import caption
 from capcli.models import build
 
 HEAVY = ("PIL", "huggingface_hub", "numpy", "rich", "torch", "transformers")
@@ -146,22 +145,39 @@ def test_every_option_explains_itself():
     assert not silent
 
 
-def test_every_option_can_be_set_in_the_environment(monkeypatch: pytest.MonkeyPatch):
+def needed(command: click.Command, option: click.Option) -> list[str]:
+    """What must be typed besides an option."""
+    arguments = ["x"] * any(isinstance(param, click.Argument) for param in command.params)
+    for other in command.params:
+        if isinstance(other, click.Option) and other.required and other is not option:
+            arguments += [other.opts[-1], "y"]
+    return arguments
+
+
+def test_every_option_can_be_set_in_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     for command, option in every_option():
         value, name = sample(option), str(option.name)
         flag = option.opts[-1]
+        if name == "config":
+            value = str(tmp_path / f"{command.name}.toml")
+            Path(value).write_text(f"[{command.name}]\nquiet = true\n")
+        values = value.split() if option.multiple else [value]
         if option.is_bool_flag:
             typed = [flag if value == "1" else option.secondary_opts[-1]]
         else:
-            typed = [part for one in (value.split() if option.multiple else [value]) for part in (flag, one)]
+            typed = [part for one in values for part in (flag, one)]
         prefix = f"CAPCLI_{str(command.name).upper()}"
+        rest = needed(command, option)
 
-        def parsed(*arguments: str, command: click.Command = command, prefix: str = prefix) -> dict[str, Any]:
-            made = command.make_context(str(command.name), ["x", *arguments], auto_envvar_prefix=prefix)
+        def parsed(
+            *arguments: str, command: click.Command = command, prefix: str = prefix, rest: list[str] = rest
+        ) -> dict[str, Any]:
+            made = command.make_context(str(command.name), [*rest, *arguments], auto_envvar_prefix=prefix)
             return made.params
 
-        plain, wanted = parsed(), parsed(*typed)
-        monkeypatch.setenv(f"{prefix}_{name.upper()}", value)
+        plain, wanted = {} if option.required else parsed(), parsed(*typed)
+        separator = option.type.envvar_list_splitter or " "  # the system's for paths
+        monkeypatch.setenv(f"{prefix}_{name.upper()}", separator.join(values))
         assert parsed() == wanted, name
         monkeypatch.delenv(f"{prefix}_{name.upper()}")
         assert wanted.get(name) != plain.get(name) or not option.expose_value, name
@@ -662,10 +678,8 @@ def test_an_empty_folder_is_told(captioner: Path, tmp_path: Path):
 
 def test_an_option_named_by_the_command_is_the_same_everywhere():
     """Options in docstrings and messages exist."""
-    known = {flag for param in caption.params for flag in (*param.opts, *param.secondary_opts)} | {
-        "--help",
-        "--version",
-    }
+    known = {flag for _, option in every_option() for flag in (*option.opts, *option.secondary_opts)}
+    known |= {"--help", "--version"}
     folder = Path(build.__file__).parents[1]
     for path in folder.rglob("*.py"):
         if path.parent.name == "cli":
