@@ -252,6 +252,8 @@ def renew_embeddings(decoder: Any, count: int, seed: int) -> None:
 
 
 def _join(encoder: Any, decoder: Any, seed: int) -> VisionEncoderDecoderModel:
+    for part in (encoder, decoder):
+        part.config.dtype = torch.float32
     with seeded(seed, "projection"), quiet_transformers():
         config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder.config)
         model = VisionEncoderDecoderModel(config=config, encoder=encoder, decoder=decoder)

@@ -1,0 +1,124 @@
+"""What tests of new captioners share: tiny encoders and decoders with and without weights, and tokenizers of every kind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from captioners import decoder_config, encoder_config
+from running import PROCESSOR
+from tokenizers import ByteLevelBPETokenizer
+
+from capcli.options import GenerationOptions, ModelOptions
+from capcli.training.assembly import Untrained, assemble
+
+RINNA = Path(__file__).parents[2] / "shared" / "data" / "tokenizers" / "rinna-japanese-gpt2"
+CAPTIONS = [
+    "a black dog runs along the beach",
+    "two dogs are running on the sand",
+    "a man in a red shirt rides a bike",
+    "the man is riding his bicycle down a hill",
+    "a child plays with a ball in the park",
+    "children are playing in the water",
+    "a girl in a blue dress jumps over the puddle",
+    "the brown dog catches a ball in its mouth",
+    "一只黑色的狗在沙滩上奔跑",
+    "一个男孩在公园里踢球",
+] * 4
+VIT = {
+    "model_type": "vit",
+    "hidden_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
+GPT2 = {"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+CLASSIFIERS = {
+    "vit": transformers.ViTForImageClassification,
+    "deit": transformers.DeiTForImageClassification,
+    "beit": transformers.BeitForImageClassification,
+    "swin": transformers.SwinForImageClassification,
+    "swinv2": transformers.Swinv2ForImageClassification,
+}
+
+
+def new(
+    *, captions: Iterable[str] = CAPTIONS, generation: GenerationOptions | None = None, seed: int = 0, **options: Any
+) -> Untrained:
+    """An untrained captioner: a tiny ViT and GPT-2 with a new tokenizer, unless `options` say otherwise."""
+    if "model" not in options:
+        options = {"encoder": VIT, "decoder": GPT2, "tokenizer": "new", "vocab_size": 320, "max_length": 40} | options
+    return assemble(ModelOptions(**options), lambda: captions, generation or GenerationOptions(), seed)
+
+
+def save_encoder(folder: Path, kind: str = "vit", **processor: Any) -> Any:
+    """A classifier, as encoders are published, with its image processor."""
+    torch.manual_seed(11)
+    model = CLASSIFIERS[kind](encoder_config(kind))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(folder)
+    write_json(folder / "preprocessor_config.json", PROCESSOR | processor)
+    return model
+
+
+def save_decoder(folder: Path, kind: str = "gpt2", *, vocabulary: int = 120) -> Any:
+    """A language model without cross-attention and without a tokenizer."""
+    torch.manual_seed(12)
+    config = decoder_config(kind, 48, vocabulary, add_cross_attention=False, is_decoder=kind == "gpt2")
+    made = {"gpt2": transformers.GPT2LMHeadModel, "bert": transformers.BertForMaskedLM}[kind](config)
+    for weight in made.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    made.save_pretrained(folder)
+    return made
+
+
+def save_characters(folder: Path) -> Path:
+    """A BERT vocabulary of characters, as Chinese GPT-2s have it: a vocab.txt and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = sorted({letter for caption in CAPTIONS for letter in caption if not letter.isspace()})
+    continued = [f"##{letter}" for letter in letters if letter.isascii()]
+    lines = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *continued]
+    (folder / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def save_bytes(folder: Path) -> Path:
+    """A byte-level BPE as GPT-2 has it: vocab.json and merges.txt, and <|endoftext|> for everything."""
+    folder.mkdir(parents=True, exist_ok=True)
+    core = ByteLevelBPETokenizer()
+    core.train_from_iterator(CAPTIONS, vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    core.save_model(str(folder))
+    return folder
+
+
+def save_pieces(folder: Path, **settings: Any) -> Any:
+    """A SentencePiece model trained on the captions, and its own processor."""
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"vocab_size": 110, "model_type": "unigram", "hard_vocab_limit": False, "minloglevel": 2} | settings
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CAPTIONS), model_prefix=str(folder / "spiece"), **settings
+    )
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+
+
+def write_json(path: Path, values: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return path

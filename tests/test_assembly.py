@@ -1,0 +1,444 @@
+"""New captioners: every encoder with every decoder, what is random and what is kept, and the folder that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from assembling import (
+    BERT,
+    CAPTIONS,
+    GPT2,
+    RINNA,
+    VIT,
+    new,
+    save_bytes,
+    save_characters,
+    save_decoder,
+    save_encoder,
+    save_pieces,
+    write_json,
+)
+from captioners import pictures, values
+from fake_hub import FakeHub, Repo, files_of
+from PIL import Image
+from running import environment, save_captioner
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, VisionEncoderDecoderModel
+
+from capcli import Captioner
+from capcli.errors import CapcliError, UsageError
+from capcli.models.files import DECODERS, ENCODERS
+from capcli.options import GenerationOptions, ModelOptions
+from capcli.training import folder as folders
+from capcli.training.vocabulary import SpecialTokens, encode_captions, special_tokens
+
+SWIN = {"model_type": "swin", "image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4]}
+SWIN |= {"window_size": 4}
+TABLES = {kind: SWIN if kind.startswith("swin") else VIT for kind in ENCODERS}
+
+
+def table(kind: str) -> dict[str, Any]:
+    return TABLES[kind] | {"model_type": kind}
+
+
+def save(made: Any, place: Path) -> Path:
+    folders.save_captioner(place, made.model, made.tokenizer, made.processor)
+    return place
+
+
+def state(model: Any) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = model.state_dict()
+    return weights
+
+
+def same(one: Any, other: Any) -> bool:
+    first, second = state(one), state(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def loss_of(made: Any, captions: list[str]) -> torch.Tensor:
+    """Whatever the loss will be: one that every weight which captioning uses has a share in."""
+    labels = torch.tensor(encode_captions(made.tokenizer, captions, made.specials, 40))
+    pixels = torch.cat([values(picture) for picture in pictures(len(captions))])
+    loss: torch.Tensor = made.model(pixel_values=pixels, labels=labels).loss
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder"),
+    [*((kind, "gpt2") for kind in ENCODERS), *(("vit", kind) for kind in DECODERS if kind != "gpt2")],
+)
+def test_new_captioners_of_every_kind(tmp_path: Path, encoder: str, decoder: str) -> None:
+    made = new(
+        encoder=table(encoder),
+        decoder={"gpt2": GPT2, "bert": BERT}[decoder],
+        generation=GenerationOptions(num_beams=3, max_new_tokens=7, length_penalty=0.5),
+    )
+    assert made.new == {"encoder", "decoder"}
+    assert made.new_cross_attention
+    loss_of(made, CAPTIONS[:1]).backward()
+    idle = [name for name, weight in made.model.named_parameters() if weight.requires_grad and weight.grad is None]
+    assert idle == []  # or training on several devices would wait for them
+
+    place = save(made, tmp_path / "a folder")
+    loaded, report = VisionEncoderDecoderModel.from_pretrained(place, output_loading_info=True)
+    assert same(loaded, made.model)
+    assert not any(report.values())
+    assert loaded.config.architectures == ["VisionEncoderDecoderModel"]
+    kept = loaded.generation_config
+    assert (kept.num_beams, kept.max_new_tokens, kept.length_penalty) == (3, 7, 0.5)
+    tokenizer: Any = AutoTokenizer.from_pretrained(place)
+    picture = pictures(1)[0]
+    said = tokenizer.decode(loaded.eval().generate(values(picture))[0], skip_special_tokens=True)
+    captioner = Captioner.load(str(place), device="cpu", dtype="float32")
+    (caption,) = captioner.caption([Image.fromarray(picture)])
+    assert caption.text == said.strip()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", [save_bytes, save_characters, save_pieces])
+@pytest.mark.parametrize("decoder", [GPT2, BERT], ids=["gpt2", "bert"])
+def test_tokenizers_of_every_kind(tmp_path: Path, kind: Callable[[Path], object], decoder: dict[str, Any]) -> None:
+    kind(tmp_path / "tokenizer")
+    made = new(decoder=decoder, tokenizer=str(tmp_path / "tokenizer"))
+    count = len(made.tokenizer)
+    place = save(made, tmp_path / "saved")
+    assert not list(place.glob("*.model"))
+    config = json.loads((place / "config.json").read_text())
+    assert config["decoder"]["vocab_size"] == count
+    s = made.specials
+    for part in (config, json.loads((place / "generation_config.json").read_text())):
+        ids = [part[name] for name in ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")]
+        assert ids == [s.start, s.start, s.end, s.pad]
+    again: Any = AutoTokenizer.from_pretrained(place)
+    captioner = Captioner.load(str(place), device="cpu", dtype="float32")
+    every = list(range(count))
+    assert again.decode(every) == made.tokenizer.decode(every) == captioner.model.tokenizer.decode(every)
+    assert special_tokens(again) == s
+    assert again.pad_token_id == s.pad
+
+
+@pytest.mark.skipif(not RINNA.exists(), reason="the shared data is not here")
+def test_rinna_from_its_real_config_and_tokenizer(tmp_path: Path) -> None:
+    made = new(decoder=str(RINNA / "gpt2-ja-xsmall-config.json"), tokenizer=None)
+    assert made.specials == SpecialTokens(1, 2, 3)
+    decoder = made.model.config.decoder
+    assert (decoder.n_embd, decoder.n_inner, decoder.n_layer, decoder.vocab_size) == (512, 2304, 6, 32000)
+    again: Any = AutoTokenizer.from_pretrained(save(made, tmp_path / "saved"))
+    labels = encode_captions(again, ["犬がボールで遊んでいる。"], made.specials, 40)
+    assert again.decode(labels[0], skip_special_tokens=True) == "犬がボールで遊んでいる。"
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_weights_of_an_encoder_are_kept_and_its_head_is_not(tmp_path: Path, encoder: str) -> None:
+    classifier = save_encoder(tmp_path / "encoder", encoder, resample=3, size=32)
+    made = new(encoder=str(tmp_path / "encoder"))
+    theirs = state(getattr(classifier, classifier.base_model_prefix))
+    ours = state(made.model.encoder)
+    assert theirs.keys() - ours.keys() <= {"embeddings.mask_token"}
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs.keys() & ours.keys())
+    assert {name for name in ours.keys() - theirs.keys() if "pooler." not in name} == set()
+    assert made.new == {"decoder"}
+    assert made.processor == json.loads((tmp_path / "encoder" / "preprocessor_config.json").read_text())
+    place = save(made, tmp_path / "saved")
+    assert json.loads((place / "preprocessor_config.json").read_text()) == made.processor
+    assert made.spec.resample == 3
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_weights_of_a_decoder_are_kept_and_its_cross_attention_is_new(tmp_path: Path, decoder: str) -> None:
+    speaker = save_decoder(tmp_path / "decoder", decoder, vocabulary=300)
+    save_bytes(tmp_path / "decoder")
+    made = new(decoder=str(tmp_path / "decoder"), tokenizer=None)
+    assert made.new == {"encoder", "cross-attention"}
+    ours = state(made.model.decoder)
+    assert all(torch.equal(ours[name], weight) for name, weight in state(speaker).items())
+    rest = {name for name in ours if name not in state(speaker)}
+    assert rest
+    assert all("crossattention" in name or "ln_cross_attn" in name for name in rest)
+    assert made.model.config.decoder.add_cross_attention
+    assert made.model.config.decoder.is_decoder
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_tokenizer_of_others_gets_embeddings_of_its_own(tmp_path: Path, decoder: str) -> None:
+    save_decoder(tmp_path / "decoder", decoder, vocabulary=300)
+    save_bytes(tmp_path / "decoder")
+    kept = new(decoder=str(tmp_path / "decoder"), tokenizer=None)
+    other = new(decoder=str(tmp_path / "decoder"), vocab_size=300)
+    assert other.new == {"encoder", "cross-attention", "embeddings"}
+    assert any("embeddings are new" in note for note in other.notes)
+    rows, old = (made.model.get_input_embeddings().weight for made in (other, kept))
+    assert len(rows) == len(other.tokenizer)
+    shared = min(len(rows), len(old))
+    assert not (rows[:shared] == old[:shared]).all(1).any()
+    assert 0.01 < rows.std().item() < 0.03  # as new models have them
+    taken_out = other.model.get_output_embeddings()
+    assert taken_out.weight is rows
+    first, second = state(kept.model), state(other.model)
+    inner = [name for name in first if ".h." in name or ".layer." in name]
+    assert all(torch.equal(first[name], second[name]) for name in inner)
+
+
+def test_tokens_added_to_a_tokenizer_get_rows_and_the_others_keep_theirs(tmp_path: Path) -> None:
+    save_decoder(tmp_path / "decoder", vocabulary=300)
+    own: Any = new(decoder=str(tmp_path / "decoder"), tokenizer=str(save_bytes(tmp_path / "decoder"))).tokenizer
+    count = len(own)
+    own.add_tokens([f"<extra {n}>" for n in range(50)])
+    own.save_pretrained(tmp_path / "longer")
+    made = new(decoder=str(tmp_path / "decoder"), tokenizer=str(tmp_path / "longer"))
+    plain = new(decoder=str(tmp_path / "decoder"), tokenizer=None)
+    assert made.new == {"encoder", "cross-attention"}
+    rows, old = (each.model.get_input_embeddings().weight for each in (made, plain))
+    assert len(rows) == count + 50
+    assert torch.equal(rows[:count], old[:count])
+
+
+def test_the_seed_decides_and_nothing_else(tmp_path: Path) -> None:
+    save_encoder(tmp_path / "encoder")
+    save_decoder(tmp_path / "decoder", vocabulary=120)
+    for options in ({}, {"encoder": str(tmp_path / "encoder"), "decoder": str(tmp_path / "decoder")}):
+        torch.manual_seed(1)
+        one = new(**options, seed=5)
+        after = torch.rand(1)
+        torch.manual_seed(1)
+        assert torch.equal(torch.rand(1), after)  # the process's own numbers are where they were
+        assert same(one.model, new(**options, seed=5).model)
+        assert not same(one.model, new(**options, seed=6).model)
+    alone = new(encoder=str(tmp_path / "encoder"), seed=5)
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(state(m.model.decoder).values() for m in (alone, new(seed=5))), strict=True)
+    )
+
+
+def test_widths_that_differ_are_joined_by_a_projection() -> None:
+    assert new().model.enc_to_dec_proj.weight.shape == (48, 40)
+    assert not hasattr(new(decoder=GPT2 | {"n_embd": 40}).model, "enc_to_dec_proj")
+
+
+def test_a_start_token_that_is_also_padding_is_learnt(tmp_path: Path) -> None:
+    made = new(decoder=BERT, tokenizer=str(save_bytes(tmp_path)))
+    assert made.specials.start == made.specials.pad
+    loss_of(made, CAPTIONS[:1]).backward()
+    through = made.model.decoder.bert.embeddings.word_embeddings
+    assert through.padding_idx is None
+    assert through.weight.grad[made.specials.start].abs().sum() > 0
+
+
+def test_weights_in_half_precision_are_trained_in_full(tmp_path: Path) -> None:
+    encoder = save_encoder(tmp_path / "encoder").half()
+    encoder.save_pretrained(tmp_path / "encoder")
+    made = new(encoder=str(tmp_path / "encoder"))
+    assert {weight.dtype for weight in made.model.parameters()} == {torch.float32}
+    assert VisionEncoderDecoderModel.from_pretrained(save(made, tmp_path / "saved")).dtype == torch.float32
+
+
+def test_the_settings_of_system_1_are_its_generation_config(tmp_path: Path) -> None:
+    asked = GenerationOptions(
+        num_beams=5, do_sample=True, temperature=1.2, top_k=50, top_p=0.95, no_repeat_ngram_size=3
+    )
+    made = new(generation=asked)
+    written = json.loads((save(made, tmp_path) / "generation_config.json").read_text())
+    named = ("num_beams", "do_sample", "temperature", "top_k", "top_p", "no_repeat_ngram_size")
+    assert {name: written[name] for name in named} == {name: getattr(asked, name) for name in named}
+    assert written["max_new_tokens"] == 40
+    assert made.notes[-1] == "the encoder has new random weights"
+
+
+def test_settings_without_effect_are_said_and_left_out(tmp_path: Path) -> None:
+    made = new(generation=GenerationOptions(temperature=0.7, length_penalty=2.0, seed=3))
+    assert "--temperature has no effect without --do-sample" in made.notes
+    assert "--length-penalty has no effect with one beam" in made.notes
+    written = json.loads((save(made, tmp_path) / "generation_config.json").read_text())
+    assert not {"temperature", "length_penalty", "seed"} & written.keys()
+
+
+def test_going_on_from_a_captioner_changes_only_what_is_asked_for(tmp_path: Path) -> None:
+    first = new(generation=GenerationOptions(num_beams=3, no_repeat_ngram_size=2, length_penalty=2.0))
+    place = save(first, tmp_path / "first")
+    again = new(model=str(place))
+    assert same(first.model, again.model)
+    assert (again.new, again.specials, again.processor, again.spec) == (
+        frozenset(),
+        first.specials,
+        first.processor,
+        first.spec,
+    )
+    save(again, tmp_path / "again")
+    for name in os.listdir(place):
+        assert (tmp_path / "again" / name).read_bytes() == (place / name).read_bytes(), name
+    other = new(model=str(place), generation=GenerationOptions(num_beams=1, max_new_tokens=9))
+    written = json.loads((save(other, tmp_path / "other") / "generation_config.json").read_text())
+    assert (written["num_beams"], written["max_new_tokens"], written["no_repeat_ngram_size"]) == (1, 9, 2)
+    assert "length_penalty" not in written
+    assert not any(weight.requires_grad for weight in other.model.encoder.pooler.parameters())
+
+
+def test_going_on_keeps_special_tokens_that_the_tokenizer_does_not_tell(tmp_path: Path) -> None:
+    place = save_captioner(tmp_path)  # whose start token is <start>
+    config = json.loads((place / "generation_config.json").read_text())
+    (place / "generation_config.json").write_text(
+        json.dumps(config | {"decoder_start_token_id": 7, "eos_token_id": [9, 8]})
+    )
+    assert new(model=str(place)).specials == SpecialTokens(7, 9, 117)
+
+
+def test_parts_of_a_captioners_config_will_do(tmp_path: Path) -> None:
+    whole = write_json(
+        tmp_path / "config.json", {"model_type": "vision-encoder-decoder", "encoder": VIT, "decoder": GPT2}
+    )
+    made = new(encoder=str(whole), decoder=str(whole))
+    assert made.model.config.encoder.hidden_size == 40
+    assert made.model.config.decoder.n_embd == 48
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"encoder": {"model_type": "clip_vision_model"}},
+            "the encoder table is of the kind clip_vision_model; supported as",
+        ),
+        ({"encoder": {"hidden_size": 40}}, "the encoder table has no model_type"),
+        ({"decoder": GPT2 | {"model_type": "llama"}}, "of the kind llama; supported as decoder are gpt2, bert"),
+        ({"encoder": VIT | {"hiden_size": 40}}, "the encoder table sets hiden_size; did you mean hidden_size"),
+        ({"encoder": VIT | {"colour": 1}}, "sets colour: vit has no such setting"),
+        ({"decoder": GPT2 | {"n_head": 7}}, "No gpt2 can be made from the decoder table"),
+        ({"encoder": VIT | {"hidden_size": "wide"}}, "No vit can be made from the encoder table"),
+        (
+            {"decoder": GPT2 | {"n_positions": 39}},
+            r"max_length is 40, but the decoder table holds 39 tokens \(n_positions\)",
+        ),
+        ({"decoder": BERT | {"max_position_embeddings": 9}}, r"holds 9 tokens \(max_position_embeddings\)"),
+        ({"tokenizer": None}, "the decoder table has no tokenizer: give tokenizer"),
+        ({"generation": GenerationOptions(max_new_tokens=65)}, "max_new_tokens is 65, but the decoder holds 64"),
+        ({"generation": GenerationOptions(num_return_sequences=3)}, "3 captions per image need at least as many beams"),
+        ({"encoder": "./no such folder"}, "No such folder: ./no such folder"),
+        ({"decoder": "./nothing.json"}, r"Cannot read ./nothing\.json: No such file"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_a_usage_error(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        new(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "encoder and decoder missing: give encoder and decoder, or model"),
+        ({"encoder": "a/b"}, "decoder missing"),
+        ({"model": "a/b", "encoder": "c/d"}, "goes without encoder"),
+        ({"model": "a/b", "tokenizer": "new"}, "goes without tokenizer"),
+        ({"model": "a/b", "max_length": 1}, "max_length is 1; it must be a whole number of at least 2"),
+        ({"model": "a/b", "vocab_size": True}, "vocab_size is True"),
+        ({"encoder": "", "decoder": "a/b"}, "encoder is empty"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ModelOptions(**options)
+
+
+def test_folders_that_are_no_encoder_are_told(tmp_path: Path) -> None:
+    place = tmp_path / "enc"
+    place.mkdir()
+    with pytest.raises(CapcliError, match=r"enc has no config\.json"):
+        new(encoder=str(place))
+    save_encoder(place, size={"height": 48, "width": 48})
+    with pytest.raises(CapcliError, match=r"makes 48x48 pixels and its encoder takes 32x32"):
+        new(encoder=str(place))
+    save_encoder(place, size={"shortest_edge": 32})
+    with pytest.raises(CapcliError, match="leaves images of different sizes"):
+        new(encoder=str(place))
+    save_encoder(place, image_processor_type="SamImageProcessor")
+    with pytest.raises(CapcliError, match="SamImageProcessor"):
+        new(encoder=str(place))
+    save_encoder(place)
+    weights = load_file(place / "model.safetensors")
+    save_file({name: w for name, w in weights.items() if "layernorm_before" not in name}, place / "model.safetensors")
+    with pytest.raises(CapcliError, match=r"The weights of .*enc lack .*layernorm_before.*and 1 more"):
+        new(encoder=str(place))
+    (place / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(CapcliError, match=r"model\.safetensors cannot be used"):
+        new(encoder=str(place))
+    (place / "model.safetensors").unlink()
+    with pytest.raises(CapcliError, match=r"lacks its weights"):
+        new(encoder=str(place))
+    with pytest.raises(UsageError, match=r"It is a whole captioner: --model goes on from it"):
+        new(encoder=str(save_captioner(tmp_path / "whole")))
+    (place / "config.json").write_text("{")
+    with pytest.raises(CapcliError, match=r"config\.json of .*enc is not JSON"):
+        new(encoder=str(place))
+
+
+def test_an_encoder_without_a_processor_gets_one_and_says_so(tmp_path: Path) -> None:
+    save_encoder(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    made = new(encoder=str(tmp_path))
+    assert "has no preprocessor_config.json: images are resized to 32x32" in made.notes[0]
+    assert (made.spec.height, made.spec.width, made.spec.mean) == (32, 32, (0.5, 0.5, 0.5))
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CapcliError, match=r"Cannot write the model to .*file"):
+        save(new(), tmp_path / "file")
+
+
+def test_loading_and_saving_say_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_encoder(tmp_path / "encoder")
+    save_decoder(tmp_path / "decoder", vocabulary=300)
+    save_bytes(tmp_path / "decoder")
+    capfd.readouterr()
+    save(new(encoder=str(tmp_path / "encoder"), decoder=str(tmp_path / "decoder"), tokenizer=None), tmp_path / "saved")
+    new(model=str(tmp_path / "saved"))
+    assert capfd.readouterr() == ("", "")
+
+
+FROM_HUB = """
+import sys
+from capcli.errors import CapcliError
+from capcli.options import GenerationOptions, ModelOptions
+from capcli.training.assembly import assemble
+for encoder, decoder in (("who/sees", "who/speaks"), ("who/is-not", "who/speaks")):
+    try:
+        made = assemble(ModelOptions(encoder=encoder, decoder=decoder), list, GenerationOptions(), 0)
+        print(sorted(made.new), made.model.config.encoder.model_type, made.tokenizer.name_or_path, flush=True)
+    except CapcliError as error:
+        print(error, flush=True)
+"""
+
+
+def test_parts_come_from_the_hub_and_then_from_its_cache(tmp_path: Path) -> None:
+    save_encoder(tmp_path / "encoder")
+    save_decoder(tmp_path / "decoder", vocabulary=300)
+    save_bytes(tmp_path / "decoder")
+    found = "['cross-attention'] vit who/speaks"
+    with FakeHub() as hub:
+        for name, place in (("who/sees", "encoder"), ("who/speaks", "decoder")):
+            hub.repos[name] = Repo()
+            hub.repos[name].push(files_of(tmp_path / place) | {"tf_model.h5": b"large", "README.md": b""})
+        lines = assemble_apart(tmp_path, hub.url)
+        assert lines[0] == found
+        assert lines[1].startswith("There is no folder who/is-not here, and no such model on the hub")
+        assert not {"tf_model.h5", "README.md"} & hub.fetched()
+        url = hub.url
+    lines = assemble_apart(tmp_path, url)  # where nobody answers any more
+    assert lines[0] == found
+    assert "give --encoder a folder" in lines[1]
+
+
+def assemble_apart(place: Path, url: str) -> list[str]:
+    env = environment(HF_ENDPOINT=url, HF_HOME=str(place / "cache"), HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
+    done = subprocess.run([sys.executable, "-c", FROM_HUB], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
