@@ -1,0 +1,278 @@
+"""The model card of a trained captioner: README.md with what it is, what it learnt from, how good it is, how to use it."""
+
+from __future__ import annotations
+
+import json
+import ntpath
+import os
+import posixpath
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+
+from capcli.errors import CapcliError
+from capcli.names import as_text, printable
+from capcli.sinks import atomic
+from capcli.training.history import PNG
+
+CARD = "README.md"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+PLAIN = re.compile(r"[A-Za-z][\w./-]*", re.ASCII)
+YAML_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
+TAGS = ("image-captioning", "image-to-text", "vision-encoder-decoder", "capcli")
+# Between two of these a space is the tokenizer's and not the language's, as `capcli caption` has it.
+WIDE = r"[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """How much a part of the data holds."""
+
+    images: int
+    captions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardFacts:
+    """What a card says. Anything here may hold paths: the card shows the last part of a name only.
+
+    `encoder`, `decoder` and `tokenizer` are words, such as "ViT, 12 layers, 768 wide, from google/vit-base-patch16-224".
+    `special_tokens` are roles (start, end, pad) with the token and its id. `splits` go by name, what was learnt from first. `left_out`
+    counts by reason. `settings` are the resolved options by name; a table within becomes `table.name`. `validation_images`
+    is how many the captions for `scores` were made of, at `step` of the weights that were kept, with `generation`.
+    `processor` is the image processor's class in transformers, which it may also find itself. `spaced` says that the
+    tokenizer puts spaces between characters. `base_models` are hub IDs; what cannot be one is not named.
+    """
+
+    name: str
+    encoder: str
+    decoder: str
+    parameters: int
+    image_size: tuple[int, int]  # height and width
+    tokenizer: str
+    special_tokens: Mapping[str, tuple[str, int]]
+    data_files: Sequence[str]
+    splits: Mapping[str, Split]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
+    step: int | None = None
+    validation_loss: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    validation_images: int | None = None
+    generation: Mapping[str, object] = field(default_factory=dict)
+    processor: str = "AutoImageProcessor"
+    spaced: bool = False
+    base_models: Sequence[str] = ()
+    languages: Sequence[str] = ()  # codes: en, zh, ...
+
+
+def write_card(folder: str | os.PathLike[str], facts: CardFacts) -> None:
+    """Write README.md into the folder of a captioner; curves.png is shown if it is there. Raises CapcliError."""
+    folder = os.fspath(folder)
+    path = os.path.join(folder, CARD)
+    card = write_text(facts, curves=os.path.exists(os.path.join(folder, PNG)))
+    try:
+        atomic.replace(path, [card.encode()])
+    except OSError as error:
+        raise CapcliError(f"{printable(path)} cannot be written: {error.strerror or error}") from error
+
+
+def write_text(facts: CardFacts, *, curves: bool) -> str:
+    """The whole card, as Markdown behind YAML."""
+    parts = [
+        front_matter(facts),
+        f"# {prose(last_part(facts.name))}",
+        what_it_is(facts),
+        "## Data\n\n" + data(facts),
+        "## Training\n\n" + table(("setting", "value"), settings_rows(facts.settings)),
+        "## Scores\n\n"
+        + measured(facts)
+        + (f"\n\n![Loss, CIDEr and learning rate over the steps]({PNG})" if curves else ""),
+        "## Use\n\n" + use(facts),
+        "## Limits\n\n" + limits(facts),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(facts: CardFacts) -> str:
+    lists = {
+        "language": facts.languages,
+        "tags": TAGS,
+        "base_model": [name for name in facts.base_models if HUB_ID.fullmatch(name)],
+    }
+    lines = ["---", "library_name: transformers", "pipeline_tag: image-to-text"]
+    for key, items in lists.items():
+        if items:
+            lines += [f"{key}:", *(f"- {yaml_string(item)}" for item in dict.fromkeys(items))]
+    return "\n".join([*lines, "---"])
+
+
+def what_it_is(facts: CardFacts) -> str:
+    height, width = facts.image_size
+    rows = [
+        ("encoder", prose(short(facts.encoder))),
+        ("decoder", prose(short(facts.decoder))),
+        ("parameters", f"{facts.parameters:,}"),
+        ("image size", f"{width} x {height} pixels"),
+        ("tokenizer", prose(short(facts.tokenizer))),
+        ("special tokens", ", ".join(f"{prose(r)} {code(t)} ({n})" for r, (t, n) in facts.special_tokens.items())),
+    ]
+    return f"An image captioner, trained with capcli.\n\n{table(('part', 'what it is'), rows)}"
+
+
+def data(facts: CardFacts) -> str:
+    files = ", ".join(dict.fromkeys(code(last_part(name)) for name in facts.data_files))
+    rows = [(prose(name), f"{split.images:,}", f"{split.captions:,}") for name, split in facts.splits.items()]
+    parts = [f"Read from {files}." if files else "", table(("split", "images", "captions"), rows)]
+    if any(facts.left_out.values()):
+        parts.append(f"Left out: {', '.join(f'{n:,} {prose(why)}' for why, n in facts.left_out.items() if n)}.")
+    return "\n\n".join(part for part in parts if part)
+
+
+def measured(facts: CardFacts) -> str:
+    rows = [] if facts.validation_loss is None else [("validation loss", f"{facts.validation_loss:.4f}")]
+    rows += [(prose(name), f"{value:.4f}") for name, value in facts.scores.items()]
+    if not rows:
+        return "It was not measured: there were no validation images."
+    on = "validation images" if facts.validation_images is None else f"{facts.validation_images:,} validation images"
+    at = "" if facts.step is None else f", with the weights of step {facts.step:,}"
+    said = f"On {on}{at}."
+    if facts.scores and facts.generation:
+        chosen = ", ".join(code(f"{name}={shown(value)}") for name, value in flat(facts.generation))
+        said += f" The captions were generated with {chosen}."
+    return f"{said}\n\n{table(('measure', 'value'), rows)}"
+
+
+def use(facts: CardFacts) -> str:
+    folder = as_text(last_part(facts.name))
+    literal = json.dumps(folder, ensure_ascii=False) if folder.isprintable() else ascii(folder)
+    processor = (
+        facts.processor if facts.processor.isidentifier() and facts.processor.isascii() else "AutoImageProcessor"
+    )
+    names = sorted((processor, "AutoTokenizer", "VisionEncoderDecoderModel"))
+    lines = [
+        *(["import re", ""] if facts.spaced else []),
+        "from PIL import Image, ImageOps",
+        f"from transformers import {', '.join(names)}",
+        "",
+        f"folder = {literal}  # this folder, or its name on the hub",
+        f"processor = {processor}.from_pretrained(folder)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "model = VisionEncoderDecoderModel.from_pretrained(folder).eval()",
+        "",
+        'image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")',
+        'pixels = processor(image, return_tensors="pt").pixel_values',
+        "tokens = model.generate(pixels)[0]",
+        "caption = tokenizer.decode(tokens, skip_special_tokens=True).strip()",
+    ]
+    if facts.spaced:
+        lines += [f'wide = "{WIDE}"', 'caption = re.sub(f"(?<={wide}) (?={wide})", "", caption)']
+    shell = f"capcli caption photos --model {shell_word(folder)} --out captions.jsonl"
+    return (
+        f"A folder of photos, fast:\n\n{fenced('sh', [shell])}\n\n"
+        f"One photo, with transformers alone:\n\n{fenced('python', [*lines, 'print(caption)'])}"
+    )
+
+
+def limits(facts: CardFacts) -> str:
+    first = next(iter(facts.splits.values()), Split(images=0, captions=0))
+    train = facts.splits.get("train", first)
+    return (
+        f"It has learnt to caption from {train.captions:,} captions of {train.images:,} images and knows little of what those "
+        "do not show, so it will name things that are not there, in the tone and with the prejudices of its examples: "
+        "have a person look before a wrong caption can do harm."
+    )
+
+
+def settings_rows(settings: Mapping[str, object]) -> list[tuple[str, str]]:
+    return [(code(name), code(shown(value))) for name, value in flat(settings) if value is not None]
+
+
+def flat(settings: Mapping[str, object], above: str = "") -> Iterable[tuple[str, object]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def shown(value: object) -> str:
+    """A setting's value as TOML would have it, of paths the last part."""
+    if isinstance(value, PurePath):
+        return value.name
+    if isinstance(value, bytes):
+        value = os.fsdecode(value)
+    if isinstance(value, str):
+        return short(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Iterable):
+        return ", ".join(shown(item) for item in value)
+    return str(value)
+
+
+def short(text: str) -> str:
+    """The text with the last part of each absolute path in it: a card tells nothing of the machine."""
+    if is_absolute(text):
+        return last_part(text)
+    # A path within words begins behind a space, a quote or what assigns it; a slash inside a word is a hub ID's.
+    return re.sub(
+        r"(?<![^\s=,:;'\"(\[])(?!//)(?:file://|~)?(?:/|[A-Za-z]:[\\/]|\\\\)[^\s,;'\")\]]+",
+        lambda m: last_part(m[0]),
+        text,
+    )
+
+
+def is_absolute(text: str) -> bool:
+    return text.startswith(("/", "~/", "file://", "\\\\")) or re.match(r"[A-Za-z]:[\\/]", text) is not None
+
+
+def last_part(path: str) -> str:
+    windows = re.match(r"[A-Za-z]:|\\\\", path) is not None
+    split = ntpath.basename if windows else posixpath.basename
+    return split(path.rstrip("/\\" if windows else "/"))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; its cells are Markdown already."""
+    # A pipe ends a cell even inside code, unless a backslash stands before it.
+    lines = [header, ["---"] * len(header), *([re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def code(text: str) -> str:
+    """The text as it is, as a Markdown code span."""
+    text = as_text(printable(text)) or " "
+    fence = "`" * (longest_run(text) + 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def prose(text: str) -> str:
+    """The text with all that Markdown or HTML would act on escaped."""
+    return re.sub(r"([\\`*_\[\]<>#~|&!$])", r"\\\1", as_text(printable(text)))
+
+
+def fenced(language: str, lines: Sequence[str]) -> str:
+    text = "\n".join(lines)
+    fence = "`" * max(3, longest_run(text) + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def shell_word(text: str) -> str:
+    """The text as one word for a POSIX shell. A name that begins with a dash is no option behind `./`."""
+    if not text.isprintable():
+        return "DIR"
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
+def yaml_string(text: str) -> str:
+    if PLAIN.fullmatch(text) and text.lower() not in YAML_WORDS:
+        return text
+    return json.dumps(as_text(printable(text)), ensure_ascii=False)
