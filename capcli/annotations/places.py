@@ -13,11 +13,12 @@ from functools import cache
 from capcli.annotations.rows import SPLITS, Annotations
 from capcli.sources import IMAGE_SUFFIXES
 
+# Folders beside the annotations' own that are taken unasked: another data set's photos may bear the same names.
 _LIKELY = re.compile(
-    r"image|img|photo|pict|pics|dataset|train|val|dev|test|coco|flickr|flicker|jpe?g|png", re.IGNORECASE
+    r"(.*[-_ ])?(images?|imgs?|photos?|pictures?|pics|dataset|jpe?gs?)|(train|training|val|valid|validation|dev|test)(20\d\d)?",
+    re.IGNORECASE,
 )
 _COCO = re.compile(r"COCO_((?:train|val|test)\d{4})_")
-_FIRST = ("images", "Images", "imgs", "photos", "pictures", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k-images")
 SAMPLE = 64  # names by which the folder is chosen
 
 
@@ -124,25 +125,26 @@ def _candidates(annotations: Annotations, root: str | None) -> Iterator[str]:
 
     if root is not None:
         yield root
-        yield from _likely_below(root, stem)
+        yield from _below(root, stem, likely=False)
         return
     home = annotations.home
     above = os.path.join(home, os.pardir)
-    for folder in (home, *annotations.folders, *_receipt(annotations.path), *_likely_below(home, stem), above):
+    for folder in (home, *_receipt(annotations.path), *_below(home, stem, likely=False), above):
         if fresh(folder):
             yield folder
-    yield from filter(fresh, (*_likely_below(above, stem), ""))
+    yield from filter(fresh, (*_below(above, stem, likely=True), ""))
 
 
-def _likely_below(folder: str, stem: str) -> list[str]:
-    """Folders in `folder` that look as if they hold images; first those that share a word with the annotations' name."""
+def _below(folder: str, stem: str, *, likely: bool) -> list[str]:
+    """The folders in `folder`, or those that look as if they hold images; first those that the annotations' name names."""
     try:
         with os.scandir(folder or os.curdir) as found:
-            names = [entry.name for entry in found if entry.is_dir() and _LIKELY.search(entry.name)]
+            names = [entry.name for entry in found if entry.is_dir() and not entry.name.startswith(".")]
     except (OSError, ValueError):
         return []
-    names.sort(key=lambda name: (name.casefold() not in stem.casefold(), name not in _FIRST, name))
-    return [os.path.join(folder, name) for name in names]
+    order = {name: (name.casefold() not in stem.casefold(), not _LIKELY.fullmatch(name), name) for name in names}
+    names = [name for name in names if not likely or _LIKELY.fullmatch(name)]
+    return [os.path.join(folder, name) for name in sorted(names, key=order.__getitem__)]
 
 
 def _receipt(path: str) -> list[str]:

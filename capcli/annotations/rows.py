@@ -7,7 +7,7 @@ import binascii
 import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from capcli.errors import CapcliError, UsageError
@@ -50,7 +50,7 @@ class Row(NamedTuple):
 class Annotations:
     """One file or folder of annotations, recognised: `format` in words, its rows, the folder its names are relative to.
 
-    `columns` are those the file has, `folders` further ones in which the images may be.
+    `columns` are those the file has.
     """
 
     path: str
@@ -58,7 +58,6 @@ class Annotations:
     rows: Callable[[], Iterator[Row]]
     home: str
     columns: tuple[str, ...] = ()
-    folders: tuple[str, ...] = field(default=())
 
 
 def texts(values: Iterable[object]) -> tuple[list[str], int]:

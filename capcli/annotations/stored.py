@@ -47,15 +47,12 @@ def stored_annotations(path: str, options: DataOptions) -> Annotations:
     """
     folders = _splits(path)
     layouts = [_layout(folder, options) for folder, _ in folders]
-    home = path
-    if not any(layout.image for layout in layouts):  # a table of names
-        home = os.path.dirname(os.path.normpath(path))
 
     def rows() -> Iterator[Row]:
         for (folder, split), layout in zip(folders, layouts, strict=True):
             yield from _rows(folder, split, layout)
 
-    return Annotations(path, "dataset on disk", rows, home, layouts[0].names, folders=(path,))
+    return Annotations(path, "dataset on disk", rows, path, layouts[0].names)
 
 
 def _splits(path: str) -> list[tuple[str, str | None]]:

@@ -14,13 +14,16 @@ from capcli.names import printable
 from capcli.sources import IMAGE_SUFFIXES
 
 _SUFFIX = "(?i:" + "|".join(map(re.escape, IMAGE_SUFFIXES)) + ")"
-_MARK = r"(?:#[^\s#\d][^\s#]*)?#\d+"  # #0, or #zhc#0: the language, then the caption's number
-_TEXT = r"(?:[ \t]+(.*))?"
-# Names may hold blanks and '#': they end with an image's suffix before the mark, or at a mark before a tab.
-_LINES = (
-    re.compile(rf"(.+?{_SUFFIX}){_MARK}{_TEXT}", re.DOTALL),
-    re.compile(rf"([^\t]+?){_MARK}\t(.*)", re.DOTALL),
-    re.compile(rf"(\S+?){_MARK}{_TEXT}", re.DOTALL),
+_MARK = r"(?:#[A-Za-z]+)?#\d+"  # #0, or #zhc#0: the language, then the caption's number
+# Names may hold blanks and '#': what is before a tab is one whole; before a blank it ends with an image's suffix.
+_LINES = tuple(
+    re.compile(pattern, re.DOTALL)
+    for pattern in (
+        rf"([^\t]+{_SUFFIX}){_MARK}\t(.*)",
+        rf"(.+?{_SUFFIX}){_MARK}(?:[ \t]+(.*))?",
+        rf"([^\t]+?){_MARK}\t(.*)",
+        rf"(\S+?){_MARK}(?:[ \t]+(.*))?",
+    )
 )
 
 
