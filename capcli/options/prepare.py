@@ -60,7 +60,7 @@ class PrepareOptions:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        if not (self.data.data or self.data.val_data):
+        if not self.data.data:
             raise UsageError("no data: name annotations or a folder with --data")
         if not self.out:
             raise UsageError("--out is empty: name a folder")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shutil
 import threading
@@ -50,8 +49,9 @@ class Downloads:
 
     def drop(self) -> None:
         """The first of the images that were handed on and not yet dropped is done with."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._handed_on.popleft())
+        path = self._handed_on.popleft()
+        if path.startswith(self._folder):
+            os.unlink(path)
 
     def _begin(self, address: str, path: str) -> Future[str]:
         with self._lock:

@@ -172,8 +172,12 @@ class Folder:
         self.tidy()
 
     def write_failures(self, failures: Sequence[Failure]) -> None:
+        """List what was left out; without any there is no such file."""
         if failures:
             atomic.replace(self.failures, map(failure_line, failures))
+            return
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.failures)
 
     def tidy(self) -> None:
         """Nothing is unfinished any more."""

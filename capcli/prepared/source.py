@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from capcli.annotations import read_split
-from capcli.errors import CapcliError
 from capcli.options import PrepareOptions
+from capcli.progress import warn
 from capcli.records import Annotated, Failure
 
 
@@ -20,11 +20,12 @@ class Listed:
 
 
 def read_source(options: PrepareOptions) -> Listed:
-    """The images that the annotations list. Raises CapcliError where there is none."""
+    """The images that the annotations list. Raises UsageError and CapcliError as `read_split`: where there is none, too."""
     data = options.data
     if options.url_column is not None:
         data = replace(data, image_column=options.url_column)
     split = read_split(data, locate=options.url_column is None)
-    if not split.train and not split.val:
-        raise CapcliError(f"{', '.join(data.data + data.val_data)}: no image with a caption")
+    if not options.quiet:
+        for note in split.report.notes:
+            warn(note)
     return Listed({"train": split.train, "val": split.val}, split.report.failures)
