@@ -136,6 +136,7 @@ def test_a_terminal_shows_the_run_and_keeps_its_captions():
             ("reference", r"\x9b31m[/]"),
         )
     ]
+    assert re.search(rb"\x1b\[[0-9;]*3[0-9]", data)  # colours
     assert b"\x1b[?25h" in data[data.rfind(b"\x1b[?25l") :]  # the cursor is back
 
 
@@ -153,12 +154,10 @@ def test_without_colours_nothing_is_coloured():
     _, data, _ = on_terminal(RUN, NO_COLOR="1")
     assert re.search(rb"\x1b\[[0-9;]*3[0-9]", data) is None
     assert "step 8/8" in seen(data, 80)
-    _, coloured, _ = on_terminal(RUN)
-    assert re.search(rb"\x1b\[[0-9;]*3[0-9]", coloured)
 
 
 def test_a_terminal_that_cannot_draw_gets_lines():
-    code, data, _ = on_terminal(RUN, TERM="dumb")
+    code, data, _ = on_terminal(RUN.replace("0.12", "0.001"), TERM="dumb")
     assert code == 0
     assert b"\x1b" not in data
     assert b"step 5/8: loss 1.60" in data
@@ -242,8 +241,9 @@ def test_a_pipe_gets_plain_lines():
 
 
 def test_quiet_shows_nothing():
-    assert in_pipe(RUN.replace("False", "True")) == (0, [])
-    assert on_terminal(RUN.replace("False", "True")) == (0, b"", "over\n")
+    quiet = RUN.replace("False", "True").replace("0.12", "0.001")
+    assert in_pipe(quiet) == (0, [])
+    assert on_terminal(quiet) == (0, b"", "over\n")
 
 
 class Clock:

@@ -16,11 +16,10 @@ from capcli.errors import CapcliError
 from capcli.names import as_text, printable
 from capcli.sinks import atomic
 from capcli.training.history import PNG
+from capcli.training.markdown import code, fenced, prose, table, yaml_string
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-PLAIN = re.compile(r"[A-Za-z][\w./-]*", re.ASCII)
-YAML_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
 TAGS = ("image-captioning", "image-to-text", "vision-encoder-decoder", "capcli")
 # Between two of these a space is the tokenizer's and not the language's, as `capcli caption` has it.
 WIDE = r"[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]"
@@ -39,11 +38,11 @@ class CardFacts:
     """What a card says. Anything here may hold paths: the card shows the last part of a name only.
 
     `encoder`, `decoder` and `tokenizer` are words, such as "ViT, 12 layers, 768 wide, from google/vit-base-patch16-224".
-    `special_tokens` are roles (start, end, pad) with the token and its id. `splits` go by name, what was learnt from first. `left_out`
-    counts by reason. `settings` are the resolved options by name; a table within becomes `table.name`. `validation_images`
-    is how many the captions for `scores` were made of, at `step` of the weights that were kept, with `generation`.
-    `processor` is the image processor's class in transformers, which it may also find itself. `spaced` says that the
-    tokenizer puts spaces between characters. `base_models` are hub IDs; what cannot be one is not named.
+    `special_tokens` are roles (start, end, pad) with the token and its id. `splits` go by name, what was learnt from
+    first. `left_out` counts by reason. `settings` are the resolved options by name; a table within becomes `table.name`.
+    `validation_images` is how many images `scores` are of, at `step` of the weights that were kept, captioned with
+    `generation`. `processor` is the image processor's class in transformers, which it may also find itself. `spaced` says
+    that the tokenizer puts spaces between characters. `base_models` are hub IDs; what cannot be one is not named.
     """
 
     name: str
@@ -235,44 +234,8 @@ def last_part(path: str) -> str:
     return split(path.rstrip("/\\" if windows else "/"))
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; its cells are Markdown already."""
-    # A pipe ends a cell even inside code, unless a backslash stands before it.
-    lines = [header, ["---"] * len(header), *([re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def code(text: str) -> str:
-    """The text as it is, as a Markdown code span."""
-    text = as_text(printable(text)) or " "
-    fence = "`" * (longest_run(text) + 1)
-    space = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{space}{text}{space}{fence}"
-
-
-def prose(text: str) -> str:
-    """The text with all that Markdown or HTML would act on escaped."""
-    return re.sub(r"([\\`*_\[\]<>#~|&!$])", r"\\\1", as_text(printable(text)))
-
-
-def fenced(language: str, lines: Sequence[str]) -> str:
-    text = "\n".join(lines)
-    fence = "`" * max(3, longest_run(text) + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
-def longest_run(text: str) -> int:
-    return max(map(len, re.findall("`+", text)), default=0)
-
-
 def shell_word(text: str) -> str:
     """The text as one word for a POSIX shell. A name that begins with a dash is no option behind `./`."""
     if not text.isprintable():
         return "DIR"
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
-
-
-def yaml_string(text: str) -> str:
-    if PLAIN.fullmatch(text) and text.lower() not in YAML_WORDS:
-        return text
-    return json.dumps(as_text(printable(text)), ensure_ascii=False)
