@@ -106,14 +106,14 @@ def save_bytes(folder: Path) -> Path:
     return folder
 
 
-def save_pieces(folder: Path, **settings: Any) -> Any:
+def save_pieces(folder: Path, captions: Iterable[str] = CAPTIONS, **settings: Any) -> Any:
     """A SentencePiece model trained on the captions, and its own processor."""
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"vocab_size": 110, "model_type": "unigram", "hard_vocab_limit": False, "minloglevel": 2} | settings
+    settings = {"vocab_size": 140, "model_type": "unigram", "hard_vocab_limit": False, "minloglevel": 2} | settings
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CAPTIONS), model_prefix=str(folder / "spiece"), **settings
+        sentence_iterator=iter(captions), model_prefix=str(folder / "spiece"), **settings
     )
     return sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
 

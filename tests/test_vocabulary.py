@@ -31,6 +31,8 @@ ODD = [
     "👨‍👩‍👧 a family",
 ]
 
+CASED = ["ABCDEFGHIJKLMNOPQRSTUVWXYZ", *CAPTIONS]
+
 
 def given_tokens(tokenizer: Any, text: str) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -88,7 +90,7 @@ def test_ids_of_a_config_count_only_where_the_tokenizer_has_them() -> None:
     ids=str,
 )
 def test_tokens_are_those_of_sentencepiece(tmp_path: Path, settings: dict[str, Any]) -> None:
-    pieces = save_pieces(tmp_path, **settings)
+    pieces = save_pieces(tmp_path, captions=CASED, **settings)
     tokenizer = load_tokenizer(str(tmp_path))
     assert len(tokenizer) == pieces.get_piece_size()  # and none of T5's extra ones
     for text in [*CAPTIONS, *ODD]:
@@ -107,12 +109,13 @@ def test_tokens_of_rinna_are_those_of_sentencepiece() -> None:
     assert len(tokenizer) == 32000
     japanese = [
         "犬がボールで遊んでいる。",
-        "Ｔシャツを着た男性が、　サーフィンを している",
+        "ｔシャツを着た男性が、　サーフィンを している",
         "ﾊﾞﾅﾅとﾊﾟﾝ \uff11\uff12",
         "𠮷野家の前",
     ]
     for text in [*japanese, *CAPTIONS, *ODD]:
-        assert given_tokens(tokenizer, text) == pieces.encode(text), text
+        assert given_tokens(tokenizer, text) == pieces.encode(text.lower()), text
+    assert given_tokens(tokenizer, "Tシャツ") == pieces.encode("tシャツ")  # T is in no piece: it would be unknown
     labels = encode_captions(tokenizer, japanese, special_tokens(tokenizer), 50)
     assert [row[-1] for row in labels] == [2] * 4
     assert tokenizer.decode(labels[0], skip_special_tokens=True) == japanese[0]
@@ -129,8 +132,14 @@ def test_a_saved_sentencepiece_tokenizer_needs_its_model_no_more(tmp_path: Path)
 
 
 def test_lower_casing_is_done_where_the_tokenizer_asks_for_it(tmp_path: Path) -> None:
-    pieces = save_pieces(tmp_path)
+    pieces = save_pieces(tmp_path, captions=CASED)
+    assert given_tokens(load_tokenizer(str(tmp_path)), "A Black DOG") == pieces.encode("A Black DOG")
     write_json(tmp_path / "tokenizer_config.json", {"do_lower_case": True})
+    assert given_tokens(load_tokenizer(str(tmp_path)), "A Black DOG") == pieces.encode("a black dog")
+
+
+def test_lower_casing_is_done_where_capitals_are_unknown(tmp_path: Path) -> None:
+    pieces = save_pieces(tmp_path, captions=["the quick brown fox jumps over the lazy dogs", *CAPTIONS])
     assert given_tokens(load_tokenizer(str(tmp_path)), "A Black DOG") == pieces.encode("a black dog")
 
 

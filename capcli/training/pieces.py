@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers
@@ -26,11 +27,12 @@ CONTROL_NAMES = {"pad_token": ("<pad>", "[PAD]"), "cls_token": ("[CLS]",), "sep_
 def convert_pieces(path: str, config: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     """The tokenizer of a SentencePiece model, unigram or BPE; `config` is what its tokenizer_config.json says, or empty.
 
-    A "do_lower_case" there is honoured. Raises CapcliError for a file that is no such model.
+    Text is lower-cased where "do_lower_case" there says so, and where the model knows no capitals: rinna's was trained on
+    lower-cased text, and does not say so in any file. Raises CapcliError for a file that is no such model.
     """
     model = read_model(path)
     core = Tokenizer(_algorithm(model, path))
-    core.normalizer = _normalizer(model, lower=bool(config.get("do_lower_case")))
+    core.normalizer = _normalizer(model, lower=bool(config.get("do_lower_case")) or _knows_no_capitals(model))
     core.decoder = _decoder(model)
     fast: Any = PreTrainedTokenizerFast
     return fast(  # type: ignore[no-any-return]
@@ -80,6 +82,12 @@ def _algorithm(model: Any, path: str) -> Any:
         fuse_unk=True,
         byte_fallback=fallback,
     )
+
+
+def _knows_no_capitals(model: Any) -> bool:
+    """Whether it has the letters from a to z but not those from A to Z (some one may come from a sign such as ℃)."""
+    letters = {piece.piece for piece in model.pieces}
+    return len(letters & set(ascii_lowercase)) > 20 and len(letters & set(ascii_uppercase)) < 3
 
 
 def _normalizer(model: Any, *, lower: bool) -> normalizers.Normalizer:
