@@ -394,6 +394,32 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         save(new(), tmp_path / "file")
 
 
+def test_a_folder_whose_name_is_no_text_is_told() -> None:
+    made = new()
+    with pytest.raises(CapcliError, match="its name is not UTF-8"):
+        folders.save_captioner(os.fsdecode(b"/tmp/\xff"), made.model, made.tokenizer, made.processor)
+
+
+def test_a_new_tokenizer_gets_new_embeddings_whatever_the_decoder_has(tmp_path: Path) -> None:
+    count = len(new().tokenizer)
+    speaker = save_decoder(tmp_path / "decoder", vocabulary=count)  # of the same size, by chance
+    (tmp_path / "decoder" / "tokenizer.json").write_text("broken, and not asked for")
+    made = new(decoder=str(tmp_path / "decoder"))
+    assert "embeddings" in made.new
+    assert not (made.model.get_input_embeddings().weight == speaker.get_input_embeddings().weight).all(1).any()
+
+
+def test_weights_in_a_pickle_are_read_and_code_in_it_is_not_run(tmp_path: Path) -> None:
+    save_encoder(tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    safe = new(encoder=str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    assert same(new(encoder=str(tmp_path)).model, safe.model)
+    torch.save({"weight": Path(tmp_path)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CapcliError, match="a pickle that holds more than tensors"):
+        new(encoder=str(tmp_path))
+
+
 def test_loading_and_saving_say_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_encoder(tmp_path / "encoder")
     save_decoder(tmp_path / "decoder", vocabulary=300)

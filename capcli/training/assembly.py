@@ -75,12 +75,13 @@ def assemble(
     processor, notes = _processor(encoder)
     spec = _pixels(encoder.title, processor, config_of(encoder))
     _refuse_long(decoder.title, config_of(decoder), options.max_length)
-    own = _own_tokenizer(decoder)
+    own = None if options.tokenizer == NEW else _own_tokenizer(decoder)
     tokenizer = _tokenizer(options, decoder, own, captions, quiet)
     specials = special_tokens(tokenizer, config_of(decoder))
     if tokenizer.pad_token_id is None:  # as GPT-2's: the folder says the same in all its files
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(specials.pad)
-    speaking, new = _decoder(decoder, own, tokenizer, specials, seed)
+    foreign = options.tokenizer == NEW or _is_foreign(tokenizer, own, config_of(decoder).vocab_size)
+    speaking, new = _decoder(decoder, tokenizer, specials, seed, foreign=foreign)
     seeing = make_part(encoder, seed)
     model = _join(seeing.model, speaking.model, seed)
     if encoder.files is None:
@@ -193,7 +194,7 @@ def _tokenizer(
 
 
 def _decoder(
-    decoder: Config, own: Any, tokenizer: Any, specials: SpecialTokens, seed: int
+    decoder: Config, tokenizer: Any, specials: SpecialTokens, seed: int, *, foreign: bool
 ) -> tuple[Part, dict[str, str]]:
     """The decoder with cross-attention and an embedding for every token; and what of it is random, with a line on it."""
     changes: dict[str, Any] = {"is_decoder": True, "add_cross_attention": True, "cross_attention_hidden_size": None}
@@ -208,11 +209,10 @@ def _decoder(
         new["cross-attention"] = ""  # as ever, unless it was a captioner's
     if _lacks(part, HEADS):
         new["embeddings"] = "the decoder's output layer is new: its weights have none"
-    held = part.model.config.vocab_size
-    if _is_foreign(tokenizer, own, held):
+    if foreign:
         renew_embeddings(part.model, count, seed)
         new["embeddings"] = f"the decoder's embeddings are new, {count:,} of them: the tokenizer is not its own"
-    elif count > held:
+    elif count > part.model.config.vocab_size:
         with seeded(seed, "embeddings"), quiet_transformers():
             part.model.resize_token_embeddings(count, mean_resizing=False)
     return part, new

@@ -10,6 +10,7 @@ from typing import Any
 from capcli.errors import CapcliError
 from capcli.models.build import quiet_transformers
 from capcli.models.files import PROCESSOR
+from capcli.names import is_text, printable
 from capcli.sinks.atomic import replace
 
 
@@ -18,12 +19,16 @@ def save_captioner(folder: str | os.PathLike[str], model: Any, tokenizer: Any, p
 
     Raises CapcliError when they cannot be written.
     """
+    place = os.fspath(folder)
+    if not is_text(place):
+        raise CapcliError(f"The model cannot be written to {printable(place)}: its name is not UTF-8; choose another.")
     try:
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(place, exist_ok=True)
         with quiet_transformers():
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            model.save_pretrained(place)
+            tokenizer.save_pretrained(place)
         text = json.dumps(dict(processor), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        replace(os.path.join(os.fspath(folder), PROCESSOR), [text.encode()])
-    except OSError as error:
-        raise CapcliError(f"Cannot write the model to {os.fspath(folder)}: {error.strerror or error}.") from error
+        replace(os.path.join(place, PROCESSOR), [text.encode()])
+    except Exception as error:  # the writers of weights and of tokenizers raise types of their own
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CapcliError(f"Cannot write the model to {place}: {reason}.") from error
