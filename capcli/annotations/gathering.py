@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from capcli.annotations.places import SAMPLE, Listings, Place
 from capcli.annotations.report import EMPTY, MISSING, WITHOUT, DataReport
@@ -25,7 +25,7 @@ class Image:
     split: str | None
     folder: str
     stored: Stored | None
-    captions: list[str] = field(default_factory=list)
+    captions: tuple[str, ...] = ()
     empty: int = 0
     elsewhere: frozenset[str] = frozenset()  # captions that other files say
 
@@ -35,7 +35,7 @@ class Image:
         if file is not self.file:
             self.file, self.elsewhere = file, frozenset(self.captions)
         kept, empty = texts(values)
-        self.captions += [text for text in kept if text not in self.elsewhere] if self.elsewhere else kept
+        self.captions += tuple(text for text in kept if text not in self.elsewhere) if self.elsewhere else tuple(kept)
         self.empty += empty
 
 
@@ -45,18 +45,16 @@ def gather(files: Iterable[Annotations], report: DataReport, *, by_file: bool) -
     An image whose rows are in several splits is in the one that is held out most: it has been seen by whoever trains on
     any of its rows.
     """
-    images: dict[Hashable, Image] = {}
+    gathered: dict[str | None, dict[Hashable, Image]] = {}
     torn: set[str] = set()
     for file in files:
         nameless = 0
-        where = os.path.realpath(file.path)
+        images = gathered.setdefault(os.path.realpath(file.path) if by_file else None, {})
         for row in file.rows():
             if not row.name:
                 nameless += 1
                 continue
             key = row.identity or normal(row.name)
-            if by_file:
-                key = (where, key)
             image = images.get(key)
             if image is None:
                 image = images[key] = Image(row.name, file, row.split, row.folder, row.image)
@@ -68,7 +66,7 @@ def gather(files: Iterable[Annotations], report: DataReport, *, by_file: bool) -
         if nameless:
             report.notes.append(f"{nameless:,} rows of {printable(file.path)} name no image and were passed over")
     note_torn(torn, report)
-    return list(images.values())
+    return [image for images in gathered.values() for image in images.values()]
 
 
 def note_torn(names: set[str], report: DataReport) -> None:
@@ -91,7 +89,7 @@ def annotated(images: Sequence[Image], root: str | None, report: DataReport, *, 
     """
     captioned = [image for image in images if _has_captions(image, report)]
     if not locate:
-        return [Annotated(image.name, None, tuple(image.captions), image.split) for image in captioned]
+        return [Annotated(image.name, None, image.captions, image.split) for image in captioned]
     listings = Listings()
     places = _places(captioned, root, listings)
     found: dict[str, int] = {}
@@ -99,7 +97,7 @@ def annotated(images: Sequence[Image], root: str | None, report: DataReport, *, 
     result: list[Annotated] = []
     for image in captioned:
         if image.stored is not None:
-            result.append(Annotated(image.name, image.stored, tuple(image.captions), image.split))
+            result.append(Annotated(image.name, image.stored, image.captions, image.split))
             continue
         place = places[image.file]
         path = place.find(image.name, image.folder, image.split)
@@ -107,7 +105,7 @@ def annotated(images: Sequence[Image], root: str | None, report: DataReport, *, 
             report.add(image.name, MISSING, f"there is no such file in {printable(place.root or os.curdir)}")
             continue
         position = found.setdefault(listings.identity(path), len(result))
-        item = Annotated(image.name, path, tuple(image.captions), image.split)
+        item = Annotated(image.name, path, image.captions, image.split)
         if position == len(result):
             result.append(item)
         else:

@@ -68,7 +68,7 @@ def texts(values: Iterable[object]) -> tuple[list[str], int]:
     kept: list[str] = []
     empty = 0
     for value in values:
-        if isinstance(value, str):
+        if type(value) is str:
             text = clean(value)
         elif isinstance(value, Mapping):
             inner, hollow = texts(_listed(next((value[key] for key in _WITHIN if key in value), None)))

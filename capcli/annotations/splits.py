@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
+import numpy as np
+
 from capcli.annotations.gathering import Image, normal
 from capcli.annotations.places import Listings
 from capcli.annotations.report import DataReport
@@ -145,14 +147,17 @@ def draw(images: Sequence[Annotated], amount: float, seed: int, purpose: str) ->
     wanted = max(1, round(len(images) * amount)) if amount < 1 else int(amount)
     if wanted >= len(images):
         return [True] * len(images)
-    ranks = [_rank(image, seed, purpose) for image in images]
-    drawn = set(sorted(range(len(images)), key=ranks.__getitem__)[:wanted])
-    return [position in drawn for position in range(len(images))]
+    ranks = np.fromiter((_rank(image.name, seed, purpose) for image in images), np.uint64, len(images))
+    last = np.partition(ranks, wanted - 1)[wanted - 1]
+    drawn: list[bool] = (ranks < last).tolist()
+    level = np.flatnonzero(ranks == last).tolist()  # images of one name, in several folders
+    for position in sorted(level, key=lambda position: str(images[position].image))[: wanted - sum(drawn)]:
+        drawn[position] = True
+    return drawn
 
 
-def _rank(image: Annotated, seed: int, purpose: str) -> tuple[bytes, str]:
-    text = raw_bytes(f"{seed} {purpose} {normal(image.name)}")
-    return blake2b(text, digest_size=8).digest(), image.image if isinstance(image.image, str) else ""
+def _rank(name: str, seed: int, purpose: str) -> int:
+    return int.from_bytes(blake2b(raw_bytes(f"{seed} {purpose} {normal(name)}"), digest_size=8).digest(), "big")
 
 
 def set_aside(images: Sequence[Annotated], share: float, seed: int) -> tuple[list[Annotated], list[Annotated]]:
