@@ -16,6 +16,7 @@ class Interrupts:
     def __init__(self, *, quiet: bool) -> None:
         self.signal: int | None = None
         self._quiet = quiet
+        self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
     def asked(self) -> bool:
@@ -38,6 +39,10 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _heed(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a fork of ours: the run is its parent's, which ends it
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
         if self.signal is not None:
             raise SystemExit(128 + number)
         self.signal = number

@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
+from capcli.cli.generation import generation_options, taken_generation
 from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, comma_separated, leave_word
 from capcli.options import (
     DECODE_TIMEOUT,
     DEFAULT_MODEL,
     MAX_PIXELS,
     CaptionOptions,
-    GenerationOptions,
     SinkOptions,
     SourceOptions,
 )
@@ -28,7 +28,6 @@ def under(section: str) -> Callable[..., Decorator]:
 
 
 source, generation, model, output, running = map(under, ("Source", "Generation", "Model", "Output", "Running"))
-EARLY = {"true": True, "false": False, "never": "never"}
 
 
 @click.command(cls=SectionedCommand, short_help="Caption images: files, folders, lists, standard input.")
@@ -89,41 +88,7 @@ EARLY = {"true": True, "false": False, "never": "never"}
     help="Images decoded at a time (slots); auto fits the device's memory and the number of images.",
 )
 @model("--threads", metavar="N", type=click.IntRange(min=1), help="CPU threads for the model. [default: all cores]")
-@generation("--num-beams", metavar="N", type=click.IntRange(min=1), help="Beams of beam search; 1 is greedy.")
-@generation("--max-new-tokens", metavar="N", type=click.IntRange(min=1), help="Longest caption, in tokens.")
-@generation("--min-new-tokens", metavar="N", type=click.IntRange(min=0), help="Shortest caption, in tokens.")
-@generation("--length-penalty", metavar="X", type=float, help="With beams: above 0 favours longer captions.")
-@generation(
-    "--early-stopping",
-    type=click.Choice(list(EARLY)),
-    help="With beams: end when there are captions enough, when better ones are unlikely, or impossible.",
-)
-@generation("--no-repeat-ngram-size", metavar="N", type=click.IntRange(min=0), help="Say no N-gram twice; 0 is off.")
-@generation(
-    "--repetition-penalty",
-    metavar="X",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Above 1 makes words said before less likely.",
-)
-@generation("--do-sample/--no-do-sample", default=None, help="Draw words at random instead of taking the likeliest.")
-@generation(
-    "--temperature", metavar="X", type=click.FloatRange(min=0, min_open=True), help="With sampling: above 1 is bolder."
-)
-@generation(
-    "--top-k", metavar="N", type=click.IntRange(min=0), help="With sampling: only the N likeliest words; 0 is off."
-)
-@generation(
-    "--top-p",
-    metavar="X",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-    help="With sampling: only the likeliest words that make up this share.",
-)
-@generation(
-    "--num-return-sequences",
-    metavar="N",
-    type=click.IntRange(min=1),
-    help="Captions per image: the best beams, or samples.",
-)
+@generation_options
 @generation("--seed", metavar="N", type=int, help="With sampling: other noise; the same seed gives the same captions.")
 @generation("--prompt", metavar="TEXT", help="Words given to the decoder before the caption.")
 @generation("--keep-prompt", is_flag=True, help="Leave the prompt in the text.")
@@ -181,7 +146,6 @@ def caption(**given: Any) -> int:
     Exit codes: 0 all captioned; 3 finished, with failures on record; 2 wrong usage; 1 could not run;
     130 or 143 interrupted (the same command goes on from there).
     """
-    given["early_stopping"] = EARLY.get(given["early_stopping"])
     options = caption_options(given)
     from capcli import pipeline
 
@@ -201,6 +165,6 @@ def caption_options(given: dict[str, Any]) -> CaptionOptions:
     return CaptionOptions(
         source=SourceOptions(**taken(SourceOptions)),
         sink=SinkOptions(candidates=several, **taken(SinkOptions)),
-        generation=GenerationOptions(**taken(GenerationOptions)),
+        generation=taken_generation(given),
         **taken(CaptionOptions),
     )

@@ -21,12 +21,20 @@ from capcli.errors import UsageError
 def read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> str | None:  # noqa: ARG001
     """A callback, to run before the others: the file's values become the context's defaults."""
     if path is not None:
+        options = {str(param.name): param for param in ctx.command.params}
         settings = chosen(read(path), str(ctx.command.name), path)
-        for each in ctx.command.params:  # one value where several may stand
-            if getattr(each, "multiple", False) and isinstance(settings.get(str(each.name)), str):
-                settings[str(each.name)] = [settings[str(each.name)]]
+        settings |= {name: as_typed(value, options[name]) for name, value in settings.items()}
         ctx.default_map = {**(ctx.default_map or {}), **settings}
     return path
+
+
+def as_typed(value: Any, param: click.Parameter) -> Any:
+    """One value where several may stand, and a boolean where a flag has words for it."""
+    if getattr(param, "multiple", False) and isinstance(value, str):
+        return [value]
+    if isinstance(param.type, click.Choice) and isinstance(value, bool):
+        return str(value).lower()
+    return value
 
 
 config_option = partial(

@@ -14,8 +14,10 @@ from capcli.options.caption import (
     check_device,
 )
 from capcli.options.data import DataOptions
+from capcli.options.evaluate import EvaluateOptions
 from capcli.options.model import ModelOptions
 from capcli.options.prepare import DownloadOptions, ImageFormat, PrepareOptions
+from capcli.options.train import TrainOptions
 
 __all__ = [
     "DECODE_TIMEOUT",
@@ -24,6 +26,7 @@ __all__ = [
     "CaptionOptions",
     "DataOptions",
     "DownloadOptions",
+    "EvaluateOptions",
     "Existing",
     "Format",
     "GenerationOptions",
@@ -33,5 +36,6 @@ __all__ = [
     "SinkOptions",
     "SourceOptions",
     "Suffix",
+    "TrainOptions",
     "check_device",
 ]

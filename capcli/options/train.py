@@ -1,0 +1,71 @@
+"""What `capcli train` was asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from capcli.errors import UsageError
+from capcli.options.caption import DECODE_TIMEOUT, MAX_PIXELS, GenerationOptions
+from capcli.options.data import DataOptions
+from capcli.options.model import ModelOptions
+
+Every = int | Literal["epoch"]
+Schedule = Literal[
+    "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "reduce_lr_on_plateau"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """One `capcli train`. Batch sizes are per device; a step is one update of the weights.
+
+    `max_steps` wins over `epochs`. `warmup` is a number of steps, or below 1 a share of them. `evaluate_every` and
+    `save_every` count steps, or say "epoch"; None saves whenever there was an evaluation. `select` says by what the
+    `keep_best` checkpoints are chosen: the validation loss, or CIDEr of captions generated for `caption_images` of the
+    validation images. `patience` ends the run after so many evaluations without a better one. `unfreeze_after`
+    counts steps until what `freeze` holds still learns too.
+    """
+
+    data: DataOptions
+    model: ModelOptions
+    out: str
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 16
+    accumulation: int = 1
+    learning_rate: float = 5e-5
+    schedule: Schedule = "linear"
+    warmup: float = 0.0
+    weight_decay: float = 0.01
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    label_smoothing: float = 0.0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    gradient_checkpointing: bool = False
+    freeze: Literal["encoder", "decoder", "none"] = "none"
+    unfreeze_after: int | None = None
+    evaluate_every: Every = "epoch"
+    save_every: Every | None = None
+    log_every: int = 10
+    keep_best: int = 1
+    select: Literal["loss", "cider"] = "loss"
+    caption_images: int = 1000
+    patience: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+    device: Literal["auto", "cpu"] = "auto"
+    threads: int | None = None
+    workers: int | None = None
+    max_pixels: int = MAX_PIXELS
+    decode_timeout: float = DECODE_TIMEOUT
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.unfreeze_after is not None and self.freeze == "none":
+            raise UsageError("unfreeze_after has nothing to unfreeze: say what to freeze")
+        if self.resume and self.overwrite:
+            raise UsageError("resume goes on with a run and overwrite throws it away: give one of them")
+        if not self.data.data:
+            raise UsageError("nothing to train on: give --data")

@@ -1,0 +1,89 @@
+"""A run's options in the words of transformers' Trainer."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+from transformers import Seq2SeqTrainingArguments
+
+from capcli.loading import default_workers, usable_cpus
+from capcli.models.build import choose_dtype
+from capcli.options import TrainOptions
+
+
+def training_arguments(options: TrainOptions, folder: str) -> Seq2SeqTrainingArguments:
+    """The arguments, with checkpoints in `folder`. Reports, evaluations and checkpoints are off in them: Flow says when.
+
+    Under torchrun or accelerate launch this starts the process group.
+    """
+    dtype = chosen_dtype(options)
+    plateau = options.schedule == "reduce_lr_on_plateau"
+    checkpointing: dict[str, Any] = {}
+    if options.gradient_checkpointing:
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=folder,
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps or -1,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.schedule,
+        warmup_steps=options.warmup,
+        weight_decay=options.weight_decay,
+        adam_beta2=options.adam_beta2,
+        max_grad_norm=options.max_grad_norm,
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+        seed=options.data.seed,
+        data_seed=options.data.seed,
+        dataloader_num_workers=loader_workers(options),
+        dataloader_prefetch_factor=4 if loader_workers(options) else None,
+        ddp_find_unused_parameters=options.unfreeze_after is not None,
+        ddp_timeout=6 * 3600,  # seconds: the others wait while the first process looks at the images
+        metric_for_best_model=("eval_loss" if options.select == "loss" else "eval_CIDEr") if plateau else None,
+        greater_is_better=options.select == "cider" if plateau else None,
+        use_cpu=options.device == "cpu" or not torch.cuda.is_available(),
+        label_names=["labels"],
+        remove_unused_columns=False,
+        average_tokens_across_devices=True,
+        logging_nan_inf_filter=False,
+        logging_strategy="no",
+        eval_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **checkpointing,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # noqa: SLF001  one process, one device: torchrun starts a process for each
+    return arguments
+
+
+def chosen_dtype(options: TrainOptions) -> str:
+    """What is computed in; the weights themselves stay float32. `auto` is bfloat16 on a GPU that has it, else float32."""
+    if options.dtype != "auto":
+        return options.dtype
+    if options.device == "cpu" or not torch.cuda.is_available():
+        return "float32"
+    return choose_dtype("auto", torch.device("cuda"))
+
+
+def loader_workers(options: TrainOptions) -> int:
+    """Processes that load images beside the training: as many as there are cores to spare."""
+    if options.workers is not None:
+        return options.workers
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cpus = max(1, usable_cpus() // processes)
+    return default_workers(cpus, on_gpu=torch.cuda.is_available() and options.device != "cpu")
+
+
+def total_steps(arguments: Seq2SeqTrainingArguments, pairs: int) -> int:
+    """As the Trainer counts them: a last update of fewer batches is one too."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    batches = math.ceil(pairs / (arguments.per_device_train_batch_size * arguments.world_size))
+    return math.ceil(arguments.num_train_epochs * math.ceil(batches / arguments.gradient_accumulation_steps))

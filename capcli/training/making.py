@@ -1,0 +1,83 @@
+"""From options, data and an untrained captioner to the Trainer that trains it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import partial
+
+from transformers import Seq2SeqTrainingArguments
+from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
+
+from capcli.metrics import Scorer
+from capcli.models.build import pixel_size
+from capcli.options import ModelOptions, TrainOptions
+from capcli.records import Annotated
+from capcli.training.arguments import loader_workers
+from capcli.training.assembly import Untrained, assemble
+from capcli.training.data import Data
+from capcli.training.pairs import Collate, Images, Pairs
+from capcli.training.trainer import CaptionTrainer
+from capcli.training.validation import Validation
+from capcli.training.vocabulary import encode_captions
+
+
+def assembled(options: TrainOptions, checkpoint: str | None, data: Data, *, quiet: bool) -> Untrained:
+    """The captioner before training; as it is at a checkpoint."""
+    wanted = options.model
+    if checkpoint is not None:
+        wanted = ModelOptions(model=checkpoint, max_length=wanted.max_length)
+    return assemble(
+        wanted,
+        lambda: (text for each in data.train for text in each.captions),
+        options.generation,
+        options.data.seed,
+        quiet=quiet,
+    )
+
+
+def make_trainer(
+    options: TrainOptions, arguments: Seq2SeqTrainingArguments, made: Untrained, data: Data
+) -> CaptionTrainer:
+    size = pixel_size(options.model.model or "the captioner", made.model.config.encoder, made.spec)
+    collate = Collate(size, made.specials.start, made.specials.pad)
+    pairs = partial(make_pairs, options=options, made=made, size=size)
+    validation = make_validation(options, pairs(data.val), collate, data.val) if data.val else None
+    trainer = CaptionTrainer(
+        made,
+        arguments,
+        pairs(data.train),
+        collate,
+        validation,
+        label_smoothing=options.label_smoothing,
+        freezes=options.freeze != "none",
+    )
+    trainer.remove_callback(DefaultFlowCallback)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def make_pairs(
+    annotated: Sequence[Annotated], *, options: TrainOptions, made: Untrained, size: tuple[int, int]
+) -> Pairs:
+    flat = [text for each in annotated for text in each.captions]
+    labels = iter(encode_captions(made.tokenizer, flat, made.specials, options.model.max_length))
+    images = Images(annotated, made.spec, size, options.max_pixels)
+    return Pairs(images, [[next(labels) for _ in each.captions] for each in annotated])
+
+
+def make_validation(
+    options: TrainOptions, pairs: Pairs, collate: Collate, annotated: Sequence[Annotated]
+) -> Validation:
+    """Captions are made for some of the images, drawn once: the same at every evaluation, and in every process."""
+    count = min(options.caption_images, len(annotated))
+    captioned = random.Random(options.data.seed).sample(range(len(annotated)), count)
+    references = {str(index): annotated[index].captions for index in captioned}
+    return Validation(
+        pairs,
+        collate,
+        captioned,
+        Scorer(references) if references else None,
+        options.batch_size,
+        loader_workers(options),
+    )

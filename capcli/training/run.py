@@ -1,0 +1,121 @@
+"""`capcli train` on one page: data -> captioner -> training -> the folder it leaves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from capcli.interrupts import Interrupts
+from capcli.models.build import quiet_transformers
+from capcli.options import TrainOptions
+from capcli.training.arguments import total_steps, training_arguments
+from capcli.training.assembly import Untrained
+from capcli.training.data import Data, read_data
+from capcli.training.flow import Flow
+from capcli.training.freezing import Frozen, freeze, refuse_freezing
+from capcli.training.history import History
+from capcli.training.making import assembled, make_trainer
+from capcli.training.outcome import leave_captioner
+from capcli.training.place import EVENTS, Place
+from capcli.training.showing import Showing, earlier_points
+from capcli.training.trainer import CaptionTrainer
+from capcli.training.view import Sample, View
+
+SHOWN = 3  # validation images whose captions are shown at each evaluation
+
+
+def run(options: TrainOptions) -> int:
+    """Train a captioner, or go on with one; the exit code.
+
+    Raises UsageError for a wrong command before anything is loaded, CapcliError when the run cannot be done.
+    """
+    place = Place.open(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    arguments = training_arguments(options, place.checkpoints)
+    main = arguments.process_index == 0
+    with Interrupts(quiet=options.quiet or not main) as interrupts, quiet_transformers():
+        if main:
+            place.begin(options)
+        data = read_data(options, place, arguments)
+        made = assembled(options, place.checkpoint, data, quiet=options.quiet or not main)
+        hold = freezer(options, pinned_new(options, place, made, main=main))
+        frozen = hold(made.model) if options.unfreeze_after is None else None
+        trainer = make_trainer(options, arguments, made, data)
+        steps = total_steps(arguments, len(trainer.pairs))
+        with View(steps, quiet=options.quiet or not main) as view:
+            describe(view, options, made, data, trainer, frozen)
+            flow = Flow(options, hold, validates=bool(data.val), stop=interrupts.asked, say=view.say)
+            trainer.add_callback(flow)
+            if main:
+                trainer.add_callback(show(trainer, options, place, data, view))
+            if place.checkpoint:
+                trainer.take_up(place.checkpoint)
+                view.say(f"going on from {os.path.basename(place.checkpoint)}")
+            trainer.train(resume_from_checkpoint=place.checkpoint)
+            if main:
+                leave_captioner(options, place, made, data, trainer, view)
+        trainer.accelerator.wait_for_everyone()
+    return interrupts.exit_code if flow.interrupted else 0
+
+
+def pinned_new(options: TrainOptions, place: Place, made: Untrained, *, main: bool) -> frozenset[str]:
+    """Which parts had random weights when the run began: a checkpoint no longer tells, and freezing leaves them out."""
+    if place.checkpoint is not None:
+        return frozenset(place.recall()["new"])
+    if options.unfreeze_after is None:
+        refuse_freezing(options.freeze, made.new)
+    if main:
+        place.remember(new=sorted(made.new))
+    return made.new
+
+
+def freezer(options: TrainOptions, new: frozenset[str]) -> Callable[[Any], Frozen]:
+    """Freezes a model as the options say; of a decoder, what is new learns all the same."""
+    return partial(
+        freeze,
+        what=options.freeze,
+        new_cross_attention=bool(new & {"decoder", "cross-attention"}),
+        new_embeddings=bool(new & {"decoder", "embeddings"}),
+    )
+
+
+def describe(
+    view: View, options: TrainOptions, made: Untrained, data: Data, trainer: CaptionTrainer, frozen: Frozen | None
+) -> None:
+    """What is about to learn from what."""
+    view.say(f"{data.report.line()}; {len(data.train):,} images to train on, {len(data.val):,} to validate")
+    view.say(made.specials.line(made.tokenizer))
+    for note in made.notes:
+        view.say(note)
+    if frozen:
+        view.say(frozen.line())
+    if cut := trainer.pairs.cut(made.specials.end):
+        view.say(f"{cut:,} captions are longer than {options.model.max_length} tokens and are cut (--max-length)")
+    if not data.val:
+        view.say("nothing validates (see --val-fraction): the last checkpoint is taken for the best")
+    if torch.cuda.is_available() and (count := torch.cuda.device_count()) > trainer.args.world_size:
+        view.say(
+            f"{trainer.args.world_size} of {count} GPUs in use; all: torchrun --nproc-per-node gpu -m capcli train ..."
+        )
+
+
+def show(trainer: CaptionTrainer, options: TrainOptions, place: Place, data: Data, view: View) -> Showing:
+    """Reports go to the view, history.csv, curves.png and TensorBoard; a run that goes on keeps what it had reported."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    points = earlier_points(place.checkpoint)
+    reached = points[-1].step if points else 0
+    events = SummaryWriter(place.path(EVENTS), purge_step=reached + 1 if reached else None)
+    trainer.evaluating = view.evaluating
+
+    def samples() -> Sequence[Sample]:
+        shown = trainer.validation.captioned[:SHOWN] if trainer.validation else ()
+        said = [(data.val[index], trainer.captions.get(str(index), "")) for index in shown]
+        return [Sample(each.name, text, each.captions[0]) for each, text in said]
+
+    return Showing(view, History(place.folder, points), events, options.select, samples)

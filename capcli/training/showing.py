@@ -1,0 +1,102 @@
+"""What a run shows of itself while it lasts: every report goes to the view, to history.csv and to TensorBoard."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from capcli.errors import CapcliError
+from capcli.training.checkpoints import Select, ranking
+from capcli.training.history import History, Point
+from capcli.training.view import Sample, View
+
+
+def point_of(entry: dict[str, Any]) -> Point | None:
+    """An entry of the Trainer's log as a point of the history; None for its closing summary."""
+    if "loss" not in entry and "eval_loss" not in entry:
+        return None
+    known = {name: entry[name] for name in ("loss", "learning_rate", "grad_norm", "images_per_second") if name in entry}
+    scores = {
+        name.removeprefix("eval_"): value
+        for name, value in entry.items()
+        if name.startswith("eval_") and name != "eval_loss"
+    }
+    return Point(entry["step"], entry["epoch"], val_loss=entry.get("eval_loss"), scores=scores, **known)
+
+
+def earlier_points(checkpoint: str | None) -> list[Point]:
+    """What had been reported when a checkpoint was written."""
+    if checkpoint is None:
+        return []
+    log = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).log_history
+    return [point for entry in log if (point := point_of(entry)) is not None]
+
+
+class Showing(TrainerCallback):
+    """Shows what the main process logs. `samples` gives what to show at an evaluation; `events` is TensorBoard's writer.
+
+    A loss that is no number ends the run with a CapcliError: nothing good comes after it.
+    """
+
+    def __init__(
+        self, view: View, history: History, events: Any, select: Select, samples: Callable[[], Sequence[Sample]]
+    ) -> None:
+        self._view, self._history, self._events, self._select, self._samples = view, history, events, select, samples
+
+    def on_log(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        entry = state.log_history[-1]
+        if not math.isfinite(entry.get("loss", 0.0)):
+            raise CapcliError(
+                f"the loss became {entry['loss']} before step {state.global_step}: lower --learning-rate, lengthen --warmup, or "
+                "try another --dtype; --resume goes on from the last checkpoint"
+            )
+        point = point_of(entry)
+        if point is None or not state.is_world_process_zero:
+            return
+        self._history.add(point)
+        for name, value in entry.items():
+            if isinstance(value, int | float) and name not in ("step", "epoch"):
+                place = "validation" if name.startswith("eval_") else "training"
+                self._events.add_scalar(f"{place}/{name.removeprefix('eval_')}", value, state.global_step)
+        if point.loss is not None:
+            self._view.step(point)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        point = point_of(state.log_history[-1])
+        assert point is not None
+        values = [value for _, value in ranking(state.log_history, self._select)]
+        samples = self._samples()
+        for number, sample in enumerate(samples):
+            self._events.add_text(f"captions/{number}", f"{sample.name}: {sample.caption}", state.global_step)
+        self._view.evaluated(point, samples, bool(values) and values[-1] == max(values))
+        self._history.draw()
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            self._history.draw()
+            self._events.close()

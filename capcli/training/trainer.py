@@ -1,0 +1,183 @@
+"""transformers' Seq2SeqTrainer, with the loss, the pixels, the validation and the checkpoints of a captioner."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+from capcli.errors import CapcliError
+from capcli.models.vision_encoder_decoder import Encode
+from capcli.records import Failure
+from capcli.training import freezing
+from capcli.training.assembly import Untrained
+from capcli.training.checkpoints import MARK
+from capcli.training.folder import save_captioner
+from capcli.training.loss import token_loss
+from capcli.training.pairs import Collate, Pairs
+from capcli.training.validation import Validation, captioner_of
+
+
+@dataclass
+class Meter:
+    """What happened since the last report: the summed loss of updates, images learnt from, and seconds."""
+
+    since: int = 0  # the step of the last report
+    loss: Tensor | float = 0.0  # of this process
+    images: int = 0
+    waited: float = 0.0  # seconds in which the next batch was not there yet
+    began: float | None = None  # None: it has not
+    paused: float = 0.0  # seconds that were not training
+
+    def reset(self, step: int, loss: float = 0.0) -> None:
+        self.since, self.loss, self.images, self.waited, self.began, self.paused = step, loss, 0, 0.0, None, 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of training."""
+        return 1e-9 if self.began is None else max(time.monotonic() - self.began - self.paused, 1e-9)
+
+
+class CaptionTrainer(Seq2SeqTrainer):
+    """Trains `made.model` on `train`. The loss is `token_loss`; `validation` None evaluates nothing.
+
+    Its log entries hold `loss`, `learning_rate`, `grad_norm`, `images_per_second` and `waiting` (the share of time in which
+    the next batch was not there), an evaluation's `eval_loss` and `eval_` scores. The latest captions are in `captions`.
+    """
+
+    def __init__(
+        self,
+        made: Untrained,
+        args: Seq2SeqTrainingArguments,
+        train: Pairs,
+        collate: Collate,
+        validation: Validation | None,
+        *,
+        label_smoothing: float = 0.0,
+        freezes: bool = False,
+        evaluating: Callable[[int, int], None] = lambda _done, _total: None,
+        failed: Callable[[Failure], None] = lambda _: None,
+    ) -> None:
+        super().__init__(
+            model=made.model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=validation.pairs if validation else None,
+            data_collator=collate,
+            compute_loss_func=partial(token_loss, label_smoothing=label_smoothing),
+        )
+        self.model_accepts_loss_kwargs = False  # the loss is ours: the model need not hear of the number of tokens
+        self.pairs, self.freezes = train, freezes
+        self.made, self.validation, self.evaluating, self.failed = made, validation, evaluating, failed
+        self.meter = Meter()
+        self.captions: dict[str, str] = {}
+        spec = made.spec
+        self._normalise = Encode(made.model, spec.rescale_factor, spec.mean, spec.std).to(args.device).normalise
+
+    # Batches
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        began = time.monotonic()
+        if self.meter.began is None:
+            self.meter.began = began
+        taken = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.meter.waited += time.monotonic() - began
+        return taken
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Pixels travel as bytes and become the encoder's input on the device."""
+        inputs = dict(inputs)
+        for failure in inputs.pop("failures", ()):
+            self.failed(failure)
+        ready: dict[str, Any] = super()._prepare_inputs(inputs)
+        ready["pixel_values"] = self._normalise(ready["pixel_values"])
+        return ready
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.meter.loss = self.meter.loss + loss.detach()
+        self.meter.images += len(inputs["labels"])
+        return loss
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *given: Any, **named: Any) -> Any:
+        if self.freezes:
+            freezing.train(self.model)  # the Trainer has just put all of it into training mode
+        return super().compute_loss(model, {**inputs, "use_cache": False}, *given, **named)
+
+    # Reports
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._measured()}
+            self.meter.reset(self.state.global_step)
+        super().log(logs, start_time)
+
+    def _measured(self) -> dict[str, float]:
+        meter, processes = self.meter, self.accelerator.num_processes
+        seconds = meter.seconds
+        return {
+            "loss": self._mean(meter.loss) / max(self.state.global_step - meter.since, 1),
+            "images_per_second": meter.images * processes / seconds,
+            "waiting": min(meter.waited / seconds, 1.0),
+        }
+
+    def _mean(self, value: Tensor | float) -> float:
+        """Over the processes."""
+        tensor = torch.as_tensor(value, dtype=torch.float32, device=self.args.device)
+        return float(self.accelerator.gather(tensor.reshape(1)).mean().item())
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Loss and scores on the validation images, logged as `eval_*`."""
+        assert self.validation is not None
+        began = time.monotonic()
+        held, made = self.validation, self.made
+        training = self.model.training
+        self.model.eval()
+        metrics = {"eval_loss": held.loss(self.model, self._prepare_inputs, self.accelerator)}
+        if held.captioned:
+            with captioner_of(self.model, made.tokenizer, made.spec, held.collate.size) as captioner:
+                self.captions = held.captions(captioner, self.accelerator, self.evaluating)
+            metrics |= {f"eval_{name}": value for name, value in held.scores(self.captions).items()}
+        self.model.train(training)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.meter.paused += time.monotonic() - began
+        return metrics
+
+    # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
+        save_captioner(output_dir or self.args.output_dir, self.model, self.made.tokenizer, self.made.processor)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        began = time.monotonic()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        open_report = {"since": self.meter.since, "loss": gather_object([float(self.meter.loss)])}
+        if self.args.should_save:
+            folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            with open(os.path.join(folder, MARK), "w", encoding="utf-8") as file:
+                json.dump(
+                    {"step": self.state.global_step, "processes": self.args.world_size, "report": open_report}, file
+                )
+        self.meter.paused += time.monotonic() - began
+
+    def take_up(self, folder: str) -> None:
+        """Goes on with the report that was open when the checkpoint was written. Raises CapcliError for other processes."""
+        with open(os.path.join(folder, MARK), encoding="utf-8") as file:
+            mark = json.load(file)
+        if mark["processes"] != self.args.world_size:
+            raise CapcliError(
+                f"{folder} is of a run on {mark['processes']} processes and this one has {self.args.world_size}: "
+                "the batches would be others"
+            )
+        self.meter.reset(mark["report"]["since"], mark["report"]["loss"][self.args.process_index])

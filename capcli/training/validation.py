@@ -1,0 +1,145 @@
+"""How good the captioner is so far: the loss on all validation captions, and scores of captions it makes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from capcli.captioner import Captioner
+from capcli.metrics import Scorer
+from capcli.models.attention import use_attention
+from capcli.models.build import Model, puts_spaces
+from capcli.models.files import ModelFiles
+from capcli.models.vision_encoder_decoder import Encode, Step
+from capcli.options import GenerationOptions
+from capcli.pixels import PixelSpec
+from capcli.records import Caption, Failure, Loaded
+from capcli.stream import Arrivals
+from capcli.training.loss import IGNORED, token_sum
+from capcli.training.pairs import Collate, Images, Pairs
+
+Prepare = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What is held out: `pairs` for the loss; `captioned`, numbers of images, for captions that `scorer` judges."""
+
+    pairs: Pairs
+    collate: Collate
+    captioned: Sequence[int]
+    scorer: Scorer | None
+    batch_size: int
+    workers: int
+
+    def loss(self, model: Any, prepare: Prepare, accelerator: Accelerator) -> float:
+        """The mean cross-entropy over every token of every validation caption, each counted once whatever the processes."""
+        mine = range(accelerator.process_index, len(self.pairs), accelerator.num_processes)
+        sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        for batch in self._batches(Subset(self.pairs, mine), self.collate):
+            inputs = prepare(batch)
+            labels: Tensor = inputs.pop("labels")
+            with torch.inference_mode(), accelerator.autocast():
+                logits = model(**inputs, use_cache=False).logits
+            sums += torch.stack([token_sum(logits, labels).double(), (labels != IGNORED).sum().double()]).to(sums)
+        total, count = accelerator.reduce(sums).tolist()
+        return float(total / max(count, 1.0))
+
+    def captions(
+        self, captioner: Captioner, accelerator: Accelerator, progress: Callable[[int, int], None]
+    ) -> dict[str, str]:
+        """A caption for each of `captioned` that could be loaded, by its number in words; all of them on every process."""
+        mine = self.captioned[accelerator.process_index :: accelerator.num_processes]
+        images = self.pairs.images
+        settings = captioner.settings(GenerationOptions(num_return_sequences=1))
+        said: list[tuple[str, str]] = []
+
+        def deliver(_: int, result: Caption | Failure) -> None:
+            if isinstance(result, Caption):
+                said.append((result.name, result.text))
+            progress(len(said), len(mine))
+
+        arrivals = Batches(self._batches(Subset(NamedImages(images), mine), list))
+        for _ in captioner.run(arrivals, settings, captioner.shapes(settings, len(mine)), deliver):
+            pass
+        return dict(gather_object(said))
+
+    def scores(self, captions: Mapping[str, str]) -> dict[str, float]:
+        """BLEU, ROUGE-L and CIDEr of captions by name; nothing where there are none."""
+        if self.scorer is None or not captions:
+            return {}
+        return self.scorer.score(captions)
+
+    def _batches(self, dataset: Any, collate: Any) -> Iterator[Any]:
+        return iter(
+            DataLoader(
+                dataset,
+                batch_size=self.batch_size,
+                collate_fn=collate,
+                num_workers=self.workers,
+                pin_memory=torch.cuda.is_available(),
+            )
+        )
+
+
+class NamedImages(torch.utils.data.Dataset[Loaded | Failure]):
+    """Images as the decode loop takes them, named by their numbers: names need not be unique."""
+
+    def __init__(self, images: Images) -> None:
+        self._images = images
+
+    def __getitem__(self, index: int) -> Loaded | Failure:
+        loaded = self._images.loaded(index)
+        return replace(loaded, name=str(index))
+
+
+class Batches(Arrivals):
+    """Arrivals out of a loader's batches of them."""
+
+    def __init__(self, batches: Iterator[list[Loaded | Failure]]) -> None:
+        self._each = (one for batch in batches for one in batch)
+        self._done = False
+
+    @property
+    def done(self) -> bool:
+        return self._done
+
+    def take(self, timeout: float | None = None) -> Loaded | Failure | None:  # noqa: ARG002
+        one = next(self._each, None)
+        self._done = one is None
+        return one
+
+
+@contextmanager
+def captioner_of(model: Any, tokenizer: Any, spec: PixelSpec, size: tuple[int, int]) -> Iterator[Captioner]:
+    """A model in training as the captioner it is by now; it goes on training as it was."""
+    training, attention = model.training, model.decoder.config._attn_implementation  # noqa: SLF001
+    model.eval()
+    use_attention(model.decoder)
+    made = Model(
+        encode=Encode(model, spec.rescale_factor, spec.mean, spec.std).to(model.device),
+        step=Step(model),
+        device=model.device,
+        dtype="float32",
+        tokenizer=tokenizer,
+        spec=spec,
+        size=size,
+        generation=model.generation_config.to_dict(),
+        positions=model.config.decoder.max_position_embeddings,
+        vocabulary=model.config.decoder.vocab_size,
+        spaced=puts_spaces(tokenizer),
+    )
+    try:
+        with torch.inference_mode():
+            yield Captioner(made, ModelFiles("", "", None, {}, {}))
+    finally:
+        model.decoder.set_attn_implementation(attention)
+        model.train(training)
