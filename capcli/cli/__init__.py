@@ -10,6 +10,7 @@ import click
 
 from capcli import __version__
 from capcli.cli.caption import caption
+from capcli.cli.evaluate import evaluate
 from capcli.cli.prepare import prepare
 from capcli.errors import CapcliError
 
@@ -23,6 +24,7 @@ def cli() -> None:
 
 
 cli.add_command(caption)
+cli.add_command(evaluate)
 cli.add_command(prepare)
 
 

@@ -15,6 +15,7 @@ from capcli.options.caption import (
 )
 from capcli.options.data import DataOptions
 from capcli.options.evaluate import EvaluateOptions
+from capcli.options.evaluate import EvaluateOptions
 from capcli.options.model import ModelOptions
 from capcli.options.prepare import DownloadOptions, ImageFormat, PrepareOptions
 from capcli.options.train import TrainOptions
@@ -26,6 +27,7 @@ __all__ = [
     "CaptionOptions",
     "DataOptions",
     "DownloadOptions",
+    "EvaluateOptions",
     "EvaluateOptions",
     "Existing",
     "Format",

@@ -149,7 +149,7 @@ class Csv:
         names = columns.names
         self.columns = columns
         self.wide = wide
-        self.headers: tuple[bytes, ...] = (_csv_line(names), _csv_line((*names, "file_name_bytes")))
+        self.headers: tuple[bytes, ...] = (csv_line(names), csv_line((*names, "file_name_bytes")))
         self.header = self.begin = self.headers[wide]
         cells = len(names) + wide
         self._record = re.compile(_CELL + rb",(?:%s|%s)" % (_PLAIN, _QUOTED) * (cells - 2) + b"," + _CELL + rb"\n")
@@ -202,10 +202,10 @@ class Csv:
         cells = ["" if value is None else str(value) for value in values.values()]
         if self.wide:
             cells.append("" if is_text(caption.name) else _base64(caption.name))
-        return _csv_line(cells)
+        return csv_line(cells)
 
 
-def _csv_line(cells: Iterable[str]) -> bytes:
+def csv_line(cells: Iterable[str]) -> bytes:
     """Minimal quoting, done here because the csv module leaves a lone carriage return bare before Python 3.13."""
     quoted = ('"' + cell.replace('"', '""') + '"' if re.search('[",\r\n]', cell) else cell for cell in cells)
     return (",".join(quoted) + "\n").encode()

@@ -1,0 +1,203 @@
+"""`capcli evaluate` on one page: files -> captions of images with references -> scores -> a table, JSON, CSV."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from capcli.errors import CapcliError, UsageError
+from capcli.metrics import bootstrap, java, show, tokens
+from capcli.metrics.matching import match
+from capcli.metrics.reading import Captions, References, names_by_number, read_captions, read_references
+from capcli.metrics.scorer import Scorer, Scores
+from capcli.metrics.variety import variety
+from capcli.names import printable
+from capcli.options import DataOptions, EvaluateOptions
+from capcli.progress import warn
+
+
+@dataclass(frozen=True)
+class Matched:
+    """One file's captions of images that have references, by the name the references use.
+
+    `called` are the names in the file itself. The counts are of what is left out on either side.
+    """
+
+    path: str
+    texts: Mapping[str, str]
+    called: Mapping[str, str]
+    captions_without_references: int
+    references_without_caption: int
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One file's figures: `figures` all of them by name, in the order they are shown."""
+
+    matched: Matched
+    scores: Scores
+    figures: Mapping[str, float]
+    intervals: Mapping[str, bootstrap.Interval] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What is shown: the files measured, how, and what the second has over the first."""
+
+    measured: Sequence[Measured]
+    tokenize: str
+    tokenizer: str
+    resamples: int | None
+    seed: int
+    difference: Mapping[str, float] | None = None
+    difference_intervals: Mapping[str, bootstrap.Interval] | None = None
+
+
+def run(options: EvaluateOptions) -> int:
+    """Measure captions and show how good they are; the exit code. Raises CapcliError, and UsageError for a wrong command."""
+    check(options)
+    with contextlib.ExitStack() as closing:
+        # Loading METEOR's paraphrases takes seconds, in which the files are read.
+        meteor = None if options.without_java else closing.enter_context(java.Meteor())
+        result = evaluate(options, meteor)
+    show.result(result, options)
+    return 0
+
+
+def check(options: EvaluateOptions) -> None:
+    """What can be said before anything is read."""
+    for part in ("bleu", *(() if options.without_java else ("tokenizer", "meteor"))):
+        java.package_folder(part)
+    for path in (*options.captions, *options.references):
+        if path != "-" and not os.path.exists(path):
+            raise UsageError(f"{printable(path)}: no such file or folder")
+    if "-" in options.references:
+        raise UsageError("references are read from files, not from standard input")
+    folder = os.path.dirname(options.per_image or "") or os.curdir
+    if options.per_image is not None and (os.path.isdir(options.per_image) or not os.path.isdir(folder)):
+        raise UsageError(f"--per-image {printable(options.per_image)}: that is a folder, or is in none")
+    if not options.without_java:
+        java.java()
+
+
+def evaluate(options: EvaluateOptions, meteor: java.Meteor | None) -> Result:
+    columns = DataOptions(image_column=options.image_column, caption_column=options.caption_column)
+    references = read_references(options.references, columns, options.split)
+    matched = [matched_captions(read_captions(path, DataOptions()), references) for path in options.captions]
+    if len(matched) > 1:
+        matched = on_the_same_images(matched)
+    for each in matched:
+        say_what_is_left_out(each)
+
+    tokenize = options.tokenize or tokens.fitting(text for said in references.texts.values() for text in said)
+    if tokenize == "characters" and options.tokenize is None:
+        warn(
+            "the references are in a script without spaces, so characters are compared (--tokenize ptb compares words); "
+            "METEOR knows only English words' likeness"
+        )
+    if len(matched[0].texts) == 1:
+        warn("one image: its CIDEr is 0, which weighs words by how many images they are said of")
+    wanted = {name: references.texts[name] for each in matched for name in each.texts}
+    by_java = meteor is not None and tokenize == "ptb"
+    scorer = Scorer(wanted, tokenize, many=java.tokenize if by_java else None)
+    measured = [measure(each, scorer, meteor) for each in matched]
+    result = Result(
+        measured,
+        tokenize,
+        "PTB" if by_java else f"{tokenize} in Python",
+        options.resamples if options.bootstrap else None,
+        options.seed,
+    )
+    return compared(result, meteor)
+
+
+def matched_captions(captions: Captions, references: References) -> Matched:
+    """Raises CapcliError, with a name from each side, where nothing matches."""
+    known: dict[str, str] = {}  # COCO's numbers that the references themselves explain
+    if captions.numbered:
+        numbers = names_by_number(references.paths)
+        known = {name: numbers[name] for name in captions.texts if numbers.get(name) in references.texts}
+    taken = set(known.values())
+    found = known | match(
+        (name for name in captions.texts if name not in known),
+        (name for name in references.texts if name not in taken),
+    )
+    if not found:
+        raise CapcliError(
+            f"no image in {printable(captions.path)} has references: its names are like "
+            f"{printable(next(iter(captions.texts)))}, the references' like {printable(next(iter(references.texts)))}"
+        )
+    if captions.several:
+        warn(f"{printable(captions.path)}: {captions.several:,} images have several captions; the first counts")
+    called = {there: here for here, there in found.items()}
+    return Matched(
+        captions.path,
+        {there: captions.texts[here] for here, there in found.items()},
+        called,
+        len(captions.texts) - len(found),
+        len(references.texts) - len(found),
+    )
+
+
+def on_the_same_images(matched: Sequence[Matched]) -> list[Matched]:
+    """Only what all have captions of, in the order of the first, so that they can be compared."""
+    names = [name for name in matched[0].texts if all(name in each.texts for each in matched)]
+    if not names:
+        raise CapcliError(
+            f"{' and '.join(printable(each.path) for each in matched)} have captions of no image in common"
+        )
+    for each in matched:
+        if len(each.texts) > len(names):
+            warn(
+                f"{printable(each.path)}: {len(each.texts) - len(names):,} images are left out that the other file has "
+                "no caption of"
+            )
+    return [
+        Matched(
+            each.path,
+            {name: each.texts[name] for name in names},
+            each.called,
+            each.captions_without_references,
+            each.references_without_caption,
+        )
+        for each in matched
+    ]
+
+
+def say_what_is_left_out(matched: Matched) -> None:
+    if matched.captions_without_references:
+        warn(f"{printable(matched.path)}: {matched.captions_without_references:,} captioned images have no references")
+    if matched.references_without_caption:
+        warn(
+            f"{printable(matched.path)}: {matched.references_without_caption:,} images with references have no caption; they "
+            "do not count, which flatters captions that failed"
+        )
+
+
+def measure(matched: Matched, scorer: Scorer, meteor: java.Meteor | None) -> Measured:
+    scores = scorer.measure(matched.texts, meteor)
+    figures = {name: scores.corpus[name] for name in show.MEASURES if name in scores.corpus}
+    return Measured(matched, scores, figures | variety(list(scores.tokens.values())))
+
+
+def compared(result: Result, meteor: java.Meteor | None) -> Result:
+    """With the difference of two files, and the intervals that were asked for."""
+    measured = list(result.measured)
+    difference = difference_intervals = None
+    if len(measured) > 1:
+        first, second = (each.figures for each in measured)
+        difference = {name: second[name] - first[name] for name in first}
+    if result.resamples is not None:
+        scores = [each.scores for each in measured]
+        drawn = bootstrap.resample(scores, meteor, result.resamples, result.seed)
+        measured = [
+            Measured(each.matched, each.scores, each.figures, bootstrap.intervals(values))
+            for each, values in zip(measured, drawn, strict=True)
+        ]
+        if len(drawn) > 1:
+            difference_intervals = bootstrap.intervals({name: drawn[1][name] - drawn[0][name] for name in drawn[0]})
+    return Result(
+        measured, result.tokenize, result.tokenizer, result.resamples, result.seed, difference, difference_intervals
+    )

@@ -1,0 +1,129 @@
+"""Captions and references from files of any format that annotations come in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from capcli.errors import CapcliError, UsageError
+from capcli.names import printable
+from capcli.options import DataOptions
+
+RESULTS = "COCO results"
+ONE_ROW_EACH = (RESULTS, "JSON lines")  # formats of captioners' output, where a second row is a mistake
+
+
+@dataclass
+class Captions:
+    """A captioner's captions by image name. An empty one counts; of several in one row the first is the best.
+
+    `several` counts the images about which a table or a file of annotations has more to say than the first caption.
+    `numbered` says that the names are COCO's numbers.
+    """
+
+    path: str
+    texts: dict[str, str] = field(default_factory=dict)
+    several: int = 0
+    numbered: bool = False
+
+
+@dataclass(frozen=True)
+class References:
+    """What people said of images, by image name, at least one caption of each."""
+
+    texts: Mapping[str, Sequence[str]]
+    paths: tuple[str, ...]
+
+
+def read_captions(path: str, options: DataOptions) -> Captions:
+    """Reads one file of captions, `-` for standard input.
+
+    Raises CapcliError for a file in which no image has a caption, or one image has two rows that differ.
+    """
+    from capcli.annotations.recognition import recognise
+    from capcli.annotations.rows import texts
+
+    captions = Captions("standard input" if path == "-" else path)
+    more: set[str] = set()
+    with on_disk(path) as file:
+        for part in recognise(file, options):
+            captions.numbered |= part.format == RESULTS
+            for row in part.rows():
+                if not row.captions:
+                    continue
+                kept, _ = texts(row.captions[:1])
+                text = kept[0] if kept else ""
+                first = captions.texts.setdefault(row.name, text)
+                if first != text and part.format in ONE_ROW_EACH:
+                    raise CapcliError(
+                        f"{printable(captions.path)} has two captions of {printable(row.name)}, {first!r} and {text!r}: "
+                        "leave one row for each image"
+                    )
+                if first != text:
+                    more.add(row.name)
+    if not captions.texts:
+        raise CapcliError(f"there is no caption in {printable(captions.path)}")
+    captions.several = len(more)
+    return captions
+
+
+def read_references(paths: Sequence[str], options: DataOptions, split: str | None) -> References:
+    """Reads all of these together: what several say of one image is put together.
+
+    Raises CapcliError where no image has a caption, and UsageError where none is in the split that was asked for.
+    """
+    from capcli.annotations import DataReport, read_annotations
+
+    report = DataReport()
+    found = list(read_annotations(paths, options, locate=False, report=report))
+    kept = [image for image in found if split is None or image.split == split]
+    if not kept:
+        splits = ", ".join(sorted({image.split or "none" for image in found}))
+        raise UsageError(f"{', '.join(map(printable, paths))}: no image is in the split {split}; there are: {splits}")
+    return References({image.name: image.captions for image in kept}, tuple(paths))
+
+
+def names_by_number(paths: Sequence[str]) -> dict[str, str]:
+    """COCO's number of each image in these annotations, to its name; numbers of two images are left out."""
+    from capcli.annotations.text import head, parsed, readable
+
+    names: dict[str, str] = {}
+    twice: set[str] = set()
+    for path in filter(os.path.isfile, paths):
+        if not head(path).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+            continue
+        with readable(path), open(path, "rb") as file:
+            content = file.read()
+        with contextlib.suppress(CapcliError):  # JSON lines, which number nothing
+            for number, name in _numbered(parsed(content, path)):
+                if names.setdefault(number, name) != name:
+                    twice.add(number)
+    return {number: name for number, name in names.items() if number not in twice}
+
+
+def _numbered(document: Any) -> Iterator[tuple[str, str]]:
+    images = document.get("images") if isinstance(document, dict) else None
+    for image in images if isinstance(images, list) else ():
+        number = image.get("id", image.get("cocoid"))
+        name = image.get("file_name") or image.get("filename")
+        if number is not None and name:
+            yield str(number), str(name)
+
+
+@contextlib.contextmanager
+def on_disk(path: str) -> Iterator[str]:
+    """The file itself, or a copy of standard input: what recognises a format looks into it more than once."""
+    if path != "-":
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="capcli-") as folder:
+        copy = os.path.join(folder, "standard input")
+        with open(copy, "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        yield copy

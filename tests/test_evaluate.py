@@ -1,0 +1,330 @@
+"""`capcli evaluate`: the oracle, formats, what is left out, awkward captions, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import call, ended, environment, execute, spawn, wait_until
+from test_metrics import ORACLE, needs_data, needs_java
+
+MEASURES = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
+CAPTIONS = {"a.jpg": "a dog runs", "b.jpg": "a man on a horse", "c.jpg": "a red car"}
+REFERENCES = """image,caption
+a.jpg,A dog is running.
+a.jpg,The dog runs on grass
+b.jpg,Two men ride horses
+b.jpg,A man on a brown horse
+c.jpg,"A red car, parked"
+"""
+
+
+def save_rows(path: Path, captions: dict[str, str]) -> Path:
+    path.write_text("".join(json.dumps({"file_name": n, "text": t, "score": -1.0}) + "\n" for n, t in captions.items()))
+    return path
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    references = tmp_path / "captions.txt"
+    references.write_text(REFERENCES)
+    return save_rows(tmp_path / "captions.jsonl", CAPTIONS), references
+
+
+def figures(*arguments: object, **options: Any) -> dict[str, Any]:
+    done = call("evaluate", *arguments, "--json", **options)
+    assert done.code == 0, done.err
+    return json.loads(done.out)
+
+
+@needs_data
+@needs_java
+def test_the_oracle_through_the_command_beside_a_second_file(tmp_path: Path) -> None:
+    oracle = json.loads(ORACLE.read_text())
+    candidates, references = oracle["candidates"], tmp_path / "annotations.json"
+    layout = {
+        "images": [{"id": int(n), "file_name": f"COCO_val2014_{int(n):012d}.jpg"} for n in oracle["references"]],
+        "annotations": [
+            {"image_id": int(n), "id": i, "caption": text}
+            for n, each in oracle["references"].items()
+            for i, text in enumerate(each)
+        ],
+    }
+    references.write_text(json.dumps(layout))
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps([{"image_id": int(n), "caption": text} for n, text in candidates.items()]))
+    worse = save_rows(
+        tmp_path / "worse.jsonl", {f"val/{int(n):012d}.jpg": f"{text} and a cat" for n, text in candidates.items()}
+    )
+    table = tmp_path / "scores.csv"
+
+    done = execute(
+        *("evaluate", results, worse, "--references", references, "--bootstrap", "--resamples", 200, "--json"),
+        *("--per-image", table),
+    )
+
+    assert (done.code, done.err) == (0, "")
+    found = json.loads(done.out)
+    assert {name: found["first"][name] for name in MEASURES} == pytest.approx(oracle["scores"], abs=2e-6)
+    assert found["images"] == 126
+    for row in csv.DictReader(table.read_text().splitlines()):
+        expected = oracle["per_image"][row["file_name"]]
+        assert {name: float(row[name]) for name in MEASURES} == pytest.approx(expected, abs=2e-6)
+        assert row["text"] == candidates[row["file_name"]]
+        change = float(row["second_METEOR"]) - float(row["METEOR"])
+        assert float(row["difference_METEOR"]) == pytest.approx(change, abs=2e-6)
+    for name in MEASURES:
+        low, high = found["first"]["intervals"][name]
+        assert low < found["first"][name] < high
+        assert found["difference"][name] == found["second"][name] - found["first"][name]
+        low, high = found["difference"]["intervals"][name]
+        assert low <= found["difference"][name] <= high
+    assert found["difference"]["intervals"]["Bleu_4"][1] < 0  # on the same draws there is no doubt which is worse
+
+
+@needs_java
+def test_awkward_captions_are_scored_in_a_locale_without_letters(tmp_path: Path) -> None:
+    said = {
+        "empty.jpg": "",
+        "bars.jpg": "a dog ||| a dog |||",
+        "breaks.jpg": "a dog\r\nruns\u2028on\tgrass\x85",
+        "emoji.jpg": "🐶 dog ★",
+        "café 日本.jpg": "一只狗 café",
+        "long.jpg": "the dog " * 1_000,
+        "marks.jpg": "?!...",
+    }
+    captions = save_rows(tmp_path / "c.jsonl", said)
+    with open(captions, "ab") as file:
+        file.write(b'{"file_name": "\xef\xbf\xbd.jpg", "text": "a dog", "file_name_bytes": "/y5qcGc="}\n')
+    references = tmp_path / "r.jsonl"
+    rows = [{"file_name": name, "text": f"{text[:20]} a dog runs ||| on grass"} for name, text in said.items()]
+    rows.append({"file_name": "x.jpg", "text": "a dog"})
+    references.write_text("".join(map("{}\n".format, map(json.dumps, rows))))
+    with open(references, "ab") as file:
+        file.write(b'{"file_name": "\xef\xbf\xbd.jpg", "text": "a dog", "file_name_bytes": "/y5qcGc="}\n')
+    table = tmp_path / "scores.csv"
+
+    done = execute(
+        *("evaluate", captions, "--references", references, "--per-image", table, "--json"),
+        env={"LC_ALL": "C", "PYTHONUTF8": "0"},
+    )
+
+    assert done.code == 0, done.err
+    assert "1 images with references have no caption" in done.err
+    found = json.loads(done.out)
+    assert (found["images"], found["words_min"], found["words_max"]) == (8, 0, 2_000)
+    each = {row["file_name"]: row for row in csv.DictReader(table.read_text("utf-8").splitlines())}
+    assert {name: float(each["empty.jpg"][name]) for name in MEASURES} == pytest.approx(dict.fromkeys(MEASURES, 0))
+    assert float(each["\ufffd.jpg"]["METEOR"]) == pytest.approx(1)
+    assert each["\ufffd.jpg"]["file_name_bytes"] == "/y5qcGc="
+    assert float(each["café 日本.jpg"]["METEOR"]) > 0
+    assert float(each["bars.jpg"]["METEOR"]) > 0.3
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "results", "stdin", "by name"])
+def test_captions_come_in_many_forms(files: tuple[Path, Path], tmp_path: Path, form: str) -> None:
+    rows, references = files
+    expected = figures(rows, "--references", references, "--without-java")
+    assert 0 < expected["Bleu_1"] < 1
+    path: object = rows
+    if form == "csv":
+        path = tmp_path / "c.csv"
+        path.write_text("file_name,text,score\n" + "".join(f"{n},{t},-1\n" for n, t in CAPTIONS.items()))
+    elif form == "results":
+        path = tmp_path / "c.json"
+        path.write_text(json.dumps([{"image_id": i, "caption": t} for i, t in enumerate(CAPTIONS.values(), 7)]))
+        annotations = [line.partition(",") for line in REFERENCES.splitlines()[1:]]
+        numbers = {name: number for number, name in enumerate(CAPTIONS, 7)}
+        references = tmp_path / "annotations.json"
+        images = [{"id": number, "file_name": name} for name, number in numbers.items()]
+        said = [{"image_id": numbers[name], "caption": text.strip('"')} for name, _, text in annotations]
+        references.write_text(json.dumps({"images": images, "annotations": said}))
+    elif form == "by name":
+        path = tmp_path / "c.json"
+        path.write_text(json.dumps(CAPTIONS))
+    elif form == "stdin":
+        path = "-"
+    found = figures(path, "--references", references, "--without-java", stdin=rows.read_bytes())
+    assert {name: found[name] for name in found if name != "captions"} == {
+        name: expected[name] for name in expected if name != "captions"
+    }
+
+
+def test_what_cannot_be_compared_is_counted_and_said(files: tuple[Path, Path], tmp_path: Path) -> None:
+    _, references = files
+    captions = save_rows(tmp_path / "c.jsonl", {"other/a.jpg": "a dog", "b.jpg": "", "new.jpg": "a cat"})
+    done = call("evaluate", captions, "--references", references, "--without-java", "--json")
+    found = json.loads(done.out)
+    assert (found["images"], found["captions_without_references"], found["references_without_caption"]) == (2, 1, 1)
+    assert "1 captioned images have no references" in done.err
+    assert "1 images with references have no caption; they do not count, which flatters" in done.err
+    assert (found["words_min"], found["words_mean"]) == (0, 1)
+
+
+def test_references_of_several_files_count_together(files: tuple[Path, Path], tmp_path: Path) -> None:
+    rows, references = files
+    more = save_rows(tmp_path / "more.jsonl", CAPTIONS)
+    assert figures(rows, "--references", references, "--without-java")["Bleu_4"] < 0.9
+    both = figures(rows, "--references", references, "--references", more, "--without-java")
+    assert both["Bleu_1"] == pytest.approx(1)
+
+
+def test_references_of_one_split(files: tuple[Path, Path], tmp_path: Path) -> None:
+    rows, _ = files
+    references = tmp_path / "r.csv"
+    references.write_text("image,caption,split\na.jpg,a dog runs,train\nb.jpg,a man,val\nc.jpg,a car,test\n")
+    found = figures(rows, "--references", references, "--without-java", "--split", "val")
+    assert (found["images"], found["captions_without_references"]) == (1, 2)
+    references.write_text("image,caption,split\na.jpg,a dog runs,train\n")
+    done = call("evaluate", rows, "--references", references, "--without-java", "--split", "val")
+    assert done.code == 2
+    assert "no image is in the split val; there are: train" in done.err
+
+
+def test_two_files_are_compared_on_the_images_of_both(files: tuple[Path, Path], tmp_path: Path) -> None:
+    rows, references = files
+    second = save_rows(tmp_path / "second.jsonl", {"c.jpg": "a red car", "a.jpg": "the dog runs on grass"})
+    done = call("evaluate", rows, second, "--references", references, "--without-java", "--json")
+    assert "1 images are left out that the other file has no caption of" in done.err
+    found = json.loads(done.out)
+    assert found["images"] == 2
+    assert found["difference"]["Bleu_2"] == found["second"]["Bleu_2"] - found["first"]["Bleu_2"] > 0
+    assert found["difference"]["words_mean"] == 1
+
+
+def test_chinese_is_compared_by_characters(tmp_path: Path) -> None:
+    captions = save_rows(tmp_path / "c.jsonl", {"1.jpg": "一 个 人 在 跑", "2.jpg": "两只狗"})
+    references = tmp_path / "r.txt"
+    references.write_text("1.jpg#zhc#0 一个男人在跑。\n2.jpg#zhc#0 两只狗在草地上。\n")
+    done = call("evaluate", captions, "--references", references, "--without-java", "--json")
+    found = json.loads(done.out)
+    assert "characters are compared" in done.err
+    assert (found["words_mean"], found["tokenizer"]) == (4, "characters in Python")
+    assert found["Bleu_1"] > 0.5
+    assert figures(captions, "--references", references, "--without-java", "--tokenize", "ptb")["Bleu_1"] < 0.1
+
+
+def test_the_table_is_for_people_and_intervals_are_the_seeds(files: tuple[Path, Path]) -> None:
+    rows, references = files
+    arguments = ("evaluate", rows, "--references", references, "--without-java", "--bootstrap", "--resamples", 50)
+    done = call(*arguments, env={"COLUMNS": "120"})
+    text = done.out.decode()
+    assert (done.code, done.err) == (0, "")
+    assert "BLEU-4" in text
+    assert "3 images" in text
+    assert "50 resamples" in text
+    assert "METEOR" not in text
+    assert call(*arguments, env={"COLUMNS": "120"}).out == done.out
+    assert call(*arguments, "--seed", 1, env={"COLUMNS": "120"}).out != done.out
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ({"captions": ""}, 1, "is empty"),
+        (
+            {"captions": '{"file_name": "z.jpg", "text": "a"}\n'},
+            1,
+            "its names are like z.jpg, the references' like a.jpg",
+        ),
+        (
+            {"captions": '{"file_name": "a.jpg", "text": "a"}\n{"file_name": "a.jpg", "text": "b"}\n'},
+            1,
+            "two captions of a.jpg",
+        ),
+        ({"captions": '{"file_name": "a.jpg", "text": "a"}\n{"file_na'}, 1, "captions.jsonl: line 2"),
+        ({"references": "image,caption\na.jpg,\n"}, 1, "captions.txt"),
+        ({"more": ["--references", "nowhere.json"]}, 2, "nowhere.json: no such file"),
+        ({"more": ["--per-image", "nowhere/x.csv"]}, 2, "--per-image nowhere/x.csv"),
+        ({"more": ["-", "-"]}, 2, "3 files of captions"),
+    ],
+)
+def test_errors_say_what_to_do(files: tuple[Path, Path], change: dict[str, Any], code: int, said: str) -> None:
+    rows, references = files
+    for path, name in ((rows, "captions"), (references, "references")):
+        if name in change:
+            path.write_text(change[name])
+    done = call("evaluate", rows, "--references", references, "--without-java", *change.get("more", ()))
+    assert (done.code, done.out) == (code, b"")
+    assert said in done.err
+    assert "Traceback" not in done.err
+
+
+def test_without_java_there_is_one_error_and_a_way_on(files: tuple[Path, Path], tmp_path: Path) -> None:
+    rows, references = files
+    nothing = {"PATH": str(tmp_path), "JAVA_HOME": ""}
+    done = execute("evaluate", rows, "--references", references, env=nothing)
+    assert (done.code, done.out) == (1, b"")
+    assert done.err.count("\n") == 1
+    for words in ("Java", "apt-get install default-jre-headless", "brew install openjdk", "--without-java"):
+        assert words in done.err
+    done = execute("evaluate", rows, "--references", references, "--without-java", "--json", env=nothing)
+    assert (done.code, done.err) == (0, "")
+    assert {"Bleu_4", "ROUGE_L", "CIDEr"} < set(json.loads(done.out))
+    assert "METEOR" not in json.loads(done.out)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a script stands in for a program")
+def test_a_java_that_does_not_work_is_named(files: tuple[Path, Path], tmp_path: Path) -> None:
+    rows, references = files
+    stub = tmp_path / "bin" / "java"
+    stub.parent.mkdir()
+    stub.write_text("#!/bin/sh\necho 'Error: no runtime present' >&2\nexit 1\n")
+    stub.chmod(0o755)
+    done = execute("evaluate", rows, "--references", references, env={"PATH": f"{stub.parent}:{os.environ['PATH']}"})
+    assert (done.code, done.out) == (1, b"")
+    assert "no runtime present" in done.err
+    assert "--without-java" in done.err
+
+
+def test_without_pycocoevalcap_the_error_names_the_extra(files: tuple[Path, Path]) -> None:
+    rows, references = files
+    program = (
+        "import sys; sys.modules['pycocoevalcap'] = None; from capcli.cli import main\n"
+        "sys.argv = ['capcli', 'evaluate', *sys.argv[1:]]; main()"
+    )
+    command = [sys.executable, "-c", program, str(rows), "--references", str(references)]
+    done = subprocess.run(command, capture_output=True, env=environment(), check=False)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"pip install 'capcli[metrics]'" in done.stderr
+    assert done.stderr.count(b"\n") == 1
+
+
+@needs_java
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="looks for the process in /proc")
+def test_an_interrupt_ends_java_as_well(files: tuple[Path, Path]) -> None:
+    rows, references = files
+    process = spawn("evaluate", rows, "--references", references)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    meteor: list[str] = []
+
+    def started() -> bool:
+        meteor[:] = [child for child in children.read_text().split() if b"meteor" in cmdline(child)]
+        return bool(meteor)
+
+    wait_until(started, process)
+    os.kill(process.pid, signal.SIGINT)  # this process alone: a terminal would tell Java too
+    done = ended(process)
+    assert done.code == 130, done.err
+    assert not any(b"meteor" in cmdline(child) for child in meteor)
+
+
+def cmdline(process: str) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_nothing_heavy_is_imported_for_its_help() -> None:
+    program = "import sys; sys.argv = ['capcli', 'evaluate', '--help']\nfrom capcli.cli import main\n"
+    program += "try: main()\nexcept SystemExit: print([m for m in ('numpy', 'pycocoevalcap', 'rich.table') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment(), check=True)
+    assert done.stdout.endswith(b"[]\n")
