@@ -15,7 +15,6 @@ from capcli.options.caption import (
 )
 from capcli.options.data import DataOptions
 from capcli.options.evaluate import EvaluateOptions
-from capcli.options.evaluate import EvaluateOptions
 from capcli.options.model import ModelOptions
 from capcli.options.prepare import DownloadOptions, ImageFormat, PrepareOptions
 from capcli.options.train import TrainOptions
@@ -27,7 +26,6 @@ __all__ = [
     "CaptionOptions",
     "DataOptions",
     "DownloadOptions",
-    "EvaluateOptions",
     "EvaluateOptions",
     "Existing",
     "Format",
