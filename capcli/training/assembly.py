@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
 from capcli.errors import CapcliError, UsageError
@@ -18,8 +17,9 @@ from capcli.models.hub import find_model
 from capcli.options import GenerationOptions, ModelOptions
 from capcli.options.model import NEW
 from capcli.pixels import PixelSpec
+from capcli.training.embeddings import extend_embeddings, is_foreign, renew_embeddings, token_count
 from capcli.training.generation import set_generation
-from capcli.training.parts import CROSS_ATTENTION, HEADS, Config, Part, config_of, find_part, make_part, seeded
+from capcli.training.parts import CROSS_ATTENTION, HEADS, POOLER, Config, Part, config_of, find_part, make_part, seeded
 from capcli.training.vocabulary import (
     SpecialTokens,
     has_tokenizer,
@@ -30,12 +30,11 @@ from capcli.training.vocabulary import (
 )
 
 POSITIONS = {"gpt2": "n_positions", "bert": "max_position_embeddings"}
-PADDED = 256  # a vocabulary may be rounded up so far for the hardware's sake
 
 
 @dataclass(frozen=True, slots=True)
 class Untrained:
-    """A captioner before training, in float32 on the CPU.
+    """A captioner before training, in float32 on the CPU and in eval mode.
 
     `processor` is the preprocessor_config.json to write beside it and `spec` the same as it is carried out. `new` names what
     has random weights: "encoder", "decoder" or, in a decoder with weights, "embeddings" (with the output layer) and
@@ -80,7 +79,7 @@ def assemble(
     specials = special_tokens(tokenizer, config_of(decoder))
     if tokenizer.pad_token_id is None:  # as GPT-2's: the folder says the same in all its files
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(specials.pad)
-    foreign = options.tokenizer == NEW or _is_foreign(tokenizer, own, config_of(decoder).vocab_size)
+    foreign = options.tokenizer == NEW or is_foreign(tokenizer, own, config_of(decoder).vocab_size)
     speaking, new = _decoder(decoder, tokenizer, specials, seed, foreign=foreign)
     seeing = make_part(encoder, seed)
     model = _join(seeing.model, speaking.model, seed)
@@ -93,7 +92,10 @@ def assemble(
 
 def _go_on(name: str, options: ModelOptions, generation: GenerationOptions, quiet: bool) -> Untrained:
     files = find_model(name, quiet=quiet)
-    spec = PixelSpec.from_config(files.processor)
+    with explained(files), quiet_transformers():
+        config = VisionEncoderDecoderConfig.from_dict(files.config)
+    spec = _pixels(name, files.processor, config.encoder)
+    _refuse_long(name, config.decoder, options.max_length)
     tokenizer: Any = read_tokenizer(files)
     own = own_generation(files) or {}
     with explained(files), quiet_transformers():
@@ -102,9 +104,7 @@ def _go_on(name: str, options: ModelOptions, generation: GenerationOptions, quie
         )
     model, report = loaded
     refuse_missing(files, report)
-    rest_pooler(model)
-    spec = _pixels(name, files.processor, model.config.encoder)
-    _refuse_long(name, model.config.decoder, options.max_length)
+    leave_idle(model)
     specials = _specials_in_force(model.generation_config.to_dict() | own, tokenizer, model.config)
     notes = set_generation(model, specials, generation, None)
     return Untrained(model, tokenizer, dict(files.processor), specials, spec, frozenset(), tuple(notes))
@@ -212,43 +212,13 @@ def _decoder(
     if foreign:
         renew_embeddings(part.model, count, seed)
         new["embeddings"] = f"the decoder's embeddings are new, {count:,} of them: the tokenizer is not its own"
-    elif count > part.model.config.vocab_size:
-        with seeded(seed, "embeddings"), quiet_transformers():
-            part.model.resize_token_embeddings(count, mean_resizing=False)
+    else:
+        extend_embeddings(part.model, count, seed)
     return part, new
 
 
 def _lacks(part: Part, signs: tuple[str, ...]) -> bool:
     return any(sign in name for name in part.missing for sign in signs)
-
-
-def token_count(tokenizer: Any) -> int:
-    """One more than its highest id, which may be above its length where ids have gaps."""
-    return int(max(len(tokenizer), 1 + max(tokenizer.get_vocab().values())))
-
-
-def _is_foreign(tokenizer: Any, own: Any, held: int) -> bool:
-    """Whether the decoder's embeddings mean other tokens than the tokenizer's.
-
-    Of a decoder without a tokenizer only the size tells.
-    """
-    if own is None:
-        return not 0 <= held - token_count(tokenizer) < PADDED
-    vocabulary = tokenizer.get_vocab()
-    return any(vocabulary.get(token) != i for token, i in own.get_vocab().items() if i < held)
-
-
-def renew_embeddings(decoder: Any, count: int, seed: int) -> None:
-    """Gives a decoder `count` embeddings as a new model's, and the output layer's, where those are not the same."""
-    std = decoder.config.initializer_range
-    with seeded(seed, "embeddings"), quiet_transformers():
-        decoder.resize_token_embeddings(count, mean_resizing=False)
-        put_in, taken_out = decoder.get_input_embeddings(), decoder.get_output_embeddings()
-        nn.init.normal_(put_in.weight, std=std)
-        if taken_out.weight is not put_in.weight:
-            nn.init.normal_(taken_out.weight, std=std)
-        if taken_out.bias is not None:
-            nn.init.zeros_(taken_out.bias)
 
 
 def _join(encoder: Any, decoder: Any, seed: int) -> VisionEncoderDecoderModel:
@@ -257,15 +227,18 @@ def _join(encoder: Any, decoder: Any, seed: int) -> VisionEncoderDecoderModel:
     with seeded(seed, "projection"), quiet_transformers():
         config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder.config)
         model = VisionEncoderDecoderModel(config=config, encoder=encoder, decoder=decoder)
-    decoder.get_input_embeddings().padding_idx = (
-        None  # BERT's: it would keep a start or end token that is also padding from being learnt
-    )
-    rest_pooler(model)
+    leave_idle(model)
     return model
 
 
-def rest_pooler(model: Any) -> None:
-    """Leaves the encoder's pooler out of training, and in the files: no caption sees it, and transformers expects it there."""
-    pooler = getattr(model.encoder, "pooler", None)
-    for weight in pooler.parameters() if pooler is not None else ():
-        weight.requires_grad_(False)
+def leave_idle(model: Any) -> None:
+    """Leaves out of training what has no share in captions, and lets into it what transformers would keep out.
+
+    The encoder's pooler gets no gradient, and stays in the files, where transformers expects it. BERT's embedding of padding
+    would get none either, and in many a vocabulary that is the start or the end token as well.
+    """
+    model.eval()  # as loaded ones are
+    for name, weight in model.encoder.named_parameters():
+        if name.startswith(POOLER):
+            weight.requires_grad_(False)
+    model.decoder.get_input_embeddings().padding_idx = None
