@@ -117,9 +117,9 @@ class Fetcher:
                     await self._try(address, path)
                 return
             except PassingError as error:
-                host.busy_until = max(host.busy_until, time.monotonic() + min(error.wait, PATIENCE))
                 if attempt == self._options.retries or error.wait > PATIENCE:
                     raise error.failure from error
+                host.busy_until = max(host.busy_until, time.monotonic() + error.wait)
             await asyncio.sleep(self._options.backoff * 2**attempt)
 
     @contextlib.asynccontextmanager
