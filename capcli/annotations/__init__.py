@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator, Sequence
 
 from capcli.annotations.check import check_images
@@ -83,6 +84,8 @@ def _split(options: DataOptions, report: DataReport, *, locate: bool) -> Split:
 def _gathered(paths: Sequence[str], options: DataOptions, report: DataReport, *, by_file: bool) -> list[Image]:
     if not paths:
         raise UsageError("no data: name a file or folder of images with captions")
+    if options.image_root is not None and not os.path.isdir(options.image_root):
+        raise UsageError(f"--image-root {printable(options.image_root)} is no folder")
     files = [file for path in paths for file in recognise(path, options)]
     images = gather(files, report, by_file=by_file)
     if not images:

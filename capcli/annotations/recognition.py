@@ -37,6 +37,10 @@ def recognise(path: str, options: DataOptions) -> list[Annotations]:
         return folder_annotations(path, options, file_annotations)
     if not os.path.exists(path):
         raise UsageError(f"{printable(path)}: no such file or folder")
+    if not os.path.isfile(path):
+        raise UsageError(
+            f"{printable(path)} is a pipe or a device, which can be read once only: save it in a file first"
+        )
     return [file_annotations(path, options)]
 
 
