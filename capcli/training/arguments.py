@@ -84,6 +84,6 @@ def loader_workers(options: TrainOptions) -> int:
 def total_steps(arguments: Seq2SeqTrainingArguments, pairs: int) -> int:
     """As the Trainer counts them: a last update of fewer batches is one too."""
     if arguments.max_steps > 0:
-        return arguments.max_steps
+        return int(arguments.max_steps)
     batches = math.ceil(pairs / (arguments.per_device_train_batch_size * arguments.world_size))
     return math.ceil(arguments.num_train_epochs * math.ceil(batches / arguments.gradient_accumulation_steps))

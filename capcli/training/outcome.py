@@ -4,31 +4,110 @@ from __future__ import annotations
 
 import os
 import shutil
+import tomllib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from capcli.models import files
+from capcli.models.build import puts_spaces
 from capcli.options import TrainOptions
+from capcli.records import Annotated
 from capcli.training import checkpoints
 from capcli.training.assembly import Untrained
+from capcli.training.card import CardFacts, Split, write_card
 from capcli.training.data import Data
-from capcli.training.place import Place
+from capcli.training.place import SETTINGS, Place, flat
+from capcli.training.showing import point_of
 from capcli.training.trainer import CaptionTrainer
-from capcli.training.view import View
+
+# What a card tells of how captions are searched for: those of a generation_config that a reader can do something with.
+SEARCH = {
+    *("num_beams", "do_sample", "temperature", "top_k", "top_p", "max_new_tokens", "min_new_tokens", "length_penalty"),
+    *("no_repeat_ngram_size", "repetition_penalty", "early_stopping", "num_return_sequences"),
+}
+DEPTH = ("num_hidden_layers", "n_layer", "depths")
+WIDTH = ("hidden_size", "n_embd", "embed_dim")
 
 
-def leave_captioner(
-    options: TrainOptions, place: Place, made: Untrained, data: Data, trainer: CaptionTrainer, view: View
-) -> None:
-    """Puts the best checkpoint into the folder itself, with a model card, and says where to find it."""
-    ranked = checkpoints.ranking(trainer.state.log_history, options.select)
+def leave_captioner(options: TrainOptions, place: Place, made: Untrained, data: Data, trainer: CaptionTrainer) -> str:
+    """Puts the best checkpoint into the folder itself, with a model card; gives a line that says how good it is."""
+    log = trainer.state.log_history
     there = checkpoints.whole(place.checkpoints)
-    chosen = next(iter(checkpoints.best(place.checkpoints, ranked, 1)), max(there))
-    put_in_place(there[chosen], place.folder)
+    ranked = checkpoints.best(place.checkpoints, checkpoints.ranking(log, options.select), 1)
+    step = ranked[0] if ranked else max(there)
+    put_in_place(there[step], place.folder)
+    point = next((point_of(entry) for entry in log if entry["step"] == step and "eval_loss" in entry), None)
+    scores = dict(point.scores) if point else {}
+    loss = point.val_loss if point else None
+    write_card(place.folder, card_facts(options, place, made, data, trainer, step, loss, scores))
+    good = (
+        ""
+        if loss is None
+        else f", validation loss {loss:.3f}"
+        + "".join(f", {name} {scores[name]:.3f}" for name in ("CIDEr",) if name in scores)
+    )
+    return f"step {step}{good}: capcli caption FOLDER --model {place.folder}"
 
 
 def put_in_place(checkpoint: str, folder: str) -> None:
     """Copies a checkpoint's captioner; each file is there whole or not at all, the weights last."""
     shelf = files.shelf_of(checkpoint)
-    weights = files.weight_files(shelf)
-    for name in (*files.setting_files(shelf.names), *weights):
-        shutil.copyfile(os.path.join(checkpoint, name), os.path.join(folder, f"{name}.tmp"))
-        os.replace(os.path.join(folder, f"{name}.tmp"), os.path.join(folder, name))
+    for name in (*files.setting_files(shelf.names), *files.weight_files(shelf)):
+        temporary = os.path.join(folder, f"{name}.tmp")
+        shutil.copyfile(os.path.join(checkpoint, name), temporary)
+        os.replace(temporary, os.path.join(folder, name))
+
+
+def card_facts(
+    options: TrainOptions,
+    place: Place,
+    made: Untrained,
+    data: Data,
+    trainer: CaptionTrainer,
+    step: int,
+    loss: float | None,
+    scores: Mapping[str, float],
+) -> CardFacts:
+    model, config = made.model, made.model.config
+    tokens = made.specials
+    with open(place.path(SETTINGS), "rb") as file:
+        settings = flat(tomllib.load(file))
+    given = options.model
+    named = [part for part in (given.model, given.encoder, given.decoder) if isinstance(part, str)]
+    return CardFacts(
+        name=os.path.basename(os.path.abspath(place.folder)),
+        encoder=described(config.encoder, given.encoder),
+        decoder=described(config.decoder, given.decoder),
+        parameters=model.num_parameters(),
+        image_size=trainer.collate.size,
+        tokenizer=f"{type(made.tokenizer).__name__}, {len(made.tokenizer):,} tokens",
+        special_tokens={
+            role: (str(made.tokenizer.convert_ids_to_tokens(i)), i)
+            for role, i in (("start", tokens.start), ("end", tokens.end), ("pad", tokens.pad))
+        },
+        data_files=[*options.data.data, *options.data.val_data],
+        splits={"train": split(data.train)} | ({"val": split(data.val)} if data.val else {}),
+        left_out=Counter(failure.error for failure in data.report.failures),
+        settings=settings,
+        step=step,
+        validation_loss=loss,
+        scores=scores,
+        validation_images=len(trainer.validation.captioned) if trainer.validation else None,
+        generation={k: v for k, v in model.generation_config.to_dict().items() if k in SEARCH and v is not None},
+        spaced=puts_spaces(made.tokenizer),
+        base_models=[name for name in named if not os.path.exists(name)],
+    )
+
+
+def split(annotated: Sequence[Annotated]) -> Split:
+    return Split(images=len(annotated), captions=sum(len(each.captions) for each in annotated))
+
+
+def described(config: Any, given: object) -> str:
+    """ViT, 12 layers, 768 wide, and where its weights are from."""
+    layers = next((value for name in DEPTH if (value := getattr(config, name, None)) is not None), None)
+    layers = sum(layers) if isinstance(layers, list | tuple) else layers
+    width = next((value for name in WIDTH if (value := getattr(config, name, None)) is not None), None)
+    origin = f"from {given}" if isinstance(given, str) and not given.endswith(".json") else "from random weights"
+    return f"{config.model_type}, {layers} layers, {width} wide" + ("" if given is None else f", {origin}")

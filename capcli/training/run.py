@@ -58,7 +58,8 @@ def run(options: TrainOptions) -> int:
                 view.say(f"going on from {os.path.basename(place.checkpoint)}")
             trainer.train(resume_from_checkpoint=place.checkpoint)
             if main:
-                leave_captioner(options, place, made, data, trainer, view)
+                result = leave_captioner(options, place, made, data, trainer)
+                view.say(f"interrupted; --resume goes on. So far {result}" if flow.interrupted else result)
         trainer.accelerator.wait_for_everyone()
     return interrupts.exit_code if flow.interrupted else 0
 

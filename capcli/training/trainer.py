@@ -54,6 +54,8 @@ class CaptionTrainer(Seq2SeqTrainer):
     the next batch was not there), an evaluation's `eval_loss` and `eval_` scores. The latest captions are in `captions`.
     """
 
+    model: Any
+
     def __init__(
         self,
         made: Untrained,
@@ -76,7 +78,7 @@ class CaptionTrainer(Seq2SeqTrainer):
             compute_loss_func=partial(token_loss, label_smoothing=label_smoothing),
         )
         self.model_accepts_loss_kwargs = False  # the loss is ours: the model need not hear of the number of tokens
-        self.pairs, self.freezes = train, freezes
+        self.pairs, self.collate, self.freezes = train, collate, freezes
         self.made, self.validation, self.evaluating, self.failed = made, validation, evaluating, failed
         self.meter = Meter()
         self.captions: dict[str, str] = {}
@@ -156,7 +158,7 @@ class CaptionTrainer(Seq2SeqTrainer):
     # Checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
-        save_captioner(output_dir or self.args.output_dir, self.model, self.made.tokenizer, self.made.processor)
+        save_captioner(str(output_dir or self.args.output_dir), self.model, self.made.tokenizer, self.made.processor)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         began = time.monotonic()
@@ -164,7 +166,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.accelerator.wait_for_everyone()
         open_report = {"since": self.meter.since, "loss": gather_object([float(self.meter.loss)])}
         if self.args.should_save:
-            folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            folder = os.path.join(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
             with open(os.path.join(folder, MARK), "w", encoding="utf-8") as file:
                 json.dump(
                     {"step": self.state.global_step, "processes": self.args.world_size, "report": open_report}, file
