@@ -158,7 +158,7 @@ def test_an_image_whose_rows_are_in_both_splits_is_held_out(folder: Path) -> Non
     found = split(folder / "t.csv")
     assert (names(found.train), names(found.val)) == (["002.jpg"], ["000.jpg"])
     assert found.val[0].captions == ("a", "c")
-    assert [note for note in found.report.notes if note.startswith("2 images are in more than one split")]
+    assert [note for note in found.report.notes if note.startswith("2 images in more than one split")]
 
 
 def test_validation_data_of_its_own(folder: Path) -> None:

@@ -371,9 +371,9 @@ def test_names_of_any_bytes(tmp_path: Path) -> None:
 
 
 def test_names_in_other_unicode_forms_and_without_suffix(tmp_path: Path) -> None:
-    paint(tmp_path, "cafe\u0301.jpg", "0017.png")
-    images = read(write(tmp_path / "t.csv", "image_id,caption\ncaf\u00e9.jpg,1\n0017,2\n"))
-    assert [os.path.basename(str(image.image)) for image in images] == ["cafe\u0301.jpg", "0017.png"]
+    paint(tmp_path, "cafe\u0301.jpg", "0017.png", "IMG_1.JPG")
+    images = read(write(tmp_path / "t.csv", "image_id,caption\ncaf\u00e9.jpg,1\n0017,2\nIMG_1.jpg,3\n"))
+    assert [os.path.basename(str(image.image)) for image in images] == ["cafe\u0301.jpg", "0017.png", "IMG_1.JPG"]
 
 
 def test_what_caption_writes_is_read_where_its_receipt_says_the_images_are(tmp_path: Path) -> None:

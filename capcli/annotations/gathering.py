@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from capcli.annotations.places import SAMPLE, Listings, Place
-from capcli.annotations.report import EMPTY, MISSING, WITHOUT, DataReport
+from capcli.annotations.report import EMPTY, MISSING, WITHOUT, DataReport, counted
 from capcli.annotations.rows import Annotations, texts
 from capcli.errors import CapcliError
 from capcli.names import printable
@@ -64,17 +64,17 @@ def gather(files: Iterable[Annotations], report: DataReport, *, by_file: bool) -
                 image.split = max(row.split, image.split, key=_HELD_OUT.__getitem__)
             image.add(file, row.captions)
         if nameless:
-            report.notes.append(f"{nameless:,} rows of {printable(file.path)} name no image and were passed over")
+            report.notes.append(
+                f"{counted(nameless, 'row')} of {printable(file.path)} without an image's name: passed over"
+            )
     note_torn(torn, report)
     return [image for images in gathered.values() for image in images.values()]
 
 
 def note_torn(names: set[str], report: DataReport) -> None:
     if names:
-        count = f"{len(names):,} images are" if len(names) > 1 else "1 image is"
-        report.notes.append(
-            f"{count} in more than one split, such as {printable(min(names))}: test before val before train"
-        )
+        found = f"{counted(len(names), 'image')} in more than one split, such as {printable(min(names))}"
+        report.notes.append(f"{found}: kept for test before validation, and for validation before training")
 
 
 def normal(name: str) -> str:

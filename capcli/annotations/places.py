@@ -107,12 +107,18 @@ class Place:
         if self._listings.holds(path):
             return path
         folder, name = os.path.split(path)
-        other = [path.replace("\\", "/"), os.path.join(folder, name.strip())]
+        stem, suffix = os.path.splitext(path)
+        other = [
+            path.replace("\\", "/"),
+            os.path.join(folder, name.strip()),
+            stem + suffix.lower(),
+            stem + suffix.upper(),
+        ]
         other += [unicodedata.normalize(form, path) for form in ("NFC", "NFD")] if not path.isascii() else []
         for each in other:
             if each != path and self._listings.holds(each):
                 return each
-        return None if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES else self._listings.by_stem(path)
+        return None if suffix.lower() in IMAGE_SUFFIXES else self._listings.by_stem(path)
 
 
 def _candidates(annotations: Annotations, root: str | None) -> Iterator[str]:

@@ -78,7 +78,7 @@ class DataReport:
 
     def line(self) -> str:
         """One line for people: what there is, what was left out, and where that is listed."""
-        there = f"{_counted(self.images, 'image')}, {_counted(self.captions, 'caption')}"
+        there = f"{counted(self.images, 'image')}, {counted(self.captions, 'caption')}"
         left_out = ", ".join(self._left_out())
         listed = f" ({printable(as_text(self.written))})" if self.written and left_out else ""
         return there + (f"; left out: {left_out}{listed}" if left_out else "")
@@ -88,10 +88,11 @@ class DataReport:
             if number:
                 yield f"{number:,} {words}"
         if self.empty_captions:
-            yield _counted(self.empty_captions, "empty caption")
+            yield counted(self.empty_captions, "empty caption")
         if self.without_captions:
-            yield f"{_counted(self.without_captions, 'image')} without a caption"
+            yield f"{counted(self.without_captions, 'image')} without a caption"
 
 
-def _counted(number: int, word: str) -> str:
+def counted(number: int, word: str) -> str:
+    """The number with its word, as many as it takes."""
     return f"{number:,} {word}{'' if number == 1 else 's'}"

@@ -11,7 +11,7 @@ import numpy as np
 
 from capcli.annotations.gathering import Image, normal
 from capcli.annotations.places import Listings
-from capcli.annotations.report import DataReport
+from capcli.annotations.report import DataReport, counted
 from capcli.errors import CapcliError
 from capcli.names import printable, raw_bytes
 from capcli.options import DataOptions
@@ -33,7 +33,7 @@ def sorted_out(images: Sequence[Image], options: DataOptions, report: DataReport
     both = listed.get("val", set()) & listed.get("train", set())
     if both:
         first = printable(images[min(both)].name)
-        report.notes.append(f"{len(both):,} images are in both lists, such as {first}: kept for validation")
+        report.notes.append(f"{counted(len(both), 'image')} in both lists, such as {first}: kept for validation")
     elsewhere = bool(options.val_data or options.val_fraction or options.val_names)
     wanted = []
     for position, image in enumerate(images):
@@ -88,8 +88,8 @@ def matched(images: Sequence[Image], path: str, report: DataReport) -> set[int]:
             f"{example} in the data"
         )
     if unknown:
-        of = f"{len(unknown):,} of {len(names):,} names in {printable(path)} are"
-        report.notes.append(f"{of} not in the data, such as {printable(unknown[0])}")
+        of = f"{len(unknown):,} of {counted(len(names), 'name')} in {printable(path)}"
+        report.notes.append(f"{of} not found in the data, such as {printable(unknown[0])}")
     return found
 
 
@@ -128,7 +128,7 @@ def without(images: Sequence[Annotated], others: Sequence[Annotated], report: Da
     taken = {_identity(image, listings) for image in others}
     kept = [image for image in images if _identity(image, listings) not in taken]
     if len(kept) < len(images):
-        report.notes.append(f"{len(images) - len(kept):,} images are in the validation data too: not trained on")
+        report.notes.append(f"{counted(len(images) - len(kept), 'image')} in the validation data too: not trained on")
     return kept
 
 
