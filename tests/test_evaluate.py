@@ -117,7 +117,7 @@ def test_awkward_captions_are_scored_in_a_locale_without_letters(tmp_path: Path)
     )
 
     assert done.code == 0, done.err
-    assert "1 images with references have no caption" in done.err
+    assert "images with references and no caption: 1" in done.err
     found = json.loads(done.out)
     assert (found["images"], found["words_min"], found["words_max"]) == (8, 0, 2_000)
     each = {row["file_name"]: row for row in csv.DictReader(table.read_text("utf-8").splitlines())}
@@ -163,8 +163,8 @@ def test_what_cannot_be_compared_is_counted_and_said(files: tuple[Path, Path], t
     done = call("evaluate", captions, "--references", references, "--without-java", "--json")
     found = json.loads(done.out)
     assert (found["images"], found["captions_without_references"], found["references_without_caption"]) == (2, 1, 1)
-    assert "1 captioned images have no references" in done.err
-    assert "1 images with references have no caption; they do not count, which flatters" in done.err
+    assert "captions without references, not counted: 1" in done.err
+    assert "images with references and no caption: 1 (not counted, which flatters" in done.err
     assert (found["words_min"], found["words_mean"]) == (0, 1)
 
 
@@ -192,7 +192,7 @@ def test_two_files_are_compared_on_the_images_of_both(files: tuple[Path, Path], 
     rows, references = files
     second = save_rows(tmp_path / "second.jsonl", {"c.jpg": "a red car", "a.jpg": "the dog runs on grass"})
     done = call("evaluate", rows, second, "--references", references, "--without-java", "--json")
-    assert "1 images are left out that the other file has no caption of" in done.err
+    assert "the other file having no caption of them: 1" in done.err
     found = json.loads(done.out)
     assert found["images"] == 2
     assert found["difference"]["Bleu_2"] == found["second"]["Bleu_2"] - found["first"]["Bleu_2"] > 0
@@ -206,7 +206,7 @@ def test_chinese_is_compared_by_characters(tmp_path: Path) -> None:
     done = call("evaluate", captions, "--references", references, "--without-java", "--json")
     found = json.loads(done.out)
     assert "characters are compared" in done.err
-    assert (found["words_mean"], found["tokenizer"]) == (4, "characters in Python")
+    assert (found["words_mean"], found["tokenizer"]) == (4, "characters")
     assert found["Bleu_1"] > 0.5
     assert figures(captions, "--references", references, "--without-java", "--tokenize", "ptb")["Bleu_1"] < 0.1
 
@@ -243,6 +243,7 @@ def test_the_table_is_for_people_and_intervals_are_the_seeds(files: tuple[Path, 
         ({"references": "image,caption\na.jpg,\n"}, 1, "captions.txt"),
         ({"more": ["--references", "nowhere.json"]}, 2, "nowhere.json: no such file"),
         ({"more": ["--per-image", "nowhere/x.csv"]}, 2, "--per-image nowhere/x.csv"),
+        ({"more": ["--per-image", os.devnull]}, 2, "is no regular file"),
         ({"more": ["-", "-"]}, 2, "3 files of captions"),
     ],
 )
@@ -255,6 +256,16 @@ def test_errors_say_what_to_do(files: tuple[Path, Path], change: dict[str, Any],
     assert (done.code, done.out) == (code, b"")
     assert said in done.err
     assert "Traceback" not in done.err
+
+
+def test_what_is_read_is_not_written_over(files: tuple[Path, Path], tmp_path: Path) -> None:
+    rows, references = files
+    link = tmp_path / "scores.csv"
+    link.symlink_to(references)
+    done = call("evaluate", rows, "--references", references, "--without-java", "--per-image", link)
+    assert done.code == 2
+    assert "would be overwritten" in done.err
+    assert references.read_text() == REFERENCES
 
 
 def test_without_java_there_is_one_error_and_a_way_on(files: tuple[Path, Path], tmp_path: Path) -> None:

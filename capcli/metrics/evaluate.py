@@ -75,11 +75,21 @@ def check(options: EvaluateOptions) -> None:
             raise UsageError(f"{printable(path)}: no such file or folder")
     if "-" in options.references:
         raise UsageError("references are read from files, not from standard input")
-    folder = os.path.dirname(options.per_image or "") or os.curdir
-    if options.per_image is not None and (os.path.isdir(options.per_image) or not os.path.isdir(folder)):
-        raise UsageError(f"--per-image {printable(options.per_image)}: that is a folder, or is in none")
+    if options.per_image is not None:
+        check_output(options.per_image, (*options.captions, *options.references))
     if not options.without_java:
         java.java()
+
+
+def check_output(path: str, inputs: Sequence[str]) -> None:
+    """Raises UsageError where the CSV cannot be put at `path`, or would take the place of what is read."""
+    shown = f"--per-image {printable(path)}"
+    if not os.path.isdir(os.path.dirname(path) or os.curdir):
+        raise UsageError(f"{shown}: there is no such folder")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UsageError(f"{shown} is no regular file: name one to write")
+    if os.path.exists(path) and any(each != "-" and os.path.samefile(path, each) for each in inputs):
+        raise UsageError(f"{shown} is read as well, and would be overwritten: name another file")
 
 
 def evaluate(options: EvaluateOptions, meteor: java.Meteor | None) -> Result:
@@ -106,7 +116,7 @@ def evaluate(options: EvaluateOptions, meteor: java.Meteor | None) -> Result:
     result = Result(
         measured,
         tokenize,
-        "PTB" if by_java else f"{tokenize} in Python",
+        tokenize if tokenize == "characters" else "PTB" if by_java else "PTB in Python",
         options.resamples if options.bootstrap else None,
         options.seed,
     )
@@ -130,7 +140,9 @@ def matched_captions(captions: Captions, references: References) -> Matched:
             f"{printable(next(iter(captions.texts)))}, the references' like {printable(next(iter(references.texts)))}"
         )
     if captions.several:
-        warn(f"{printable(captions.path)}: {captions.several:,} images have several captions; the first counts")
+        warn(
+            f"{printable(captions.path)}: images with several captions, of which the first counts: {captions.several:,}"
+        )
     called = {there: here for here, there in found.items()}
     return Matched(
         captions.path,
@@ -150,10 +162,8 @@ def on_the_same_images(matched: Sequence[Matched]) -> list[Matched]:
         )
     for each in matched:
         if len(each.texts) > len(names):
-            warn(
-                f"{printable(each.path)}: {len(each.texts) - len(names):,} images are left out that the other file has "
-                "no caption of"
-            )
+            left_out = len(each.texts) - len(names)
+            warn(f"{printable(each.path)}: images left out, the other file having no caption of them: {left_out:,}")
     return [
         Matched(
             each.path,
@@ -167,12 +177,13 @@ def on_the_same_images(matched: Sequence[Matched]) -> list[Matched]:
 
 
 def say_what_is_left_out(matched: Matched) -> None:
+    path = printable(matched.path)
     if matched.captions_without_references:
-        warn(f"{printable(matched.path)}: {matched.captions_without_references:,} captioned images have no references")
+        warn(f"{path}: captions without references, not counted: {matched.captions_without_references:,}")
     if matched.references_without_caption:
         warn(
-            f"{printable(matched.path)}: {matched.references_without_caption:,} images with references have no caption; they "
-            "do not count, which flatters captions that failed"
+            f"{path}: images with references and no caption: {matched.references_without_caption:,} (not counted, which "
+            "flatters a captioner that failed on them)"
         )
 
 

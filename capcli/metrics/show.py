@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +30,10 @@ WORDS = {
     "words_min": "fewest words",
     "words_max": "most words",
     "distinct_captions": "distinct captions",
-    "distinct_share": "distinct captions, share",
-    "repeated_2": "captions that repeat a 2-gram, share",
-    "repeated_3": "captions that repeat a 3-gram, share",
-    "repeated_4": "captions that repeat a 4-gram, share",
+    "distinct_share": "distinct share",
+    "repeated_2": "repeat a 2-gram",
+    "repeated_3": "repeat a 3-gram",
+    "repeated_4": "repeat a 4-gram",
     "distinct_1": "distinct-1",
     "distinct_2": "distinct-2",
 }
@@ -39,16 +41,22 @@ WHOLE = ("words_min", "words_max", "distinct_captions")
 
 
 def result(result: Result, options: EvaluateOptions) -> None:
-    """Writes what was asked for. Raises CapcliError where the CSV cannot be written."""
+    """Writes what was asked for. Raises CapcliError where it cannot be written."""
     if options.per_image is not None:
         try:
-            atomic.replace(options.per_image, [per_image(result)])
+            atomic.replace(os.path.realpath(options.per_image), [per_image(result)])
         except OSError as error:
             raise CapcliError(f"cannot write {printable(options.per_image)}: {error.strerror or error}") from error
-    if options.json:
-        print(json.dumps(document(result), indent=2))
-    else:
-        table(result)
+    try:
+        if options.json:
+            print(json.dumps(document(result), indent=2))
+        else:
+            table(result)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # nobody reads any more, which is no fault
+    except OSError as error:
+        raise CapcliError(f"cannot write to standard output: {error.strerror or error}") from error
 
 
 def document(result: Result) -> dict[str, Any]:
@@ -84,7 +92,7 @@ def table(result: Result) -> None:
     from rich.text import Text
 
     shown = Table(
-        title=f"{len(result.measured[0].scores.names):,} images, {result.tokenizer} tokens", title_justify="left"
+        title=f"{len(result.measured[0].scores.names):,} images, tokens: {result.tokenizer}", title_justify="left"
     )
     shown.add_column("")
     columns: list[tuple[str, Mapping[str, float], Mapping[str, Interval] | None]] = [
@@ -93,10 +101,12 @@ def table(result: Result) -> None:
     if result.difference is not None:
         columns.append(("difference", result.difference, result.difference_intervals))
     for heading, _, _ in columns:
-        shown.add_column(Text(printable(heading)), justify="right", overflow="fold")
+        encoded = printable(heading).encode(sys.stdout.encoding or "utf-8", "backslashreplace")
+        shown.add_column(Text(encoded.decode(sys.stdout.encoding or "utf-8")), justify="right", overflow="fold")
     for name in result.measured[0].figures:
         cells = [
-            _cell(name, figures, intervals, signed=figures is result.difference) for _, figures, intervals in columns
+            _cell(name, figures, intervals, signed=figures is result.difference, tall=len(columns) > 1)
+            for _, figures, intervals in columns
         ]
         shown.add_row(WORDS.get(name, name), *cells, end_section=name == "CIDEr")
     if result.resamples is not None:
@@ -104,13 +114,16 @@ def table(result: Result) -> None:
     Console(soft_wrap=False).print(shown)
 
 
-def _cell(name: str, figures: Mapping[str, float], intervals: Mapping[str, Interval] | None, *, signed: bool) -> str:
+def _cell(
+    name: str, figures: Mapping[str, float], intervals: Mapping[str, Interval] | None, *, signed: bool, tall: bool
+) -> str:
     sign = "+" if signed else ""
     value = f"{figures[name]:{sign},.0f}" if name in WHOLE else f"{figures[name]:{sign}.4f}"
     if intervals is None or name not in intervals:
         return value
     low, high = intervals[name]
-    return f"{value}  {low:{sign}.4f} to {high:{sign}.4f}"
+    between = "\n" if tall else "  "
+    return f"{value}{between}{low:{sign}.4f} to {high:{sign}.4f}"
 
 
 def per_image(result: Result) -> bytes:
