@@ -244,7 +244,7 @@ def test_broken_images_are_found_and_left_out(tmp_path: Path, workers: int) -> N
 def test_no_good_image_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("no image")
     image = Annotated("a.jpg", str(tmp_path / "a.jpg"), ("x",))
-    with pytest.raises(CapcliError, match=r"none of the 1 image.*a\.jpg: it is not an image"):
+    with pytest.raises(CapcliError, match=r"none of 1 image.*a\.jpg: it is not an image"):
         check_images([image], DataReport(), workers=0)
     small = Annotated("b.png", str(paint(tmp_path, "b.png") / "b.png"), ("x",))
     with pytest.raises(CapcliError, match="more than the limit of 100"):

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from capcli import pixels
-from capcli.annotations.report import DataReport
+from capcli.annotations.report import DataReport, counted
 from capcli.errors import CapcliError
 from capcli.loading import load, usable_cpus
 from capcli.names import printable
@@ -51,7 +51,9 @@ def check_images(
     report.count((image for image in images if id(image) in broken), -1)
     if first is not None and not good:
         path = printable(str(looked_at[0].image))
-        raise CapcliError(f"none of the {len(images):,} images can be decoded; of the first, {path}: {first.message}")
+        raise CapcliError(
+            f"none of {counted(len(images), 'image')} can be decoded; of the first, {path}: {first.message}"
+        )
     return good
 
 

@@ -161,6 +161,6 @@ def usable(images: Sequence[Image], root: str | None, report: DataReport, *, loc
         )
     tried = dict.fromkeys(os.path.normpath(folder or os.curdir) for folder in Place(file, root, Listings()).candidates)
     raise CapcliError(
-        f"none of the {len(images):,} images is there. {read}, names {printable(first.name)}, which was looked for in "
+        f"none of {counted(len(images), 'image')} is there. {read}, names {printable(first.name)}, which was looked for in "
         f"{', '.join(map(printable, tried))}; say where the images are with --image-root"
     )
