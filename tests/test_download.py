@@ -408,7 +408,7 @@ def test_a_killed_run_fetches_no_finished_shard_again(server: Server, tmp_path: 
 
 
 def test_files_fetched_ahead_do_not_pile_up(server: Server, tmp_path: Path) -> None:
-    data, out = table(tmp_path / "t.csv", [server.address("ok", number) for number in range(200)]), tmp_path / "out"
+    data, out = table(tmp_path / "t.csv", [server.address("ok", number) for number in range(150)]), tmp_path / "out"
     process = spawn(*arguments(data, out, "--connections", 2))
     most = 0
     while process.poll() is None:

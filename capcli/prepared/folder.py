@@ -105,6 +105,13 @@ class Folder:
             ) from None
         return manifest
 
+    def check(self, manifest: Mapping[str, Any]) -> None:
+        """Raises CapcliError where a finished copy is no longer what its manifest says."""
+        for shard in (shard for split in manifest["splits"].values() for shard in split["shards"]):
+            path = os.path.join(self.path, shard["file"])
+            if not os.path.isfile(path) or os.path.getsize(path) != shard["bytes"]:
+                raise CapcliError(f"{printable(path)} is not as it was written, or gone: --overwrite makes all anew")
+
     def clear(self, manifest: Mapping[str, Any]) -> None:
         """Remove what an earlier run wrote: its own files, the manifest last, and nothing else."""
         for split in manifest["splits"]:

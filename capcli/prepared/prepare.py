@@ -58,6 +58,7 @@ def run(options: PrepareOptions) -> int:
         if manifest is not None:
             plan.refuse_other(manifest, options.out)
         if manifest is not None and manifest["state"] == "finished":
+            folder.check(manifest)
             folder.tidy()
             return close(options, folder, manifest, Report())
         return Run(options, plan, folder, source.failures, manifest or plan.manifest()).store_all(anew=manifest is None)
