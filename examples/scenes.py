@@ -7,7 +7,9 @@ import json
 import random
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -722,13 +724,18 @@ def write_folder(folder: Path, count: int, seed: int, suffixes: Sequence[str] = 
     Its rows hold `file_name`, `text` (one caption) and `captions` (all of them). The suffixes take turns.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "metadata.jsonl", "w", encoding="utf-8", newline="\n") as rows:
-        for index in range(count):
-            scene = make_scene(seed, index)
-            name = f"scene-{index:04d}{suffixes[index % len(suffixes)]}"
-            draw(scene).save(folder / name, **({} if name.endswith(".png") else {"quality": 88}))
-            said = captions(scene)
+    names = [f"scene-{index:04d}{suffixes[index % len(suffixes)]}" for index in range(count)]
+    write = partial(write_scene, folder, seed)
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8", newline="\n") as rows, ProcessPoolExecutor() as workers:
+        for name, said in zip(names, workers.map(write, range(count), names, chunksize=100), strict=True):
             rows.write(json.dumps({"file_name": name, "text": said[0], "captions": list(said)}) + "\n")
+
+
+def write_scene(folder: Path, seed: int, index: int, name: str) -> tuple[str, ...]:
+    """Draws one scene into the folder; its captions."""
+    scene = make_scene(seed, index)
+    draw(scene).save(folder / name, **({} if name.endswith(".png") else {"quality": 88}))
+    return captions(scene)
 
 
 def main() -> None:

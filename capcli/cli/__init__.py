@@ -12,6 +12,7 @@ from capcli import __version__
 from capcli.cli.caption import caption
 from capcli.cli.evaluate import evaluate
 from capcli.cli.prepare import prepare
+from capcli.cli.train import train
 from capcli.errors import CapcliError
 
 HELP = "Caption folders of images in bulk."
@@ -26,6 +27,7 @@ def cli() -> None:
 cli.add_command(caption)
 cli.add_command(evaluate)
 cli.add_command(prepare)
+cli.add_command(train)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from capcli.cli.config import chosen, config_option, read
 from capcli.cli.data import data_options, taken_data_options
 from capcli.cli.generation import generation_options, taken_generation
 from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, leave_word
+from capcli.errors import CapcliError
 from capcli.options import DECODE_TIMEOUT, MAX_PIXELS, ModelOptions, TrainOptions
 
 Decorator = Callable[[Any], Any]
@@ -285,8 +286,12 @@ def train(**given: Any) -> int:
     Exit codes: 0 trained; 2 wrong usage; 1 could not run; 130 or 143 interrupted (--resume goes on from there).
     """
     options = train_options(given)
-    from capcli.training.run import run
-
+    try:
+        from capcli.training.run import run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("capcli"):
+            raise
+        raise CapcliError(f"capcli train needs {error.name}: pip install 'capcli[train]'") from error
     return run(options)
 
 
