@@ -298,8 +298,8 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     draw = random.Random(3)
     finished: dict[Path, int] = {}
     for _ in range(3):
-        process = spawn(*arguments, "--out", out)
-        wait_until(lambda before=len(finished): len(done(out)) > before, process)
+        process, before = spawn(*arguments, "--out", out), len(finished)
+        wait_until(lambda before=before: len(done(out)) > before, process)
         time.sleep(draw.uniform(0, 0.015))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
