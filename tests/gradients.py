@@ -1,0 +1,107 @@
+"""The gradients of one update on eight captions, cut into batches and processes in different ways; torchrun starts this too."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from assembling import GPT2, VIT, new, save_bytes, save_decoder
+from captioners import pictures
+from PIL import Image
+from transformers import TrainerCallback
+
+from capcli.annotations import DataReport
+from capcli.interrupts import Interrupts
+from capcli.options import DataOptions, ModelOptions, TrainOptions
+from capcli.records import Annotated
+from capcli.training.arguments import training_arguments
+from capcli.training.assembly import Untrained
+from capcli.training.data import Data
+from capcli.training.flow import Flow
+from capcli.training.freezing import freeze
+from capcli.training.making import make_trainer
+from capcli.training.trainer import CaptionTrainer
+
+SAID = [
+    ("a dog", "two dogs are running on the sand by the water and one of them jumps"),
+    ("a man in a red shirt", "bike"),
+    ("a child plays with a ball in the park", "children"),
+    ("the brown dog catches a ball in its mouth", "a girl in a blue dress jumps over the puddle"),
+]
+
+
+def annotated(folder: Path) -> list[Annotated]:
+    """Four images with two captions each, on disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(pictures(len(SAID))):
+        Image.fromarray(picture).save(folder / f"{number}.png")
+    return [Annotated(f"{n}.png", str(folder / f"{n}.png"), captions) for n, captions in enumerate(SAID)]
+
+
+def captioner(folder: Path) -> Untrained:
+    """Without dropout; its tokenizer's one special token starts, ends and pads."""
+    if not (folder / "vocab.json").exists():
+        save_decoder(folder, vocabulary=300)
+        save_bytes(folder)
+    made = new(decoder=str(folder), tokenizer=None)
+    for part in made.model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    return made
+
+
+class Capture(TrainerCallback):
+    """Keeps the gradients that the optimizer is about to follow."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+        inner = getattr(model, "module", model)
+        self.gradients = {n: w.grad.clone() for n, w in inner.named_parameters() if w.grad is not None}
+
+
+def trainer_of(folder: Path, made: Untrained, batch_size: int, accumulation: int, **more: Any) -> CaptionTrainer:
+    """The Trainer of `capcli train` with a run of one step."""
+    options = TrainOptions(
+        data=DataOptions(data=("captions.txt",)),
+        model=ModelOptions(encoder=VIT, decoder=GPT2, max_length=40),
+        out=str(folder / "out"),
+        max_steps=1,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        max_grad_norm=1e9,
+        device="cpu",
+        workers=0,
+        **more,
+    )
+    trainer = make_trainer(
+        options,
+        training_arguments(options, str(folder / "out")),
+        made,
+        Data(annotated(folder / "images"), [], DataReport()),
+    )
+    with Interrupts(quiet=True) as interrupts:
+        trainer.add_callback(
+            Flow(options, lambda m: freeze(m, "none"), validates=False, stop=interrupts.asked, say=lambda _: None)
+        )
+    return trainer
+
+
+def gradients(folder: Path, batch_size: int, accumulation: int) -> dict[str, torch.Tensor]:
+    trainer = trainer_of(folder, captioner(folder / "decoder"), batch_size, accumulation)
+    capture = Capture()
+    trainer.add_callback(capture)
+    trainer.train()
+    return capture.gradients
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    here, cut = Path(sys.argv[1]), [int(each) for each in sys.argv[2:]]
+    found = gradients(here, *cut)
+    if torch.distributed.get_rank() == 0:
+        assert torch.distributed.get_world_size() == 2
+        torch.save(found, here / "gradients.pt")
