@@ -23,7 +23,9 @@ import pytest
 from PIL import Image, ImageCms
 from running import Ended, call, ended, execute, paint, shell, spawn, wait_until
 
+from capcli.annotations import read_split
 from capcli.errors import CapcliError, ImageError
+from capcli.options import DataOptions
 from capcli.prepared import StoredImages
 from capcli.records import Stored
 
@@ -555,3 +557,15 @@ def test_a_dataset_may_be_moved_between_runs(tmp_path: Path) -> None:
     shutil.move(tmp_path / "out", tmp_path / "moved")
     row = Stored(str(tmp_path / "moved" / "train"), 3)
     assert Image.open(io.BytesIO(StoredImages().read(row))).size
+
+
+def test_images_of_one_name_in_two_folders_stay_two_images(tmp_path: Path) -> None:
+    for split, text in (("train", "a red house"), ("val", "two blue cars")):
+        paint(tmp_path / split, "1.png", seed=len(split))
+        (tmp_path / split / "metadata.jsonl").write_text(json.dumps({"file_name": "1.png", "text": text}) + "\n")
+    out = tmp_path / "prepared"
+    done = call("prepare", "--data", tmp_path / "train", "--val-data", tmp_path / "val", "--out", out)
+    assert done.code == 0, done.err
+    split = read_split(DataOptions(data=(str(out),)))
+    assert [each.captions for each in split.train] == [("a red house",)]
+    assert [each.captions for each in split.val] == [("two blue cars",)]

@@ -32,7 +32,7 @@ from capcli.names import printable
 from capcli.options import DataOptions
 from capcli.records import Stored
 
-_DICT, _STATE = "dataset_dict.json", "state.json"
+_DICT, _STATE, _MANIFEST = "dataset_dict.json", "state.json", "manifest.json"
 _BATCH = 1 << 14  # rows made into Python objects at a time
 
 
@@ -102,6 +102,11 @@ def _layout(folder: str, options: DataOptions) -> Layout:
     if image is None and name is None:
         raise no_column(folder, names, options.image_column, "image", "--image-column")
     return Layout(names, caption, image, name, split_column(names, options, folder), options.split_column is not None)
+
+
+def _is_prepared(path: str) -> bool:
+    manifest = os.path.join(path, _MANIFEST)
+    return os.path.isfile(manifest) and {"state", "settings", "splits"} <= _json(manifest).keys()
 
 
 def _is_picture(kind: Any) -> bool:
@@ -184,6 +189,8 @@ class _Pictures:
         self._lengths = compute.binary_length(self._bytes)
         self._paths = compute.struct_field(column, "path")
         self._digests: dict[int, bytes] = {}
+        # Where capcli prepare wrote a row it is an image of its own: train/1.jpg and val/1.jpg may both be called 1.jpg.
+        self._prepared = _is_prepared(os.path.dirname(os.path.normpath(folder)))
 
     def held(self, chosen: Any) -> tuple[Sequence[int], Sequence[int | None], Sequence[str | None]]:
         """For each of these rows on disk its number, its file's length (None: only the path is held), and its path."""
@@ -215,7 +222,9 @@ class _Pictures:
         if length is None:  # no more than a path, to be looked for as any other
             return Row(path or name, captions, split)
         identity: Hashable = None
-        if not name:
+        if self._prepared:
+            identity = (self._folder, number)
+        elif not name:
             name = path or f"{os.path.basename(os.path.normpath(self._folder))}/{row}"
             identity = (path, length) if path else self._digests.get(number)
         return Row(name, captions, split, "", Stored(self._folder, row, self._column), identity)
