@@ -1,0 +1,75 @@
+"""What tests of `capcli train` share: painted pictures with captions, and tiny runs of it as TOML files."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+from PIL import Image
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "yellow": (230, 220, 40)}
+SHAPES = {"square": np.s_[6:26, 6:26], "stripe": np.s_[12:20, :], "dot": np.s_[14:19, 14:19]}
+LINES = ("a {0} {1}", "there is a {0} {1} on grey", "one {1} and it is {0} as far as anybody can see from here")
+ENCODER = {
+    "model_type": "vit",
+    "image_size": 32,
+    "patch_size": 16,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "hidden_dropout_prob": 0.1,
+}
+DECODER = {"model_type": "gpt2", "n_positions": 64, "n_embd": 24, "n_layer": 1, "n_head": 2}  # its dropout is 0.1
+MACHINE = "images_per_second"  # the column of history.csv that no two runs share
+
+
+def paint_data(folder: Path, count: int = 12) -> Path:
+    """Pictures of coloured shapes, and a captions.txt with two captions for each, of unequal length."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = ["image,caption"]
+    for number in range(count):
+        colour, shape = list(COLOURS)[number % len(COLOURS)], list(SHAPES)[number % len(SHAPES)]
+        name = f"{number:02}.png"
+        pixels = np.random.default_rng(number).integers(90, 130, (32, 32, 3), dtype=np.uint8)
+        pixels[SHAPES[shape]] = COLOURS[colour]
+        Image.fromarray(pixels).save(folder / name)
+        rows += [f"{name},{LINES[(number + n) % len(LINES)].format(colour, shape)}" for n in range(2)]
+    (folder / "captions.txt").write_text("\n".join(rows) + "\n")
+    return folder / "captions.txt"
+
+
+def recipe(path: Path, data: Path, **train: Any) -> Path:
+    """A TOML file that trains a tiny captioner on `data`, with its own tokenizer and with dropout."""
+    settings = {
+        "max_steps": 6,
+        "batch_size": 4,
+        "learning_rate": 2e-3,
+        "evaluate_every": 3,
+        "caption_images": 2,
+        "log_every": 1,
+        "device": "cpu",
+        "threads": 1,
+        "workers": 0,
+    }
+    sections = {
+        "data": {"data": str(data), "val_fraction": 0.25},
+        "model": {"tokenizer": "new", "vocab_size": 300, "max_length": 24, "encoder": ENCODER, "decoder": DECODER},
+        "train": settings | train,
+        "generation": {"max_new_tokens": 6},
+    }
+    path.write_text(tomli_w.dumps(sections))
+    return path
+
+
+def history(folder: Path) -> list[dict[str, str]]:
+    """The rows of history.csv."""
+    with open(folder / "history.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
