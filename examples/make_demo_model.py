@@ -451,8 +451,12 @@ def main() -> None:
     parser.add_argument(
         "--measure-only", action="store_true", help="measure the model that is there, and write its card"
     )
+    parser.add_argument("--measure", type=Path, metavar="FOLDER", help="measure another captioner of scenes, and stop")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.measure:
+        print(f"held out: {measure(options.measure, MEASURING_SEED, 1000)}")
+        return
     folder = HERE / "demo-model"
     if not options.measure_only:
         make(folder, options.scenes, options.steps, options.keep)
