@@ -6,16 +6,20 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 
 class Interrupts:
-    """While entered, the first SIGINT or SIGTERM only sets `signal`, which is told; a second ends the program."""
+    """While entered, the first SIGINT or SIGTERM only sets `signal`, which is told; a second ends the program.
 
-    def __init__(self, *, quiet: bool) -> None:
+    A launcher may pass on what the process has heard itself: within `grace` seconds of the first there is no second.
+    """
+
+    def __init__(self, *, quiet: bool, grace: float = 0.0) -> None:
         self.signal: int | None = None
-        self._quiet = quiet
+        self._quiet, self._grace, self._heard = quiet, grace, 0.0
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -44,8 +48,10 @@ class Interrupts:
                 os._exit(128 + number)
             return
         if self.signal is not None:
+            if time.monotonic() - self._heard < self._grace:
+                return
             raise SystemExit(128 + number)
-        self.signal = number
+        self.signal, self._heard = number, time.monotonic()
         if not self._quiet:
             # Past Python's buffers, in whose use the signal may have come; on a terminal, behind its ^C.
             line = "capcli: finishing what is under way; again, to leave at once\n"
