@@ -286,13 +286,16 @@ def train(**given: Any) -> int:
     Exit codes: 0 trained; 2 wrong usage; 1 could not run; 130 or 143 interrupted (--resume goes on from there).
     """
     options = train_options(given)
+    from capcli.training.place import Place
+
+    place = Place.open(options)  # which may refuse, before torch is loaded
     try:
         from capcli.training.run import run
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("capcli"):
             raise
         raise CapcliError(f"capcli train needs {error.name}: pip install 'capcli[train]'") from error
-    return run(options)
+    return run(options, place)
 
 
 def train_options(given: dict[str, Any]) -> TrainOptions:

@@ -67,5 +67,7 @@ class TrainOptions:
             raise UsageError("unfreeze_after has nothing to unfreeze: say what to freeze")
         if self.resume and self.overwrite:
             raise UsageError("resume goes on with a run and overwrite throws it away: give one of them")
+        if self.select == "cider" and not self.caption_images:
+            raise UsageError("select is cider, of captions, and caption_images is 0: no captions would be made")
         if not self.data.data:
             raise UsageError("nothing to train on: give --data")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import Seq2SeqTrainingArguments
 
+from capcli.errors import UsageError
 from capcli.loading import default_workers, usable_cpus
 from capcli.models.build import choose_dtype
 from capcli.options import TrainOptions
@@ -17,7 +18,7 @@ from capcli.options import TrainOptions
 def training_arguments(options: TrainOptions, folder: str) -> Seq2SeqTrainingArguments:
     """The arguments, with checkpoints in `folder`. Reports, evaluations and checkpoints are off in them: Flow says when.
 
-    Under torchrun or accelerate launch this starts the process group.
+    Under torchrun or accelerate launch this starts the process group. Raises UsageError for a dtype that the device lacks.
     """
     dtype = chosen_dtype(options)
     plateau = options.schedule == "reduce_lr_on_plateau"
@@ -55,6 +56,8 @@ def training_arguments(options: TrainOptions, folder: str) -> Seq2SeqTrainingArg
         eval_strategy="no",
         save_strategy="no",
         report_to="none",
+        log_level="critical",  # what people need to hear is said here
+        log_level_replica="critical",
         disable_tqdm=True,
         **checkpointing,
     )
@@ -65,9 +68,12 @@ def training_arguments(options: TrainOptions, folder: str) -> Seq2SeqTrainingArg
 
 def chosen_dtype(options: TrainOptions) -> str:
     """What is computed in; the weights themselves stay float32. `auto` is bfloat16 on a GPU that has it, else float32."""
+    on_cpu = options.device == "cpu" or not torch.cuda.is_available()
+    if on_cpu and options.dtype == "float16":
+        raise UsageError("--dtype float16 needs a GPU, and none is in use: bfloat16 works on a CPU too")
     if options.dtype != "auto":
         return options.dtype
-    if options.device == "cpu" or not torch.cuda.is_available():
+    if on_cpu:
         return "float32"
     return choose_dtype("auto", torch.device("cuda"))
 
@@ -85,5 +91,6 @@ def total_steps(arguments: Seq2SeqTrainingArguments, pairs: int) -> int:
     """As the Trainer counts them: a last update of fewer batches is one too."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
-    batches = math.ceil(pairs / (arguments.per_device_train_batch_size * arguments.world_size))
-    return math.ceil(arguments.num_train_epochs * math.ceil(batches / arguments.gradient_accumulation_steps))
+    batches: int = math.ceil(pairs / (arguments.per_device_train_batch_size * arguments.world_size))
+    updates: int = math.ceil(batches / arguments.gradient_accumulation_steps)
+    return math.ceil(float(arguments.num_train_epochs) * updates)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from capcli.annotations import DataReport, check_images, read_split
-from capcli.errors import CapcliError
+from capcli.errors import CapcliError, UsageError
 from capcli.options import TrainOptions
 from capcli.progress import Progress
-from capcli.records import Annotated
+from capcli.records import Annotated, Failure
 from capcli.training.place import LEFT_OUT, Place, digest
 
 
@@ -49,8 +49,8 @@ def read_data(options: TrainOptions, place: Place, arguments: Any) -> Data:
         if arguments.process_index == 0 and place.checkpoint is None:
             return _looked_at(options, place, Data(split.train, split.val, split.report))
     known = place.recall()
-    broken = set(known["broken"])
-    data = Data(_without(split.train, broken), _without(split.val, broken), split.report)
+    data = _without(set(known["broken"]), Data(split.train, split.val, split.report))
+    data.report.failures.extend(Failure(*each) for each in known["left_out"])
     if [digest(data.train), digest(data.val)] != known["data"]:
         raise CapcliError(
             f"the data is no longer what {place.folder} was begun with: {known['images']} images then to train on and "
@@ -62,7 +62,7 @@ def read_data(options: TrainOptions, place: Place, arguments: Any) -> Data:
 
 def _looked_at(options: TrainOptions, place: Place, data: Data) -> Data:
     looked = Looked()
-    count = len(data.train) + len(data.val)
+    count, before = len(data.train) + len(data.val), len(data.report.failures)
     with Progress(looked, shown=not options.quiet, total=lambda: count, task="looking at the images") as bar:
 
         def progress(done: int, _total: int) -> None:
@@ -78,16 +78,57 @@ def _looked_at(options: TrainOptions, place: Place, data: Data) -> Data:
             progress=progress,
         )
     kept = {id(each) for each in good}
-    broken = sorted({each.name for each in (*data.train, *data.val) if id(each) not in kept})
+    broken = [number for number, each in enumerate((*data.train, *data.val)) if id(each) not in kept]
+    told = [[each.name, each.error, each.message] for each in data.report.failures[before:]]
     data = Data([x for x in data.train if id(x) in kept], [x for x in data.val if id(x) in kept], data.report)
     if not data.train:
         raise CapcliError(f"no image is left to train on: {data.report.line()}")
     data.report.write(place.path(LEFT_OUT))
     place.remember(
-        broken=broken, data=[digest(data.train), digest(data.val)], images=len(data.train), val_images=len(data.val)
+        broken=broken,
+        left_out=told,
+        data=[digest(data.train), digest(data.val)],
+        images=len(data.train),
+        val_images=len(data.val),
     )
     return data
 
 
-def _without(annotated: Sequence[Annotated], names: set[str]) -> list[Annotated]:
-    return [each for each in annotated if each.name not in names]
+def _without(broken: set[int], data: Data) -> Data:
+    """The data without images that were found broken before; names would not do, for two folders may share them."""
+    every = [*data.train, *data.val]
+    data.report.count((every[number] for number in broken if number < len(every)), -1)
+    first = len(data.train)
+    train = [each for number, each in enumerate(data.train) if number not in broken]
+    val = [each for number, each in enumerate(data.val, first) if number not in broken]
+    return Data(train, val, data.report)
+
+
+def refuse_unvalidated(options: TrainOptions, data: Data) -> None:
+    """Raises UsageError where something goes by validation and nothing validates."""
+    if data.val:
+        return
+    plateau = options.schedule == "reduce_lr_on_plateau"
+    for name, given in (("patience", options.patience is not None), ("schedule reduce_lr_on_plateau", plateau)):
+        if given:
+            raise UsageError(f"{name} goes by validation, and nothing validates: give --val-fraction or --val-data")
+
+
+class Lost:
+    """Images that broke while a run went on, each told once and listed with those left out before."""
+
+    def __init__(self, place: Place, report: DataReport, say: Callable[[str], None]) -> None:
+        self._path, self._report, self._say = place.path(LEFT_OUT), report, say
+        known = place.recall().get("lost", [])
+        self._place, self._names = place, {each[0] for each in known}
+        report.failures.extend(Failure(*each) for each in known)
+
+    def __call__(self, failure: Failure) -> None:
+        if failure.name in self._names:
+            return
+        self._names.add(failure.name)
+        self._report.failures.append(failure)
+        self._say(f"{failure.name} can no longer be loaded, and teaches nothing: {failure.message}")
+        self._report.write(self._path)
+        lost = [*self._place.recall().get("lost", []), [failure.name, failure.error, failure.message]]
+        self._place.remember(lost=lost)

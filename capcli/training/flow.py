@@ -90,8 +90,7 @@ class Flow(TrainerCallback):
     ) -> TrainerControl:
         patience = self._options.patience
         if patience is not None and state.global_step < state.max_steps:
-            values = [value for _, value in ranking(state.log_history, self._options.select)]
-            worse = len(values) - 1 - values.index(max(values))
+            worse = no_better(state, self._options)
             if worse >= patience:
                 self._say(f"no better for {worse} evaluations: stopping early, at step {state.global_step}")
                 self.stopped_early = control.should_training_stop = control.should_save = True
@@ -121,6 +120,18 @@ class Flow(TrainerCallback):
         asked = torch.tensor(float(self._stop()), device=args.device)
         torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
         return bool(asked.item())
+
+
+def no_better(state: TrainerState, options: TrainOptions) -> int:
+    """For how many evaluations there has been no better one."""
+    values = [value for _, value in ranking(state.log_history, options.select)]
+    return len(values) - 1 - values.index(max(values)) if values else 0
+
+
+def finished(state: TrainerState, options: TrainOptions, steps: int) -> bool:
+    """Whether a run of `steps` that stands there has nothing left to do."""
+    patient = options.patience is None or no_better(state, options) < options.patience
+    return state.global_step >= steps or not patient
 
 
 def _due(every: Every, state: TrainerState) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from capcli.errors import CapcliError, UsageError
 from capcli.models import files
+from capcli.names import is_text, printable
 from capcli.options import TrainOptions
 from capcli.records import Annotated
 from capcli.sinks import atomic
@@ -43,10 +44,17 @@ class Place:
     def open(cls, options: TrainOptions) -> Place:
         """Raises UsageError when the folder holds something that this run must not touch, or a run of other settings."""
         folder = options.out
+        for path in (folder, *options.data.data, *options.data.val_data):
+            if not is_text(path):
+                raise UsageError(
+                    f"{printable(path)} is no UTF-8, and train.toml can say nothing else: rename or link it"
+                )
         there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         if os.path.exists(folder) and not os.path.isdir(folder):
             raise UsageError(f"--out {folder} is a file; name a folder")
-        begun = {SETTINGS, CHECKPOINTS} <= there
+        begun = SETTINGS in there and CHECKPOINTS in there
+        if there <= {CHECKPOINTS, f"{SETTINGS}.tmp"} and not _holds_any(os.path.join(folder, CHECKPOINTS)):
+            there = set()  # as a run leaves it that was killed at its very beginning
         if there and not begun:
             raise UsageError(f"--out {folder} is not empty and holds no training run: name another folder")
         if begun and not (options.resume or options.overwrite):
@@ -98,6 +106,10 @@ class Place:
                     f"{self.folder} was begun with {name} = {before.get(name)!r}, and now it is {now.get(name)!r}: "
                     "leave it as it was, or train into another folder"
                 )
+
+
+def _holds_any(folder: str) -> bool:
+    return os.path.isdir(folder) and bool(os.listdir(folder))
 
 
 def digest(annotated: Sequence[Annotated]) -> str:

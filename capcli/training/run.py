@@ -14,54 +14,64 @@ from capcli.models.build import quiet_transformers
 from capcli.options import TrainOptions
 from capcli.training.arguments import total_steps, training_arguments
 from capcli.training.assembly import Untrained
-from capcli.training.data import Data, read_data
-from capcli.training.flow import Flow
+from capcli.training.data import Data, Lost, read_data, refuse_unvalidated
+from capcli.training.flow import Flow, finished
 from capcli.training.freezing import Frozen, freeze, refuse_freezing
 from capcli.training.history import History
 from capcli.training.making import assembled, make_trainer
 from capcli.training.outcome import leave_captioner
 from capcli.training.place import EVENTS, Place
-from capcli.training.showing import Showing, earlier_points
+from capcli.training.showing import Showing, earlier_points, state_at
 from capcli.training.trainer import CaptionTrainer
 from capcli.training.view import Sample, View
 
+LAUNCHER = 5.0  # seconds in which torchrun passes on the signal that a terminal has already sent
 SHOWN = 3  # validation images whose captions are shown at each evaluation
 
 
-def run(options: TrainOptions) -> int:
-    """Train a captioner, or go on with one; the exit code.
+def run(options: TrainOptions, place: Place) -> int:
+    """Train a captioner in a folder that was opened for it, or go on with the one there; the exit code.
 
-    Raises UsageError for a wrong command before anything is loaded, CapcliError when the run cannot be done.
+    Raises UsageError for what cannot be meant, before a model is loaded, and CapcliError when the run cannot be done.
     """
-    place = Place.open(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     arguments = training_arguments(options, place.checkpoints)
     main = arguments.process_index == 0
-    with Interrupts(quiet=options.quiet or not main) as interrupts, quiet_transformers():
+    with quiet_transformers():
         if main:
             place.begin(options)
         data = read_data(options, place, arguments)
+        refuse_unvalidated(options, data)
         made = assembled(options, place.checkpoint, data, quiet=options.quiet or not main)
         hold = freezer(options, pinned_new(options, place, made, main=main))
         frozen = hold(made.model) if options.unfreeze_after is None else None
         trainer = make_trainer(options, arguments, made, data)
         steps = total_steps(arguments, len(trainer.pairs))
-        with View(steps, quiet=options.quiet or not main) as view:
+        spare = Interrupts(quiet=options.quiet or not main, grace=LAUNCHER if arguments.world_size > 1 else 0.0)
+        with spare as interrupts, View(steps, quiet=options.quiet or not main) as view:
             describe(view, options, made, data, trainer, frozen)
             flow = Flow(options, hold, validates=bool(data.val), stop=interrupts.asked, say=view.say)
             trainer.add_callback(flow)
             if main:
                 trainer.add_callback(show(trainer, options, place, data, view))
-            if place.checkpoint:
-                trainer.take_up(place.checkpoint)
-                view.say(f"going on from {os.path.basename(place.checkpoint)}")
-            trainer.train(resume_from_checkpoint=place.checkpoint)
+            if place.checkpoint and finished(state_at(place.checkpoint), options, steps):
+                trainer.state = state_at(place.checkpoint)
+                view.say(f"the run is finished, with {os.path.basename(place.checkpoint)}")
+            else:
+                learn(trainer, place.checkpoint, view)
             if main:
                 result = leave_captioner(options, place, made, data, trainer)
                 view.say(f"interrupted; --resume goes on. So far {result}" if flow.interrupted else result)
         trainer.accelerator.wait_for_everyone()
     return interrupts.exit_code if flow.interrupted else 0
+
+
+def learn(trainer: CaptionTrainer, checkpoint: str | None, view: View) -> None:
+    if checkpoint is not None:
+        trainer.take_up(checkpoint)
+        view.say(f"going on from {os.path.basename(checkpoint)}")
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def pinned_new(options: TrainOptions, place: Place, made: Untrained, *, main: bool) -> frozenset[str]:
@@ -112,7 +122,7 @@ def show(trainer: CaptionTrainer, options: TrainOptions, place: Place, data: Dat
     points = earlier_points(place.checkpoint)
     reached = points[-1].step if points else 0
     events = SummaryWriter(place.path(EVENTS), purge_step=reached + 1 if reached else None)
-    trainer.evaluating = view.evaluating
+    trainer.evaluating, trainer.failed = view.evaluating, Lost(place, data.report, view.say)
 
     def samples() -> Sequence[Sample]:
         shown = trainer.validation.captioned[:SHOWN] if trainer.validation else ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from capcli.errors import CapcliError
 from capcli.training.checkpoints import Select, ranking
 from capcli.training.history import History, Point
 from capcli.training.view import Sample, View
@@ -31,17 +29,18 @@ def point_of(entry: dict[str, Any]) -> Point | None:
 
 def earlier_points(checkpoint: str | None) -> list[Point]:
     """What had been reported when a checkpoint was written."""
-    if checkpoint is None:
-        return []
-    log = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).log_history
+    log = state_at(checkpoint).log_history if checkpoint else []
     return [point for entry in log if (point := point_of(entry)) is not None]
 
 
-class Showing(TrainerCallback):
-    """Shows what the main process logs. `samples` gives what to show at an evaluation; `events` is TensorBoard's writer.
+def state_at(checkpoint: str) -> TrainerState:
+    """Where a run stood when a checkpoint was written."""
+    state: TrainerState = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    return state
 
-    A loss that is no number ends the run with a CapcliError: nothing good comes after it.
-    """
+
+class Showing(TrainerCallback):
+    """Shows what the main process logs. `samples` gives what to show at an evaluation; `events` is TensorBoard's writer."""
 
     def __init__(
         self, view: View, history: History, events: Any, select: Select, samples: Callable[[], Sequence[Sample]]
@@ -56,11 +55,6 @@ class Showing(TrainerCallback):
         **_: Any,
     ) -> None:
         entry = state.log_history[-1]
-        if not math.isfinite(entry.get("loss", 0.0)):
-            raise CapcliError(
-                f"the loss became {entry['loss']} before step {state.global_step}: lower --learning-rate, lengthen --warmup, or "
-                "try another --dtype; --resume goes on from the last checkpoint"
-            )
         point = point_of(entry)
         if point is None or not state.is_world_process_zero:
             return

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,7 +19,9 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from capcli.errors import CapcliError
 from capcli.models.vision_encoder_decoder import Encode
+from capcli.names import printable
 from capcli.records import Failure
+from capcli.sinks import atomic
 from capcli.training import freezing
 from capcli.training.assembly import Untrained
 from capcli.training.checkpoints import MARK
@@ -29,17 +33,24 @@ from capcli.training.validation import Validation, captioner_of
 
 @dataclass
 class Meter:
-    """What happened since the last report: the summed loss of updates, images learnt from, and seconds."""
+    """What happened since the last report: the summed loss of updates, images learnt from, lost ones, and seconds."""
 
     since: int = 0  # the step of the last report
     loss: Tensor | float = 0.0  # of this process
     images: int = 0
+    lost: list[Failure] = field(default_factory=list)
     waited: float = 0.0  # seconds in which the next batch was not there yet
     began: float | None = None  # None: it has not
     paused: float = 0.0  # seconds that were not training
 
     def reset(self, step: int, loss: float = 0.0) -> None:
-        self.since, self.loss, self.images, self.waited, self.began, self.paused = step, loss, 0, 0.0, None, 0.0
+        self.since, self.loss, self.images, self.lost = step, loss, 0, []
+        self.waited, self.began, self.paused = 0.0, None, 0.0
+
+    def pause(self, seconds: float) -> None:
+        """Seconds just gone by were not training; before the first batch they count for nothing anyway."""
+        if self.began is not None:
+            self.paused += seconds
 
     @property
     def seconds(self) -> float:
@@ -49,6 +60,10 @@ class Meter:
 
 class CaptionTrainer(Seq2SeqTrainer):
     """Trains `made.model` on `train`. The loss is `token_loss`; `validation` None evaluates nothing.
+
+    An image that can no longer be loaded teaches nothing; with each report every process hears of it through `failed`.
+    Raises CapcliError, in every process, when no image since the last report could be loaded, when the loss is no number,
+    and for a checkpoint that cannot be written.
 
     Its log entries hold `loss`, `learning_rate`, `grad_norm`, `images_per_second` and `waiting` (the share of time in which
     the next batch was not there), an evaluation's `eval_loss` and `eval_` scores. The latest captions are in `captions`.
@@ -98,8 +113,7 @@ class CaptionTrainer(Seq2SeqTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Pixels travel as bytes and become the encoder's input on the device."""
         inputs = dict(inputs)
-        for failure in inputs.pop("failures", ()):
-            self.failed(failure)
+        self.meter.lost += inputs.pop("failures", ())
         ready: dict[str, Any] = super()._prepare_inputs(inputs)
         ready["pixel_values"] = self._normalise(ready["pixel_values"])
         return ready
@@ -119,9 +133,25 @@ class CaptionTrainer(Seq2SeqTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            self._tell_lost()
             logs = {**logs, **self._measured()}
             self.meter.reset(self.state.global_step)
+            if not math.isfinite(logs["loss"]):
+                raise CapcliError(
+                    f"the loss became {logs['loss']} before step {self.state.global_step}: lower --learning-rate, lengthen "
+                    "--warmup, or try another --dtype; --resume goes on from the last checkpoint"
+                )
         super().log(logs, start_time)
+
+    def _tell_lost(self) -> None:
+        lost = gather_object(self.meter.lost)
+        for failure in lost:
+            self.failed(failure)
+        if lost and not self._mean(float(self.meter.images - len(self.meter.lost))):
+            raise CapcliError(
+                f"none of the last {len(lost):,} images could be loaded; the first was {printable(lost[0].name)}: "
+                f"{lost[0].message}. Bring the data back; --resume goes on from the last checkpoint"
+            )
 
     def _measured(self) -> dict[str, float]:
         meter, processes = self.meter, self.accelerator.num_processes
@@ -152,26 +182,29 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.model.train(training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.meter.paused += time.monotonic() - began
+        self.meter.pause(time.monotonic() - began)
         return metrics
 
     # Checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
-        save_captioner(str(output_dir or self.args.output_dir), self.model, self.made.tokenizer, self.made.processor)
+        if self.args.should_save:  # transformers asks every process of late, and earlier only the one that writes
+            save_captioner(
+                str(output_dir or self.args.output_dir), self.model, self.made.tokenizer, self.made.processor
+            )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         began = time.monotonic()
-        super()._save_checkpoint(model, trial)
+        folder = os.path.join(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
+        with written(folder):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         open_report = {"since": self.meter.since, "loss": gather_object([float(self.meter.loss)])}
         if self.args.should_save:
-            folder = os.path.join(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
-            with open(os.path.join(folder, MARK), "w", encoding="utf-8") as file:
-                json.dump(
-                    {"step": self.state.global_step, "processes": self.args.world_size, "report": open_report}, file
-                )
-        self.meter.paused += time.monotonic() - began
+            mark = {"step": self.state.global_step, "processes": self.args.world_size, "report": open_report}
+            with written(folder):
+                atomic.replace(os.path.join(folder, MARK), [json.dumps(mark).encode()])
+        self.meter.pause(time.monotonic() - began)
 
     def take_up(self, folder: str) -> None:
         """Goes on with the report that was open when the checkpoint was written. Raises CapcliError for other processes."""
@@ -183,3 +216,16 @@ class CaptionTrainer(Seq2SeqTrainer):
                 "the batches would be others"
             )
         self.meter.reset(mark["report"]["since"], mark["report"]["loss"][self.args.process_index])
+
+
+@contextmanager
+def written(folder: str) -> Iterator[None]:
+    """Around the writing of a checkpoint. Raises CapcliError when that fails, as on a full disk."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # what torch raises when it cannot write is a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise CapcliError(
+            f"the checkpoint {printable(folder)} cannot be written: {reason}. Make room there; --resume goes "
+            "on from the one before"
+        ) from error

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from capcli.captioner import Captioner
+from capcli.errors import CapcliError
 from capcli.metrics import Scorer
 from capcli.models.attention import use_attention
 from capcli.models.build import Model, puts_spaces
@@ -41,7 +42,10 @@ class Validation:
     workers: int
 
     def loss(self, model: Any, prepare: Prepare, accelerator: Accelerator) -> float:
-        """The mean cross-entropy over every token of every validation caption, each counted once whatever the processes."""
+        """The mean cross-entropy over every token of every validation caption, each counted once whatever the processes.
+
+        Raises CapcliError when no image can be loaded.
+        """
         mine = range(accelerator.process_index, len(self.pairs), accelerator.num_processes)
         sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
         for batch in self._batches(Subset(self.pairs, mine), self.collate):
@@ -51,7 +55,9 @@ class Validation:
                 logits = model(**inputs, use_cache=False).logits
             sums += torch.stack([token_sum(logits, labels).double(), (labels != IGNORED).sum().double()]).to(sums)
         total, count = accelerator.reduce(sums).tolist()
-        return float(total / max(count, 1.0))
+        if not count:
+            raise CapcliError("none of the images to validate with can be loaded any more: bring the data back")
+        return float(total / count)
 
     def captions(
         self, captioner: Captioner, accelerator: Accelerator, progress: Callable[[int, int], None]
