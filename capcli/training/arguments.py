@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
 
 import torch
 from transformers import Seq2SeqTrainingArguments
@@ -22,9 +21,6 @@ def training_arguments(options: TrainOptions, folder: str) -> Seq2SeqTrainingArg
     """
     dtype = chosen_dtype(options)
     plateau = options.schedule == "reduce_lr_on_plateau"
-    checkpointing: dict[str, Any] = {}
-    if options.gradient_checkpointing:
-        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = Seq2SeqTrainingArguments(
         output_dir=folder,
         num_train_epochs=options.epochs,
@@ -53,13 +49,12 @@ def training_arguments(options: TrainOptions, folder: str) -> Seq2SeqTrainingArg
         average_tokens_across_devices=True,
         logging_nan_inf_filter=False,
         logging_strategy="no",
-        eval_strategy="no",
+        eval_strategy="steps" if plateau else "no",  # else refused, whoever says when
         save_strategy="no",
         report_to="none",
         log_level="critical",  # what people need to hear is said here
         log_level_replica="critical",
         disable_tqdm=True,
-        **checkpointing,
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # noqa: SLF001  one process, one device: torchrun starts a process for each

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from transformers import Seq2SeqTrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
@@ -42,6 +43,10 @@ def make_trainer(
     size = pixel_size(options.model.model or "the captioner", made.model.config.encoder, made.spec)
     collate = Collate(size, made.specials.start, made.specials.pad)
     pairs = partial(make_pairs, options=options, made=made, size=size)
+    if options.gradient_checkpointing:
+        model: Any = made.model  # under its new name, where it has that
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     validation = make_validation(options, pairs(data.val), collate, data.val) if data.val else None
     trainer = CaptionTrainer(
         made,

@@ -52,17 +52,17 @@ class Place:
         there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         if os.path.exists(folder) and not os.path.isdir(folder):
             raise UsageError(f"--out {folder} is a file; name a folder")
-        begun = SETTINGS in there and CHECKPOINTS in there
-        if there <= {CHECKPOINTS, f"{SETTINGS}.tmp"} and not _holds_any(os.path.join(folder, CHECKPOINTS)):
-            there = set()  # as a run leaves it that was killed at its very beginning
-        if there and not begun:
+        begun = {SETTINGS, CHECKPOINTS} <= there
+        saved = _holds_any(os.path.join(folder, CHECKPOINTS))
+        started = there <= {CHECKPOINTS, f"{SETTINGS}.tmp"} and not saved  # and killed at once
+        if there and not begun and not started:
             raise UsageError(f"--out {folder} is not empty and holds no training run: name another folder")
-        if begun and not (options.resume or options.overwrite):
+        if begun and saved and not (options.resume or options.overwrite):
             raise UsageError(
                 f"--out {folder} holds a training run: --resume goes on with it, --overwrite throws it away"
             )
         place = cls(folder, checkpoints.latest(os.path.join(folder, CHECKPOINTS)) if options.resume else None)
-        if options.resume and begun:
+        if place.checkpoint:
             place._refuse_other(options)
         return place
 
