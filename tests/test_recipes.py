@@ -39,8 +39,7 @@ def taken(command: str, recipe: Path) -> Any:
     with mock.patch(where, return_value=0) as run:
         result = call(command, "--config", recipe)
     assert result.code == 0, result.err
-    (options,), _ = run.call_args
-    return options
+    return run.call_args.args[0]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -146,13 +145,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run_recipe(system: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The recipe's commands on what lies in the folder: the captioner's generation_config, and rows of captions."""
     recipe = EXAMPLES / f"{system}.toml"
+    out = taken("train", recipe).out
     prepared = call("prepare", "--config", recipe, "--workers", 0)
     assert prepared.code == 0, prepared.err
     parts = ("--encoder", "encoder", "--decoder", "decoder", "--dtype", "float32", "--device", "cpu", "--threads", 1)
     small = ("--max-steps", 2, "--evaluate-every", 2, "--save-every", 2, "--workers", 0, "--caption-images", 1)
     trained = call("train", "--config", recipe, *parts, *small)
     assert trained.code == 0, trained.err
-    out = taken("train", recipe).out
     captioned = caption(out)
     generation = json.loads(Path(out, "generation_config.json").read_text())
     said = tomllib.loads(recipe.read_text(encoding="utf-8"))["generation"]
