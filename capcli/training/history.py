@@ -152,7 +152,8 @@ class History:
 def read_history(path: str | os.PathLike[str]) -> list[Point]:
     """The points of a history.csv; none where there is no such file.
 
-    A last line without its end, as a full disk leaves it, is no point. Raises CapcliError for a file that is no history.
+    A last line that is not whole, as a full disk or a kill leaves it, is no point. Raises CapcliError for a file that is
+    no history.
     """
     shown = printable(os.fspath(path))
     try:
@@ -162,14 +163,20 @@ def read_history(path: str | os.PathLike[str]) -> list[Point]:
         return []
     except (OSError, UnicodeDecodeError) as error:
         raise CapcliError(f"{shown} cannot be read: {error}") from error
-    rows = csv.reader(io.StringIO(text[: text.rfind("\n") + 1]))
+    whole = text[: text.rfind("\n") + 1]
+    rows = csv.reader(io.StringIO(whole))
     header = next(rows, [])
     if header[:2] != ["step", "epoch"] or len(set(header)) < len(header):
         raise CapcliError(f"{shown} is no history of a training run: its first line is not step,epoch,...; remove it")
-    try:
-        return [_point(header, row) for row in rows]
-    except ValueError as error:
-        raise CapcliError(f"{shown}, line {rows.line_num}: {error}; mend the line or remove the file") from error
+    points, lines = [], whole.count("\n")
+    for row in rows:
+        try:
+            points.append(_point(header, row))
+        except ValueError as error:
+            if rows.line_num < lines:
+                wrong = f"{shown}, line {rows.line_num}: {error}; mend the line or remove the file"
+                raise CapcliError(wrong) from error
+    return points
 
 
 def columns(extra: Sequence[str] = ()) -> list[str]:
