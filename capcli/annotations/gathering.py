@@ -54,10 +54,11 @@ def gather(files: Iterable[Annotations], report: DataReport, *, by_file: bool) -
             if not row.name:
                 nameless += 1
                 continue
-            key = row.identity or normal(row.name)
+            name = row.name.strip() if "://" in row.name else row.name
+            key = row.identity or normal(name)
             image = images.get(key)
             if image is None:
-                image = images[key] = Image(row.name, file, row.split, row.folder, row.image)
+                image = images[key] = Image(name, file, row.split, row.folder, row.image)
             elif row.split != image.split:
                 if row.split and image.split:
                     torn.add(image.name)
@@ -82,10 +83,13 @@ def normal(name: str) -> str:
     return name if "://" in name else os.path.normpath(name)
 
 
-def annotated(images: Sequence[Image], root: str | None, report: DataReport, *, locate: bool) -> list[Annotated]:
+def annotated(
+    images: Sequence[Image], root: str | None, report: DataReport, *, locate: bool, keep_missing: bool
+) -> list[Annotated]:
     """Those that can be used: with a caption and, where `locate` asks for it, with a file that is there.
 
-    What is left out goes into the report. Images that turn out to be one file become one.
+    What is left out goes into the report. Images that turn out to be one file become one. With `keep_missing` one whose
+    file is not there stays, with the path that it would have, unless none is there.
     """
     captioned = [image for image in images if _has_captions(image, report)]
     if not locate:
@@ -94,6 +98,7 @@ def annotated(images: Sequence[Image], root: str | None, report: DataReport, *, 
     places = _places(captioned, root, listings)
     found: dict[str, int] = {}
     torn: set[str] = set()
+    missing = 0
     result: list[Annotated] = []
     for image in captioned:
         if image.stored is not None:
@@ -101,6 +106,9 @@ def annotated(images: Sequence[Image], root: str | None, report: DataReport, *, 
             continue
         place = places[image.file]
         path = place.find(image.name, image.folder, image.split)
+        if path is None and keep_missing:
+            path = os.path.join(place.root, image.name)
+            missing += listings.identity(path) not in found
         if path is None:
             report.add(image.name, MISSING, f"there is no such file in {printable(place.root or os.curdir)}")
             continue
@@ -113,7 +121,7 @@ def annotated(images: Sequence[Image], root: str | None, report: DataReport, *, 
                 torn.add(item.name)
             result[position] = _joined(result[position], item)
     note_torn(torn, report)
-    return result
+    return result if len(result) > missing else []
 
 
 def _has_captions(image: Image, report: DataReport) -> bool:
@@ -144,9 +152,11 @@ def _places(images: Sequence[Image], root: str | None, listings: Listings) -> di
     return places
 
 
-def usable(images: Sequence[Image], root: str | None, report: DataReport, *, locate: bool) -> list[Annotated]:
+def usable(
+    images: Sequence[Image], root: str | None, report: DataReport, *, locate: bool, keep_missing: bool = False
+) -> list[Annotated]:
     """`annotated`, of which there must be some: raises CapcliError that says what was looked for, and where."""
-    found = annotated(images, root, report, locate=locate)
+    found = annotated(images, root, report, locate=locate, keep_missing=keep_missing)
     if found:
         return found
     first = next((image for image in images if image.captions), images[0])
