@@ -188,6 +188,14 @@ def test_options_from_a_file(tmp_path: Path) -> None:
     assert {min(row["width"], row["height"]) for row in stored(tmp_path / "out").values()} == {20}
 
 
+def test_a_number_in_a_file_where_paths_belong_is_told(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("[data]\ndata = 3\n")
+    ran = call("prepare", "--config", config, "--out", tmp_path / "out")
+    assert ran.code == 2
+    assert "data is 3; it must be a text in quotes, or a list of them" in ran.err
+
+
 @pytest.mark.skipif(not REAL.exists(), reason="needs the shared data")
 def test_real_photos(tmp_path: Path) -> None:
     captions = REAL / "photos" / "coco" / "coco_captions.json"

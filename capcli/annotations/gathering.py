@@ -10,7 +10,7 @@ from capcli.annotations.places import SAMPLE, Listings, Place
 from capcli.annotations.report import EMPTY, MISSING, WITHOUT, DataReport, counted
 from capcli.annotations.rows import Annotations, texts
 from capcli.errors import CapcliError
-from capcli.names import printable
+from capcli.names import brief, printable
 from capcli.records import Annotated, Stored
 
 _HELD_OUT = {None: 0, "train": 1, "val": 2, "test": 3}
@@ -27,13 +27,14 @@ class Image:
     stored: Stored | None
     captions: tuple[str, ...] = ()
     empty: int = 0
-    elsewhere: frozenset[str] = frozenset()  # captions that other files say
+    source: tuple[Annotations, str | None] | None = None  # the file that spoke last, and the split in it
+    elsewhere: frozenset[str] = frozenset()  # captions that others say
 
-    def add(self, file: Annotations, values: Sequence[object]) -> None:
-        """A caption that one file says twice was said by two people, and CIDEr counts both; what a second file repeats
-        is the same caption again."""
-        if file is not self.file:
-            self.file, self.elsewhere = file, frozenset(self.captions)
+    def add(self, file: Annotations, split: str | None, values: Sequence[object]) -> None:
+        """A caption that one file says twice was said by two people, and CIDEr counts both; what a second file repeats,
+        or a second split, is the same caption again."""
+        if (file, split) != self.source:
+            self.file, self.source, self.elsewhere = file, (file, split), frozenset(self.captions)
         kept, empty = texts(values)
         self.captions += tuple(text for text in kept if text not in self.elsewhere) if self.elsewhere else tuple(kept)
         self.empty += empty
@@ -63,7 +64,7 @@ def gather(files: Iterable[Annotations], report: DataReport, *, by_file: bool) -
                 if row.split and image.split:
                     torn.add(image.name)
                 image.split = max(row.split, image.split, key=_HELD_OUT.__getitem__)
-            image.add(file, row.captions)
+            image.add(file, row.split, row.captions)
         if nameless:
             report.notes.append(
                 f"{counted(nameless, 'row')} of {printable(file.path)} without an image's name: passed over"
@@ -74,7 +75,7 @@ def gather(files: Iterable[Annotations], report: DataReport, *, by_file: bool) -
 
 def note_torn(names: set[str], report: DataReport) -> None:
     if names:
-        found = f"{counted(len(names), 'image')} in more than one split, such as {printable(min(names))}"
+        found = f"{counted(len(names), 'image')} in more than one split, such as {brief(min(names))}"
         report.notes.append(f"{found}: kept for test before validation, and for validation before training")
 
 
@@ -110,7 +111,8 @@ def annotated(
             path = os.path.join(place.root, image.name)
             missing += listings.identity(path) not in found
         if path is None:
-            report.add(image.name, MISSING, f"there is no such file in {printable(place.root or os.curdir)}")
+            what = "it is a folder" if os.path.isdir(os.path.join(place.root, image.name)) else "there is no such file"
+            report.add(image.name, MISSING, f"{what} in {printable(place.root or os.curdir)}")
             continue
         position = found.setdefault(listings.identity(path), len(result))
         item = Annotated(image.name, path, image.captions, image.split)
@@ -164,13 +166,13 @@ def usable(
     read = f"{printable(file.path)}, read as {file.format}"
     if not first.captions:
         columns = f" (columns: {', '.join(map(printable, file.columns[:20]))})" if file.columns else ""
-        raise CapcliError(f"no image has a caption, the first being {printable(first.name)} in {read}{columns}")
+        raise CapcliError(f"no image has a caption, the first being {brief(first.name)} in {read}{columns}")
     if "://" in first.name:
         raise CapcliError(
-            f"{read}, names addresses such as {printable(first.name)}: capcli prepare --url-column downloads them"
+            f"{read}, names addresses such as {brief(first.name)}: capcli prepare --url-column downloads them"
         )
     tried = dict.fromkeys(os.path.normpath(folder or os.curdir) for folder in Place(file, root, Listings()).candidates)
     raise CapcliError(
-        f"none of {counted(len(images), 'image')} is there. {read}, names {printable(first.name)}, which was looked for in "
+        f"none of {counted(len(images), 'image')} is there. {read}, names {brief(first.name)}, which was looked for in "
         f"{', '.join(map(printable, tried))}; say where the images are with --image-root"
     )

@@ -13,7 +13,7 @@ from capcli.annotations.report import counted
 from capcli.errors import CapcliError
 from capcli.interrupts import Interrupts
 from capcli.loading import Loading, load, usable_cpus
-from capcli.names import printable
+from capcli.names import brief, printable
 from capcli.options import PrepareOptions
 from capcli.prepared.download import Downloads
 from capcli.prepared.encoding import Encoder, address_of
@@ -131,7 +131,7 @@ class Run:
                     if isinstance(result, Loaded):
                         return
                     first = first or result
-        reason = "" if first is None else f"; the first, {printable(first.name)}: {first.message}"
+        reason = "" if first is None else f"; the first, {brief(first.name)}: {first.message}"
         raise CapcliError(
             f"none of {counted(self.plan.count, 'image')} could be read{reason}. "
             f"{printable(self.options.out)} is left as it is"
@@ -235,7 +235,7 @@ class Run:
             self.folder.forget(self.plan.shards)  # so that the same command tries them again
             first = next(failure for shard in self.plan.shards for failure in done[shard].failures)
             raise CapcliError(
-                f"none of {self.plan.count} images could be read; the first, {printable(first.name)}: {first.message}. "
+                f"none of {counted(self.plan.count, 'image')} could be read; the first, {brief(first.name)}: {first.message}. "
                 f"All are listed in {printable(self.folder.failures)}"
             )
         self.folder.finish(self.plan, self.manifest, done, failures)
@@ -260,7 +260,7 @@ def until(ended: Callable[[], bool], entries: Iterator[Entry]) -> Iterator[Entry
 def close(options: PrepareOptions, folder: Folder, manifest: Mapping[str, Any], report: Report) -> int:
     """The closing line, and the exit code."""
     total = {key: sum(split[key] for split in manifest["splits"].values()) for key in ("rows", "captions", "bytes")}
-    line = f"{total['rows']:,} images, {total['captions']:,} captions, {total['bytes'] / 1e6:,.1f} MB"
+    line = f"{counted(total['rows'], 'image')}, {counted(total['captions'], 'caption')}, {total['bytes'] / 1e6:,.1f} MB"
     left_out = [
         counted(manifest[key], word)
         for key, word in (("images_left_out", "image"), ("empty_captions", "empty caption"))
