@@ -423,6 +423,22 @@ def test_trying_again_goes_on_after_a_kill(tmp_path: Path) -> None:
     assert tree(out) == tree(tmp_path / "whole")
 
 
+def test_an_unfinished_copy_tries_again_too(tmp_path: Path) -> None:
+    data, out = photos(tmp_path / "in", 300), tmp_path / "out"
+    arguments = ("prepare", "--data", data, "--shard-size", 100, "--workers", 1)
+    assert call(*arguments, "--out", tmp_path / "whole").code == 0
+    for number in (5, 50, 101):
+        (tmp_path / "in" / f"photo {number}.png").write_text("broken")
+    process = spawn(*arguments, "--out", out)
+    part = out / "unfinished" / "train-00001.part"
+    wait_until(lambda: part.exists() and part.stat().st_size > 9000, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    paint(tmp_path / "in", *(f"photo {number}.png" for number in range(300)))
+    assert call(*arguments, "--out", out, "--retry-failed").code == 0
+    assert tree(out) == tree(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("torn", [0, 1, 30, 90])
 def test_a_torn_log_costs_its_tail(torn: int, tmp_path: Path) -> None:
     data, out = photos(tmp_path / "in", 40), tmp_path / "out"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from capcli.annotations.report import counted
+from capcli.annotations.report import MISSING, counted
 from capcli.errors import CapcliError
 from capcli.interrupts import Interrupts
 from capcli.loading import Loading, load, usable_cpus
@@ -184,7 +184,7 @@ class Run:
             stack.callback(getattr(kept, "close", int))
             for position, image in enumerate(shard.images):
                 if position in wanted:
-                    result = next(results)
+                    result = located(next(results), image)
                     part.add(position, result)
                 else:
                     result = part.read(position, image.name) if position in part else next(kept)
@@ -250,6 +250,13 @@ def listed(works: Iterable[Work]) -> Iterator[Entry]:
     for work in works:
         for image in map(work.shard.images.__getitem__, work.wanted):
             yield Entry(image.name, image.name if image.image is None else address_of(image.image))
+
+
+def located(result: Loaded | Failure, image: Annotated) -> Loaded | Failure:
+    """With the path of a file that is missing: it was this program that made it of the image's name."""
+    if isinstance(result, Failure) and result.error == MISSING and isinstance(image.image, str):
+        return replace(result, message=f"{result.message}: {printable(image.image)}")
+    return result
 
 
 def until(ended: Callable[[], bool], entries: Iterator[Entry]) -> Iterator[Entry]:
