@@ -19,7 +19,7 @@ from unittest import mock
 
 import pytest
 import torch
-from running import Ended, call, environment, execute
+from running import Ended, call, environment
 from safetensors.torch import load_file
 from training import MACHINE, history, paint_data, recipe, weights
 
@@ -224,10 +224,12 @@ def test_a_full_disk_is_one_error_and_the_run_goes_on_from_what_is_whole(
     biggest = (six / "model.safetensors").stat().st_size
     out = tmp_path / "out"
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (biggest + 1000, resource.RLIM_INFINITY))
-
-    full = execute("train", "--config", place / "run.toml", "--out", out, preexec_fn=limit)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (biggest + 1000, before[1]))
+    try:
+        full = train(place, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert full.code == 1
     assert "cannot be written" in full.err
     assert "Traceback" not in full.err
