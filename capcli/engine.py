@@ -61,6 +61,7 @@ class Engine:
     capcli: str
     files: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    made_with: Mapping[str, str] = field(default_factory=dict)
     gpu: Mapping[str, str] | None = None
     buckets: tuple[Bucket, ...] = ()
     proof: Mapping[str, Any] = field(default_factory=dict)

@@ -11,7 +11,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import onnx
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from capcli.engine import Memory
 from capcli.models.cache import Write, pool_cache
 from capcli.models.vision_encoder_decoder import Encode, Step
 
@@ -114,16 +114,6 @@ class StepGraph(nn.Module):
 def layer_names(count: int) -> list[str]:
     """k0, v0, k1, ... of a decoder with so many layers."""
     return [f"{kind}{layer}" for layer in range(count) for kind in "kv"]
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """The shape of one image's memory in one layer: heads, positions, size of a head; alike in all layers."""
-
-    layers: int
-    heads: int
-    positions: int
-    head_size: int
 
 
 def encode_graph(encode: Encode, size: tuple[int, int], profile: Profile) -> tuple[onnx.ModelProto, Memory]:

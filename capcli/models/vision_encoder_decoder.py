@@ -39,11 +39,9 @@ class Encode(nn.Module):
         return tuple(t for layer in cross_layers(self.decoder) for t in keys_and_values(layer, seen))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """As the processors of transformers do it: the product in float64, then float32; [E, 3, h, w]."""
-        if self.divisor is not None:
-            x = pixels.float() / self.divisor
-        else:
-            x = (pixels.double() * self.rescale).float()
+        """To the bit as the processors of transformers, which multiply in float64 and go on in float32; [E, 3, h, w]."""
+        exact = self.divisor is not None
+        x = pixels.float() / self.divisor if exact else (pixels.double() * self.rescale).float()
         x = (x - self.mean.float()) / self.std.float()
         return x.permute(0, 3, 1, 2).to(next(self.encoder.parameters()).dtype)
 

@@ -2,35 +2,66 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 import torch
 from torch import Tensor
 
+from capcli.engine import Engine, refuse_misfit
+from capcli.errors import CapcliError
 from capcli.runtimes.seated import Seated
 
 # ONNX's numbers for the types that graphs here take and give (onnx.proto, TensorProto.DataType).
 NUMBER = {torch.float32: 1, torch.uint8: 2, torch.int32: 6, torch.bool: 9, torch.float16: 10, torch.bfloat16: 16}
 
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ENCODE, STEP = "encode.onnx", "step.onnx"
+
+
+def open_ort(folder: str, engine: Engine, device: torch.device) -> Ort:
+    """The runtime of an engine folder. Raises CapcliError when ONNX Runtime is missing, another one, or cannot run it here."""
+    onnxruntime = import_onnxruntime()
+    refuse_misfit(folder, engine, {"onnxruntime": onnxruntime.__version__}, None)
+    if device.type == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise CapcliError(
+            "this ONNX Runtime has no CUDA: pip install onnxruntime-gpu in place of onnxruntime, or give --device cpu"
+        )
+    if device.type == "cpu" and engine.dtype == "bfloat16":
+        raise CapcliError(
+            f"ONNX Runtime computes in bfloat16 on CUDA only, and {folder} is of bfloat16: export float32"
+        )
+    encode, step = (session(os.path.join(folder, name), device) for name in (ENCODE, STEP))
+    return Ort(encode, step, engine, device)
+
+
+def import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise CapcliError("ONNX Runtime is missing: pip install 'capcli[onnx]'") from error
+    return onnxruntime
+
+
 class Ort(Seated):
     """Runs two sessions; memory, pool and logits are bound once for all steps of a run, the pool in place."""
 
-    def __init__(self, encode: str, step: str, device: torch.device, dtype: torch.dtype, vocabulary: int) -> None:
+    def __init__(self, encode: Any, step: Any, engine: Engine, device: torch.device) -> None:
         super().__init__(device)
-        self._encoder, self._decoder = session(encode, device), session(step, device)
-        self._dtype, self._vocabulary = dtype, vocabulary
-        self._layers = [node.name.removeprefix("memory_") for node in self._encoder.get_outputs()]
-        self._shape = [node.shape[1:] for node in self._encoder.get_outputs()]
+        self._encoder, self._decoder = encode, step
+        self._dtype, self._vocabulary = DTYPES[engine.dtype], engine.vocabulary
+        held = engine.memory
+        self._layers = [f"{kind}{layer}" for layer in range(held.layers) for kind in "kv"]
+        self._shape = (held.heads, held.positions, held.head_size)
         self._bound: tuple[Any, ...] = ()
 
     def _encode(self, pixels: npt.NDArray[np.uint8]) -> Sequence[Tensor]:
         image = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device, non_blocking=True)
-        memory = [image.new_empty(len(image), *shape, dtype=self._dtype) for shape in self._shape]
+        memory = [image.new_empty(len(image), *self._shape, dtype=self._dtype) for _ in self._layers]
         names = [f"memory_{name}" for name in self._layers]
         self._run(self._encoder, bind(self._encoder, {"pixels": image}, dict(zip(names, memory, strict=True))))
         return memory
@@ -72,17 +103,23 @@ class Ort(Seated):
 
 
 def session(path: str, device: torch.device) -> Any:
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
     providers: list[Any] = ["CPUExecutionProvider"]
     if device.type == "cuda":
         providers = [("CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": "0"})]
-    return onnxruntime.InferenceSession(path, options, providers=providers)
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # its own exceptions have no common class
+        reason = str(error).strip().partition("\n")[0]
+        raise CapcliError(f"ONNX Runtime cannot load {path}: {reason}") from error
 
 
 def bind(session: Any, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Any:
     """Binds contiguous tensors as they lie; one that is input and output is written in place."""
+    assert all(x.is_contiguous() for x in (*inputs.values(), *outputs.values()))
     binding = session.io_binding()
     for name, x in inputs.items():
         binding.bind_input(name, x.device.type, x.device.index or 0, NUMBER[x.dtype], tuple(x.shape), x.data_ptr())

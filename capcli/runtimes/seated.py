@@ -39,6 +39,10 @@ class Seated(ABC):
     ) -> Tensor:
         """tokens and position [S, Q], at [S], visible [S, Q, N] -> logits [S, Q, V]; writes into the pool."""
 
+    def shapes(self, slots: int, settings: Settings) -> Shapes:  # noqa: ARG002
+        """The shapes of a run with about so many slots."""
+        return Shapes.of(slots)
+
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
         self._memory, self._pool = [], []
         self._shapes, self._settings = shapes, settings
