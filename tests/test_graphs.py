@@ -53,6 +53,8 @@ class Exported:
 def exported(request: pytest.FixtureRequest) -> Exported:
     encoder, decoder, head, profile = request.param
     captioner = copy.deepcopy(random_captioner(encoder, decoder or "gpt2", tie_word_embeddings=head == "tied"))
+    if decoder == "gpt2":  # one of its layers shows as much as three, and takes a third of the time
+        del captioner.decoder.transformer.h[1:]
     graph, memory = encode_graph(Encode(captioner, 1 / 255, HALF, HALF).eval(), (SIZE, SIZE), profile)
     raw = {"encode": graph}
     if decoder is not None:
@@ -86,15 +88,18 @@ def test_graphs_are_of_the_profiles_opset_and_of_no_other_domain(exported: Expor
         assert {node.domain for node in graph.graph.node} == {""}
 
 
-def test_only_the_fused_step_has_the_fused_operators(exported: Exported) -> None:
+def test_the_fused_step_has_one_operator_for_each_write_and_each_attention_and_portable_graphs_have_none(
+    exported: Exported,
+) -> None:
     for name, graph in exported.tidy.items():
         kinds = [node.op_type for node in graph.graph.node]
-        fused = exported.profile == "fused" and name == "step"
-        pools = sum(value.name.startswith("pool_") for value in graph.graph.input)
-        assert kinds.count("TensorScatter") == (pools if fused else 0)
-        assert (
-            (kinds.count("Attention") == pools) if fused else (exported.profile == "fused" or "Attention" not in kinds)
-        )
+        if exported.profile == "portable":
+            assert not {"TensorScatter", "Attention"} & set(kinds)
+        elif name == "step":
+            pools = sum(value.name.startswith("pool_") for value in graph.graph.input)
+            assert (
+                kinds.count("TensorScatter") == kinds.count("Attention") == pools > 0
+            )  # self and cross; keys and values
 
 
 def test_inputs_are_small_integers_and_booleans_besides_the_tensors(exported: Exported) -> None:
@@ -141,12 +146,11 @@ def test_every_weight_is_stored_once(exported: Exported) -> None:
 
 
 def test_a_head_that_is_the_embedding_is_one_weight(exported: Exported) -> None:
-    if "step" not in exported.tidy:
-        pytest.skip("only its encoder is exported")
-    step = exported.tidy["step"].graph
-    vocabulary = shape_of(step.output[0])[2]
-    tables = [weight for weight in step.initializer if len(weight.dims) == 2 and vocabulary in weight.dims]
-    assert len(tables) == (1 if exported.tied else 2)
+    if "step" in exported.tidy:
+        step = exported.tidy["step"].graph
+        vocabulary = shape_of(step.output[0])[2]
+        tables = [weight for weight in step.initializer if len(weight.dims) == 2 and vocabulary in weight.dims]
+        assert len(tables) == (1 if exported.tied else 2)
 
 
 def test_graphs_tell_nothing_of_the_machine(exported: Exported) -> None:
@@ -189,13 +193,13 @@ def run(model: onnx.ModelProto, given: dict[str, np.ndarray]) -> list[np.ndarray
 def model_of(
     nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray], outputs: list[str], **more: object
 ) -> onnx.ModelProto:
-    """rows int64 [2] and x float [2, 4] in; `outputs` out."""
+    """rows int64 [2] and x float [2, 4] in; `outputs`, matrices, out."""
     given = [
         helper.make_tensor_value_info("rows", TensorProto.INT64, [2]),
         helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4]),
     ]
     stored = [numpy_helper.from_array(values, name) for name, values in weights.items()]
-    left = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    left = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None]) for name in outputs]
     graph = helper.make_graph(nodes, "made", given, left, stored, **more)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
@@ -285,7 +289,7 @@ def test_weights_in_branches_and_outputs_keep_their_meaning() -> None:
             [helper.make_node(kind, ["x", "b"], [f"{kind}_out"])],
             kind,
             [],
-            [helper.make_tensor_value_info(f"{kind}_out", TensorProto.FLOAT, None)],
+            [helper.make_tensor_value_info(f"{kind}_out", TensorProto.FLOAT, [None, None])],
         )
         for kind in ("Add", "Sub")
     ]
@@ -293,12 +297,12 @@ def test_weights_in_branches_and_outputs_keep_their_meaning() -> None:
         helper.make_node("If", ["flag"], ["y"], then_branch=branches[0], else_branch=branches[1]),
         helper.make_node("Add", ["y", "a"], ["z"]),
     ]
-    row = np.arange(4, dtype=np.float32)
+    row = np.arange(4, dtype=np.float32)[None]
     model = model_of(nodes, {"a": row, "b": row.copy(), "given": row.copy()}, ["z", "given"])
     model.graph.initializer.append(flag)
     after = tidied(model)
     assert names(after) == ["a", "given", "flag"]
-    assert duplicate_weights(after) == ["given [4] is equal to a"]  # it is an output: its name must stay
+    assert duplicate_weights(after) == ["given [1, 4] is equal to a"]  # it is an output: its name must stay
 
 
 def test_doc_strings_and_metadata_go_from_every_part() -> None:
