@@ -10,6 +10,7 @@ import click
 
 from capcli import __version__
 from capcli.cli.caption import caption
+from capcli.cli.doctor import doctor
 from capcli.cli.evaluate import evaluate
 from capcli.cli.export import export
 from capcli.cli.prepare import prepare
@@ -26,6 +27,7 @@ def cli() -> None:
 
 
 cli.add_command(caption)
+cli.add_command(doctor)
 cli.add_command(evaluate)
 cli.add_command(export)
 cli.add_command(prepare)

@@ -20,6 +20,7 @@ from capcli.engine import Engine, hash_files, is_engine, write_engine
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.export import graphs
 from capcli.export.proof import Proof, draw_images, prove
+from capcli.export.quantize import quantize
 from capcli.export.tidy import share_weights
 from capcli.models import files
 from capcli.models.attention import use_attention
@@ -100,13 +101,9 @@ def write_graphs(
     encode, step = modules(whole, spec)
     note(f"exporting {options.model}: {options.profile}, opset {graphs.OPSET[options.profile]}, {options.dtype}")
     first, memory = graphs.encode_graph(encode, size, options.profile)
-    save(first, os.path.join(folder, ENCODE))
-    save(graphs.step_graph(step, memory, DTYPES[options.dtype], options.profile), os.path.join(folder, STEP))
-    if options.quantize:
-        from capcli.export.quantize import quantize
-
-        for name in (ENCODE, STEP):
-            quantize(os.path.join(folder, name))
+    second = graphs.step_graph(step, memory, DTYPES[options.dtype], options.profile)
+    for name, graph in ((ENCODE, first), (STEP, second)):
+        save(quantize(graph) if options.quantize else graph, os.path.join(folder, name))
     for name in sorted(copied(model)):
         shutil.copyfile(os.path.join(model.folder, name), os.path.join(folder, name))
     if own_generation(model) is None:

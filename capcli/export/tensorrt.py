@@ -1,0 +1,376 @@
+"""ONNX graphs -> TensorRT plans: what TensorRT's parser wants of a graph, a copy that has it, and a plan for every bucket."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from capcli.decoding.loop import Shapes
+from capcli.engine import Bucket, hash_files
+from capcli.errors import CapcliError
+from capcli.runtimes.trt import encode_plan, plan_files, step_plan
+from capcli.runtimes.trt_plan import import_tensorrt, make_log
+from capcli.sinks import atomic
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+NEWEST_OPSET = 24  # of TensorRT 10.15's parser
+# The operators of TensorRT 10.15's parser (onnx-tensorrt, docs/operators.md).
+OPERATORS = frozenset(
+    """
+    Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization BlackmanWindow Cast
+    CastLike Ceil Celu Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DeformConv DepthToSpace
+    DequantizeLinear Div Dropout Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor GRU Gather GatherElements GatherND Gelu
+    Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater GreaterOrEqual GridSample GroupNormalization HammingWindow
+    HannWindow HardSigmoid HardSwish Hardmax Identity If InstanceNormalization IsInf IsNaN LRN LSTM LayerNormalization
+    LeakyRelu Less LessOrEqual Log LogSoftmax Loop LpNormalization LpPool MatMul Max MaxPool Mean MeanVarianceNormalization Min
+    Mish Mod Mul Neg NonMaxSuppression NonZero Not OneHot Or PRelu Pad Pow QuantizeLinear RMSNormalization RNN RandomNormal
+    RandomNormalLike RandomUniform RandomUniformLike Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax
+    ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize ReverseSequence RoiAlign RotaryEmbedding
+    Round STFT Scan Scatter ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice Softmax Softplus
+    Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh TensorScatter ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze
+    Upsample Where Xor
+    """.split()
+)
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+DECOMPOSABLE = "TRT_decomposable"  # without a fused kernel for it, several take its place
+READY = ".trt.onnx"
+
+
+def lint(model: onnx.ModelProto) -> list[str]:
+    """What TensorRT's parser would refuse or silently do otherwise, a line each; nothing for a graph that is ready."""
+    ranks, types = ranks_of(model.graph), types_of(model.graph)
+    lines = [f"opset {o.version} is newer than {NEWEST_OPSET}" for o in model.opset_import if newer(o)]
+    lines += [f"{f.name}: functions of the model's own are not expected" for f in model.functions]
+    for port in (*model.graph.input, *model.graph.output):
+        lines += port_rules(port)
+    lines += [f"{name} is float64" for name, kind in types.items() if kind == TensorProto.DOUBLE]
+    for node in model.graph.node:
+        name = f"{node.op_type} {node.name}".strip()
+        lines += [f"{name}: {line}" for line in node_rules(node, ranks, types, model.graph)]
+    return lines
+
+
+def newer(opset: onnx.OperatorSetIdProto) -> bool:
+    return opset.domain in ("", "ai.onnx") and opset.version > NEWEST_OPSET
+
+
+def port_rules(port: onnx.ValueInfoProto) -> Iterator[str]:
+    """Plans take and give int32, floats, and uint8, which is for nothing else."""
+    kind = port.type.tensor_type.elem_type
+    if kind not in (*FLOATS, TensorProto.INT32, TensorProto.UINT8):
+        yield f"{port.name} is {TensorProto.DataType.Name(kind).lower()}: inputs and outputs are int32, uint8 or floats"
+
+
+def node_rules(
+    node: onnx.NodeProto, ranks: Mapping[str, int], types: Mapping[str, int], graph: onnx.GraphProto
+) -> Iterator[str]:
+    if node.domain not in ("", "ai.onnx"):
+        yield f"its domain {node.domain} is not ONNX's own"
+    elif node.op_type not in OPERATORS:
+        yield "TensorRT does not know the operator"
+    if any(types.get(name) == TensorProto.UINT8 for name in node.input) and not casts_to_float(node):
+        yield "reads uint8, which TensorRT only casts to float32 or float16"
+    if casts_to(node) == TensorProto.DOUBLE:
+        yield "casts to float64"
+    if node.op_type == "LayerNormalization" and len(node.output) > 1:
+        yield "has more than one output"
+    if node.op_type == "Split" and has(node, "num_outputs") and len(node.input) > 1 and node.input[1]:
+        yield "says both num_outputs and the sizes"
+    if node.op_type == "Attention":
+        yield from attention_rules(node, ranks)
+    if node.op_type == "TensorScatter":
+        yield from scatter_rules(node, ranks, graph)
+
+
+def attention_rules(node: onnx.NodeProto, ranks: Mapping[str, int]) -> Iterator[str]:
+    names = ("Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen")
+    given = {what: name for what, name in zip(names, node.input, strict=False) if name}
+    for what in ("past_key", "past_value", "nonpad_kv_seqlen"):
+        if what in given:
+            yield f"has the input {what}"
+    for what in ("Q", "K", "V", "attn_mask"):
+        if what in given and ranks.get(given[what]) != 4:
+            yield f"{what} is not known to be 4-D"
+    if any(node.output[1:]):
+        yield "has more than one output"
+    for attribute in node.attribute:
+        if attribute.name not in ("scale", DECOMPOSABLE):
+            yield f"has the attribute {attribute.name}"
+
+
+def scatter_rules(node: onnx.NodeProto, ranks: Mapping[str, int], graph: onnx.GraphProto) -> Iterator[str]:
+    """It becomes a KVCacheUpdate, which works in place: the cache comes from without and goes there."""
+    cache, update = node.input[:2]
+    if ranks.get(cache) != 4 or ranks.get(update) != 4:
+        yield "cache and update are not known to be 4-D"
+    if attribute(node, "axis", -2) not in (-2, 2):
+        yield f"its axis is {attribute(node, 'axis', -2)}, not -2"
+    if attribute(node, "mode", b"linear") != b"linear":
+        yield "its mode is not linear"
+    if cache not in {port.name for port in graph.input}:
+        yield f"the cache {cache} is not an input of the graph"
+    if node.output[0] not in {port.name for port in graph.output}:
+        yield f"the result {node.output[0]} is not an output of the graph"
+
+
+def trt_ready(model: onnx.ModelProto | str) -> onnx.ModelProto:
+    """A copy for TensorRT alone (ONNX Runtime refuses it): what `lint` finds in an exported graph is mended, where it can be.
+
+    Weights in files beside it stay there. Attention may be decomposed; float64 becomes float32; inputs of bool become int32;
+    shapes of uint8 inputs are taken after their cast.
+    """
+    ready = onnx.ModelProto()
+    ready.CopyFrom(onnx.load(model, load_external_data=False) if isinstance(model, str) else model)
+    folder = os.path.dirname(model) if isinstance(model, str) else ""
+    for node in ready.graph.node:
+        if node.op_type == "Attention" and not has(node, DECOMPOSABLE):
+            node.attribute.append(helper.make_attribute(DECOMPOSABLE, 1))
+        elif node.op_type == "Split" and has(node, "num_outputs") and len(node.input) > 1 and node.input[1]:
+            drop(node, "num_outputs")
+    to_float(ready.graph, folder)
+    bools_to_int(ready.graph)
+    shapes_after_cast(ready.graph)
+    return ready
+
+
+def to_float(graph: onnx.GraphProto, folder: str) -> None:
+    """float64 becomes float32 wherever it is named."""
+    for weight in graph.initializer:
+        if weight.data_type == TensorProto.DOUBLE:
+            weight.CopyFrom(single(weight, folder))
+    for node in graph.node:
+        for each in node.attribute:
+            if each.name in ("to", "dtype") and each.i == TensorProto.DOUBLE:
+                each.i = TensorProto.FLOAT
+            elif each.HasField("t") and each.t.data_type == TensorProto.DOUBLE:
+                each.t.CopyFrom(single(each.t, folder))
+    for port in (*graph.input, *graph.output, *graph.value_info):
+        if port.type.tensor_type.elem_type == TensorProto.DOUBLE:
+            port.type.tensor_type.elem_type = TensorProto.FLOAT
+
+
+def single(weight: onnx.TensorProto, folder: str) -> onnx.TensorProto:
+    return numpy_helper.from_array(numpy_helper.to_array(weight, folder).astype(np.float32), weight.name)
+
+
+def bools_to_int(graph: onnx.GraphProto) -> None:
+    for port in graph.input:
+        if port.type.tensor_type.elem_type == TensorProto.BOOL:
+            port.type.tensor_type.elem_type = TensorProto.INT32
+            truth = f"{port.name}_bool"
+            for node in graph.node:
+                node.input[:] = [truth if name == port.name else name for name in node.input]
+            graph.node.insert(0, helper.make_node("Cast", [port.name], [truth], truth, to=TensorProto.BOOL))
+
+
+def shapes_after_cast(graph: onnx.GraphProto) -> None:
+    """Nothing but its cast reads an input of uint8: who asks for its shape asks the cast."""
+    for port in graph.input:
+        if port.type.tensor_type.elem_type == TensorProto.UINT8:
+            cast = next((n for n in graph.node if casts_to_float(n) and n.input[0] == port.name), None)
+            if cast is None:
+                continue
+            for node in graph.node:
+                if node.op_type == "Shape" and node.input[0] == port.name:
+                    node.input[0] = cast.output[0]
+            at = list(graph.node).index(cast)
+            moved = onnx.NodeProto()
+            moved.CopyFrom(cast)
+            del graph.node[at]
+            graph.node.insert(0, moved)
+
+
+def fixed(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelProto:
+    """A copy whose inputs have these sizes in place of named ones: TensorRT wants a cache of static length as it parses.
+
+    Raises ValueError for a size that is not given.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for port in copy.graph.input:
+        for size in port.type.tensor_type.shape.dim:
+            if size.HasField("dim_param"):
+                if size.dim_param not in sizes:
+                    raise ValueError(f"{port.name} has a size {size.dim_param} that is not given")
+                size.dim_value = sizes[size.dim_param]
+    del copy.graph.value_info[:]  # they would contradict
+    for port in copy.graph.output:
+        for size in port.type.tensor_type.shape.dim:
+            if size.HasField("dim_param") and size.dim_param in sizes:
+                size.dim_value = sizes[size.dim_param]
+            elif size.HasField("dim_param"):
+                size.ClearField("dim_param")
+    return copy
+
+
+def ready_name(graph: str) -> str:
+    """The file of the TensorRT-ready copy of a graph's file."""
+    return graph.removesuffix(".onnx") + READY
+
+
+def write_ready(folder: str, graphs: Iterable[str]) -> list[str]:
+    """Writes TensorRT-ready copies of graph files beside them; the copies share their weights. Their names.
+
+    Raises CapcliError, naming what, for a graph that TensorRT would not take.
+    """
+    names = []
+    for graph in graphs:
+        path = os.path.join(folder, graph)
+        ready = trt_ready(path)
+        lines = lint(ready)
+        if lines:
+            more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
+            raise CapcliError(f"TensorRT would not take {path}: {'; '.join(lines[:3])}{more}")
+        names.append(ready_name(graph))
+        atomic.replace(os.path.join(folder, names[-1]), [ready.SerializeToString()])
+    return names
+
+
+def make_buckets(batch_sizes: Iterable[int], rows: int, entries: int) -> tuple[Bucket, ...]:
+    """A bucket for each batch size, images encoded as many at a time as a run of that size takes."""
+    return tuple(Bucket(slots, Shapes.of(slots).chunk, rows, entries) for slots in sorted(set(batch_sizes)))
+
+
+def require_tensorrt() -> Any:
+    """TensorRT's module, where plans can be built. Raises CapcliError that says what of it is missing here."""
+    tensorrt = import_tensorrt()
+    import torch
+
+    if not torch.cuda.is_available():
+        why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
+        raise CapcliError(f"plans are built on the NVIDIA GPU that they will run on, and there is none: {why}")
+    return tensorrt
+
+
+def build_plans(
+    folder: str,
+    buckets: Sequence[Bucket],
+    *,
+    timing_cache: str,
+    graphs: tuple[str, str] = ("encode.onnx", "step.onnx"),
+    note: Callable[[str], None] = lambda _: None,
+    tensorrt: Any = None,
+) -> dict[str, str]:
+    """Builds the plans of all buckets from the TensorRT-ready copies of `graphs` in `folder`; SHA-256 of each by file name.
+
+    Every plan has one shape. What TensorRT measured is kept in the file `timing_cache`, and the next build measures less.
+    Raises CapcliError when TensorRT, or a GPU, is missing, or refuses.
+    """
+    module = tensorrt or require_tensorrt()
+    encode, step = (os.path.join(folder, ready_name(name)) for name in graphs)
+    made: set[str] = set()
+    for bucket in buckets:
+        sizes = {"slots": bucket.slots, "rows": bucket.rows, "entries": bucket.entries}
+        for name, graph, own in (
+            (encode_plan(bucket.chunk), encode, {"chunk": bucket.chunk}),
+            (step_plan(bucket), step, sizes),
+        ):
+            if name in made:
+                continue
+            note(f"building {name}")
+            plan = build_plan(module, graph, own, timing_cache)
+            atomic.replace(os.path.join(folder, name), [plan])
+            made.add(name)
+    return hash_files(folder, plan_files(buckets))
+
+
+def build_plan(tensorrt: Any, graph: str, sizes: Mapping[str, int], timing_cache: str, *, half: bool = False) -> bytes:
+    """One plan, of these sizes. `half` is for TensorRT 8, where precision is the builder's choice and not the graph's.
+
+    Raises CapcliError with TensorRT's own reason.
+    """
+    log = make_log(tensorrt)
+    builder: trt.Builder = tensorrt.Builder(log)
+    network: trt.INetworkDefinition = builder.create_network(network_flags(tensorrt))
+    parser: trt.OnnxParser = tensorrt.OnnxParser(network, log)
+    model = fixed(onnx.load(graph, load_external_data=False), sizes)
+    if not parser.parse(model.SerializeToString(), os.path.abspath(graph)):  # weights lie beside it
+        reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+        raise CapcliError(f"TensorRT cannot read {graph}: {'; '.join(reasons) or log.last()}")
+    config: trt.IBuilderConfig = builder.create_builder_config()
+    config.clear_flag(tensorrt.BuilderFlag.TF32)  # float32 is to be float32
+    if half and hasattr(tensorrt.BuilderFlag, "FP16"):
+        config.set_flag(tensorrt.BuilderFlag.FP16)
+    cache = read_timings(config, timing_cache)
+    plan: trt.IHostMemory = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise CapcliError(f"TensorRT cannot build a plan of {graph} at {dict(sizes)}: {log.last()}")
+    measured: trt.IHostMemory = cache.serialize()
+    atomic.replace(timing_cache, [bytes(memoryview(measured))])
+    return bytes(memoryview(plan))
+
+
+def network_flags(tensorrt: Any) -> int:
+    """Strongly typed: the graph says what each tensor's precision is. TensorRT 8 knows nothing of it."""
+    flag = tensorrt.NetworkDefinitionCreationFlag
+    if hasattr(flag, "STRONGLY_TYPED"):
+        return 1 << int(flag.STRONGLY_TYPED)
+    if hasattr(flag, "EXPLICIT_BATCH"):
+        return 1 << int(flag.EXPLICIT_BATCH)
+    return 0
+
+
+def read_timings(config: trt.IBuilderConfig, path: str) -> trt.ITimingCache:
+    """Gives a build what was measured before; nothing where another TensorRT or GPU measured it."""
+    try:
+        with open(path, "rb") as file:
+            known = file.read()
+    except FileNotFoundError:
+        known = b""
+    cache: trt.ITimingCache = config.create_timing_cache(known)
+    if cache is None or not config.set_timing_cache(cache, False):
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, False)
+    return cache
+
+
+def timing_cache_path(folder: str, version: str, gpu: Mapping[str, str]) -> str:
+    """Where the engines beside `folder` share what TensorRT measured: a file for every version and GPU."""
+    name = "-".join(("timings", version, *gpu.values())).replace(" ", "_").replace("/", "_")
+    return os.path.join(os.path.dirname(os.path.abspath(folder)), f"{name}.cache")
+
+
+def has(node: onnx.NodeProto, name: str) -> bool:
+    return any(each.name == name for each in node.attribute)
+
+
+def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    return next((helper.get_attribute_value(each) for each in node.attribute if each.name == name), default)
+
+
+def drop(node: onnx.NodeProto, name: str) -> None:
+    kept = [each for each in node.attribute if each.name != name]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+
+
+def casts_to(node: onnx.NodeProto) -> int | None:
+    to: int | None = attribute(node, "to", None) if node.op_type == "Cast" else None
+    return to
+
+
+def casts_to_float(node: onnx.NodeProto) -> bool:
+    return casts_to(node) in (TensorProto.FLOAT, TensorProto.FLOAT16)
+
+
+def ports(graph: onnx.GraphProto) -> Iterator[onnx.ValueInfoProto]:
+    yield from (*graph.input, *graph.output, *graph.value_info)
+
+
+def types_of(graph: onnx.GraphProto) -> dict[str, int]:
+    """The types of all tensors that the graph tells of."""
+    return {p.name: p.type.tensor_type.elem_type for p in ports(graph)} | {
+        w.name: w.data_type for w in graph.initializer
+    }
+
+
+def ranks_of(graph: onnx.GraphProto) -> dict[str, int]:
+    known = {p.name: len(p.type.tensor_type.shape.dim) for p in ports(graph) if p.type.tensor_type.HasField("shape")}
+    return known | {w.name: len(w.dims) for w in graph.initializer}
