@@ -33,6 +33,11 @@ def printable(text: str) -> str:
     return "".join(map(_shown, text))
 
 
+def brief(name: str) -> str:
+    """The name as a message bears it: `printable`, and cut where it is longer than names are."""
+    return printable(name if len(name) <= 200 else f"{name[:200]}…")
+
+
 def _shown(character: str) -> str:
     if character.isprintable() or unicodedata.category(character) == "Zs":
         return character

@@ -675,3 +675,64 @@ def test_any_bytes_are_annotations_or_one_clear_error(tmp_path: Path, beginning:
     assert "any" in words
     assert "\n" not in words
     assert all(image.name and image.captions for image in images)
+
+
+@pytest.mark.parametrize("column", ["image", "pixels of it"])
+def test_a_dataset_column_of_bytes_is_images(column: str, photos: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    content = [(photos / name).read_bytes() for name in TWO]
+    rows = {column: [content[0], content[0], content[1]], "text": ["A dog.", "A brown dog.", "Two cats."]}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(photos / "set"))
+    found = read(photos / "set")
+    assert [image.captions for image in found] == list(TWO.values())
+    assert [image.image for image in found] == [Stored(str(photos / "set"), row, column) for row in (0, 2)]
+
+
+def test_bytes_are_no_name(photos: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [(photos / name).read_bytes() for name in TWO], "text": ["A dog.", "Two cats."]}
+    datasets.Dataset.from_dict(rows).to_parquet(str(photos / "t.parquet"))
+    with pytest.raises(CapcliError, match="images inside") as raised:
+        read(photos / "t.parquet")
+    assert len(str(raised.value)) < 500
+
+
+def test_a_dataset_with_one_image_in_two_splits_says_its_captions_once(photos: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [str(photos / "a.jpg")] * 2, "caption": ["A dog.", "A dog."]}
+    split = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"train": split, "validation": split}).save_to_disk(str(photos / "set"))
+    (image,) = read(photos / "set")
+    assert (image.captions, image.split) == (("A dog.", "A dog."), "val")
+
+
+def test_names_in_messages_have_an_end(tmp_path: Path) -> None:
+    data = write(tmp_path / "c.csv", f"image,caption\n{'x' * 5000}.jpg,text\n")
+    with pytest.raises(CapcliError) as raised:
+        read(data)
+    assert "xxx" in str(raised.value)
+    assert len(str(raised.value)) < 1000
+
+
+def test_one_long_cell_costs_nothing(photos: Path) -> None:
+    long = "x" * 200_000
+    data = write(photos / "c.csv", f"image,caption\na.jpg,{long}\nb.png,Two cats.\n")
+    assert said(read(data)) == {"a.jpg": (long,), "b.png": ("Two cats.",)}
+
+
+def test_two_columns_of_captions_are_both_read(photos: Path) -> None:
+    data = write(photos / "c.csv", "image,caption,Caption\na.jpg,A dog.,A brown dog.\nb.png,Two cats.,Cats, two\n")
+    assert said(read(data)) == {"a.jpg": ("A dog.", "A brown dog."), "b.png": ("Two cats.", "Cats, two")}
+
+
+def test_a_nul_is_told_with_its_line(photos: Path) -> None:
+    data = write(photos / "c.csv", "image,caption\na.jpg,A d\0og.\n")
+    with pytest.raises(CapcliError, match="line 2 holds a NUL byte"):
+        read(data)
+
+
+def test_a_folder_named_as_an_image_is_a_folder(photos: Path) -> None:
+    (photos / "dir.jpg").mkdir()
+    report = DataReport()
+    read(write(photos / "c.csv", "image,caption\na.jpg,A dog.\ndir.jpg,text\n"), report=report)
+    assert [failure.message.split(" in ")[0] for failure in report.failures] == ["it is a folder"]

@@ -353,6 +353,16 @@ def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
         ModelOptions(**options)
 
 
+def test_captions_are_as_long_as_the_decoder_holds_unless_said(tmp_path: Path) -> None:
+    for holds, expected in ((39, 39), (64, 50)):
+        made = new(decoder=GPT2 | {"n_positions": holds}, max_length=None)
+        assert made.max_length == made.model.generation_config.max_new_tokens == expected
+        folders.save_captioner(tmp_path / str(holds), made.model, made.tokenizer, made.processor)
+        assert new(model=str(tmp_path / str(holds))).max_length == expected
+    with pytest.raises(UsageError, match=r"max_length is 40, but .* holds 39 tokens"):
+        new(model=str(tmp_path / "39"), max_length=40)
+
+
 def test_folders_that_are_no_encoder_are_told(tmp_path: Path) -> None:
     place = tmp_path / "enc"
     place.mkdir()

@@ -287,7 +287,7 @@ def test_what_cannot_be_had_is_a_failure_that_says_why(server: Server, tmp_path:
     data = table(tmp_path / "t.csv", [server.address("ok", 5), *addresses.values(), *others])
     ran = fetch(data, tmp_path / "out", "--retries", 0, "--max-bytes", HUGE)
     assert ran.code == 3, ran.err
-    assert f"{len(REFUSED) + len(others)} left out" in ran.err
+    assert f"{len(REFUSED) + len(others)} images left out" in ran.err
     assert list(stored(tmp_path / "out")) == [server.address("ok", 5)]
     found = failures(tmp_path / "out")
     expected = {addresses[verb]: reason for verb, reason in REFUSED.items()} | others
@@ -389,7 +389,7 @@ def test_certificates_count(tmp_path: Path) -> None:
     assert failures(tmp_path / "out")[secure][0] == "certificate"
 
 
-def test_a_killed_run_fetches_no_finished_shard_again(server: Server, tmp_path: Path) -> None:
+def test_a_killed_run_fetches_nothing_again(server: Server, tmp_path: Path) -> None:
     addresses = [server.address("pause", number) for number in range(60)]
     data, out = table(tmp_path / "t.csv", addresses), tmp_path / "out"
     more = ("--shard-size", 6, "--connections", 2, "--per-host", 2)
@@ -397,7 +397,8 @@ def test_a_killed_run_fetches_no_finished_shard_again(server: Server, tmp_path: 
     wait_until(lambda: len(list(out.glob("unfinished/train-*.json"))) >= 3, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    done = 6 * len(list(out.glob("unfinished/train-*.json")))
+    begun = {path.stem: path.read_bytes().count(b'{"position"') for path in out.glob("unfinished/*.part")}
+    done = sum(begun.values()) + 6 * len({path.stem for path in out.glob("unfinished/train-*.json")} - begun.keys())
     assert 18 <= done < 60
     before = server.hits.copy()
     assert fetch(data, out, "--shard-size", 6).code == 0
@@ -417,6 +418,61 @@ def test_files_fetched_ahead_do_not_pile_up(server: Server, tmp_path: Path) -> N
     assert ended(process).code == 0
     assert 0 < most <= 2 * 8 + 16 + 2  # ahead, in the window of the decoders, and in hand
     assert not (out / "unfinished").exists()
+
+
+def test_an_interrupt_does_not_wait_for_the_shard(server: Server, tmp_path: Path) -> None:
+    addresses = [server.address("pause", number) for number in range(400)]
+    data, out = table(tmp_path / "t.csv", addresses), tmp_path / "out"
+    process = spawn(*arguments(data, out, "--connections", 2))
+    wait_until(lambda: sum(server.hits.values()) > 20, process)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    ran = ended(process)
+    assert time.monotonic() - began < 10  # 20 seconds for all of them
+    assert ran.code == 130, ran.err
+    before = server.hits.copy()
+    assert 20 < sum(before.values()) < 400
+    address = server.address("ok", 0)
+    table(data, [address if number > 100 else each for number, each in enumerate(addresses)])
+    assert fetch(data, out).code == 2  # other data
+    table(data, addresses)
+    assert fetch(data, out, "--connections", 100, "--per-host", 100).code == 0
+    assert [number_of(row) for row in stored(out).values()] == list(range(400))
+    twice = [path for path, hits in server.hits.items() if hits > 1]
+    assert len(twice) <= 2 * 8 + 2
+
+
+def test_failed_downloads_are_tried_again_when_asked(server: Server, tmp_path: Path) -> None:
+    addresses = [server.address("flaky" if number % 4 == 1 else "ok", number) for number in range(20)]
+    addresses[7] = server.address("missing", 7)
+    data, out = table(tmp_path / "t.csv", addresses), tmp_path / "out"
+    assert fetch(data, out, "--retries", 0, "--shard-size", 8).code == 3
+    assert len(failures(out)) == 6
+    assert fetch(data, out, "--retries", 0, "--shard-size", 8, "--retry-failed").code == 3
+    assert list(failures(out)) == [addresses[7]]
+    assert [number_of(row) for row in stored(out).values()] == [n for n in range(20) if n != 7]
+    tried_again = {*(f"/flaky/{n}" for n in range(1, 20, 4)), "/missing/7"}
+    assert {path for path, hits in server.hits.items() if hits > 1} == tried_again
+    assert set(server.hits.values()) == {1, 2}
+    fresh = tmp_path / "fresh"
+    assert fetch(data, fresh, "--retries", 0, "--shard-size", 8).code == 3
+    assert (out / "manifest.json").read_bytes() == (fresh / "manifest.json").read_bytes()
+
+
+def test_options_of_downloads_want_addresses(tmp_path: Path) -> None:
+    data = table(tmp_path / "t.csv", ["a.png"])
+    ran = call("prepare", "--data", data, "--out", tmp_path / "out", "--retries", 1)
+    assert ran.code == 2
+    assert "--retries" in ran.err
+    assert "--url-column" in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_blanks_around_an_address_are_no_part_of_it(server: Server, tmp_path: Path) -> None:
+    address = server.address("ok", 3)
+    data = table(tmp_path / "t.csv", [f" {address}\t", address])
+    assert fetch(data, tmp_path / "out").code == 0
+    assert list(stored(tmp_path / "out")) == [address]
 
 
 def test_two_interrupts_end_it_at_once(server: Server, tmp_path: Path) -> None:

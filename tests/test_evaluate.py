@@ -339,3 +339,32 @@ def test_nothing_heavy_is_imported_for_its_help() -> None:
     program += "try: main()\nexcept SystemExit: print([m for m in ('numpy', 'pycocoevalcap', 'rich.table') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment(), check=True)
     assert done.stdout.endswith(b"[]\n")
+
+
+@pytest.mark.parametrize("where", ["captions", "references", "both"])
+def test_columns_are_those_of_the_files_that_have_them(where: str, tmp_path: Path) -> None:
+    image, caption = "which one", "what is said"
+    usual, other = "image,caption", f"{image},{caption}"
+    references = tmp_path / "references.csv"
+    references.write_text(REFERENCES.replace(usual, usual if where == "captions" else other))
+    captions = tmp_path / "captions.csv"
+    head = usual if where == "references" else other
+    captions.write_text("\n".join([head, *(f"{name},{text}" for name, text in CAPTIONS.items())]))
+    given = ("--references", references, "--without-java", "--image-column", image, "--caption-column", caption)
+    assert figures(captions, *given)["CIDEr"] > 0
+
+
+def test_a_column_that_no_file_has_is_told(files: tuple[Path, Path]) -> None:
+    captions, references = files
+    given = ("--references", references, "--without-java", "--caption-column", "nothing")
+    done = call("evaluate", captions, *given)
+    assert done.code == 2
+    assert "has no column 'nothing'" in done.err
+
+
+def test_what_is_advised_works(files: tuple[Path, Path], tmp_path: Path) -> None:
+    captions = tmp_path / "odd.csv"
+    captions.write_text("\n".join(["image,prediction", *(f"{name},{text}" for name, text in CAPTIONS.items())]))
+    given = (captions, "--references", files[1], "--without-java")
+    assert "Say so with --caption-column" in call("evaluate", *given).err
+    assert call("evaluate", *given, "--caption-column", "prediction").code == 0

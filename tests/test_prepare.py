@@ -188,6 +188,14 @@ def test_options_from_a_file(tmp_path: Path) -> None:
     assert {min(row["width"], row["height"]) for row in stored(tmp_path / "out").values()} == {20}
 
 
+def test_a_number_in_a_file_where_paths_belong_is_told(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("[data]\ndata = 3\n")
+    ran = call("prepare", "--config", config, "--out", tmp_path / "out")
+    assert ran.code == 2
+    assert "data is 3; it must be a text in quotes, or a list of them" in ran.err
+
+
 @pytest.mark.skipif(not REAL.exists(), reason="needs the shared data")
 def test_real_photos(tmp_path: Path) -> None:
     captions = REAL / "photos" / "coco" / "coco_captions.json"
@@ -219,7 +227,7 @@ def test_what_cannot_be_stored_is_listed(workers: int, tmp_path: Path) -> None:
     data = hostile(tmp_path / "in")
     ran = prepare(data, tmp_path / "out", "--workers", workers)
     assert ran.code == 3
-    assert "6 left out" in ran.err
+    assert "5 images and 1 empty caption left out" in ran.err
     assert str(tmp_path / "out" / "failures.jsonl") in ran.err
     rows = stored(tmp_path / "out")
     assert list(rows) == ["good.png", "other.png"]
@@ -233,7 +241,8 @@ def test_what_cannot_be_stored_is_listed(workers: int, tmp_path: Path) -> None:
         "empty.jpg": "empty",
         "thin.png": "shape",
     }
-    assert manifest(tmp_path / "out")["failures"] == 6
+    told = manifest(tmp_path / "out")
+    assert (told["images_left_out"], told["empty_captions"]) == (5, 1)
     again = prepare(data, tmp_path / "out")
     assert again.code == 3
     assert "all there already" in again.err
@@ -247,8 +256,8 @@ def test_the_manifest_tells_what_is_there(tmp_path: Path) -> None:
     assert told["source"]["data"] == [str(data)]
     assert told["settings"] | {"edge": 256, "format": "jpeg", "quality": 95, "shard_size": 2} == told["settings"]
     train = told["splits"]["train"]
-    assert (train["images"], train["rows"], train["captions"]) == (6, 2, 3)
-    assert [shard["rows"] for shard in train["shards"]] == [1, 0, 1]
+    assert (train["images"], train["rows"], train["captions"]) == (7, 2, 3)
+    assert [shard["rows"] for shard in train["shards"]] == [1, 0, 1, 0]
     for shard in train["shards"]:
         content = (tmp_path / "out" / shard["file"]).read_bytes()
         assert (hashlib.sha256(content).hexdigest(), len(content)) == (shard["sha256"], shard["bytes"])
@@ -346,32 +355,123 @@ def test_what_is_torn_or_missing_is_made_again(torn: str, tmp_path: Path) -> Non
     assert tree(out) == tree(whole)
 
 
-def test_a_finished_copy_that_lost_a_file_is_told(tmp_path: Path) -> None:
-    data, out = photos(tmp_path / "in", 4), tmp_path / "out"
+def test_a_shard_that_a_finished_copy_lost_is_made_again(tmp_path: Path) -> None:
+    data, out = photos(tmp_path / "in", 6), tmp_path / "out"
+    (tmp_path / "in" / "photo 0.png").write_text("broken")
     prepare(data, out, "--shard-size", 2)
-    whole = tree(out)
+    whole, inodes = tree(out), [path.stat().st_ino for path in arrows(out)]
     arrows(out)[1].unlink()
     ran = prepare(data, out, "--shard-size", 2)
-    assert ran.code == 1
-    assert "data-00001-of-00002.arrow" in ran.err
-    assert prepare(data, out, "--shard-size", 2, "--overwrite").code == 0
+    assert ran.code == 3
+    assert "data-00001-of-00003.arrow" in ran.err
     assert tree(out) == whole
+    assert [path.stat().st_ino == inode for path, inode in zip(arrows(out), inodes, strict=True)] == [True, False, True]
 
 
-def test_an_interrupt_ends_with_whole_shards(tmp_path: Path) -> None:
+# Trying again
+
+
+def mended(folder: Path, name: str) -> None:
+    """The image that would have been painted there in the first place."""
+    number = int(name.split()[1].split(".")[0])
+    scratch = folder.parent / "mended"
+    paint(scratch, *(f"photo {n}.png" for n in range(number + 1)))
+    shutil.copy(scratch / name, folder / name)
+
+
+def test_what_failed_is_tried_again_when_asked(tmp_path: Path) -> None:
+    data, out = photos(tmp_path / "in", 12), tmp_path / "out"
+    arguments = ("--shard-size", 4, "--val-fraction", 0.3)
+    assert prepare(data, tmp_path / "whole", *arguments).code == 0
+    assert prepare(data, tmp_path / "whole", *arguments, "--retry-failed").code == 0
+    (tmp_path / "in" / "photo 1.png").write_text("broken")
+    (tmp_path / "in" / "photo 6.png").unlink()
+    (tmp_path / "in" / "photo 10.png").write_text("broken")
+    assert prepare(data, out, *arguments).code == 3
+    assert [row["error"] for row in failures(out)].count("missing") == 1
+    before = tree(out)
+    assert prepare(data, out, *arguments, "--retry-failed").code == 3
+    assert tree(out) == before
+    mended(tmp_path / "in", "photo 1.png")
+    mended(tmp_path / "in", "photo 6.png")
+    plain = prepare(data, out, *arguments)
+    assert plain.code == 3
+    assert "--retry-failed" in plain.err
+    assert tree(out) == before
+    assert prepare(data, out, *arguments, "--retry-failed").code == 3
+    assert [row["file_name"] for row in failures(out)] == ["photo 10.png"]
+    mended(tmp_path / "in", "photo 10.png")
+    assert prepare(data, out, *arguments, "--retry-failed").code == 0
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_trying_again_goes_on_after_a_kill(tmp_path: Path) -> None:
+    data, out = photos(tmp_path / "in", 60), tmp_path / "out"
+    arguments = ("prepare", "--data", data, "--shard-size", 20, "--workers", 1)
+    assert call(*arguments, "--out", tmp_path / "whole").code == 0
+    broken = [f"photo {number}.png" for number in range(60) if number % 3]
+    for name in broken:
+        (tmp_path / "in" / name).write_text("broken")
+    assert call(*arguments, "--out", out).code == 3
+    paint(tmp_path / "in", *(f"photo {number}.png" for number in range(60)))
+    process = spawn(*arguments, "--out", out, "--retry-failed")
+    wait_until(lambda: any(path.stat().st_size for path in out.glob("unfinished/*.part")), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert set(datasets.load_from_disk(str(out))["train"]["file_name"]) >= {f"photo {n}.png" for n in range(0, 60, 3)}
+    assert call(*arguments, "--out", out).code == 0  # it goes on with what was begun
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_an_unfinished_copy_tries_again_too(tmp_path: Path) -> None:
+    data, out = photos(tmp_path / "in", 300), tmp_path / "out"
+    arguments = ("prepare", "--data", data, "--shard-size", 100, "--workers", 1)
+    assert call(*arguments, "--out", tmp_path / "whole").code == 0
+    for number in (5, 50, 101):
+        (tmp_path / "in" / f"photo {number}.png").write_text("broken")
+    process = spawn(*arguments, "--out", out)
+    part = out / "unfinished" / "train-00001.part"
+    wait_until(lambda: part.exists() and part.stat().st_size > 9000, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    paint(tmp_path / "in", *(f"photo {number}.png" for number in range(300)))
+    assert call(*arguments, "--out", out, "--retry-failed").code == 0
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("torn", [0, 1, 30, 90])
+def test_a_torn_log_costs_its_tail(torn: int, tmp_path: Path) -> None:
+    data, out = photos(tmp_path / "in", 40), tmp_path / "out"
+    (tmp_path / "in" / "photo 2.png").write_text("broken")
+    arguments = ("prepare", "--data", data, "--workers", 1, "--shard-size", 40)
+    assert call(*arguments, "--out", tmp_path / "whole").code == 3
+    process = spawn(*arguments, "--out", out)
+    part = out / "unfinished" / "train-00000.part"
+    wait_until(lambda: part.exists() and part.stat().st_size > 9000, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    (tmp_path / "in" / "photo 0.png").unlink()  # what is done is not looked at again
+    os.truncate(part, part.stat().st_size - torn)
+    assert call(*arguments, "--out", out).code == 3
+    assert tree(out)["train/data-00000-of-00001.arrow"] == tree(tmp_path / "whole")["train/data-00000-of-00001.arrow"]
+
+
+def test_an_interrupt_keeps_what_is_done(tmp_path: Path) -> None:
     data = photos(tmp_path / "in", 200)
-    arguments = ("prepare", "--data", data, "--shard-size", 4, "--workers", 1)
+    arguments = ("prepare", "--data", data, "--shard-size", 100, "--workers", 1)
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert call(*arguments, "--out", whole).code == 0
     process = spawn(*arguments, "--out", out)
-    wait_until(lambda: len(arrows(out)) >= 2, process)
+    part = out / "unfinished" / "train-00000.part"
+    wait_until(lambda: part.exists() and part.stat().st_size > 9000, process)
     process.send_signal(signal.SIGINT)
     ran = ended(process)
     assert ran.code == 130
     assert "goes on from here" in ran.err
     assert "Traceback" not in ran.err
-    assert 2 <= len(done(out)) < 50
-    assert arrows(out) == done(out)
+    kept = int(ran.err.split(" of 200 images")[0].split()[-1])
+    assert 2 < kept < 200
+    assert sum(path.read_bytes().count(b'{"position"') for path in out.glob("unfinished/*.part")) == kept % 100
     assert not list((out / "unfinished").glob("*.arrow"))
     assert call(*arguments, "--out", out).code == 0
     assert tree(out) == tree(whole)
@@ -411,7 +511,7 @@ def test_a_folder_of_something_else_is_left_alone(manifest_there: bool, tmp_path
         assert prepare(data, out, *arguments).code == 2
         assert tree(out) == before
     (tmp_path / "file").write_text("x")
-    assert prepare(data, tmp_path / "file").code == 1
+    assert prepare(data, tmp_path / "file").code == 2
 
 
 def test_overwriting_removes_only_what_was_written(tmp_path: Path) -> None:
@@ -420,6 +520,63 @@ def test_overwriting_removes_only_what_was_written(tmp_path: Path) -> None:
     (out / "notes.txt").write_text("mine")
     assert prepare(data, out, "--overwrite", "--edge", 20).code == 0
     assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_overwriting_leaves_what_others_put_among_the_shards(tmp_path: Path) -> None:
+    data, out = photos(tmp_path / "in", 2), tmp_path / "out"
+    prepare(data, out)
+    others = [out / "train" / "notes.txt", out / "unfinished" / "mine.json", out / "val" / "data.csv"]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    assert prepare(data, out, "--overwrite", "--edge", 20).code == 0
+    assert [path.read_text() for path in others] == ["mine"] * 3
+
+
+@pytest.mark.parametrize("way", ["itself", "link", "split", "shards linked", "failures", "val-data"])
+def test_what_is_read_is_not_overwritten(way: str, tmp_path: Path) -> None:
+    data, out = photos(tmp_path / "in", 6), tmp_path / "out"
+    (tmp_path / "in" / "photo 0.png").write_text("broken")
+    assert prepare(data, out, "--val-fraction", 0.3).code == 3
+    before = tree(out)
+    link = tmp_path / "link"
+    if way == "shards linked":
+        link.mkdir()
+        for path in (out / "val").iterdir():
+            (link / path.name).symlink_to(path)
+    else:
+        link.symlink_to(out)
+    read = {"link": link, "split": link / "val", "shards linked": link, "failures": out / "failures.jsonl"}.get(
+        way, out
+    )
+    if way == "failures":
+        (out / "failures.jsonl").write_text('{"file_name": "../in/photo 1.png", "text": "x"}\n')
+        before = tree(out)
+    given = ("--val-data", out / "val", "--data", data) if way == "val-data" else ("--data", read)
+    for more in ((), ("--overwrite",)):
+        ran = call("prepare", *given, "--out", out, "--workers", 0, *more)
+        assert ran.code == 2, ran.err
+        assert "another --out" in ran.err
+        assert tree(out) == before
+
+
+def test_nothing_is_overwritten_for_images_that_cannot_be_read(tmp_path: Path) -> None:
+    data, out = photos(tmp_path / "in", 3), tmp_path / "out"
+    prepare(data, out)
+    before = tree(out)
+    for number in range(3):
+        (tmp_path / "in" / f"photo {number}.png").write_text("broken")
+    ran = prepare(data, out, "--overwrite")
+    assert ran.code == 1
+    assert "left as it is" in ran.err
+    assert tree(out) == before
+
+
+def test_an_empty_caption_costs_no_image(tmp_path: Path) -> None:
+    paint(tmp_path / "in", "a.png")
+    ran = prepare(annotate(tmp_path / "in" / "c.jsonl", {"a.png": ["x", " "]}), tmp_path / "out")
+    assert ran.code == 0
+    assert "1 empty caption left out" in ran.err
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:

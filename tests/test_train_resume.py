@@ -6,15 +6,25 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from running import call, ended, spawn, wait_until
 from training import MACHINE, history, paint_data, recipe, weights
 
 from capcli.training.checkpoints import whole
+from capcli.training.history import History
 
 STEPS = 48
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undrawn() -> Iterator[None]:
+    """Curves would take most of the time."""
+    with mock.patch.object(History, "draw"):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -45,32 +45,33 @@ def read_annotations(
     return iter(found)
 
 
-def read_split(options: DataOptions, *, locate: bool = True) -> Split:
+def read_split(options: DataOptions, *, locate: bool = True, keep_missing: bool = False) -> Split:
     """The images to train on and to validate on, found and told apart by image.
 
     What validates is said by `val_names`, `val_data` or `val_fraction`; failing these by the annotations themselves
     (a split column, Karpathy's splits, folders of splits); failing that nothing is. "test" is used for neither. An
     image that is in several splits, or in the data and in `val_data`, is not trained on. Without `locate` nothing is looked
-    for: names are all there is to an image, as where they are addresses.
+    for: names are all there is to an image, as where they are addresses. With `keep_missing` images whose files are not
+    there stay, unless none is there.
 
     Raises UsageError where `data` or what it names is not there, and CapcliError as `read_annotations`.
     """
     report = DataReport()
     with _uncollected():
-        return _split(options, report, locate=locate)
+        return _split(options, report, locate=locate, keep_missing=keep_missing)
 
 
-def _split(options: DataOptions, report: DataReport, *, locate: bool) -> Split:
+def _split(options: DataOptions, report: DataReport, *, locate: bool, keep_missing: bool) -> Split:
     images = sorted_out(_gathered(options.data, options, report, by_file=locate), options, report)
     if not images:
         data = ", ".join(map(printable, options.data))
         raise CapcliError(f"{data}: nothing is left to train or validate on, all images being test or in no list")
-    found = usable(images, options.image_root, report, locate=locate)
+    found = usable(images, options.image_root, report, locate=locate, keep_missing=keep_missing)
     train = [image for image in found if image.split != "val"]
     val = [image for image in found if image.split == "val"]
     if options.val_data:
         others = validating(_gathered(options.val_data, options, report, by_file=locate))
-        val = usable(others, options.image_root, report, locate=locate)
+        val = usable(others, options.image_root, report, locate=locate, keep_missing=keep_missing)
         train = without(train, val, report)
     elif options.val_fraction is not None:
         train, val = set_aside(train, options.val_fraction, options.seed)

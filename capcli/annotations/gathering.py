@@ -10,7 +10,7 @@ from capcli.annotations.places import SAMPLE, Listings, Place
 from capcli.annotations.report import EMPTY, MISSING, WITHOUT, DataReport, counted
 from capcli.annotations.rows import Annotations, texts
 from capcli.errors import CapcliError
-from capcli.names import printable
+from capcli.names import brief, printable
 from capcli.records import Annotated, Stored
 
 _HELD_OUT = {None: 0, "train": 1, "val": 2, "test": 3}
@@ -27,13 +27,14 @@ class Image:
     stored: Stored | None
     captions: tuple[str, ...] = ()
     empty: int = 0
-    elsewhere: frozenset[str] = frozenset()  # captions that other files say
+    source: tuple[Annotations, str | None] | None = None  # the file that spoke last, and the split in it
+    elsewhere: frozenset[str] = frozenset()  # captions that others say
 
-    def add(self, file: Annotations, values: Sequence[object]) -> None:
-        """A caption that one file says twice was said by two people, and CIDEr counts both; what a second file repeats
-        is the same caption again."""
-        if file is not self.file:
-            self.file, self.elsewhere = file, frozenset(self.captions)
+    def add(self, file: Annotations, split: str | None, values: Sequence[object]) -> None:
+        """A caption that one file says twice was said by two people, and CIDEr counts both; what a second file repeats,
+        or a second split, is the same caption again."""
+        if (file, split) != self.source:
+            self.file, self.source, self.elsewhere = file, (file, split), frozenset(self.captions)
         kept, empty = texts(values)
         self.captions += tuple(text for text in kept if text not in self.elsewhere) if self.elsewhere else tuple(kept)
         self.empty += empty
@@ -54,15 +55,16 @@ def gather(files: Iterable[Annotations], report: DataReport, *, by_file: bool) -
             if not row.name:
                 nameless += 1
                 continue
-            key = row.identity or normal(row.name)
+            name = row.name.strip() if "://" in row.name else row.name
+            key = row.identity or normal(name)
             image = images.get(key)
             if image is None:
-                image = images[key] = Image(row.name, file, row.split, row.folder, row.image)
+                image = images[key] = Image(name, file, row.split, row.folder, row.image)
             elif row.split != image.split:
                 if row.split and image.split:
                     torn.add(image.name)
                 image.split = max(row.split, image.split, key=_HELD_OUT.__getitem__)
-            image.add(file, row.captions)
+            image.add(file, row.split, row.captions)
         if nameless:
             report.notes.append(
                 f"{counted(nameless, 'row')} of {printable(file.path)} without an image's name: passed over"
@@ -73,7 +75,7 @@ def gather(files: Iterable[Annotations], report: DataReport, *, by_file: bool) -
 
 def note_torn(names: set[str], report: DataReport) -> None:
     if names:
-        found = f"{counted(len(names), 'image')} in more than one split, such as {printable(min(names))}"
+        found = f"{counted(len(names), 'image')} in more than one split, such as {brief(min(names))}"
         report.notes.append(f"{found}: kept for test before validation, and for validation before training")
 
 
@@ -82,10 +84,13 @@ def normal(name: str) -> str:
     return name if "://" in name else os.path.normpath(name)
 
 
-def annotated(images: Sequence[Image], root: str | None, report: DataReport, *, locate: bool) -> list[Annotated]:
+def annotated(
+    images: Sequence[Image], root: str | None, report: DataReport, *, locate: bool, keep_missing: bool
+) -> list[Annotated]:
     """Those that can be used: with a caption and, where `locate` asks for it, with a file that is there.
 
-    What is left out goes into the report. Images that turn out to be one file become one.
+    What is left out goes into the report. Images that turn out to be one file become one. With `keep_missing` one whose
+    file is not there stays, with the path that it would have, unless none is there.
     """
     captioned = [image for image in images if _has_captions(image, report)]
     if not locate:
@@ -94,6 +99,7 @@ def annotated(images: Sequence[Image], root: str | None, report: DataReport, *, 
     places = _places(captioned, root, listings)
     found: dict[str, int] = {}
     torn: set[str] = set()
+    missing = 0
     result: list[Annotated] = []
     for image in captioned:
         if image.stored is not None:
@@ -101,8 +107,12 @@ def annotated(images: Sequence[Image], root: str | None, report: DataReport, *, 
             continue
         place = places[image.file]
         path = place.find(image.name, image.folder, image.split)
+        if path is None and keep_missing:
+            path = os.path.join(place.root, image.name)
+            missing += listings.identity(path) not in found
         if path is None:
-            report.add(image.name, MISSING, f"there is no such file in {printable(place.root or os.curdir)}")
+            what = "it is a folder" if os.path.isdir(os.path.join(place.root, image.name)) else "there is no such file"
+            report.add(image.name, MISSING, f"{what} in {printable(place.root or os.curdir)}")
             continue
         position = found.setdefault(listings.identity(path), len(result))
         item = Annotated(image.name, path, image.captions, image.split)
@@ -113,7 +123,7 @@ def annotated(images: Sequence[Image], root: str | None, report: DataReport, *, 
                 torn.add(item.name)
             result[position] = _joined(result[position], item)
     note_torn(torn, report)
-    return result
+    return result if len(result) > missing else []
 
 
 def _has_captions(image: Image, report: DataReport) -> bool:
@@ -144,9 +154,11 @@ def _places(images: Sequence[Image], root: str | None, listings: Listings) -> di
     return places
 
 
-def usable(images: Sequence[Image], root: str | None, report: DataReport, *, locate: bool) -> list[Annotated]:
+def usable(
+    images: Sequence[Image], root: str | None, report: DataReport, *, locate: bool, keep_missing: bool = False
+) -> list[Annotated]:
     """`annotated`, of which there must be some: raises CapcliError that says what was looked for, and where."""
-    found = annotated(images, root, report, locate=locate)
+    found = annotated(images, root, report, locate=locate, keep_missing=keep_missing)
     if found:
         return found
     first = next((image for image in images if image.captions), images[0])
@@ -154,13 +166,13 @@ def usable(images: Sequence[Image], root: str | None, report: DataReport, *, loc
     read = f"{printable(file.path)}, read as {file.format}"
     if not first.captions:
         columns = f" (columns: {', '.join(map(printable, file.columns[:20]))})" if file.columns else ""
-        raise CapcliError(f"no image has a caption, the first being {printable(first.name)} in {read}{columns}")
+        raise CapcliError(f"no image has a caption, the first being {brief(first.name)} in {read}{columns}")
     if "://" in first.name:
         raise CapcliError(
-            f"{read}, names addresses such as {printable(first.name)}: capcli prepare --url-column downloads them"
+            f"{read}, names addresses such as {brief(first.name)}: capcli prepare --url-column downloads them"
         )
     tried = dict.fromkeys(os.path.normpath(folder or os.curdir) for folder in Place(file, root, Listings()).candidates)
     raise CapcliError(
-        f"none of {counted(len(images), 'image')} is there. {read}, names {printable(first.name)}, which was looked for in "
+        f"none of {counted(len(images), 'image')} is there. {read}, names {brief(first.name)}, which was looked for in "
         f"{', '.join(map(printable, tried))}; say where the images are with --image-root"
     )

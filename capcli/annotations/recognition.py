@@ -72,4 +72,7 @@ def _refuse_binary(path: str, beginning: bytes) -> None:
     if beginning.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         raise CapcliError(f"{printable(path)} is a part of a dataset on disk: give the folder it is in")
     if b"\0" in beginning:
-        raise CapcliError(f"{printable(path)} is no annotations but binary data. Known: {KNOWN}")
+        line = beginning[: beginning.index(b"\0")].count(b"\n") + 1
+        raise CapcliError(
+            f"{printable(path)} is no annotations but binary data: line {line} holds a NUL byte. Known: {KNOWN}"
+        )

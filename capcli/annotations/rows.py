@@ -28,6 +28,7 @@ SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 _BREAKS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
+_LONGEST_NAME = 4096  # bytes, as Linux allows
 _WITHIN = ("raw", "text", "caption")  # where an object that is a caption keeps its text
 
 
@@ -169,6 +170,8 @@ def named(value: object) -> str:
     """An image's name as a file gives it; an image column may hold an object with a path."""
     if isinstance(value, Mapping):
         value = value.get("path") or value.get("file_name")
+    if isinstance(value, bytes):  # a name, as old writers keep texts, or the image itself, which names nothing
+        return os.fsdecode(value) if len(value) <= _LONGEST_NAME and b"\0" not in value else ""
     return "" if value is None or value != value else str(value)
 
 

@@ -13,7 +13,7 @@ from capcli.annotations.gathering import Image, normal
 from capcli.annotations.places import Listings
 from capcli.annotations.report import DataReport, counted
 from capcli.errors import CapcliError
-from capcli.names import printable, raw_bytes
+from capcli.names import brief, printable, raw_bytes
 from capcli.options import DataOptions
 from capcli.records import Annotated, Stored
 from capcli.sources.lists import open_list
@@ -32,7 +32,7 @@ def sorted_out(images: Sequence[Image], options: DataOptions, report: DataReport
     }
     both = listed.get("val", set()) & listed.get("train", set())
     if both:
-        first = printable(images[min(both)].name)
+        first = brief(images[min(both)].name)
         report.notes.append(f"{counted(len(both), 'image')} in both lists, such as {first}: kept for validation")
     elsewhere = bool(options.val_data or options.val_fraction or options.val_names)
     wanted = []
@@ -82,14 +82,14 @@ def matched(images: Sequence[Image], path: str, report: DataReport) -> set[int]:
     if unknown:
         unknown = _match_loosely(unknown, exact, found)
     if not found:
-        example = printable(images[0].name) if images else "no image at all"
+        example = brief(images[0].name) if images else "no image at all"
         raise CapcliError(
-            f"{printable(path)} and the data have no image in common: {printable(names[0])} in the list, "
+            f"{printable(path)} and the data have no image in common: {brief(names[0])} in the list, "
             f"{example} in the data"
         )
     if unknown:
         of = f"{len(unknown):,} of {counted(len(names), 'name')} in {printable(path)}"
-        report.notes.append(f"{of} not found in the data, such as {printable(unknown[0])}")
+        report.notes.append(f"{of} not found in the data, such as {brief(unknown[0])}")
     return found
 
 

@@ -25,7 +25,7 @@ from capcli.annotations.rows import (
     split_column,
     split_of,
 )
-from capcli.annotations.tables import arrow_errors
+from capcli.annotations.tables import arrow_errors, is_bytes
 from capcli.annotations.text import parsed, readable
 from capcli.errors import CapcliError
 from capcli.names import printable
@@ -92,13 +92,17 @@ def _layout(folder: str, options: DataOptions) -> Layout:
     caption = pick(names, options.caption_column, CAPTION_COLUMNS)
     if caption is None:
         raise no_column(folder, names, options.caption_column, "caption", "--caption-column")
-    pictures = [name for name in names if _is_picture(schema.field(name).type)]
+    files = [name for name in names if is_bytes(schema.field(name).type)]
+    usual = pick(files, options.image_column, IMAGE_COLUMNS)
+    pictures = [name for name in names if name == usual or _is_picture(schema.field(name).type)]
     given = pick(names, options.image_column, ())
     if options.image_column is not None and given is None:
         raise no_column(folder, names, options.image_column, "image", "--image-column")
     image = given if given in pictures else pick(pictures, None, IMAGE_COLUMNS) or next(iter(pictures), None)
-    plain = [name for name in names if name not in (*pictures, caption)]
+    plain = [name for name in names if name not in (*pictures, *files, caption)]
     name = given if given in plain else pick(plain, None, IMAGE_COLUMNS)
+    if image is None and name is None and len(files) == 1:
+        image = files[0]
     if image is None and name is None:
         raise no_column(folder, names, options.image_column, "image", "--image-column")
     return Layout(names, caption, image, name, split_column(names, options, folder), options.split_column is not None)
@@ -182,12 +186,14 @@ class _Pictures:
     """
 
     def __init__(self, folder: str, column: Any, name: str) -> None:
+        import pyarrow
         from pyarrow import compute
 
         self._folder, self._column = folder, name
-        self._bytes = compute.struct_field(column, "bytes")
+        bare = is_bytes(column.type)
+        self._bytes = column if bare else compute.struct_field(column, "bytes")
         self._lengths = compute.binary_length(self._bytes)
-        self._paths = compute.struct_field(column, "path")
+        self._paths = pyarrow.nulls(len(column), pyarrow.string()) if bare else compute.struct_field(column, "path")
         self._digests: dict[int, bytes] = {}
         # Where capcli prepare wrote a row it is an image of its own: train/1.jpg and val/1.jpg may both be called 1.jpg.
         self._prepared = _is_prepared(os.path.dirname(os.path.normpath(folder)))

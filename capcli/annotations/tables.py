@@ -29,6 +29,7 @@ from capcli.options import DataOptions
 from capcli.sources import IMAGE_SUFFIXES
 
 _SEPARATORS = ("\t", ",", "|", ";")
+csv.field_size_limit(1 << 30)  # characters; a single long cell is no reason to give up all others
 _LONGEST = 50  # lines of one quoted cell; more of them are a quote that was never closed
 _BATCH = 1 << 14  # rows of a Parquet file in memory at a time
 
@@ -108,19 +109,24 @@ def _is_image(cell: str) -> bool:
 
 def _text_rows(path: str, layout: Layout) -> Iterator[Row]:
     columns, names = layout.columns, layout.names
-    image, caption = names.index(columns.image), names.index(columns.caption)
+    image = names.index(columns.image)
+    captions = [n for n, name in enumerate(names) if _folded(name) == _folded(columns.caption)]  # two may bear one name
     split = None if columns.split is None else names.index(columns.split)
     encoded = names.index(BYTES_COLUMN) if BYTES_COLUMN in names else None
     with lines(path) as stream:
         records = _records(stream, layout, path)
         for number, cells in islice(records, int(layout.header), None):
             if len(cells) != len(names):
-                cells = _fitted(cells, layout, caption, path, number)
+                cells = _fitted(cells, layout, captions[-1], path, number)
             name = cells[image].strip() if layout.separator == "|" else cells[image]
             if encoded is not None and cells[encoded]:
                 name = raw_name(cells[encoded], path)
             word = None if split is None else split_of(cells[split], path, said=layout.said_split)
-            yield Row(name, cell_captions(cells[caption]), word)
+            yield Row(name, [each for caption in captions for each in cell_captions(cells[caption])], word)
+
+
+def _folded(name: str) -> str:
+    return name.strip().casefold()
 
 
 def _records(stream: Iterable[str], layout: Layout, path: str) -> Iterator[tuple[int, list[str]]]:
@@ -188,14 +194,23 @@ def parquet_table(path: str, options: DataOptions) -> Annotations:
     with opened_parquet(path) as file:
         schema = file.schema_arrow
     columns = Columns.among(schema.names, options, path)
-    inside = "path" in _children(schema.field(columns.image).type)
-    kind = (
+    kind = schema.field(columns.image).type
+    path_inside = "path" in _children(kind)
+    inside = path_inside or is_bytes(kind)
+    words = (
         "Parquet with the images inside (to use them, save it with save_to_disk of datasets)" if inside else "Parquet"
     )
-    wanted = [f"{columns.image}.path" if inside else columns.image, columns.caption]
+    wanted = [f"{columns.image}.path" if path_inside else columns.image, columns.caption]
     wanted += [name for name in (columns.split, BYTES_COLUMN) if name in schema.names and name is not None]
     rows = partial(_parquet_rows, path, columns, wanted, said=options.split_column is not None)
-    return Annotations(path, kind, rows, os.path.dirname(path), tuple(schema.names))
+    return Annotations(path, words, rows, os.path.dirname(path), tuple(schema.names))
+
+
+def is_bytes(kind: Any) -> bool:
+    """Whether a column of Arrow's holds plain bytes."""
+    from pyarrow import types
+
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
 
 
 def _children(kind: Any) -> list[str]:

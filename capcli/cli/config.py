@@ -31,6 +31,8 @@ def as_typed(value: Any, param: click.Parameter) -> Any:
     """One value where several may stand, and a boolean where a flag has words for it."""
     if getattr(param, "multiple", False) and isinstance(value, str):
         return [value]
+    if getattr(param, "multiple", False) and not isinstance(value, list):
+        raise UsageError(f"{param.name} is {value!r}; it must be a text in quotes, or a list of them")
     if isinstance(param.type, click.Choice) and isinstance(value, bool):
         return str(value).lower()
     return value

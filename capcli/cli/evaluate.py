@@ -26,8 +26,12 @@ references, measuring, output, running = (
     required=True,
     help="What people wrote of the images, in any format that --data of prepare and train takes; repeatable.",
 )
-@references("--image-column", metavar="NAME", help="Column or key of the image's name. [default: the usual ones]")
-@references("--caption-column", metavar="NAME", help="Column or key of the caption. [default: the usual ones]")
+@references(
+    "--image-column",
+    metavar="NAME",
+    help="Column or key of the image's name, in these and in CAPTIONS, where they have it. [default: the usual ones]",
+)
+@references("--caption-column", metavar="NAME", help="The same, of the caption.")
 @references("--split", type=click.Choice(["train", "val", "test"]), help="Take the references of this split only.")
 @measuring(
     "--tokenize",

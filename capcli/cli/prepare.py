@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from capcli.cli.config import config_option
 from capcli.cli.data import data_options, taken_data_options
 from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, leave_word
-from capcli.errors import CapcliError
+from capcli.errors import CapcliError, UsageError
 from capcli.options import DECODE_TIMEOUT, MAX_PIXELS, DownloadOptions, PrepareOptions
 
 DOWNLOAD = DownloadOptions()
@@ -66,9 +68,10 @@ data, output, download, running = (
     type=click.IntRange(min=1),
     default=1000,
     show_default=True,
-    help="Images per file; a rerun goes on after the last whole file.",
+    help="Images per file.",
 )
 @output("--overwrite", is_flag=True, help="Start --out anew.")
+@output("--retry-failed", is_flag=True, help="Try images again that failed in an earlier run.")
 @download(
     "--connections",
     metavar="N",
@@ -128,13 +131,14 @@ def prepare(**given: Any) -> int:
 
     Images are turned upright, made RGB, resized, encoded anew, and stored in files of --shard-size images: a dataset that
     datasets.load_from_disk opens. What cannot be stored is listed in failures.jsonl. A rerun with the same --out goes on
-    where the last one ended.
+    where the last one ended, and makes files anew that are damaged.
 
     \b
     Exit codes: 0 all stored; 3 finished, with images left out; 2 wrong usage; 1 could not run;
     130 or 143 interrupted (the same command goes on from there).
     """
     given.pop("config")
+    refuse_idle_options(given)
     options = PrepareOptions(
         data=taken_data_options(given),
         download=DownloadOptions(
@@ -149,3 +153,12 @@ def prepare(**given: Any) -> int:
         raise CapcliError(f"capcli prepare needs {error.name}: pip install 'capcli[train]'") from error
 
     return prepare.run(options)
+
+
+def refuse_idle_options(given: Mapping[str, Any]) -> None:
+    """Raises UsageError for a flag about downloads where nothing is downloaded; a file's or a variable's may wait."""
+    context = click.get_current_context()
+    for param in context.command.params:
+        typed = context.get_parameter_source(str(param.name)) is ParameterSource.COMMANDLINE
+        if given["url_column"] is None and typed and getattr(param, "section", None) == "Downloads":
+            raise UsageError(f"{param.opts[0]} is about downloads: name the column of addresses with --url-column")

@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from capcli.cli.config import chosen, config_option, read
 from capcli.cli.data import data_options, taken_data_options
 from capcli.cli.generation import generation_options, taken_generation
 from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, leave_word
-from capcli.errors import CapcliError
+from capcli.errors import CapcliError, UsageError
 from capcli.options import DECODE_TIMEOUT, MAX_PIXELS, ModelOptions, TrainOptions
 
 Decorator = Callable[[Any], Any]
@@ -63,8 +64,17 @@ class StepsOrEpoch(click.ParamType[Any]):
         return steps
 
 
+# What one option, given itself, makes of others that come from a file.
+INSTEAD = {
+    "model": ("encoder", "decoder", "tokenizer"),
+    "encoder": ("model",),
+    "decoder": ("model",),
+    "epochs": ("max_steps",),
+}
+
+
 class TrainCommand(SectionedCommand):
-    """With --resume, what is not given is as the run in --out has it."""
+    """With --resume, what is not given is as the run in --out has it. A flag wins over all in a file that it stands for."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         given = list(args)
@@ -74,7 +84,16 @@ class TrainCommand(SectionedCommand):
             ctx.default_map = {**chosen(read(saved), str(self.name), saved), **(ctx.default_map or {})}
             ctx.params = {}
             rest = super().parse_args(ctx, given)
+        for name, others in INSTEAD.items():
+            for other in others:
+                if from_file(ctx, other) and not from_file(ctx, name) and ctx.params.get(name) is not None:
+                    ctx.params[other] = None
         return rest
+
+
+def from_file(ctx: click.Context, name: str) -> bool:
+    """Whether a parameter is as a file has it, or as it is by itself."""
+    return ctx.get_parameter_source(name) in (ParameterSource.DEFAULT_MAP, ParameterSource.DEFAULT)
 
 
 @click.command(cls=TrainCommand, short_help="Train a captioner on images with captions.")
@@ -101,9 +120,7 @@ class TrainCommand(SectionedCommand):
     "--max-length",
     metavar="N",
     type=click.IntRange(min=2),
-    default=50,
-    show_default=True,
-    help="Tokens of a caption to learn, its end included.",
+    help="Tokens of a caption to learn, its end included. [default: 50, or what the decoder holds]",
 )
 @learning(
     "--epochs",
@@ -289,6 +306,10 @@ def train(**given: Any) -> int:
     from capcli.training.place import Place
 
     place = Place.open(options)  # which may refuse, before torch is loaded
+    if options.unfreeze_after is not None:
+        # Several processes look for weights at rest at every step, and once all learn PyTorch would call that a mistake, in a
+        # line of C++'s that nothing else silences. It is read when torch is loaded.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         from capcli.training.run import run
     except ModuleNotFoundError as error:
@@ -300,8 +321,11 @@ def train(**given: Any) -> int:
 
 def train_options(given: dict[str, Any]) -> TrainOptions:
     """The command's parameters, by name, in the dataclass that each belongs to. Raises UsageError for what cannot be."""
-    if not given.get("out"):
+    out = given.get("out")
+    if not out:
         raise click.MissingParameter(param_hint="--out", param_type="option")
+    if given["resume"] and not given["data"] and not os.path.exists(os.path.join(out, SETTINGS)):
+        raise UsageError(f"--out {out} holds no run to go on with; to begin one, give --data and what to train too")
     generation = taken_generation({**given, "seed": None})  # the seed is the training's
     data = taken_data_options(given)
 

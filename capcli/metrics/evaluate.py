@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from capcli.errors import CapcliError, UsageError
 from capcli.metrics import bootstrap, java, show, tokens
 from capcli.metrics.matching import match
-from capcli.metrics.reading import Captions, References, names_by_number, read_captions, read_references
+from capcli.metrics.reading import Captions, Given, References, names_by_number, read_captions, read_references
 from capcli.metrics.scorer import Scorer, Scores
 from capcli.metrics.variety import variety
-from capcli.names import printable
-from capcli.options import DataOptions, EvaluateOptions
+from capcli.names import brief, printable
+from capcli.options import EvaluateOptions
 from capcli.progress import warn
 
 
@@ -93,9 +93,12 @@ def check_output(path: str, inputs: Sequence[str]) -> None:
 
 
 def evaluate(options: EvaluateOptions, meteor: java.Meteor | None) -> Result:
-    columns = DataOptions(image_column=options.image_column, caption_column=options.caption_column)
-    references = read_references(options.references, columns, options.split)
-    matched = [matched_captions(read_captions(path, DataOptions()), references) for path in options.captions]
+    columns = {name: getattr(options, name) for name in ("image_column", "caption_column")}
+    given = Given({name: column for name, column in columns.items() if column is not None})
+    references = read_references(options.references, given, options.split)
+    captions = [read_captions(path, given) for path in options.captions]
+    given.check()
+    matched = [matched_captions(each, references) for each in captions]
     if len(matched) > 1:
         matched = on_the_same_images(matched)
     for each in matched:
@@ -137,7 +140,7 @@ def matched_captions(captions: Captions, references: References) -> Matched:
     if not found:
         raise CapcliError(
             f"no image in {printable(captions.path)} has references: its names are like "
-            f"{printable(next(iter(captions.texts)))}, the references' like {printable(next(iter(references.texts)))}"
+            f"{brief(next(iter(captions.texts)))}, the references' like {brief(next(iter(references.texts)))}"
         )
     if captions.several:
         warn(

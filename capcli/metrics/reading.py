@@ -7,14 +7,18 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from itertools import combinations
+from typing import Any, TypeVar
 
 from capcli.errors import CapcliError, UsageError
-from capcli.names import printable
+from capcli.names import brief, printable
 from capcli.options import DataOptions
+from capcli.records import Annotated
 
+T = TypeVar("T")
 RESULTS = "COCO results"
 ONE_ROW_EACH = (RESULTS, "JSON lines")  # formats of captioners' output, where a second row is a mistake
 
@@ -41,47 +45,83 @@ class References:
     paths: tuple[str, ...]
 
 
-def read_captions(path: str, options: DataOptions) -> Captions:
+@dataclass(frozen=True)
+class Given:
+    """The columns that were named, each for the files that have it: captions and references may call theirs otherwise."""
+
+    columns: Mapping[str, Any]
+    found: set[str] = field(default_factory=set)
+    errors: list[UsageError] = field(default_factory=list)
+
+    def reading(self, read: Callable[[DataOptions], T]) -> T:
+        """What `read` makes of the file with as many of the columns as it has; raises what it raises."""
+        for number in range(len(self.columns), -1, -1):
+            for names in combinations(self.columns, number):
+                try:
+                    result = read(DataOptions(**{name: self.columns[name] for name in names}))
+                except UsageError as error:
+                    if not names:
+                        raise
+                    self.errors.append(error)
+                else:
+                    self.found.update(names)
+                    return result
+        raise AssertionError("the last is without any")
+
+    def check(self) -> None:
+        """Raises UsageError for a column that no file has."""
+        missing = [repr(column) for name, column in self.columns.items() if name not in self.found]
+        if missing:
+            raise next((each for each in self.errors if missing[0] in str(each)), self.errors[0])
+
+
+def read_captions(path: str, given: Given) -> Captions:
     """Reads one file of captions, `-` for standard input.
 
     Raises CapcliError for a file in which no image has a caption, or one image has two rows that differ.
     """
+    with on_disk(path) as file:
+        return given.reading(partial(_captions, "standard input" if path == "-" else path, file))
+
+
+def _captions(called: str, file: str, options: DataOptions) -> Captions:
     from capcli.annotations.recognition import recognise
     from capcli.annotations.rows import texts
 
-    captions = Captions("standard input" if path == "-" else path)
+    captions = Captions(called)
     more: set[str] = set()
-    with on_disk(path) as file:
-        for part in recognise(file, options):
-            captions.numbered |= part.format == RESULTS
-            for row in part.rows():
-                if not row.captions:
-                    continue
-                kept, _ = texts(row.captions[:1])
-                text = kept[0] if kept else ""
-                first = captions.texts.setdefault(row.name, text)
-                if first != text and part.format in ONE_ROW_EACH:
-                    raise CapcliError(
-                        f"{printable(captions.path)} has two captions of {printable(row.name)}, {first!r} and {text!r}: "
-                        "leave one row for each image"
-                    )
-                if first != text:
-                    more.add(row.name)
+    for part in recognise(file, options):
+        captions.numbered |= part.format == RESULTS
+        for row in part.rows():
+            if not row.captions:
+                continue
+            kept, _ = texts(row.captions[:1])
+            text = kept[0] if kept else ""
+            first = captions.texts.setdefault(row.name, text)
+            if first != text and part.format in ONE_ROW_EACH:
+                raise CapcliError(
+                    f"{printable(captions.path)} has two captions of {brief(row.name)}, {first!r} and {text!r}: "
+                    "leave one row for each image"
+                )
+            if first != text:
+                more.add(row.name)
     if not captions.texts:
         raise CapcliError(f"there is no caption in {printable(captions.path)}")
     captions.several = len(more)
     return captions
 
 
-def read_references(paths: Sequence[str], options: DataOptions, split: str | None) -> References:
+def read_references(paths: Sequence[str], given: Given, split: str | None) -> References:
     """Reads all of these together: what several say of one image is put together.
 
     Raises CapcliError where no image has a caption, and UsageError where none is in the split that was asked for.
     """
     from capcli.annotations import DataReport, read_annotations
 
-    report = DataReport()
-    found = list(read_annotations(paths, options, locate=False, report=report))
+    def read(options: DataOptions) -> list[Annotated]:
+        return list(read_annotations(paths, options, locate=False, report=DataReport()))
+
+    found = given.reading(read)
     kept = [image for image in found if split is None or image.split == split]
     if not kept:
         splits = ", ".join(sorted({image.split or "none" for image in found}))

@@ -12,10 +12,10 @@ from capcli.errors import UsageError
 class EvaluateOptions:
     """One or two files of `captions` (`-` is standard input) to hold against `references`, all of which count together.
 
-    `image_column` and `caption_column` name columns of the references' tables, `split` takes the references of one split
-    only. `tokenize` None goes by the references' script. `without_java` leaves METEOR out and tokenizes in Python.
-    `bootstrap` asks for 95 % intervals from `resamples` draws with `seed`. `per_image` is a CSV to write, `json` asks for
-    JSON in place of a table.
+    `image_column` and `caption_column` name columns of the references, the captions, or both; `split` takes the
+    references of one split only. `tokenize` None goes by the references' script. `without_java` leaves METEOR out and
+    tokenizes in Python. `bootstrap` asks for 95 % intervals from `resamples` draws with `seed`. `per_image` is a CSV to
+    write, `json` asks for JSON in place of a table.
     """
 
     captions: tuple[str, ...]

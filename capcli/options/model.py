@@ -9,6 +9,7 @@ from typing import Any
 from capcli.errors import UsageError
 
 NEW = "new"  # the tokenizer that is trained on the captions
+DEFAULT_LENGTH = 50  # tokens of a caption
 LEAST_VOCABULARY = 259  # every byte, start, end and padding
 
 
@@ -20,7 +21,7 @@ class ModelOptions:
     are each a name on the hub or a folder with weights; or the path of a .json file of config values, or a table of them with
     a "model_type": those get new random weights. `tokenizer` None is the decoder's own, "new" a byte-level BPE of at most
     `vocab_size` tokens trained on the captions, anything else a name or a folder. `max_length` is how many tokens of a
-    caption are learned from, the end token included.
+    caption are learned from, the end token included; None is DEFAULT_LENGTH, or what the decoder holds where that is less.
     """
 
     model: str | None = None
@@ -28,7 +29,7 @@ class ModelOptions:
     decoder: str | Mapping[str, Any] | None = None
     tokenizer: str | None = None
     vocab_size: int = 15000
-    max_length: int = 50
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         parts = [name for name in ("encoder", "decoder", "tokenizer") if getattr(self, name) is not None]
@@ -44,5 +45,7 @@ class ModelOptions:
                 raise UsageError(f"{name} is empty; it must name a folder or a model on the hub")
         for name, least in (("vocab_size", LEAST_VOCABULARY), ("max_length", 2)):
             value = getattr(self, name)
+            if value is None and name == "max_length":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {least}")

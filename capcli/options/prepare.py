@@ -43,6 +43,7 @@ class PrepareOptions:
     Images of `data` are stored in `out` with their shorter edge at `edge` pixels, or as large as they are where that is
     less, as `format` at `quality` (None: 95 for jpeg and webp; png has none), `shard_size` to a file. With `url_column`
     the data are tables, and that column holds each image's address. `workers` None: as many as there are CPUs.
+    `overwrite` starts a copy anew, `retry_failed` tries what failed in earlier runs again.
     """
 
     data: DataOptions
@@ -57,11 +58,16 @@ class PrepareOptions:
     decode_timeout: float = DECODE_TIMEOUT
     workers: int | None = None
     overwrite: bool = False
+    retry_failed: bool = False
     quiet: bool = False
 
     def __post_init__(self) -> None:
         if not self.data.data:
             raise UsageError("no data: name annotations or a folder with --data")
+        if self.overwrite and self.retry_failed:
+            raise UsageError(
+                "--overwrite tries all images again, and --retry-failed those that failed: give one of them"
+            )
         if not self.out:
             raise UsageError("--out is empty: name a folder")
         for name, least, most in (("edge", 1, 16_383), ("shard_size", 1, 10**9)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,11 +18,21 @@ Schedule = Literal[
 ]
 
 
+# What a number must be, where a comparison alone would let through what is no number.
+NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(("epochs", "learning_rate", "decode_timeout"), (lambda x: x > 0, "above 0")),
+    **dict.fromkeys(("warmup", "weight_decay", "max_grad_norm"), (lambda x: x >= 0, "0 or more")),
+    **dict.fromkeys(("adam_beta2", "label_smoothing"), (lambda x: 0 <= x < 1, "0 or more, and below 1")),
+    "seed": (lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class TrainOptions:
     """One `capcli train`. Batch sizes are per device; a step is one update of the weights.
 
-    `max_steps` wins over `epochs`. `warmup` is a number of steps, or below 1 a share of them. `evaluate_every` and
+    `max_steps` wins over `epochs`. `warmup` is a number of steps, or below 1 a share of them. Raises UsageError for a number
+    that is none, or out of its range. `evaluate_every` and
     `save_every` count steps, or say "epoch"; None saves whenever there was an evaluation. `select` says by what the
     `keep_best` checkpoints are chosen: the validation loss, or CIDEr of captions generated for `caption_images` of the
     validation images. `patience` ends the run after so many evaluations without a better one. `unfreeze_after`
@@ -71,3 +83,9 @@ class TrainOptions:
             raise UsageError("select is cider, of captions, and caption_images is 0: no captions would be made")
         if not self.data.data:
             raise UsageError("nothing to train on: give --data")
+        for name, (allowed, words) in NUMBERS.items():
+            value = self.data.seed if name == "seed" else getattr(self, name)
+            if not (math.isfinite(value) and allowed(value)):
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be {words}")
+        if self.warmup > 1 and self.warmup != int(self.warmup):
+            raise UsageError(f"--warmup is {self.warmup}; it must be whole steps, or below 1 a share of them")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-import shutil
+import re
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ from capcli.prepared.encoding import address_of
 from capcli.prepared.fetching import Fetcher
 from capcli.records import Entry
 
+FETCHED = re.compile(r"\d+")
 AHEAD = 8  # images, for each connection, that are fetched or waiting for one that is slow
 
 
@@ -74,8 +76,8 @@ class Downloads:
         return Entry(entry.name, path)
 
     def __enter__(self) -> Self:
-        shutil.rmtree(self._folder, ignore_errors=True)  # what a kill left
-        os.makedirs(self._folder)
+        os.makedirs(self._folder, exist_ok=True)
+        sweep(self._folder, FETCHED)  # what a kill left
         self._fetcher = Fetcher(self._options)
         self._thread.start()
         return self
@@ -89,7 +91,9 @@ class Downloads:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        sweep(self._folder, FETCHED)
+        with contextlib.suppress(OSError):
+            os.rmdir(self._folder)
 
     async def _give_up(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -97,3 +101,10 @@ class Downloads:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._fetcher.close()
+
+
+def sweep(folder: str, names: re.Pattern[str]) -> None:
+    """Remove the files of such names from a folder, where there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in filter(names.fullmatch, os.listdir(folder)):
+            os.unlink(os.path.join(folder, name))

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
+from capcli.annotations.report import MISSING, counted
 from capcli.errors import CapcliError
 from capcli.interrupts import Interrupts
 from capcli.loading import Loading, load, usable_cpus
-from capcli.names import printable
+from capcli.names import brief, printable
 from capcli.options import PrepareOptions
 from capcli.prepared.download import Downloads
 from capcli.prepared.encoding import Encoder, address_of
 from capcli.prepared.folder import Done, Folder
 from capcli.prepared.plan import Plan, Shard, make_plan
-from capcli.prepared.source import read_source
+from capcli.prepared.shards import stored_copies
+from capcli.prepared.source import read_source, refuse_own
 from capcli.progress import Progress, say
-from capcli.records import Entry, Failure
+from capcli.records import Annotated, Entry, Failure, Loaded
 
 HEED = 0.2  # seconds after which a wait shows how far things are
+GRACE = 5.0  # seconds after an interrupt in which what is under way may still come
+PROVEN_BY = 16  # images, one of which is mostly good
+
+
+class StoppedError(Exception):
+    """The run was interrupted, and what was under way is kept."""
 
 
 @dataclass(slots=True)
@@ -52,16 +61,47 @@ def run(options: PrepareOptions) -> int:
     plan = make_plan(options, source.splits)
     with Folder(options.out) as folder:
         manifest = folder.manifest()
-        if manifest is not None and options.overwrite:
+        run = Run(options, plan, folder, source.failures, manifest or plan.manifest())
+        if manifest is None:
+            return run.store_all(anew=True)
+        refuse_own(options, source, folder.own(manifest))
+        if options.overwrite:
+            run.prove()
             folder.clear(manifest)
-            manifest = None
-        if manifest is not None:
-            plan.refuse_other(manifest, options.out)
-        if manifest is not None and manifest["state"] == "finished":
-            folder.check(manifest)
-            folder.tidy()
-            return close(options, folder, manifest, Report())
-        return Run(options, plan, folder, source.failures, manifest or plan.manifest()).store_all(anew=manifest is None)
+            return Run(options, plan, folder, source.failures, plan.manifest()).store_all(anew=True)
+        plan.refuse_other(manifest, options.out)
+        if manifest["state"] == "finished":
+            damaged = folder.damaged(manifest)
+            if not damaged and not (options.retry_failed and manifest["images_left_out"]):
+                folder.tidy()
+                return close(options, folder, manifest, Report())
+            for path in damaged:
+                run.tell(f"{printable(path)} is not as it was written, or gone: it is made anew")
+            folder.reopen(plan, manifest)
+        if options.retry_failed and not manifest.get("again"):  # else that is what the run goes on with
+            folder.try_again(manifest)
+        return run.store_all(anew=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """A shard to be made: of a file that is there (`earlier`) what it lacks, else all; but what is `begun` already."""
+
+    shard: Shard
+    earlier: Done | None
+    begun: frozenset[int]
+
+    @property
+    def wanted(self) -> list[int]:
+        """The positions of the images that are to be had."""
+        positions = range(len(self.shard.images)) if self.earlier is None else self.earlier.failed
+        return [position for position in positions if position not in self.begun]
+
+    @property
+    def kept(self) -> list[Annotated]:
+        """The images whose copies are taken from the file that is there."""
+        failed = () if self.earlier is None else set(self.earlier.failed)
+        return [] if self.earlier is None else [i for n, i in enumerate(self.shard.images) if n not in failed]
 
 
 @dataclass
@@ -75,61 +115,118 @@ class Run:
     manifest: dict[str, Any]
     report: Report = field(default_factory=Report)
 
+    @property
+    def again(self) -> bool:
+        """Whether what failed before is tried again."""
+        return bool(self.manifest.get("again"))
+
+    def prove(self) -> None:
+        """Raises CapcliError where no image at all can be had: nothing is to be overwritten for that."""
+        first: Failure | None = None
+        for most in (PROVEN_BY, None):
+            entries = islice(listed(Work(shard, None, frozenset()) for shard in self.plan.shards), most)
+            with self.at_work(entries) as (images, drop):
+                for result in images:
+                    drop()
+                    if isinstance(result, Loaded):
+                        return
+                    first = first or result
+        reason = "" if first is None else f"; the first, {brief(first.name)}: {first.message}"
+        raise CapcliError(
+            f"none of {counted(self.plan.count, 'image')} could be read{reason}. "
+            f"{printable(self.options.out)} is left as it is"
+        )
+
     def store_all(self, *, anew: bool) -> int:
-        """Every shard that is not there yet; the exit code. A signal ends the run after the shard under way."""
+        """Every shard that is not there yet; the exit code. A signal ends the run, and what is done is kept."""
         try:
             self.folder.begin(self.plan, anew=anew)
-            done = {shard: found for shard in self.plan.shards if (found := self.folder.done(shard))}
-            wanted = [shard for shard in self.plan.shards if shard not in done]
-            self.report.skipped = sum(len(shard.images) for shard in done)
-            interrupts = self.store(wanted, done)
+            done: dict[Shard, Done] = {}
+            works: list[Work] = []
+            for shard in self.plan.shards:
+                found = self.folder.done(shard)
+                if found is not None and not (self.again and found.failures and not found.again):
+                    done[shard] = found
+                else:
+                    works.append(Work(shard, found, self.folder.begun(shard, again=self.again)))
+            self.report.skipped = self.plan.count - sum(len(work.wanted) for work in works)
+            interrupts = self.store(works, done)
             if interrupts.exit_code and len(done) < len(self.plan.shards):
-                self.tell(
-                    f"{len(done)} of {len(self.plan.shards)} shards are there; the same command goes on from here"
-                )
+                there = self.report.skipped + self.report.done
+                self.tell(f"{there:,} of {self.plan.count:,} images are done; the same command goes on from here")
                 return interrupts.exit_code
             return self.finish(done)
         except OSError as error:
             raise CapcliError(f"cannot write to {printable(self.options.out)}: {error.strerror or error}") from error
 
-    def store(self, wanted: Sequence[Shard], done: dict[Shard, Done]) -> Interrupts:
+    def store(self, works: Sequence[Work], done: dict[Shard, Done]) -> Interrupts:
         """Store shards, each image a row of its shard or a failure."""
         progress = Progress(self.report, shown=not self.options.quiet, total=lambda: self.plan.count, task="preparing")
-        with Interrupts(quiet=self.options.quiet) as interrupts, progress, contextlib.ExitStack() as stack:
-            fetched: Downloads | None = None
-            if self.options.url_column is not None:
-                fetched = stack.enter_context(Downloads(self.options.download, self.folder.work))
-            entries = listed(wanted) if fetched is None else fetched.entries(listed(wanted))
-            images = stack.enter_context(self.images(entries))
-            for shard in wanted:
-                if interrupts.asked():
-                    break
-                done[shard] = self.store_shard(shard, images, progress, fetched)
+        with (
+            Interrupts(quiet=self.options.quiet) as interrupts,
+            progress,
+            self.at_work(until(interrupts.asked, listed(works))) as (images, drop),
+            contextlib.suppress(StoppedError),
+        ):
+            results = self.results(images, drop, interrupts, progress)
+            for work in works:
+                done[work.shard] = self.store_shard(work, results)
         return interrupts
 
-    def store_shard(self, shard: Shard, images: Loading, progress: Progress, fetched: Downloads | None) -> Done:
-        failures = []
-        with self.folder.writer(shard, self.plan) as writer:
-            for image in shard.images:
-                while (result := images.take(HEED)) is None:
-                    progress.update()
+    def store_shard(self, work: Work, results: Iterator[Loaded | Failure]) -> Done:
+        """Write a shard, of what is done of it already and of `results`; raises StoppedError where these break off."""
+        shard, wanted = work.shard, set(work.wanted)
+        failures: dict[int, Failure] = {}
+        with contextlib.ExitStack() as stack:
+            writer = stack.enter_context(self.folder.writer(shard, self.plan))
+            part = stack.enter_context(self.folder.part(shard, again=self.again))
+            kept = stored_copies(self.folder.file(shard), work.kept) if work.earlier is not None else iter(())
+            stack.callback(getattr(kept, "close", int))
+            for position, image in enumerate(shard.images):
+                if position in wanted:
+                    result = located(next(results), image)
+                    part.add(position, result)
+                else:
+                    result = part.read(position, image.name) if position in part else next(kept)
                 if isinstance(result, Failure):
-                    failures.append(result)
-                    self.report.failed += 1
+                    failures[position] = result
                 else:
                     writer.add(image, result)
-                    self.report.stored += 1
-                if fetched is not None:
-                    fetched.drop()
-                progress.update()
-        return self.folder.settle(shard, writer, failures)
+        return self.folder.settle(shard, writer, failures, again=self.again)
 
-    def images(self, entries: Iterator[Entry]) -> Loading:
-        """Decoder processes at work on `entries`."""
+    def results(
+        self, images: Loading, drop: Callable[[], None], interrupts: Interrupts, progress: Progress
+    ) -> Iterator[Loaded | Failure]:
+        """What comes of the images, until all came or, a moment after an interrupt, StoppedError is raised."""
+        last = float("inf")
+        while True:
+            if interrupts.asked():
+                last = min(last, time.monotonic() + GRACE)
+            result = images.take(HEED)
+            if result is not None:
+                drop()
+                self.report.failed += isinstance(result, Failure)
+                self.report.stored += isinstance(result, Loaded)
+                yield result
+            progress.update()
+            if interrupts.asked() and (images.done or time.monotonic() > last):
+                raise StoppedError
+
+    @contextlib.contextmanager
+    def at_work(self, entries: Iterable[Entry]) -> Iterator[tuple[Loading, Callable[[], None]]]:
+        """Decoder processes at work on `entries`, fetched where they are addresses; and what to call after each."""
         settings = self.plan.settings
         encoder = Encoder(settings["edge"], settings["format"], settings["quality"], settings["max_pixels"])
         workers = usable_cpus() if self.options.workers is None else self.options.workers
-        return load(entries, encoder, workers=workers, timeout=self.options.decode_timeout)
+        with contextlib.ExitStack() as stack:
+            drop: Callable[[], None] = lambda: None  # noqa: E731
+            if self.options.url_column is not None:
+                fetched = stack.enter_context(Downloads(self.options.download, self.folder.work))
+                entries, drop = fetched.entries(entries), fetched.drop
+            yield (
+                stack.enter_context(load(entries, encoder, workers=workers, timeout=self.options.decode_timeout)),
+                drop,
+            )
 
     def finish(self, done: Mapping[Shard, Done]) -> int:
         failures = [*self.left_out, *(failure for shard in self.plan.shards for failure in done[shard].failures)]
@@ -138,7 +235,7 @@ class Run:
             self.folder.forget(self.plan.shards)  # so that the same command tries them again
             first = next(failure for shard in self.plan.shards for failure in done[shard].failures)
             raise CapcliError(
-                f"none of {self.plan.count} images could be read; the first, {printable(first.name)}: {first.message}. "
+                f"none of {counted(self.plan.count, 'image')} could be read; the first, {brief(first.name)}: {first.message}. "
                 f"All are listed in {printable(self.folder.failures)}"
             )
         self.folder.finish(self.plan, self.manifest, done, failures)
@@ -149,19 +246,38 @@ class Run:
             say(line)
 
 
-def listed(shards: Sequence[Shard]) -> Iterator[Entry]:
-    for shard in shards:
-        for image in shard.images:
+def listed(works: Iterable[Work]) -> Iterator[Entry]:
+    for work in works:
+        for image in map(work.shard.images.__getitem__, work.wanted):
             yield Entry(image.name, image.name if image.image is None else address_of(image.image))
+
+
+def located(result: Loaded | Failure, image: Annotated) -> Loaded | Failure:
+    """With the path of a file that is missing: it was this program that made it of the image's name."""
+    if isinstance(result, Failure) and result.error == MISSING and isinstance(image.image, str):
+        return replace(result, message=f"{result.message}: {printable(image.image)}")
+    return result
+
+
+def until(ended: Callable[[], bool], entries: Iterator[Entry]) -> Iterator[Entry]:
+    while not ended() and (entry := next(entries, None)):
+        yield entry
 
 
 def close(options: PrepareOptions, folder: Folder, manifest: Mapping[str, Any], report: Report) -> int:
     """The closing line, and the exit code."""
     total = {key: sum(split[key] for split in manifest["splits"].values()) for key in ("rows", "captions", "bytes")}
-    line = f"{total['rows']:,} images, {total['captions']:,} captions, {total['bytes'] / 1e6:,.1f} MB"
-    if manifest["failures"]:
-        line += f"; {manifest['failures']:,} left out ({printable(folder.failures)})"
+    line = f"{counted(total['rows'], 'image')}, {counted(total['captions'], 'caption')}, {total['bytes'] / 1e6:,.1f} MB"
+    left_out = [
+        counted(manifest[key], word)
+        for key, word in (("images_left_out", "image"), ("empty_captions", "empty caption"))
+        if manifest[key]
+    ]
+    if left_out:
+        line += f"; {' and '.join(left_out)} left out ({printable(folder.failures)})"
     line += f"; {report.rate:,.1f} images/s" if report.done else "; all there already"
+    if not report.done and manifest["images_left_out"]:
+        line += " (--retry-failed tries again what was left out)"
     if not options.quiet:
         say(line)
-    return 3 if manifest["failures"] else 0
+    return 3 if manifest["images_left_out"] else 0

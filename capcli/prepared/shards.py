@@ -5,15 +5,17 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import datasets
+import numpy as np
 import pyarrow as pa
 
-from capcli.names import as_text, is_text, raw_bytes
+from capcli.errors import CapcliError
+from capcli.names import as_text, is_text, printable, raw_bytes
 from capcli.records import Annotated, Loaded
 from capcli.sinks import atomic
 
@@ -83,6 +85,23 @@ class ShardWriter:
             self._file.close()
             if error is not None:
                 os.unlink(self._path)
+
+
+def stored_copies(path: str, images: Sequence[Annotated]) -> Iterator[Loaded]:
+    """The copies of these images, which are all that the shard at `path` holds, in their order.
+
+    Raises CapcliError where it holds anything else.
+    """
+    try:
+        with pa.OSFile(path) as file, pa.ipc.open_stream(file) as stream:
+            rows = (row for batch in stream for row in batch.to_pylist())
+            for image, row in zip(images, rows, strict=True):
+                if row["file_name"] != as_text(image.name):
+                    raise ValueError
+                facts = {key: row[key] for key in ("width", "height")}
+                yield Loaded(image.name, np.frombuffer(row["image"]["bytes"], np.uint8), facts)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise CapcliError(f"{printable(path)} is damaged: remove it, and the same command makes it anew") from error
 
 
 @dataclass(frozen=True)

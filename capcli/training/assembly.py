@@ -15,7 +15,7 @@ from capcli.models.build import explained, own_generation, pixel_size, quiet_tra
 from capcli.models.files import PROCESSOR
 from capcli.models.hub import find_model
 from capcli.options import GenerationOptions, ModelOptions
-from capcli.options.model import NEW
+from capcli.options.model import DEFAULT_LENGTH, NEW
 from capcli.pixels import PixelSpec
 from capcli.training.embeddings import extend_embeddings, is_foreign, renew_embeddings, token_count
 from capcli.training.generation import set_generation
@@ -38,7 +38,8 @@ class Untrained:
 
     `processor` is the preprocessor_config.json to write beside it and `spec` the same as it is carried out. `new` names what
     has random weights: "encoder", "decoder" or, in a decoder with weights, "embeddings" (with the output layer) and
-    "cross-attention". `notes` are lines to say at the start.
+    "cross-attention". `max_length` is how many tokens of a caption are learned from: as asked, or as many as the decoder holds,
+    at most DEFAULT_LENGTH. `notes` are lines to say at the start.
     """
 
     model: VisionEncoderDecoderModel
@@ -47,6 +48,7 @@ class Untrained:
     specials: SpecialTokens
     spec: PixelSpec
     new: frozenset[str]
+    max_length: int
     notes: tuple[str, ...]
 
     @property
@@ -73,7 +75,7 @@ def assemble(
     decoder = find_part("decoder", _given(options.decoder), quiet=quiet)
     processor, notes = _processor(encoder)
     spec = _pixels(encoder.title, processor, config_of(encoder))
-    _refuse_long(decoder.title, config_of(decoder), options.max_length)
+    max_length = _length(decoder.title, config_of(decoder), options.max_length)
     own = None if options.tokenizer == NEW else _own_tokenizer(decoder)
     tokenizer = _tokenizer(options, decoder, own, captions, quiet)
     specials = special_tokens(tokenizer, config_of(decoder))
@@ -86,8 +88,8 @@ def assemble(
     if encoder.files is None:
         new["encoder"] = "the encoder has new random weights"
     notes += [line for line in new.values() if line]
-    notes += set_generation(model, specials, generation, options.max_length)
-    return Untrained(model, tokenizer, processor, specials, spec, frozenset(new), tuple(notes))
+    notes += set_generation(model, specials, generation, max_length)
+    return Untrained(model, tokenizer, processor, specials, spec, frozenset(new), max_length, tuple(notes))
 
 
 def _go_on(name: str, options: ModelOptions, generation: GenerationOptions, quiet: bool) -> Untrained:
@@ -95,7 +97,7 @@ def _go_on(name: str, options: ModelOptions, generation: GenerationOptions, quie
     with explained(files), quiet_transformers():
         config = VisionEncoderDecoderConfig.from_dict(files.config)
     spec = _pixels(name, files.processor, config.encoder)
-    _refuse_long(name, config.decoder, options.max_length)
+    max_length = _length(name, config.decoder, options.max_length)
     tokenizer: Any = read_tokenizer(files)
     own = own_generation(files) or {}
     with explained(files), quiet_transformers():
@@ -107,7 +109,7 @@ def _go_on(name: str, options: ModelOptions, generation: GenerationOptions, quie
     leave_idle(model)
     specials = _specials_in_force(model.generation_config.to_dict() | own, tokenizer, model.config)
     notes = set_generation(model, specials, generation, None)
-    return Untrained(model, tokenizer, dict(files.processor), specials, spec, frozenset(), tuple(notes))
+    return Untrained(model, tokenizer, dict(files.processor), specials, spec, frozenset(), max_length, tuple(notes))
 
 
 def _specials_in_force(generation: dict[str, Any], tokenizer: Any, config: Any) -> SpecialTokens:
@@ -166,13 +168,16 @@ def _pixels(title: str, processor: dict[str, Any], encoder: Any) -> PixelSpec:
     return spec
 
 
-def _refuse_long(title: str, decoder: Any, max_length: int) -> None:
-    holds = decoder.max_position_embeddings
+def _length(title: str, decoder: Any, max_length: int | None) -> int:
+    holds: int = decoder.max_position_embeddings
+    if max_length is None:
+        return min(DEFAULT_LENGTH, holds)
     if max_length > holds:
         field = POSITIONS[decoder.model_type]
         raise UsageError(
             f"max_length is {max_length}, but {title} holds {holds} tokens ({field}): give max_length {holds} or less"
         )
+    return max_length
 
 
 def _own_tokenizer(decoder: Config) -> Any:

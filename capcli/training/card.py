@@ -41,8 +41,10 @@ class CardFacts:
     `special_tokens` are roles (start, end, pad) with the token and its id. `splits` go by name, what was learnt from
     first. `left_out` counts by reason. `settings` are the resolved options by name; a table within becomes `table.name`.
     `validation_images` is how many images `scores` are of, at `step` of the weights that were kept, captioned with
-    `generation`. `processor` is the image processor's class in transformers, which it may also find itself. `spaced` says
-    that the tokenizer puts spaces between characters. `base_models` are hub IDs; what cannot be one is not named.
+    `generation`; the validation loss is of all there are in `splits`. `moved_ends` are the steps at which the run was gone
+    on with to another end, with the end before and after. `processor` is the image processor's class in transformers, which
+    it may also find itself. `spaced` says that the tokenizer puts spaces between characters. `base_models` are hub IDs; what
+    cannot be one is not named.
     """
 
     name: str
@@ -60,6 +62,7 @@ class CardFacts:
     validation_loss: float | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
     validation_images: int | None = None
+    moved_ends: Sequence[tuple[int, int, int]] = ()
     generation: Mapping[str, object] = field(default_factory=dict)
     processor: str = "AutoImageProcessor"
     spaced: bool = False
@@ -85,7 +88,7 @@ def write_text(facts: CardFacts, *, curves: bool) -> str:
         f"# {prose(last_part(facts.name))}",
         what_it_is(facts),
         "## Data\n\n" + data(facts),
-        "## Training\n\n" + table(("setting", "value"), settings_rows(facts.settings)),
+        "## Training\n\n" + training(facts),
         "## Scores\n\n"
         + measured(facts)
         + (f"\n\n![Loss, CIDEr and learning rate over the steps]({PNG})" if curves else ""),
@@ -130,18 +133,37 @@ def data(facts: CardFacts) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def training(facts: CardFacts) -> str:
+    moved = [
+        f"At step {at:,} the run was gone on with, to end at step {after:,} in place of {before:,}."
+        for at, before, after in facts.moved_ends
+    ]
+    return "\n\n".join([table(("setting", "value"), settings_rows(facts.settings)), *moved])
+
+
 def measured(facts: CardFacts) -> str:
     rows = [] if facts.validation_loss is None else [("validation loss", f"{facts.validation_loss:.4f}")]
     rows += [(prose(name), f"{value:.4f}") for name, value in facts.scores.items()]
     if not rows:
         return "It was not measured: there were no validation images."
-    on = "validation images" if facts.validation_images is None else f"{facts.validation_images:,} validation images"
     at = "" if facts.step is None else f", with the weights of step {facts.step:,}"
-    said = f"On {on}{at}."
+    said = f"On {measured_on(facts)}{at}."
     if facts.scores and facts.generation:
         chosen = ", ".join(code(f"{name}={shown(value)}") for name, value in flat(facts.generation))
         said += f" The captions were generated with {chosen}."
     return f"{said}\n\n{table(('measure', 'value'), rows)}"
+
+
+def measured_on(facts: CardFacts) -> str:
+    """The validation images: all of them for the loss, and how many were captioned where these are fewer."""
+    every = facts.splits["val"].images if "val" in facts.splits else None
+    captioned = facts.validation_images if facts.scores else every
+    if every is None or captioned is None or every == captioned:
+        count = every if captioned is None else captioned
+        return "validation images" if count is None else f"{count:,} validation images"
+    if facts.validation_loss is None:
+        return f"{captioned:,} of {every:,} validation images"
+    return f"{every:,} validation images, of which {captioned:,} were captioned (the loss is of all)"
 
 
 def use(facts: CardFacts) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ MARK = "capcli.json"  # written last: a checkpoint that has it is whole
 # What only a run that goes on needs, and the best that are kept for their captions do not.
 STATE = re.compile(r"optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth")
 Select = Literal["loss", "cider"]
+Merit = tuple[float, ...]
 
 
 def whole(folder: str) -> dict[int, str]:
@@ -31,16 +33,25 @@ def latest(folder: str) -> str | None:
     return resumable[-1] if resumable else None
 
 
-def ranking(log: Iterable[Mapping[str, Any]], select: Select) -> list[tuple[int, float]]:
-    """The steps that were evaluated and how good each was, higher is better, in order of time."""
-    key, sign = ("eval_loss", -1.0) if select == "loss" else ("eval_CIDEr", 1.0)
-    return [(entry["step"], sign * entry[key]) for entry in log if key in entry]
+def ranking(log: Iterable[Mapping[str, Any]], select: Select) -> list[tuple[int, Merit]]:
+    """The steps that were evaluated and how good each was, higher is better, in order of time.
+
+    For equal CIDEr the lower validation loss is better; of what is equal in all the earlier is the best.
+    """
+    key = "eval_loss" if select == "loss" else "eval_CIDEr"
+    return [(entry["step"], _merit(entry, select)) for entry in log if key in entry]
 
 
-def best(folder: str, ranked: Iterable[tuple[int, float]], count: int) -> list[int]:
+def _merit(entry: Mapping[str, Any], select: Select) -> Merit:
+    merit = (-entry["eval_loss"],) if select == "loss" else (entry["eval_CIDEr"], -entry["eval_loss"])
+    return tuple(-math.inf if math.isnan(value) else value for value in merit)
+
+
+def best(folder: str, ranked: Iterable[tuple[int, Merit]], count: int) -> list[int]:
     """The steps of the best `count` checkpoints that are there, the best first; of equals the earlier."""
     there = whole(folder)
-    return [step for step, _ in sorted(ranked, key=lambda each: (-each[1], each[0])) if step in there][:count]
+    by_merit = sorted(sorted(ranked), key=lambda each: each[1], reverse=True)  # stable: the earlier first
+    return [step for step, _ in by_merit if step in there][:count]
 
 
 def prune(folder: str, keep: Iterable[int]) -> None:

@@ -7,12 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+
 from capcli.annotations import DataReport, check_images, read_split
 from capcli.errors import CapcliError, UsageError
 from capcli.options import TrainOptions
 from capcli.progress import Progress
 from capcli.records import Annotated, Failure
 from capcli.training.place import LEFT_OUT, Place, digest
+
+Facts = dict[str, Any]  # for run.json
 
 
 @dataclass(frozen=True)
@@ -38,29 +42,40 @@ class Looked:
         return self.done / max(time.monotonic() - self.began, 1e-9)
 
 
-def read_data(options: TrainOptions, place: Place, arguments: Any) -> Data:
-    """The split, without images that cannot be used. The first process looks at every image; the others, and a run that goes
-    on, take its word, so that all of them learn from the same.
+def read_data(options: TrainOptions, place: Place, arguments: Any) -> tuple[Data, Facts]:
+    """The split, without images that cannot be used, and what a run that goes on needs to know of that. The first process
+    looks at every image; the others, and a run that goes on, take its word, so that all of them learn from the same.
 
     Raises CapcliError for an empty or broken set, and where a run that goes on finds other data than it began with.
     """
     with arguments.main_process_first(local=False):
         split = read_split(options.data)
-        if arguments.process_index == 0 and place.checkpoint is None:
-            return _looked_at(options, place, Data(split.train, split.val, split.report))
-    known = place.recall()
-    data = _without(set(known["broken"]), Data(split.train, split.val, split.report))
+    data = Data(split.train, split.val, split.report)
+    if place.checkpoint is None:
+        looked = _looked_at(options, data) if arguments.process_index == 0 else None
+        if looked is not None:
+            broadcast_object_list([looked[1]])
+            return looked
+        [known] = broadcast_object_list([None])
+    else:
+        known = place.recall()
+    data = _without(set(known["broken"]), data)
     data.report.failures.extend(Failure(*each) for each in known["left_out"])
     if [digest(data.train), digest(data.val)] != known["data"]:
-        raise CapcliError(
-            f"the data is no longer what {place.folder} was begun with: {known['images']} images then to train on and "
-            f"{known['val_images']} to validate, {len(data.train)} and {len(data.val)} now, or other captions. Bring it "
-            "back, or begin another run from the model with --model"
+        then, now = (known["images"], known["val_images"]), (len(data.train), len(data.val))
+        change = (
+            "captions or names of images are others"
+            if then == now
+            else f"{then[0]} images then to train on and {then[1]} to validate, {now[0]} and {now[1]} now"
         )
-    return data
+        raise CapcliError(
+            f"the data is no longer what {place.folder} was begun with: {change}. Bring it back, or begin another run "
+            "from the model with --model"
+        )
+    return data, known
 
 
-def _looked_at(options: TrainOptions, place: Place, data: Data) -> Data:
+def _looked_at(options: TrainOptions, data: Data) -> tuple[Data, Facts]:
     looked = Looked()
     count, before = len(data.train) + len(data.val), len(data.report.failures)
     with Progress(looked, shown=not options.quiet, total=lambda: count, task="looking at the images") as bar:
@@ -83,15 +98,13 @@ def _looked_at(options: TrainOptions, place: Place, data: Data) -> Data:
     data = Data([x for x in data.train if id(x) in kept], [x for x in data.val if id(x) in kept], data.report)
     if not data.train:
         raise CapcliError(f"no image is left to train on: {data.report.line()}")
-    data.report.write(place.path(LEFT_OUT))
-    place.remember(
-        broken=broken,
-        left_out=told,
-        data=[digest(data.train), digest(data.val)],
-        images=len(data.train),
-        val_images=len(data.val),
-    )
-    return data
+    return data, {
+        "broken": broken,
+        "left_out": told,
+        "data": [digest(data.train), digest(data.val)],
+        "images": len(data.train),
+        "val_images": len(data.val),
+    }
 
 
 def _without(broken: set[int], data: Data) -> Data:

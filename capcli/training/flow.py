@@ -72,8 +72,8 @@ class Flow(TrainerCallback):
     ) -> TrainerControl:
         last = state.global_step >= state.max_steps
         evaluation = _due(self._evaluate, state) or last
-        control.should_log = state.global_step % self._options.log_every == 0 or last
         control.should_evaluate = self._validates and evaluation
+        control.should_log = state.global_step % self._options.log_every == 0 or control.should_evaluate or last
         control.should_save = evaluation or _due(self._save, state)
         if last:
             control.should_training_stop = True

@@ -58,6 +58,7 @@ class History:
             self._points[point.step] = self._merged(point)
         self._extra: list[str] = []  # scores beyond the usual ones, as columns at the end
         self._told: set[str] = set()
+        self._drawn = False  # as it stands
         self._last = self._end = 0  # where the last row begins and ends
         try:
             os.makedirs(self._folder, exist_ok=True)
@@ -73,6 +74,7 @@ class History:
 
     def add(self, point: Point) -> None:
         """Put a point on disk. One of a step already there adds to its row."""
+        self._drawn = False
         last = next(reversed(self._points), None)
         latest = last is None or point.step >= last
         merging = point.step in self._points
@@ -87,13 +89,16 @@ class History:
             self._once(f"{printable(self._path)} cannot be written ({error.strerror or error}); training goes on")
 
     def draw(self) -> None:
-        """Draw curves.png; nothing while there is nothing to draw. Never raises: what fails becomes a warning."""
+        """Draw curves.png; nothing while there is nothing to draw, or nothing new. Never raises: what fails becomes a warning."""
+        if self._drawn:
+            return
         try:
             from capcli.training.curves import draw
 
             image = draw(self.points)
             if image:
                 atomic.replace(os.path.join(self._folder, PNG), [image])
+            self._drawn = True
         except ImportError:
             self._once(f"{PNG} is not drawn, matplotlib is missing: pip install 'capcli[train]'")
         except Exception as error:  # a picture is not worth a run

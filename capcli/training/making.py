@@ -66,7 +66,7 @@ def make_pairs(
     annotated: Sequence[Annotated], *, options: TrainOptions, made: Untrained, size: tuple[int, int]
 ) -> Pairs:
     flat = [text for each in annotated for text in each.captions]
-    labels = iter(encode_captions(made.tokenizer, flat, made.specials, options.model.max_length))
+    labels = iter(encode_captions(made.tokenizer, flat, made.specials, made.max_length))
     images = Images(annotated, made.spec, size, options.max_pixels)
     return Pairs(images, [[next(labels) for _ in each.captions] for each in annotated])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,9 +14,9 @@ from capcli.options import TrainOptions
 from capcli.records import Annotated
 from capcli.training import checkpoints
 from capcli.training.assembly import Untrained
-from capcli.training.card import CardFacts, Split, write_card
+from capcli.training.card import CARD, CardFacts, Split, shell_word, write_card
 from capcli.training.data import Data
-from capcli.training.place import SETTINGS, Place, flat
+from capcli.training.place import Place
 from capcli.training.showing import point_of
 from capcli.training.trainer import CaptionTrainer
 
@@ -36,7 +35,7 @@ def leave_captioner(options: TrainOptions, place: Place, made: Untrained, data: 
     there = checkpoints.whole(place.checkpoints)
     ranked = checkpoints.best(place.checkpoints, checkpoints.ranking(log, options.select), 1)
     step = ranked[0] if ranked else max(there)
-    put_in_place(there[step], place.folder)
+    put_in_place(there[step], place)
     point = next((point_of(entry) for entry in log if entry["step"] == step and "eval_loss" in entry), None)
     scores = dict(point.scores) if point else {}
     loss = point.val_loss if point else None
@@ -47,16 +46,18 @@ def leave_captioner(options: TrainOptions, place: Place, made: Untrained, data: 
         else f", validation loss {loss:.3f}"
         + "".join(f", {name} {scores[name]:.3f}" for name in ("CIDEr",) if name in scores)
     )
-    return f"step {step}{good}: capcli caption FOLDER --model {place.folder}"
+    return f"step {step}{good}: capcli caption FOLDER --model {shell_word(place.folder)}"
 
 
-def put_in_place(checkpoint: str, folder: str) -> None:
+def put_in_place(checkpoint: str, place: Place) -> None:
     """Copies a checkpoint's captioner; each file is there whole or not at all, the weights last."""
     shelf = files.shelf_of(checkpoint)
-    for name in (*files.setting_files(shelf.names), *files.weight_files(shelf)):
-        temporary = os.path.join(folder, f"{name}.tmp")
+    names = [*files.setting_files(shelf.names), *files.weight_files(shelf)]
+    place.remember(left=sorted({CARD, *names, *place.recall().get("left", ())}))
+    for name in names:
+        temporary = place.path(f"{name}.tmp")
         shutil.copyfile(os.path.join(checkpoint, name), temporary)
-        os.replace(temporary, os.path.join(folder, name))
+        os.replace(temporary, place.path(name))
 
 
 def card_facts(
@@ -71,8 +72,6 @@ def card_facts(
 ) -> CardFacts:
     model, config = made.model, made.model.config
     tokens = made.specials
-    with open(place.path(SETTINGS), "rb") as file:
-        settings = flat(tomllib.load(file))
     given = options.model
     named = [part for part in (given.model, given.encoder, given.decoder) if isinstance(part, str)]
     return CardFacts(
@@ -89,7 +88,8 @@ def card_facts(
         data_files=[*options.data.data, *options.data.val_data],
         splits={"train": split(data.train)} | ({"val": split(data.val)} if data.val else {}),
         left_out=Counter(failure.error for failure in data.report.failures),
-        settings=settings,
+        settings=place.settings(),
+        moved_ends=[(at, before, after) for at, before, after in place.recall().get("moved", ())],
         step=step,
         validation_loss=loss,
         scores=scores,

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from capcli.errors import CapcliError
 from capcli.interrupts import Interrupts
 from capcli.models.build import quiet_transformers
 from capcli.options import TrainOptions
 from capcli.training.arguments import total_steps, training_arguments
 from capcli.training.assembly import Untrained
-from capcli.training.data import Data, Lost, read_data, refuse_unvalidated
+from capcli.training.data import Data, Facts, Lost, read_data, refuse_unvalidated
 from capcli.training.flow import Flow, finished
 from capcli.training.freezing import Frozen, freeze, refuse_freezing
 from capcli.training.history import History
 from capcli.training.making import assembled, make_trainer
 from capcli.training.outcome import leave_captioner
-from capcli.training.place import EVENTS, Place
+from capcli.training.place import EVENTS, LEFT_OUT, Place
 from capcli.training.showing import Showing, earlier_points, state_at
 from capcli.training.trainer import CaptionTrainer
 from capcli.training.view import Sample, View
@@ -39,26 +41,36 @@ def run(options: TrainOptions, place: Place) -> int:
     arguments = training_arguments(options, place.checkpoints)
     main = arguments.process_index == 0
     with quiet_transformers():
-        if main:
-            place.begin(options)
-        data = read_data(options, place, arguments)
+        data, facts = read_data(options, place, arguments)
         refuse_unvalidated(options, data)
         made = assembled(options, place.checkpoint, data, quiet=options.quiet or not main)
-        hold = freezer(options, pinned_new(options, place, made, main=main))
+        options = replace(options, model=replace(options.model, max_length=made.max_length))
+        new = pinned_new(options, place, facts, made)
+        hold = freezer(options, new)
         frozen = hold(made.model) if options.unfreeze_after is None else None
+        if main:
+            place.make()
         trainer = make_trainer(options, arguments, made, data)
         steps = total_steps(arguments, len(trainer.pairs))
+        stood = state_at(place.checkpoint) if place.checkpoint else None
+        over = stood is not None and finished(stood, options, steps)
+        if main and not over:  # of a finished run nothing is changed
+            place.begin(options, {**facts, "new": sorted(new)})
+            if place.checkpoint is None:
+                data.report.write(place.path(LEFT_OUT))
         spare = Interrupts(quiet=options.quiet or not main, grace=LAUNCHER if arguments.world_size > 1 else 0.0)
         with spare as interrupts, View(steps, quiet=options.quiet or not main) as view:
-            describe(view, options, made, data, trainer, frozen)
+            describe(view, made, data, trainer, frozen)
             flow = Flow(options, hold, validates=bool(data.val), stop=interrupts.asked, say=view.say)
             trainer.add_callback(flow)
             if main:
                 trainer.add_callback(show(trainer, options, place, data, view))
-            if place.checkpoint and finished(state_at(place.checkpoint), options, steps):
-                trainer.state = state_at(place.checkpoint)
-                view.say(f"the run is finished, with {os.path.basename(place.checkpoint)}")
+            if stood is not None and over:
+                trainer.state, options = stood, replace(options, select=place.settings()["select"])
+                view.say(f"the run is finished, at step {stood.global_step:,}: its settings stay as they were")
             else:
+                if main and stood is not None and stood.max_steps != steps:
+                    move_end(place, stood.global_step, stood.max_steps, steps, view)
                 learn(trainer, place.checkpoint, view)
             if main:
                 result = leave_captioner(options, place, made, data, trainer)
@@ -68,20 +80,35 @@ def run(options: TrainOptions, place: Place) -> int:
 
 
 def learn(trainer: CaptionTrainer, checkpoint: str | None, view: View) -> None:
+    """Raises CapcliError where a process that loads images was ended from outside, besides all that training raises."""
     if checkpoint is not None:
         trainer.take_up(checkpoint)
         view.say(f"going on from {os.path.basename(checkpoint)}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # which says it wherever the main process was
+            raise
+        reason = str(error).strip(" .")
+        raise CapcliError(
+            f"a process that loads images was ended from outside, most often for want of memory ({reason}): give fewer "
+            "--workers, or --workers 0; --resume goes on from the last checkpoint"
+        ) from error
 
 
-def pinned_new(options: TrainOptions, place: Place, made: Untrained, *, main: bool) -> frozenset[str]:
+def move_end(place: Place, step: int, before: int, after: int, view: View) -> None:
+    """Tells people, and keeps for the card, that a run goes on to another end than it went for."""
+    earlier = [each for each in place.recall().get("moved", ()) if each[0] < step]
+    place.remember(moved=[*earlier, [step, before, after]])
+    view.say(f"from step {step:,} on the schedule runs to step {after:,}, no longer to {before:,}")
+
+
+def pinned_new(options: TrainOptions, place: Place, facts: Facts, made: Untrained) -> frozenset[str]:
     """Which parts had random weights when the run began: a checkpoint no longer tells, and freezing leaves them out."""
     if place.checkpoint is not None:
-        return frozenset(place.recall()["new"])
+        return frozenset(facts["new"])
     if options.unfreeze_after is None:
         refuse_freezing(options.freeze, made.new)
-    if main:
-        place.remember(new=sorted(made.new))
     return made.new
 
 
@@ -95,9 +122,7 @@ def freezer(options: TrainOptions, new: frozenset[str]) -> Callable[[Any], Froze
     )
 
 
-def describe(
-    view: View, options: TrainOptions, made: Untrained, data: Data, trainer: CaptionTrainer, frozen: Frozen | None
-) -> None:
+def describe(view: View, made: Untrained, data: Data, trainer: CaptionTrainer, frozen: Frozen | None) -> None:
     """What is about to learn from what."""
     view.say(f"{data.report.line()}; {len(data.train):,} images to train on, {len(data.val):,} to validate")
     view.say(made.specials.line(made.tokenizer))
@@ -106,7 +131,9 @@ def describe(
     if frozen:
         view.say(frozen.line())
     if cut := trainer.pairs.cut(made.specials.end):
-        view.say(f"{cut:,} captions are longer than {options.model.max_length} tokens and are cut (--max-length)")
+        view.say(
+            f"{cut:,} captions are longer than {made.max_length} tokens and are cut (--max-length): these teach no end"
+        )
     if not data.val:
         view.say("nothing validates (see --val-fraction): the last checkpoint is taken for the best")
     if torch.cuda.is_available() and (count := torch.cuda.device_count()) > trainer.args.world_size:

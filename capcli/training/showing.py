@@ -77,11 +77,12 @@ class Showing(TrainerCallback):
             return
         point = point_of(state.log_history[-1])
         assert point is not None
-        values = [value for _, value in ranking(state.log_history, self._select)]
+        merits = [merit for _, merit in ranking(state.log_history, self._select)]
+        best = bool(merits) and merits.index(max(merits)) == len(merits) - 1
         samples = self._samples()
         for number, sample in enumerate(samples):
             self._events.add_text(f"captions/{number}", f"{sample.name}: {sample.caption}", state.global_step)
-        self._view.evaluated(point, samples, bool(values) and values[-1] == max(values))
+        self._view.evaluated(point, samples, best)
         self._history.draw()
 
     def on_train_end(
