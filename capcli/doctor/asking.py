@@ -18,8 +18,11 @@ Answer = Mapping[str, Any]
 
 def ask(names: Sequence[str], patience: float = PATIENCE) -> dict[str, Answer]:
     """What each probe says of its runtime; `error` where it did not come to an end by itself."""
-    asked = {name: start(name) for name in names}
     end = time.monotonic() + patience
+    try:
+        asked = {name: start(name) for name in names}
+    except OSError as error:  # no memory, no more processes
+        return {name: {"error": f"it cannot be looked at: {error}"} for name in names}
     return {name: hear(process, end, patience) for name, process in asked.items()}
 
 

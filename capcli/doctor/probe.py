@@ -44,7 +44,7 @@ def probed(name: str) -> dict[str, Any]:
 
 
 def look_at_torch(torch: Any) -> dict[str, Any]:
-    abilities = getattr(torch.cpu, "get_capabilities", dict)()
+    abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     there = bool(torch.cuda.is_available())
     return {
         "cuda": torch.version.cuda or torch.version.hip,

@@ -12,7 +12,7 @@ from capcli.doctor.findings import Line, megabytes, said
 from capcli.doctor.machine import Gpu
 from capcli.engine import ENGINE, Engine, is_engine, misfits, read_engine
 from capcli.errors import CapcliError
-from capcli.names import as_text, printable
+from capcli.names import as_text
 from capcli.options import DEFAULT_MODEL
 
 ENGINES = "CAPCLI_ENGINES"
@@ -41,7 +41,7 @@ def look_at_models() -> Iterator[Line]:
     yield from lines
     if not lines:
         offline = "; HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
-        text = f"no captioner in {printable(str(constants.HF_HUB_CACHE))}; the first run downloads its own{offline}"
+        text = f"no captioner in {constants.HF_HUB_CACHE}; the first run downloads its own{offline}"
         yield Line(DEFAULT_MODEL, "none", text, f"hf download {DEFAULT_MODEL}")
     if len(repos) > len(lines):
         others = sum(repo.size_on_disk for repo in repos) - sum(line.facts["bytes"] for line in lines)
@@ -74,7 +74,7 @@ def captioner_line(repo: Any) -> Line | None:
         return Line(name, "missing", f"{megabytes(size)}; {lack}", f"hf download {name}", facts)
     except Exception as error:
         again = f"hf download --force-download {name}"
-        return Line(name, "broken", f"{megabytes(size)}; {printable(str(error))}", again, facts)
+        return Line(name, "broken", f"{megabytes(size)}; {error}", again, facts)
     return Line(name, "ok", f"{megabytes(size)}, commit {newest.commit_hash[:8]}", facts=facts)
 
 
@@ -90,7 +90,7 @@ def look_at_engines(here: Here) -> Iterator[Line]:
     except OSError as error:
         absent = isinstance(error, FileNotFoundError)
         why = "no such folder" if absent else error.strerror or str(error)
-        yield Line(shown(root), "none" if absent else "broken", f"{why}; engines are looked for here, or in ${ENGINES}")
+        yield Line(root, "none" if absent else "broken", f"{why}; engines are looked for here, or in ${ENGINES}")
         return
     folders = [folder for name in names if is_engine(folder := os.path.join(root, name))]
     for folder in folders:
@@ -98,9 +98,9 @@ def look_at_engines(here: Here) -> Iterator[Line]:
             yield engine_line(folder, here)
         except Exception as error:  # engine.json may hold anything at all
             why = str(error) if isinstance(error, CapcliError) else f"{ENGINE} is damaged: {said(error)}"
-            yield Line(shown(folder), "broken", printable(why), rebuild_unknown(folder), {"path": as_text(folder)})
+            yield Line(folder, "broken", why, rebuild_unknown(folder), {"path": as_text(folder)})
     if not folders:
-        yield Line(shown(root), "none", "no engine; capcli export builds one", "capcli export --onnx")
+        yield Line(root, "none", "no engine; capcli export builds one", "capcli export --onnx")
 
 
 def engine_line(folder: str, here: Here) -> Line:
@@ -109,25 +109,25 @@ def engine_line(folder: str, here: Here) -> Line:
     passed = bool(engine.proof.get("passed"))
     precision = engine.quantize or engine.dtype
     what = f"{RUNTIME[engine.kind][1]}, {engine.profile}, {precision}, {megabytes(size_of(folder))}"
-    of = printable(str(engine.captioner.get("name", "unknown")))
+    of = str(engine.captioner.get("name", "unknown"))
     facts = {
         "path": as_text(folder),
         "kind": engine.kind,
         "profile": engine.profile,
         "precision": precision,
-        "captioner": as_text(str(engine.captioner.get("name", "unknown"))),
+        "captioner": as_text(of),
         "bytes": size_of(folder),
         "fits": not lines,
         "misfits": lines,
         "proved": passed,
     }
     proof = [] if passed else ["it failed its proof and was kept by --force"]
-    text = f"{what}, of {of}: " + ("; ".join(map(printable, [*lines, *proof])) or "fits")
+    text = f"{what}, of {of}: " + ("; ".join([*lines, *proof]) or "fits")
     if not lines and passed:
-        return Line(shown(folder), "ok", text, facts=facts)
+        return Line(folder, "ok", text, facts=facts)
     runtime = RUNTIME[engine.kind][0]
     fix = again(engine, folder) if runtime in here.versions else INSTALL[engine.kind]
-    return Line(shown(folder), "broken", text, printable(fix), facts)
+    return Line(folder, "broken", text, fix, facts)
 
 
 def absent_files(folder: str, engine: Engine) -> list[str]:
@@ -139,7 +139,7 @@ def unfit(engine: Engine, here: Here) -> list[str]:
     runtime, title = RUNTIME[engine.kind]
     if runtime not in here.versions:
         return [f"{title} is missing"]
-    gpus = [gpu.fits() for gpu in here.gpus] or [None]
+    gpus: list[dict[str, str] | None] = [gpu.fits() for gpu in here.gpus] or [None]
     lines = min((misfits(engine, here.versions, gpu) for gpu in gpus), key=len)
     if engine.kind == "onnx" and engine.dtype == "bfloat16" and not here.gpus:
         lines = [*lines, "ONNX Runtime computes in bfloat16 on CUDA only"]
@@ -147,20 +147,18 @@ def unfit(engine: Engine, here: Here) -> list[str]:
 
 
 def again(engine: Engine, folder: str) -> str:
-    """The command that builds it anew, in place of the old one."""
+    """The command that builds it anew in its place, wherever it was moved."""
     command = list(engine.command)
-    return shlex.join(command if "--overwrite" in command else [*command, "--overwrite"]) or rebuild_unknown(folder)
+    if "--out" in command[:-1]:
+        command[command.index("--out") + 1] = folder
+    return shlex.join(command if "--overwrite" in command else [*command, "--overwrite"])
 
 
 def rebuild_unknown(folder: str) -> str:
     """The command for an engine that cannot tell what it was built from."""
-    return f"capcli export --onnx --model MODEL --out {printable(shlex.quote(folder))} --overwrite"
+    return f"capcli export --onnx --model MODEL --out {shlex.quote(folder)} --overwrite"
 
 
 def size_of(folder: str) -> int:
     with os.scandir(folder) as entries:
         return sum(entry.stat().st_size for entry in entries if entry.is_file())
-
-
-def shown(path: str) -> str:
-    return printable(path)
