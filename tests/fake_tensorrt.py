@@ -6,6 +6,7 @@ in place has its input's address, and any other output shares memory with nothin
 
 from __future__ import annotations
 
+import os
 from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
@@ -16,224 +17,223 @@ import onnxruntime
 from onnx import TensorProto
 from tensorrt_uses import API
 
-MARK = b"a fake plan\n"
+VERSION = "10.15.1.29"
+ENUMS: Any = SimpleNamespace(
+    **{name: IntEnum(name, what["enum"], start=0) for name, what in API[VERSION].items() if "enum" in what}
+)
+KINDS = {
+    TensorProto.FLOAT: (ENUMS.DataType.FLOAT, np.float32),
+    TensorProto.INT32: (ENUMS.DataType.INT32, np.int32),
+    TensorProto.UINT8: (ENUMS.DataType.UINT8, np.uint8),
+}
+IN_PLACE, IN_TURN = b"a plan that writes in place\n", b"a plan that does not\n"
+STRANGE_CACHE = b"measured by another"  # what the real one refuses to go on from
 
 
-def make(*, in_place: bool = True, version: str = "10.15.1.29") -> SimpleNamespace:
-    """The module. `in_place`: whether its plans write the results of TensorScatter over its caches."""
-    enums = {name: IntEnum(name, what["enum"], start=0) for name, what in API[version].items() if "enum" in what}
-    DataType, TensorIOMode, BuilderFlag = (enums[name] for name in ("DataType", "TensorIOMode", "BuilderFlag"))  # noqa: N806
-    kinds = {
-        TensorProto.FLOAT: (DataType.FLOAT, np.float32),
-        TensorProto.FLOAT16: (DataType.HALF, np.float16),
-        TensorProto.INT32: (DataType.INT32, np.int32),
-        TensorProto.UINT8: (DataType.UINT8, np.uint8),
-    }
+class ILogger:
+    Severity = IntEnum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"], start=0)
 
-    class Logger:
-        """`ILogger`"""
+    def log(self, severity: Any, msg: str) -> None:
+        raise NotImplementedError
 
-        Severity = IntEnum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"], start=0)
 
-        def log(self, severity: Any, msg: str) -> None:
-            raise NotImplementedError
+class INetworkDefinition:
+    def __init__(self) -> None:
+        self.model = onnx.ModelProto()
 
-    class Network:
-        """`INetworkDefinition`"""
 
-        _model: onnx.ModelProto | None = None
+class ParserError:
+    def __init__(self, text: str) -> None:
+        self.text = text
 
-    class Error:
-        """`ParserError`"""
+    def desc(self) -> str:
+        return self.text
 
-        def __init__(self, text: str) -> None:
-            self._text = text
 
-        def desc(self) -> str:
-            return self._text
+class OnnxParser:
+    def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
+        self.network, self.logger, self.errors = network, logger, []
 
-    class OnnxParser:
-        def __init__(self, network: Network, logger: Logger) -> None:
-            self._network, self._errors = network, []
+    @property
+    def num_errors(self) -> int:
+        return len(self.errors)
 
-        @property
-        def num_errors(self) -> int:
-            return len(self._errors)
+    def get_error(self, index: int) -> ParserError:
+        return ParserError(self.errors[index])
 
-        def get_error(self, index: int) -> Error:
-            return Error(self._errors[index])
+    def parse(self, model: bytes, path: str | None = None) -> bool:
+        parsed = onnx.ModelProto.FromString(model)
+        for port in parsed.graph.input:
+            if not all(size.dim_value for size in port.type.tensor_type.shape.dim):
+                self.errors.append(f"{port.name} has no static shape")
+        for node in parsed.graph.node:
+            if node.op_type == "MatMulInteger":
+                self.errors.append("no importer for MatMulInteger")
+        if path is not None and not self.errors:
+            onnx.load_external_data_for_model(parsed, os.path.dirname(path))
+        self.network.model = parsed
+        return not self.errors
 
-        def parse(self, model: bytes, path: str | None = None) -> bool:
-            parsed = onnx.ModelProto.FromString(model)
-            for port in parsed.graph.input:
-                if not all(size.dim_value for size in port.type.tensor_type.shape.dim):
-                    self._errors.append(f"{port.name} has no static shape")
-            for node in parsed.graph.node:
-                if node.op_type in ("DynamicQuantizeLinear", "MatMulInteger"):
-                    self._errors.append(f"no importer for {node.op_type}")
-            if path is not None and not self._errors:
-                onnx.load_external_data_for_model(parsed, path.rpartition("/")[0])
-            self._network._model = parsed
-            return not self._errors
 
-    class Cache:
-        """`ITimingCache`"""
+class ITimingCache:
+    def __init__(self, known: bytes) -> None:
+        self.known = known
 
-        def __init__(self, known: bytes) -> None:
-            self._known = known
+    def serialize(self) -> bytes:
+        return self.known + b"."
 
-        def serialize(self) -> bytes:
-            return self._known + b"."
 
-    class Config:
-        """`IBuilderConfig`"""
+class IBuilderConfig:
+    def __init__(self) -> None:
+        self.flags_set = {ENUMS.BuilderFlag.TF32}
+        self.cache: ITimingCache | None = None
 
-        def __init__(self) -> None:
-            self._flags = {BuilderFlag.TF32}
+    def clear_flag(self, flag: Any) -> None:
+        self.flags_set.remove(flag)
 
-        def clear_flag(self, flag: Any) -> None:
-            self._flags.remove(flag)
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache | None:
+        return None if serialized_timing_cache == STRANGE_CACHE else ITimingCache(serialized_timing_cache)
 
-        def set_flag(self, flag: Any) -> None:
-            self._flags.add(flag)
+    def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
+        self.cache = cache
+        return not ignore_mismatch
 
-        def create_timing_cache(self, serialized_timing_cache: bytes) -> Cache | None:
-            return None if serialized_timing_cache.startswith(b"of another") else Cache(serialized_timing_cache)
 
-        def set_timing_cache(self, cache: Cache, ignore_mismatch: bool) -> bool:
-            return not ignore_mismatch
+class Builder:
+    mark = IN_PLACE
 
-    class Builder:
-        def __init__(self, logger: Logger) -> None:
-            self._logger = logger
+    def __init__(self, logger: ILogger) -> None:
+        self.told = logger
 
-        def create_network(self, flags: int = 0) -> Network:
-            assert flags == 1 << enums["NetworkDefinitionCreationFlag"].STRONGLY_TYPED
-            return Network()
+    def create_network(self, flags: int = 0) -> INetworkDefinition:
+        assert flags == 1 << ENUMS.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+        return INetworkDefinition()
 
-        def create_builder_config(self) -> Config:
-            return Config()
+    def create_builder_config(self) -> IBuilderConfig:
+        return IBuilderConfig()
 
-        def build_serialized_network(self, network: Network, config: Config) -> bytes | None:
-            assert BuilderFlag.TF32 not in config._flags
-            if any(node.op_type == "Det" for node in network._model.graph.node):
-                self._logger.log(Logger.Severity.ERROR, "no kernel was found")
-                return None
-            return MARK + network._model.SerializeToString()
-
-    class Context:
-        """`IExecutionContext`"""
-
-        def __init__(self, engine: Engine) -> None:
-            self._engine, self._bound, self._runs = engine, {}, 0
-
-        def set_tensor_address(self, name: str, memory: int) -> bool:
-            if name not in self._engine._ports:
-                return False
-            self._bound[name] = memory
-            return True
-
-        def execute_async_v3(self, stream_handle: int) -> bool:
-            engine = self._engine
-            wrong = self._wrong()
-            if wrong:
-                engine._logger.log(Logger.Severity.ERROR, wrong)
-                return False
-            binding = engine._session.io_binding()
-            for name, pointer in self._bound.items():
-                bind = binding.bind_input if name in engine._inputs else binding.bind_output
-                bind(name, "cpu", 0, kinds[engine._kinds[name]][1], engine._ports[name], pointer)
-            engine._session.run_with_iobinding(binding)
-            self._runs += 1
-            return True
-
-        def _wrong(self) -> str | None:
-            """What the real one reports, or would silently overwrite."""
-            engine = self._engine
-            free = set(engine._ports) - set(self._bound)
-            if free:
-                return f"not bound: {sorted(free)}"
-            places = {name: range(at, at + engine._bytes(name)) for name, at in self._bound.items()}
-            for name in set(engine._ports) - engine._inputs:
-                source = engine.get_aliased_input_tensor(name)
-                if source and self._bound[source] != self._bound[name]:
-                    return f"{name} is not where {source} is"
-                for other, place in places.items():
-                    if (
-                        other not in (name, source)
-                        and place.start < places[name].stop
-                        and places[name].start < place.stop
-                    ):
-                        return f"{name} and {other} share memory"
+    def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> bytes | None:
+        assert ENUMS.BuilderFlag.TF32 not in config.flags_set
+        assert config.cache is not None
+        if any(node.op_type == "Det" for node in network.model.graph.node):
+            self.told.log(ILogger.Severity.ERROR, "no kernel was found")
             return None
+        return self.mark + network.model.SerializeToString()
 
-    class Engine:
-        """`ICudaEngine`"""
 
-        def __init__(self, content: bytes, logger: Logger) -> None:
-            model = onnx.ModelProto.FromString(content)
-            caches = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "TensorScatter"}
-            self._caches = caches if in_place else {}
-            for node in model.graph.node:
-                kept = [each for each in node.attribute if each.name != "TRT_decomposable"]  # not ONNX Runtime's
-                del node.attribute[:]
-                node.attribute.extend(kept)
-            self._inputs = {port.name for port in model.graph.input}
-            ports = (*model.graph.input, *model.graph.output)
-            self._kinds = {p.name: p.type.tensor_type.elem_type for p in ports}
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level, options.intra_op_num_threads = 3, 1
-            self._session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-            inferred = onnx.shape_inference.infer_shapes(model)
-            ports = (*inferred.graph.input, *inferred.graph.output)
-            self._ports = {p.name: tuple(d.dim_value for d in p.type.tensor_type.shape.dim) for p in ports}
-            self._logger = logger
+class ICudaEngine:
+    def __init__(self, model: onnx.ModelProto, in_place: bool, logger: ILogger) -> None:
+        caches = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "TensorScatter"}
+        self.caches, self.logger = caches if in_place else {}, logger
+        for node in model.graph.node:
+            kept = [each for each in node.attribute if each.name != "TRT_decomposable"]  # not ONNX Runtime's
+            del node.attribute[:]
+            node.attribute.extend(kept)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level, options.intra_op_num_threads = 3, 1
+        self.session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        graph = onnx.shape_inference.infer_shapes(model).graph
+        self.inputs = {port.name for port in graph.input}
+        tensors = {port.name: port.type.tensor_type for port in (*graph.input, *graph.output)}
+        self.shapes = {name: tuple(size.dim_value for size in x.shape.dim) for name, x in tensors.items()}
+        self.kinds = {name: KINDS[x.elem_type] for name, x in tensors.items()}
 
-        @property
-        def num_io_tensors(self) -> int:
-            return len(self._ports)
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.shapes)
 
-        def get_tensor_name(self, index: int) -> str:
-            return list(self._ports)[index]
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.shapes)[index]
 
-        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-            return self._ports[name]
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
 
-        def get_tensor_dtype(self, name: str) -> Any:
-            return kinds[self._kinds[name]][0]
+    def get_tensor_dtype(self, name: str) -> Any:
+        return self.kinds[name][0]
 
-        def get_tensor_mode(self, name: str) -> Any:
-            return TensorIOMode.INPUT if name in self._inputs else TensorIOMode.OUTPUT
+    def get_tensor_mode(self, name: str) -> Any:
+        return ENUMS.TensorIOMode.INPUT if name in self.inputs else ENUMS.TensorIOMode.OUTPUT
 
-        def get_aliased_input_tensor(self, name: str) -> str | None:
-            return self._caches.get(name)
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return self.caches.get(name)
 
-        def create_execution_context(self, strategy: Any = None) -> Context:
-            return Context(self)
+    def create_execution_context(self) -> IExecutionContext:
+        return IExecutionContext(self)
 
-        def _bytes(self, name: str) -> int:
-            return int(np.prod(self._ports[name])) * np.dtype(kinds[self._kinds[name]][1]).itemsize
 
-    class Runtime:
-        def __init__(self, logger: Logger) -> None:
-            self._logger = logger
+class IExecutionContext:
+    def __init__(self, engine: ICudaEngine) -> None:
+        self.plan, self.bound = engine, dict[str, int]()
 
-        def deserialize_cuda_engine(self, serialized_engine: bytes) -> Engine | None:
-            if not serialized_engine.startswith(MARK):
-                self._logger.log(Logger.Severity.ERROR, "the plan's version does not match")
-                return None
-            return Engine(serialized_engine.removeprefix(MARK), self._logger)
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        if name not in self.plan.shapes:
+            self.plan.logger.log(ILogger.Severity.ERROR, f"there is no tensor {name}")
+            return False
+        self.bound[name] = memory
+        return True
 
-    return SimpleNamespace(
-        __version__=version,
-        ILogger=Logger,
-        OnnxParser=OnnxParser,
-        Builder=Builder,
-        Runtime=Runtime,
-        ICudaEngine=Engine,
-        IExecutionContext=Context,
-        IBuilderConfig=Config,
-        ITimingCache=Cache,
-        ParserError=Error,
-        **enums,
-    )
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        assert stream_handle == 0
+        plan = self.plan
+        if wrong := self._wrong():
+            plan.logger.log(ILogger.Severity.ERROR, wrong)
+            return False
+        binding = plan.session.io_binding()
+        for name, pointer in self.bound.items():
+            bind = binding.bind_input if name in plan.inputs else binding.bind_output
+            bind(name, "cpu", 0, plan.kinds[name][1], plan.shapes[name], pointer)
+        plan.session.run_with_iobinding(binding)
+        return True
+
+    def _wrong(self) -> str | None:
+        """What the real one reports, or would silently overwrite."""
+        plan = self.plan
+        if free := sorted(set(plan.shapes) - set(self.bound)):
+            return f"not bound: {free}"
+        places = {name: range(at, at + size_of(plan, name)) for name, at in self.bound.items()}
+        for name in set(plan.shapes) - plan.inputs:
+            source = plan.get_aliased_input_tensor(name)
+            if source and self.bound[source] != self.bound[name]:
+                return f"{name} is not where {source} is"
+            for other in set(places) - {name, source}:
+                if places[other].start < places[name].stop and places[name].start < places[other].stop:
+                    return f"{name} and {other} share memory"
+        return None
+
+
+def size_of(plan: ICudaEngine, name: str) -> int:
+    return int(np.prod(plan.shapes[name])) * np.dtype(plan.kinds[name][1]).itemsize
+
+
+class Runtime:
+    def __init__(self, logger: ILogger) -> None:
+        self.told = logger
+
+    def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
+        for mark in (IN_PLACE, IN_TURN):
+            if serialized_engine.startswith(mark):
+                model = onnx.ModelProto.FromString(serialized_engine.removeprefix(mark))
+                return ICudaEngine(model, mark == IN_PLACE, self.told)
+        self.told.log(ILogger.Severity.ERROR, "the plan's version does not match")
+        return None
+
+
+FAKES = (
+    ILogger,
+    INetworkDefinition,
+    ParserError,
+    OnnxParser,
+    ITimingCache,
+    IBuilderConfig,
+    Builder,
+    ICudaEngine,
+    IExecutionContext,
+    Runtime,
+)
+
+
+def make(*, in_place: bool = True) -> Any:
+    """The module. `in_place`: whether its plans write the results of TensorScatter over its caches."""
+    classes = {each.__name__: each for each in FAKES}
+    classes["Builder"] = type("Builder", (Builder,), {"mark": IN_PLACE if in_place else IN_TURN})
+    return SimpleNamespace(__version__=VERSION, **vars(ENUMS), **classes)

@@ -48,7 +48,7 @@ def complaints(source: str) -> list[str]:
             found = member(api, use.owner, use.attribute)
             if found is None and not use.guarded:
                 lines.append(f"{use} is not in {version}")
-            elif found is not None and use.call is not None and not callable_with(api, found, use):
+            elif found is not None and use.call is not None and not callable_with(found, use):
                 lines.append(f"{use} is called in a way that {version} does not know")
     guarded = {(use.owner, use.attribute) for api in API.values() for use in uses(source, api) if use.guarded}
     lines += [
@@ -161,7 +161,7 @@ def member(api: Mapping[str, Any], owner: Kind, name: str) -> Mapping[str, Any] 
     return {"signatures": []} if name == "__init__" else None
 
 
-def callable_with(api: Mapping[str, Any], found: Mapping[str, Any], use: Use) -> bool:
+def callable_with(found: Mapping[str, Any], use: Use) -> bool:
     """Whether an overload takes these arguments; one that says nothing of itself takes any."""
     if "members" in found:
         found = found["members"].get("__init__", {"signatures": []})

@@ -117,7 +117,7 @@ class Replayed:
 
     def _run_aside(self) -> None:
         """On a stream of its own: on the default one TensorRT waits for the device."""
-        current, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        current, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         aside.wait_stream(current)
         self.plan.run(aside.cuda_stream)
         current.wait_stream(aside)
@@ -131,6 +131,14 @@ class Trt(Seated):
         self._engine, self._load = engine, load
         self._names = [f"{kind}{layer}" for layer in range(engine.memory.layers) for kind in "kv"]
         self._plans: dict[str, Plan] = {}
+        self._release()
+
+    def _release(self) -> None:
+        """Lets go of every buffer: those of another run come after."""
+        self._encoding: dict[str, Tensor] = {}
+        self._stepping: dict[str, Tensor] = {}
+        self._main: Sides | None = None
+        self._scratch: Sides | None = None
 
     def shapes(self, slots: int, settings: Settings) -> Shapes:
         """A bucket's, whole. Raises UsageError for more rows or entries than any has."""
@@ -156,7 +164,7 @@ class Trt(Seated):
                 f"give --batch-size {bucket.slots} or less, or build it for more ({self._engine.rebuild})"
             )
         self._bucket = bucket
-        self._encoding, self._stepping, self._main, self._scratch = {}, {}, None, None  # free before the new ones come
+        self._release()
         super().allocate(shapes, settings)
         wanted = (encode_plan(bucket.chunk), step_plan(bucket))
         self._plans = {name: plan for name, plan in self._plans.items() if name in wanted}
@@ -184,8 +192,16 @@ class Trt(Seated):
         engine, bucket = self._engine, self._bucket
         rows = (bucket.slots, bucket.rows)
         memory, pool = ([f"{kind}_{name}" for name in self._names] for kind in ("memory", "pool"))
-        encoded = {"pixels": (bucket.chunk, *engine.pixels, 3), **dict.fromkeys(memory)}
-        stepped = {"tokens": rows, "position": rows, "at": rows[:1], "visible": (*rows, bucket.entries)}
+        encoded: dict[str, tuple[int, ...] | None] = {
+            "pixels": (bucket.chunk, *engine.pixels, 3),
+            **dict.fromkeys(memory),
+        }
+        stepped: dict[str, tuple[int, ...] | None] = {
+            "tokens": rows,
+            "position": rows,
+            "at": rows[:1],
+            "visible": (*rows, bucket.entries),
+        }
         stepped |= {"logits": (*rows, engine.vocabulary), **dict.fromkeys((*memory, *pool))}
         stepped |= dict.fromkeys(f"pool_out_{name}" for name in self._names)
         for plan, wanted in ((self._encoder.plan, encoded), (self._decoder.plan, stepped)):
