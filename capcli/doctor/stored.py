@@ -34,7 +34,7 @@ def look_at_models() -> Iterator[Line]:
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repos = [repo for repo in scan_cache_dir().repos if repo.repo_type == "model"]
+        repos = [repo for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos if repo.repo_type == "model"]
     except CacheNotFound:
         repos = []
     lines = [line for repo in sorted(repos, key=lambda repo: str(repo.repo_id)) if (line := captioner_line(repo))]
