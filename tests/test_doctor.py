@@ -299,13 +299,13 @@ def test_an_old_onnx_runtime_is_for_portable_engines(machine: Machine) -> None:
     ("source", "words"),
     [
         ("raise ImportError('libnvinfer.so.10: cannot open shared object file')", "libnvinfer.so.10"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "Segmentation fault"),
         ("import os; print('so long', flush=True); os._exit(7)", "code 7"),
         ("import nothing_of_this_name", "nothing_of_this_name"),
         ("syntax error", "SyntaxError"),
     ],
 )
-def test_a_runtime_that_cannot_be_imported_is_a_line(machine: Machine, source: str, words: str) -> None:
+def test_a_runtime_that_does_not_work_is_a_line(machine: Machine, source: str, words: str) -> None:
     machine.has("tensorrt", source)
     line = machine.runtime("TensorRT")
     assert line["state"] == "broken"

@@ -49,7 +49,7 @@ def hear(process: subprocess.Popen[bytes], end: float, patience: float) -> Answe
         process.kill()
         raise
     if process.returncode < 0:
-        return {"error": f"it crashes ({signal.Signals(-process.returncode).name})"}
+        return {"error": f"it crashes (signal {-process.returncode}: {signal.strsignal(-process.returncode)})"}
     try:
         answer: dict[str, Any] = json.loads(out)
     except ValueError:

@@ -27,7 +27,7 @@ def look_at_torch(told: Answer, gpus: int) -> Line:
     if told.get("missing"):
         return Line(name, "missing", "capcli needs it", "pip install torch")
     if "error" in told:
-        return Line(name, "broken", f"cannot be imported: {told['error']}", TORCH_FOR_CUDA)
+        return Line(name, "broken", f"does not work: {told['error']}", TORCH_FOR_CUDA)
     devices, version = told["devices"], told["version"]
     facts = {"version": version, "cuda": told["cuda"], "devices": [each["name"] for each in devices]}
     broken = [f"{each['name']}: {each['error']}" for each in devices if each["error"]]
@@ -51,7 +51,7 @@ def look_at_onnxruntime(told: Answer, gpus: int) -> Line:
         return Line(name, "missing", "not installed; engines of ONNX graphs run in it", package)
     if "error" in told:
         fix = ONLY_GPU if gpus else "pip install --force-reinstall onnxruntime"
-        return Line(name, "broken", f"cannot be imported: {told['error']}", fix)
+        return Line(name, "broken", f"does not work: {told['error']}", fix)
     version, providers, errors = told["version"], told["providers"], told["errors"]
     facts = {"version": version, "providers": providers, "errors": errors}
     if errors.get(CPU):
@@ -82,7 +82,7 @@ def look_at_tensorrt(told: Answer, gpus: int) -> Line:
         wants = " and ".join([f"the package tensorrt {least} or newer", *lacks])
         return Line(name, "missing", f"not installed; needed: {wants}", TRT)
     if "error" in told:
-        text = f"cannot be imported: {told['error']}" + "".join(f"; it needs {each}" for each in lacks)
+        text = f"does not work: {told['error']}" + "".join(f"; it needs {each}" for each in lacks)
         return Line(name, "broken", text, TRT)
     version = told["version"]
     facts = {"version": version}
