@@ -98,6 +98,9 @@ class IBuilderConfig:
         self.cache = cache
         return not ignore_mismatch
 
+    def get_timing_cache(self) -> ITimingCache | None:
+        return self.cache
+
 
 class Builder:
     mark = IN_PLACE
@@ -173,7 +176,7 @@ class IExecutionContext:
         return True
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        assert stream_handle == 0
+        assert isinstance(stream_handle, int)
         plan = self.plan
         if wrong := self._wrong():
             plan.logger.log(ILogger.Severity.ERROR, wrong)

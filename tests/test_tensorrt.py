@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,10 +27,12 @@ from capcli.errors import CapcliError, UsageError
 from capcli.export import tensorrt
 from capcli.export.graphs import encode_graph, step_graph
 from capcli.export.parser_rules import attribute, lint
+from capcli.export.plan import build_plan
 from capcli.models.attention import use_attention
 from capcli.models.vision_encoder_decoder import Encode, Step
-from capcli.runtimes.trt import Trt, open_trt, plan_files
-from capcli.runtimes.trt_plan import Plans, import_tensorrt
+from capcli.runtimes import trt
+from capcli.runtimes.trt import Replayed, Trt, open_trt, plan_files
+from capcli.runtimes.trt_plan import Plan, Plans, import_tensorrt
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers")
 LENGTH = 9
@@ -164,6 +168,64 @@ def test_a_run_of_fewer_slots_and_entries_takes_a_bigger_bucket(instead):
     assert [[h.tokens for h in each] for each in said[0]] == [[h.tokens for h in each] for each in said[1]]
     agrees(instead.model, pictures(3), Case({"max_new_tokens": 4}), Shapes(1, 1))
     agrees(instead.model, pictures(6), Case({"max_new_tokens": 4}), Shapes(4, 4))  # more than a chunk at a time
+
+
+class RecordedGraph:
+    """A CUDA graph's bookkeeping: a run under capture happens at every replay, with the addresses bound at its capture."""
+
+    recording: RecordedGraph | None = None
+    replays = 0
+
+    def __init__(self) -> None:
+        self.runs: list[Any] = []
+
+    def replay(self) -> None:
+        RecordedGraph.replays += 1
+        for run in self.runs:
+            run()
+
+
+@contextmanager
+def recorded(graph: RecordedGraph, **_: Any) -> Iterator[None]:
+    RecordedGraph.recording = graph
+    yield
+    RecordedGraph.recording = None
+
+
+def runs_when_replayed(context: Any, stream: int, run: Any = fake_tensorrt.IExecutionContext.execute_async_v3) -> bool:
+    if RecordedGraph.recording is None:
+        return bool(run(context, stream))
+    twin = fake_tensorrt.IExecutionContext(context.plan)
+    twin.bound = dict(context.bound)
+    RecordedGraph.recording.runs.append(lambda: run(twin, stream))
+    context.bound.clear()  # what is not bound anew will fail
+    return True
+
+
+def test_a_graph_is_captured_for_every_binding_at_its_second_run(instead, monkeypatch):
+    stream = SimpleNamespace(cuda_stream=7, wait_stream=lambda _: None)
+    for name, what in {
+        "CUDAGraph": RecordedGraph,
+        "graph": recorded,
+        "device": lambda _: nullcontext(),
+        "Stream": lambda _: stream,
+        "current_stream": lambda _: stream,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, what)
+    made: list[Replayed] = []
+
+    def on_gpu(plan: Plan, _: torch.device) -> Replayed:
+        made.append(Replayed(plan, torch.device("cuda")))
+        return made[-1]
+
+    monkeypatch.setattr(trt, "Replayed", on_gpu)
+    monkeypatch.setattr(fake_tensorrt.IExecutionContext, "execute_async_v3", runs_when_replayed)
+    monkeypatch.setattr(RecordedGraph, "replays", 0)
+    agrees(instead.model, pictures(9), Case({"max_new_tokens": LENGTH}, prompt=()), Shapes(4, 2))
+    encoder, decoder = made
+    assert len(encoder.graphs) == 1
+    assert len(decoder.graphs) == (1 if instead.in_place else 2)
+    assert RecordedGraph.replays > 10
 
 
 def settings(built: Built, length: int, **given: Any) -> Any:
@@ -401,9 +463,9 @@ def test_tensorrts_reasons_are_told(tmp_path):
     onnx.save(graph([helper.make_node("Det", ["x"], ["y"])], x, {"y": (FLOAT, [])}), tmp_path / "b.onnx")
     build = (fake_tensorrt.make(), {}, str(tmp_path / "cache"))
     with pytest.raises(CapcliError, match=r"cannot read .*a.onnx: no importer for MatMulInteger"):
-        tensorrt.build_plan(build[0], str(tmp_path / "a.onnx"), *build[1:])
+        build_plan(build[0], str(tmp_path / "a.onnx"), *build[1:])
     with pytest.raises(CapcliError, match=r"cannot build a plan of .*b.onnx at .*no kernel was found"):
-        tensorrt.build_plan(build[0], str(tmp_path / "b.onnx"), *build[1:])
+        build_plan(build[0], str(tmp_path / "b.onnx"), *build[1:])
 
 
 def test_what_is_missing_is_said(monkeypatch, graphs):

@@ -14,7 +14,7 @@ from tensorrt_uses import API, complaints, uses
 ROOT = Path(__file__).parents[1]
 SOURCES = {
     "capcli/runtimes/trt_plan.py": 20,
-    "capcli/export/tensorrt.py": 20,
+    "capcli/export/plan.py": 20,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,12 +14,10 @@ from capcli.decoding.loop import Shapes
 from capcli.engine import Bucket, hash_files
 from capcli.errors import CapcliError
 from capcli.export.parser_rules import DECOMPOSABLE, casts_to_float, has, lint
+from capcli.export.plan import build_plan
 from capcli.runtimes.trt import encode_plan, plan_files, step_plan
-from capcli.runtimes.trt_plan import import_tensorrt, make_log
+from capcli.runtimes.trt_plan import import_tensorrt
 from capcli.sinks import atomic
-
-if TYPE_CHECKING:
-    import tensorrt as trt
 
 READY = ".trt.onnx"
 
@@ -91,29 +89,6 @@ def shapes_after_cast(graph: onnx.GraphProto) -> None:
             graph.node.insert(0, moved)
 
 
-def fixed(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelProto:
-    """A copy whose inputs have these sizes in place of named ones: TensorRT wants a cache of static length as it parses.
-
-    Raises ValueError for a size that is not given.
-    """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    for port in copy.graph.input:
-        for size in port.type.tensor_type.shape.dim:
-            if size.HasField("dim_param"):
-                if size.dim_param not in sizes:
-                    raise ValueError(f"{port.name} has a size {size.dim_param} that is not given")
-                size.dim_value = sizes[size.dim_param]
-    del copy.graph.value_info[:]  # they would contradict
-    for port in copy.graph.output:
-        for size in port.type.tensor_type.shape.dim:
-            if size.HasField("dim_param") and size.dim_param in sizes:
-                size.dim_value = sizes[size.dim_param]
-            elif size.HasField("dim_param"):
-                size.ClearField("dim_param")
-    return copy
-
-
 def ready_name(graph: str) -> str:
     """The file of the TensorRT-ready copy of a graph's file."""
     return graph.removesuffix(".onnx") + READY
@@ -180,59 +155,12 @@ def build_plans(
                 continue
             note(f"building {name}")
             plan = build_plan(module, graph, own, timing_cache)
-            atomic.replace(os.path.join(folder, name), [plan])
+            try:
+                atomic.replace(os.path.join(folder, name), [plan])
+            except OSError as error:
+                raise CapcliError(f"{os.path.join(folder, name)} cannot be written: {error.strerror}") from error
             made.add(name)
     return hash_files(folder, plan_files(buckets))
-
-
-def build_plan(tensorrt: Any, graph: str, sizes: Mapping[str, int], timing_cache: str, *, half: bool = False) -> bytes:
-    """One plan, of these sizes. `half` is for TensorRT 8, where precision is the builder's choice and not the graph's.
-
-    Raises CapcliError with TensorRT's own reason.
-    """
-    log = make_log(tensorrt)
-    builder: trt.Builder = tensorrt.Builder(log)
-    network: trt.INetworkDefinition = builder.create_network(network_flags(tensorrt))
-    parser: trt.OnnxParser = tensorrt.OnnxParser(network, log)
-    model = fixed(onnx.load(graph, load_external_data=False), sizes)
-    if not parser.parse(model.SerializeToString(), os.path.abspath(graph)):  # weights lie beside it
-        reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-        raise CapcliError(f"TensorRT cannot read {graph}: {'; '.join(reasons) or log.last()}")
-    config: trt.IBuilderConfig = builder.create_builder_config()
-    config.clear_flag(tensorrt.BuilderFlag.TF32)  # float32 is to be float32
-    if half and hasattr(tensorrt.BuilderFlag, "FP16"):
-        config.set_flag(tensorrt.BuilderFlag.FP16)
-    cache = read_timings(config, timing_cache)
-    plan: trt.IHostMemory = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise CapcliError(f"TensorRT cannot build a plan of {graph} at {dict(sizes)}: {log.last()}")
-    measured: trt.IHostMemory = cache.serialize()
-    atomic.replace(timing_cache, [bytes(memoryview(measured))])
-    return bytes(memoryview(plan))
-
-
-def network_flags(tensorrt: Any) -> int:
-    """Strongly typed: the graph says what each tensor's precision is. TensorRT 8 knows nothing of it."""
-    flag = tensorrt.NetworkDefinitionCreationFlag
-    if hasattr(flag, "STRONGLY_TYPED"):
-        return 1 << int(flag.STRONGLY_TYPED)
-    if hasattr(flag, "EXPLICIT_BATCH"):
-        return 1 << int(flag.EXPLICIT_BATCH)
-    return 0
-
-
-def read_timings(config: trt.IBuilderConfig, path: str) -> trt.ITimingCache:
-    """Gives a build what was measured before; nothing where another TensorRT or GPU measured it."""
-    try:
-        with open(path, "rb") as file:
-            known = file.read()
-    except FileNotFoundError:
-        known = b""
-    cache: trt.ITimingCache = config.create_timing_cache(known)
-    if cache is None or not config.set_timing_cache(cache, False):
-        cache = config.create_timing_cache(b"")
-        config.set_timing_cache(cache, False)
-    return cache
 
 
 def timing_cache_path(folder: str, version: str, gpu: Mapping[str, str]) -> str:

@@ -66,7 +66,12 @@ def open_trt(folder: str, engine: Engine, device: torch.device) -> Trt:
     refuse_misfit(folder, engine, {"tensorrt": tensorrt.__version__}, this_gpu(device))
     with torch.cuda.device(device):
         plans = Plans(tensorrt)
-    return Trt(engine, lambda name: plans.load(os.path.join(folder, name)), device)
+
+    def load(name: str) -> Plan:
+        with torch.cuda.device(device):
+            return plans.load(os.path.join(folder, name))
+
+    return Trt(engine, load, device)
 
 
 @dataclass
@@ -79,7 +84,8 @@ class Sides:
     turned: bool = False
 
     def turn(self) -> None:
-        self.before, self.after, self.turned = self.after, self.before, not self.turned
+        if any(before is not after for before, after in zip(self.before, self.after, strict=True)):
+            self.before, self.after, self.turned = self.after, self.before, not self.turned
 
 
 class Replayed:
@@ -91,23 +97,32 @@ class Replayed:
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self._device = plan, device
         self._warm: set[Hashable] = set()
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
     def run(self, bound: Mapping[str, Tensor], binding: Hashable = None) -> None:
         """Runs it with `bound`, a buffer for every port: the same buffers whenever `binding` is the same."""
-        if binding in self._graphs:
-            self._graphs[binding].replay()
-            return
-        for name, x in bound.items():
-            self.plan.bind(name, x.data_ptr())
-        if self._device.type != "cuda":
+        if self._device.type == "cuda":
+            with torch.cuda.device(self._device):
+                self._run_on_gpu(bound, binding)
+        else:
+            self._bind(bound)
             self.plan.run(0)
-        elif binding in self._warm:
-            self._graphs[binding] = self._captured()
-            self._graphs[binding].replay()
+
+    def _run_on_gpu(self, bound: Mapping[str, Tensor], binding: Hashable) -> None:
+        if binding in self.graphs:
+            self.graphs[binding].replay()
+            return
+        self._bind(bound)
+        if binding in self._warm:
+            self.graphs[binding] = self._captured()
+            self.graphs[binding].replay()
         else:
             self._run_aside()
             self._warm.add(binding)
+
+    def _bind(self, bound: Mapping[str, Tensor]) -> None:
+        for name, x in bound.items():
+            self.plan.bind(name, x.data_ptr())
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -276,6 +291,5 @@ class Trt(Seated):
             self._pass(
                 pool, self._prompt[place].expand(slots, -1), place.expand(slots, -1), order[0].expand(slots), visible
             )
-        self._stepping["visible"].zero_()  # a run's own may be narrower
         for mine, new in zip(self._pool, pool.before, strict=True):
             mine[at, :, :prefix] = new[at, :, :prefix]
