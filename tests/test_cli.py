@@ -682,6 +682,7 @@ def test_an_option_named_by_the_command_is_the_same_everywhere():
     """Options in docstrings and messages exist."""
     known = {flag for _, option in every_option() for flag in (*option.opts, *option.secondary_opts)}
     known |= {"--help", "--version", "--nproc-per-node"}  # the last is torchrun's
+    known |= {"--query-gpu", "--force-reinstall", "--upgrade", "--force-download"}  # nvidia-smi's, pip's and hf's
     folder = Path(build.__file__).parents[1]
     for path in folder.rglob("*.py"):
         if path.parent.name == "cli":
