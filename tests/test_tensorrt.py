@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,7 +16,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from captioners import HALF, SIZE, captions, pictures, random_captioner
+from captioners import SIZE, captions, pictures
+from exporting import exported
 from onnx import TensorProto, helper
 from oracle import Case, agrees
 
@@ -25,11 +25,8 @@ from capcli.decoding.loop import Shapes
 from capcli.engine import Bucket, Engine
 from capcli.errors import CapcliError, UsageError
 from capcli.export import tensorrt
-from capcli.export.graphs import encode_graph, step_graph
 from capcli.export.parser_rules import attribute, lint
 from capcli.export.plan import build_plan
-from capcli.models.attention import use_attention
-from capcli.models.vision_encoder_decoder import Encode, Step
 from capcli.runtimes import trt
 from capcli.runtimes.trt import Replayed, Trt, open_trt, plan_files
 from capcli.runtimes.trt_plan import Plan, Plans, import_tensorrt
@@ -68,13 +65,11 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def export(decoder: str, profile: str, folder: Path) -> tuple[Any, Path, Engine]:
-    model = random_captioner("vit", decoder, seed=5)
-    own = copy.deepcopy(model)
-    use_attention(own.decoder)
-    first, memory = encode_graph(Encode(own, 1 / 255, HALF, HALF).eval(), (SIZE, SIZE), profile)
-    second = step_graph(Step(own).eval(), memory, torch.float32, profile)
-    for graph, name in ((first, "encode.onnx"), (second, "step.onnx")):
-        onnx.save(graph, folder / name, save_as_external_data=True, location=f"{name}.data", size_threshold=512)
+    made = exported(decoder, profile)
+    for graph, name in ((made.encode_graph, "encode.onnx"), (made.step_graph, "step.onnx")):
+        own = onnx.ModelProto()
+        own.CopyFrom(graph)  # whose weights move out
+        onnx.save(own, folder / name, save_as_external_data=True, location=f"{name}.data", size_threshold=512)
     tensorrt.write_ready(str(folder), ("encode.onnx", "step.onnx"))
     engine = Engine(
         kind="tensorrt",
@@ -84,14 +79,14 @@ def export(decoder: str, profile: str, folder: Path) -> tuple[Any, Path, Engine]
         quantize=None,
         captioner={},
         pixels=(SIZE, SIZE),
-        memory=memory,
+        memory=made.memory,
         positions=64,
         vocabulary=120,
         command=("capcli", "export", "--trt"),
         capcli="0",
         buckets=BUCKETS,
     )
-    return model, folder, engine
+    return made.model, folder, engine
 
 
 WAYS = {

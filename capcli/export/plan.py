@@ -1,4 +1,4 @@
-"""One graph -> one plan: all that touches `tensorrt` at build time. It knows no torch.
+"""One graph -> one plan: all that touches `tensorrt` at build time. It knows no torch, and runs on Python 3.10 too.
 
 As in `capcli.runtimes.trt_plan`, tests/tensorrt_api.json says what TensorRT has, and annotations what a variable is.
 """
@@ -14,7 +14,6 @@ import onnx
 
 from capcli.errors import CapcliError
 from capcli.runtimes.trt_plan import make_log
-from capcli.sinks import atomic
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -43,7 +42,9 @@ def build_plan(tensorrt: Any, graph: str, sizes: Mapping[str, int], timing_cache
         raise CapcliError(f"TensorRT cannot build a plan of {graph} at {dict(sizes)}: {log.last()}")
     measured: trt.IHostMemory = config.get_timing_cache().serialize()
     with suppress(OSError):  # the next build measures again
-        atomic.replace(timing_cache, [bytes(memoryview(measured))])
+        with open(f"{timing_cache}.tmp", "wb") as file:
+            file.write(memoryview(measured))
+        os.replace(f"{timing_cache}.tmp", timing_cache)
     return bytes(memoryview(plan))
 
 
