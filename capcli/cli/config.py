@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -38,7 +39,10 @@ def as_typed(value: Any, param: click.Parameter) -> Any:
     return value
 
 
-def config_option(name: str = "--config", help: str = "Take options from a TOML file; flags win.") -> Any:  # noqa: A002
+def config_option(
+    name: str = "--config",
+    help: str = "Take options from a TOML file; flags win.",  # noqa: A002
+) -> Callable[[Any], Any]:
     return click.option(
         name,
         cls=SectionedOption,
@@ -64,7 +68,7 @@ def chosen(sections: dict[str, Any], command: str, path: str) -> dict[str, Any]:
     """What of a file's sections is for `command`: later values win, those in a section of its own above all."""
     from capcli.cli import cli
 
-    known = {name: spelt(each) for name, each in cli.commands.items()}
+    known = {name: {str(param.name) for param in each.params} for name, each in cli.commands.items()}
     everywhere = set().union(*known.values())
     shared: dict[str, Any] = {}
     own: dict[str, Any] = {}
@@ -79,33 +83,8 @@ def chosen(sections: dict[str, Any], command: str, path: str) -> dict[str, Any]:
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise UsageError(f"{path}: [{heading}] has {key}, which is no option of capcli{hint}")
             if name in known[command]:
-                meant = named(known[command][name], name, value, path)
                 if heading == command:
-                    own |= meant
+                    own[name] = value
                 elif heading not in known:
-                    shared |= meant
+                    shared[name] = value
     return shared | own
-
-
-def spelt(command: click.Command) -> dict[str, click.Parameter]:
-    """A command's options by the keys of a file: their names, or the flags' own where several set one (--onnx, --trt)."""
-    options: dict[str, click.Parameter] = {}
-    for param in command.params:
-        names = param.opts if is_choice(param) else [str(param.name)]
-        options |= {name.lstrip("-").replace("-", "_"): param for name in names}
-    return options
-
-
-def is_choice(param: click.Parameter) -> bool:
-    """Whether it is one of several flags that give one option its value."""
-    return isinstance(param, click.Option) and param.is_flag and isinstance(param.flag_value, str)
-
-
-def named(param: click.Parameter, key: str, value: Any, path: str) -> dict[str, Any]:
-    """What a key says, under its option's name."""
-    if not is_choice(param):
-        return {str(param.name): value}
-    if not isinstance(value, bool):
-        raise UsageError(f"{path}: {key} is {value!r}; it must be true or false")
-    assert isinstance(param, click.Option)
-    return {str(param.name): param.flag_value} if value else {}
