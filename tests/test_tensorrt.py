@@ -364,6 +364,14 @@ BROKEN = {
         ),
         "casts to float64",
     ),
+    "axes that are computed": (
+        graph(
+            [helper.make_node("Shape", ["x"], ["a"]), helper.make_node("ReduceSum", ["x", "a"], ["y"], keepdims=0)],
+            {"x": (FLOAT, [1])},
+            {"y": (FLOAT, None)},
+        ),
+        "its axes a are computed",
+    ),
     "a newer opset": (
         graph([helper.make_node("Relu", ["x"], ["y"])], {"x": (FLOAT, [2])}, {"y": (FLOAT, [2])}, opset=26),
         "opset 26 is newer",
@@ -441,6 +449,8 @@ def test_float64_becomes_float32_wherever_it_is_named():
         helper.make_node("Add", ["m", "c"], ["y"]),
     ]
     model = graph(nodes, {"x": (UINT8, [3])}, {"y": (DOUBLE, [3])}, [helper.make_tensor("w", DOUBLE, [1], [1 / 3])])
+    told = " ".join(lint(model))
+    assert all(each in told for each in ("Cast: casts to float64", "Constant: holds float64", "w is float64"))
     ready = tensorrt.trt_ready(model)
     assert lint(ready) == []
     onnx.checker.check_model(ready, full_check=True)

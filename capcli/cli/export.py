@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from capcli.cli.config import config_option
 from capcli.cli.sections import SectionedCommand, SectionedOption, leave_word
 from capcli.errors import CapcliError
 from capcli.options import DEFAULT_MODEL, ExportOptions
 
+Decorator = Callable[[Any], Any]
 
-def under(section: str) -> Any:
+
+def under(section: str) -> Callable[..., Decorator]:
     return partial(click.option, cls=SectionedOption, section=section, show_envvar=False)
 
 
@@ -34,8 +38,8 @@ class Numbers(click.ParamType[Any]):
 
 
 @click.command(cls=SectionedCommand, short_help="Build an engine: ONNX graphs or TensorRT plans, with their proof.")
-@engine("--onnx", "kind", flag_value="onnx", help="Graphs for ONNX Runtime, on CPU or CUDA.")
-@engine("--trt", "kind", flag_value="tensorrt", help="Plans for TensorRT, on the GPU of this machine.")
+@engine("--onnx", is_flag=True, help="Graphs for ONNX Runtime, on CPU or CUDA.")
+@engine("--trt", is_flag=True, help="Plans for TensorRT, on the GPU of this machine.")
 @engine(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
@@ -90,9 +94,8 @@ def export(**given: Any) -> int:
     \b
     Exit codes: 0 built and proved; 2 wrong usage; 1 could not be built, or failed its proof.
     """
-    if given["kind"] is None:
-        raise click.UsageError("say what to build: --onnx or --trt")
-    options = ExportOptions(**{name: given[name] for name in ExportOptions.__dataclass_fields__ if name in given})
+    taken = {name: given[name] for name in ExportOptions.__dataclass_fields__ if name in given}
+    options = ExportOptions(kind=kind(given), **taken)
     try:
         from capcli.export import build
     except ModuleNotFoundError as error:
@@ -100,3 +103,14 @@ def export(**given: Any) -> int:
             raise
         raise CapcliError(f"capcli export needs {error.name}: pip install 'capcli[onnx]'") from error
     return build.run(options)
+
+
+def kind(given: dict[str, Any]) -> Literal["onnx", "tensorrt"]:
+    """What to build: the flag that was typed wins over a recipe's."""
+    typed = click.get_current_context().get_parameter_source
+    asked = [name for name in ("onnx", "trt") if given[name]]
+    if len(asked) > 1:
+        asked = [name for name in asked if typed(name) is ParameterSource.COMMANDLINE]
+    if len(asked) != 1:
+        raise click.UsageError("say what to build: --onnx or --trt")
+    return "onnx" if asked == ["onnx"] else "tensorrt"

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,26 +17,28 @@ import transformers
 
 from capcli import __version__, pixels
 from capcli.decoding.settings import Settings, resolve
-from capcli.engine import Engine, hash_files, is_engine, write_engine
+from capcli.engine import Bucket, Engine, hash_files, is_engine, write_engine
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.export import graphs
-from capcli.export.proof import Proof, draw_images, prove
+from capcli.export.proof import Proof, draw_images, prove, searches
 from capcli.export.quantize import quantize
 from capcli.export.tidy import share_weights
 from capcli.models import files
 from capcli.models.attention import use_attention
-from capcli.models.build import choose_device, load_weights, modules, own_generation, pixel_size
+from capcli.models.build import choose_device, load_weights, modules, open_engine, own_generation, pixel_size
 from capcli.models.files import ModelFiles, fingerprint, shelf_of
 from capcli.models.hub import find_model
 from capcli.options import MAX_PIXELS, ExportOptions, GenerationOptions, SourceOptions
 from capcli.pixels import PixelSpec
 from capcli.progress import say, warn
 from capcli.runtimes.eager import Eager
-from capcli.runtimes.ort import DTYPES, ENCODE, STEP, import_onnxruntime, open_ort
+from capcli.runtimes.ort import DTYPES, ENCODE, STEP, import_onnxruntime
 from capcli.runtimes.seated import Seated
 from capcli.sources import open_source
 
 ENGINES = "CAPCLI_ENGINES"
+GRAPH_FILES = (ENCODE, f"{ENCODE}.data", STEP, f"{STEP}.data")
+UNFINISHED = "its plans are not built yet"
 MOST_VERIFIED = 64  # images of a folder given for the proof
 
 
@@ -61,8 +64,10 @@ def run(options: ExportOptions) -> int:
     try:
         engine = write_graphs(building, options, model, out, note)
         engine = replace(engine, versions={"onnxruntime": onnxruntime.__version__})
+        if options.kind == "tensorrt":
+            engine = with_plans(building, out, engine, device, note)
         engine = replace(engine, files=hash_files(building, sorted(set(os.listdir(building)) - copied(model))))
-        proof = proved(open_ort(building, engine, device), model, paths, engine, options)
+        proof = proved(open_engine(building, engine, device), model, paths, engine, options)
         engine = replace(engine, proof=proof.facts())
         note(proof.line())
         if not proof.passed and not options.force:
@@ -75,6 +80,34 @@ def run(options: ExportOptions) -> int:
         warn(f"kept by --force, and it failed its proof: {proof.failed}")
     note(f"{out}: {size_of(out) / 1e6:,.1f} MB; capcli caption FOLDER --model {out}")
     return 0
+
+
+def with_plans(building: str, out: str, engine: Engine, device: torch.device, note: Callable[[str], None]) -> Engine:
+    """Plans for the GPU here, in place of the graphs.
+
+    Where TensorRT or a GPU is missing, the graphs that are ready for it stay in `out`, and CapcliError says what is missing
+    and what finishes the engine.
+    """
+    from capcli.export import tensorrt
+    from capcli.runtimes.trt import this_gpu
+
+    ready = tensorrt.write_ready(building, (ENCODE, STEP))
+    try:
+        module = tensorrt.require_tensorrt()
+    except CapcliError as missing:
+        files = hash_files(building, [*GRAPH_FILES, *ready])
+        write_engine(building, replace(engine, files=files, proof={"passed": False, "failed": UNFINISHED}))
+        put_in_place(building, out)
+        raise CapcliError(
+            f"{missing}. The graphs that TensorRT reads are in {out}; where both are, this finishes it: {engine.rebuild}"
+        ) from missing
+    version, gpu = module.__version__, this_gpu(device)
+    tensorrt.build_plans(
+        building, engine.buckets, timing_cache=tensorrt.timing_cache_path(out, version, gpu), note=note, tensorrt=module
+    )
+    for name in (*GRAPH_FILES, *ready):
+        os.remove(os.path.join(building, name))
+    return replace(engine, versions={"tensorrt": version}, gpu=gpu)
 
 
 def place(options: ExportOptions) -> str:
@@ -109,6 +142,12 @@ def write_graphs(
     if own_generation(model) is None:
         whole.generation_config.save_pretrained(folder)
     decoder = whole.config.decoder
+    buckets: tuple[Bucket, ...] = ()
+    if options.kind == "tensorrt":
+        from capcli.export.tensorrt import make_buckets
+
+        settings = built_for(options, model, whole)
+        buckets = make_buckets(options.batch_sizes, settings.rows, settings.entries)
     return Engine(
         kind=options.kind,
         profile=options.profile,
@@ -121,6 +160,7 @@ def write_graphs(
         positions=decoder.max_position_embeddings,
         vocabulary=decoder.vocab_size,
         command=command(options, out),
+        buckets=buckets,
         capcli=__version__,
         made_with={"torch": torch.__version__, "transformers": transformers.__version__, "onnx": onnx.__version__},
     )
@@ -128,7 +168,12 @@ def write_graphs(
 
 def command(options: ExportOptions, out: str) -> tuple[str, ...]:
     """What builds the engine again, in its place."""
-    given = [("--model", options.model), ("--out", out), ("--revision", options.revision), ("--dtype", options.dtype)]
+    given: list[tuple[str, object]] = [
+        ("--model", options.model),
+        ("--out", out),
+        ("--revision", options.revision),
+        ("--dtype", options.dtype),
+    ]
     given += [("--profile", options.profile), ("--quantize", options.quantize)]
     if options.kind == "tensorrt":
         given += [("--num-beams", options.num_beams), ("--max-new-tokens", options.max_new_tokens)]
@@ -158,8 +203,16 @@ def proved(runtime: Seated, model: ModelFiles, paths: list[str], engine: Engine,
     whole = load_weights(model, "float32", runtime.device)
     use_attention(whole.decoder)
     truth = Eager(*modules(whole, spec), runtime.device)
-    settings: Settings = resolve(own_generation(model) or whole.generation_config.to_dict(), GenerationOptions())
-    return prove(runtime, truth, images, settings, options.quantize or options.dtype)
+    settings = built_for(options, model, whole)
+    beams = (1, 4) if engine.kind == "onnx" else (settings.rows,)
+    return prove(runtime, truth, images, searches(settings, beams), options.quantize or options.dtype)
+
+
+def built_for(options: ExportOptions, model: ModelFiles, whole: Any) -> Settings:
+    """The search that plans are built for and the proof begins from."""
+    own = own_generation(model) or whole.generation_config.to_dict()
+    asked = GenerationOptions(num_beams=options.num_beams, max_new_tokens=options.max_new_tokens)
+    return resolve(own, asked)
 
 
 def listed(options: ExportOptions) -> list[str]:

@@ -64,6 +64,10 @@ def node_rules(
         yield "reads uint8, which TensorRT only casts to float32 or float16"
     if casts_to(node) == TensorProto.DOUBLE:
         yield "casts to float64"
+    if any(each.HasField("t") and each.t.data_type == TensorProto.DOUBLE for each in node.attribute):
+        yield "holds float64"
+    if node.op_type.startswith("Reduce") and any(node.input[1:]) and node.input[1] not in weights_of(graph):
+        yield f"its axes {node.input[1]} are computed"
     if node.op_type == "LayerNormalization" and len(node.output) > 1:
         yield "has more than one output"
     if node.op_type == "Split" and has(node, "num_outputs") and len(node.input) > 1 and node.input[1]:
@@ -136,3 +140,7 @@ def types_of(graph: onnx.GraphProto) -> dict[str, int]:
 def ranks_of(graph: onnx.GraphProto) -> dict[str, int]:
     known = {p.name: len(p.type.tensor_type.shape.dim) for p in ports(graph) if p.type.tensor_type.HasField("shape")}
     return known | {w.name: len(w.dims) for w in graph.initializer}
+
+
+def weights_of(graph: onnx.GraphProto) -> set[str]:
+    return {w.name for w in graph.initializer} | {n.output[0] for n in graph.node if n.op_type == "Constant"}

@@ -42,6 +42,7 @@ def build_plan(tensorrt: Any, graph: str, sizes: Mapping[str, int], timing_cache
         raise CapcliError(f"TensorRT cannot build a plan of {graph} at {dict(sizes)}: {log.last()}")
     measured: trt.IHostMemory = config.get_timing_cache().serialize()
     with suppress(OSError):  # the next build measures again
+        os.makedirs(os.path.dirname(os.path.abspath(timing_cache)), exist_ok=True)
         with open(f"{timing_cache}.tmp", "wb") as file:
             file.write(memoryview(measured))
         os.replace(f"{timing_cache}.tmp", timing_cache)

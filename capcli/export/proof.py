@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from capcli.decoding.loop import IterableFeed, Job, Runtime, Shapes, decode
+from capcli.decoding.loop import IterableFeed, Job, decode
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import Settings
+from capcli.runtimes.seated import Seated
 
 Pixels = npt.NDArray[np.uint8]
 DRAWN = 16  # images of a proof without a folder
+SLOTS = 8
 # How far teacher-forced logits may be from PyTorch's in float32, as a share of their spread (their standard deviation).
 BOUND = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3, "int8": 0.6}
 TIE = 1e-4  # mean log-probability by which two captions of float32 may differ and be a tie: what matrix shapes change
@@ -56,16 +58,17 @@ class Proof:
         return asdict(self)
 
 
-def prove(engine: Runtime, truth: Runtime, images: Sequence[Pixels], settings: Settings, precision: str) -> Proof:
-    """Captions `images` with both, greedily and with beams, and holds the logits of the same tokens against each other.
+def prove(
+    engine: Seated, truth: Seated, images: Sequence[Pixels], searches: Mapping[str, Settings], precision: str
+) -> Proof:
+    """Captions `images` with both in each of these searches, and holds the logits of the same tokens against each other.
 
     `truth` computes in float32. In float32 an engine must say every token alike, but for ties; in less (`precision` is a
     key of BOUND) its logits must stay within the bound, and how many captions are equal is told.
     """
-    searches = searched(settings)
-    greedy = searches["greedy"]
     told = {name: (captions(engine, images, s), captions(truth, images, s)) for name, s in searches.items()}
-    apart = logit_distance(engine, truth, images, greedy, [each[0] for each in told["greedy"][1]])
+    first = next(iter(searches))
+    apart = logit_distance(engine, truth, images, searches[first], [each[0] for each in told[first][1]])
     said = tuple(compare(name, *both) for name, both in told.items())
     bound = BOUND[precision]
     failed = None
@@ -77,15 +80,16 @@ def prove(engine: Runtime, truth: Runtime, images: Sequence[Pixels], settings: S
     return Proof(failed is None, failed, len(images), apart, bound, said)
 
 
-def searched(settings: Settings) -> dict[str, Settings]:
-    """Greedy and beams, under the captioner's own constraints."""
-    plain = replace(settings, do_sample=False, num_return_sequences=1, num_beams=1)
-    return {"greedy": plain, "4 beams": replace(plain, num_beams=4)}
+def searches(settings: Settings, beams: Sequence[int]) -> dict[str, Settings]:
+    """Searches with so many beams, under the captioner's own constraints."""
+    plain = replace(settings, do_sample=False, num_return_sequences=1)
+    return {"greedy" if n == 1 else f"{n} beams": replace(plain, num_beams=n) for n in beams}
 
 
-def captions(runtime: Runtime, images: Sequence[Pixels], settings: Settings) -> list[list[Hypothesis]]:
+def captions(runtime: Seated, images: Sequence[Pixels], settings: Settings) -> list[list[Hypothesis]]:
     jobs = [Job(index, pixels) for index, pixels in enumerate(images)]
-    found = {d.tag: d.hypotheses for d in decode(IterableFeed(jobs), runtime, settings, Shapes.of(min(8, len(jobs))))}
+    shapes = runtime.shapes(min(SLOTS, len(jobs)), settings)
+    found = {done.tag: done.hypotheses for done in decode(IterableFeed(jobs), runtime, settings, shapes)}
     return [found[index] for index in range(len(images))]
 
 
@@ -101,36 +105,41 @@ def compare(search: str, ours: Sequence[list[Hypothesis]], theirs: Sequence[list
 
 @torch.inference_mode()
 def logit_distance(
-    engine: Runtime, truth: Runtime, images: Sequence[Pixels], settings: Settings, spoken: Sequence[Hypothesis]
+    engine: Seated, truth: Seated, images: Sequence[Pixels], settings: Settings, spoken: Sequence[Hypothesis]
 ) -> float:
     """The largest difference of both logits where both are given the tokens `spoken`, over the spread of the true ones."""
-    ours, theirs = (forced_logits(runtime, images, settings, spoken) for runtime in (engine, truth))
     apart = 0.0
-    for one, other, hypothesis in zip(ours, theirs, spoken, strict=True):
-        mine, true = one[: len(hypothesis.tokens)], other[: len(hypothesis.tokens)]
-        apart = max(apart, ((mine - true).abs().max() / true.std()).item())
-    return apart if apart == apart else float("inf")
+    for ours, theirs in zip(*(forced_logits(each, images, settings, spoken) for each in (engine, truth)), strict=True):
+        apart = max(apart, ((ours - theirs).abs().max() / theirs.std()).item())
+        if apart != apart:
+            return float("inf")
+    return apart
 
 
 def forced_logits(
-    runtime: Runtime, images: Sequence[Pixels], settings: Settings, spoken: Sequence[Hypothesis]
-) -> torch.Tensor:
-    """[images, steps, V] in float32 on the CPU."""
-    count, steps = len(images), max(len(h.tokens) for h in spoken)
-    runtime.allocate(Shapes(count, count), settings)
-    runtime.admit(np.stack(list(images)), range(count))
-    prefix = len(settings.prompt) - 1
-    visible = torch.zeros(count, 1, settings.entries, dtype=torch.bool, device=runtime.device)
-    visible[..., :prefix] = True
-    tokens = torch.full((count, 1), settings.prompt[-1], device=runtime.device)
-    position = torch.zeros(count, dtype=torch.long, device=runtime.device)
-    logits = []
-    for step in range(steps):
-        visible[..., prefix + step] = True
-        logits.append(runtime.step(tokens, position + step, visible)[:, 0].to("cpu", torch.float32, copy=True))
-        said = [h.tokens[step] if step < len(h.tokens) else settings.prompt[-1] for h in spoken]
-        tokens = torch.tensor(said, device=runtime.device)[:, None]
-    return torch.stack(logits, 1)
+    runtime: Seated, images: Sequence[Pixels], settings: Settings, spoken: Sequence[Hypothesis]
+) -> Iterator[torch.Tensor]:
+    """For each image [steps, V] in float32 on the CPU: of a slot's first row, all rows being given the same tokens."""
+    shapes = runtime.shapes(min(SLOTS, len(images)), settings)
+    prefix, rows, start = len(settings.prompt) - 1, settings.rows, settings.prompt[-1]
+    row = torch.arange(rows, device=runtime.device)
+    for first in range(0, len(images), shapes.chunk):
+        group, said = images[first : first + shapes.chunk], spoken[first : first + shapes.chunk]
+        runtime.allocate(shapes, settings)
+        runtime.admit(np.stack([*group, *[group[0]] * (shapes.chunk - len(group))]), range(len(group)))
+        visible = torch.zeros(shapes.slots, rows, settings.entries, dtype=torch.bool, device=runtime.device)
+        visible[..., :prefix] = True
+        tokens = torch.full((shapes.slots, rows), start, device=runtime.device)
+        position = torch.zeros(shapes.slots, dtype=torch.long, device=runtime.device)
+        logits = []
+        for step in range(max(len(h.tokens) for h in said)):
+            visible[:, row, prefix + step * rows + row] = True
+            told = runtime.step(tokens, position + step, visible)[: len(group), 0]
+            logits.append(told.to("cpu", torch.float32, copy=True))  # the next step may write over it
+            for seat, hypothesis in enumerate(said):
+                tokens[seat] = hypothesis.tokens[step] if step < len(hypothesis.tokens) else start
+        for seat, hypothesis in enumerate(said):
+            yield torch.stack([each[seat] for each in logits[: len(hypothesis.tokens)]])
 
 
 def draw_images(size: tuple[int, int], count: int = DRAWN) -> list[Pixels]:
@@ -150,8 +159,3 @@ def draw_images(size: tuple[int, int], count: int = DRAWN) -> list[Pixels]:
         picture[:, bar : bar + width // 12 + 1] = rng.uniform(0, 255, 3)
         images.append(picture.clip(0, 255).astype(np.uint8))
     return images
-
-
-def shown(proof: Mapping[str, Any]) -> str:
-    """What engine.json keeps of a proof, in a few words."""
-    return "passed" if proof.get("passed") else f"failed: {proof.get('failed')}"

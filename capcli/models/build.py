@@ -90,15 +90,15 @@ def modules(whole: Any, spec: PixelSpec) -> tuple[Encode, Step]:
 def load_engine(files: ModelFiles, engine: Engine, device: torch.device) -> Model:
     """What an engine folder holds. Raises CapcliError for one that was changed or built for another machine."""
     refuse_tampered(files.folder, engine)
+    if engine.kind == "tensorrt" and "tensorrt" not in engine.versions:
+        raise CapcliError(
+            f"the engine {files.name} has no plans yet: finish it where TensorRT and a GPU are: {engine.rebuild}"
+        )
     if not engine.proof.get("passed"):
         warn(f"the engine {files.name} failed its proof ({engine.proof.get('failed')}): its captions may differ")
     tokenizer = explained_tokenizer(files)
-    if engine.kind == "tensorrt":
-        from capcli.runtimes.trt import open_trt as opened
-    else:
-        from capcli.runtimes.ort import open_ort as opened
     return Model(
-        runtime=opened(files.folder, engine, device),
+        runtime=open_engine(files.folder, engine, device),
         dtype=engine.dtype,
         tokenizer=tokenizer,
         spec=PixelSpec.from_config(files.processor),
@@ -108,6 +108,17 @@ def load_engine(files: ModelFiles, engine: Engine, device: torch.device) -> Mode
         vocabulary=engine.vocabulary,
         spaced=puts_spaces(tokenizer),
     )
+
+
+def open_engine(folder: str, engine: Engine, device: torch.device) -> Seated:
+    """What runs an engine folder's graphs or plans. Raises CapcliError where they cannot be run."""
+    if engine.kind == "tensorrt":
+        from capcli.runtimes.trt import open_trt
+
+        return open_trt(folder, engine, device)
+    from capcli.runtimes.ort import open_ort
+
+    return open_ort(folder, engine, device)
 
 
 def explained_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:

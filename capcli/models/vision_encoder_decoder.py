@@ -40,8 +40,8 @@ class Encode(nn.Module):
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """To the bit as the processors of transformers, which multiply in float64 and go on in float32; [E, 3, h, w]."""
-        exact = self.divisor is not None
-        x = pixels.float() / self.divisor if exact else (pixels.double() * self.rescale).float()
+        divisor = self.divisor
+        x = (pixels.double() * self.rescale).float() if divisor is None else pixels.float() / divisor
         x = (x - self.mean.float()) / self.std.float()
         return x.permute(0, 3, 1, 2).to(next(self.encoder.parameters()).dtype)
 
@@ -82,7 +82,8 @@ class Step(nn.Module):
 
     def decode(self, tokens: Tensor, position: Tensor, visible: Tensor, cache: EncoderDecoderCache) -> Tensor:
         """The same, with memory and pool in a cache that says how entries are written."""
-        own, cross = cache.self_attention_cache.layers[0], cache.cross_attention_cache.layers[0]
+        own: Any = cache.self_attention_cache.layers[0]
+        cross: Any = cache.cross_attention_cache.layers[0]
         seen, hidden = own.keys.new_zeros(()), own.keys.new_full((), torch.finfo(own.keys.dtype).min)
         mask = torch.where(visible, seen, hidden)
         out = self.decoder(

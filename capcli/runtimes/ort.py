@@ -78,7 +78,8 @@ class Ort(Seated):
         known = (tokens.shape, visible.shape, *(x.data_ptr() for x in (*memory, *pool)))
         if not self._bound or self._bound[0] != known:
             self._bound = (known, *self._bind_step(tokens, visible, memory, pool))
-        _, given, logits, binding = self._bound
+        given, binding = self._bound[1], self._bound[3]
+        logits: Tensor = self._bound[2]
         for name, value in zip(("tokens", "position", "at", "visible"), (tokens, position, at, visible), strict=True):
             given[name].copy_(value)
         self._run(self._decoder, binding)
