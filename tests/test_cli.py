@@ -158,7 +158,7 @@ def test_every_option_can_be_set_in_the_environment(monkeypatch: pytest.MonkeyPa
     for command, option in every_option():
         value, name = sample(option), str(option.name)
         flag = option.opts[-1]
-        if name == "config":
+        if name in ("config", "recipe"):
             value = str(tmp_path / f"{command.name}.toml")
             Path(value).write_text(f"[{command.name}]\nquiet = true\n")
         values = value.split() if option.multiple else [value]

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from capcli import __version__
 from capcli.doctor.findings import Line
 
-NEEDED = ("torch", "transformers", "pillow", "numpy", "huggingface_hub", "safetensors", "click", "rich", "optimum")
+NEEDED = ("torch", "transformers", "pillow", "numpy", "huggingface_hub", "safetensors", "click", "rich")
 # Those of pyproject.toml; a test holds them alike.
 EXTRAS = {
     "heif": ("pillow-heif",),
