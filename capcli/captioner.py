@@ -35,7 +35,6 @@ from capcli.models.hub import find_model
 from capcli.names import is_text, printable
 from capcli.options import DEFAULT_MODEL, MAX_PIXELS, GenerationOptions
 from capcli.records import Candidate, Caption, Failure, Loaded
-from capcli.runtimes.eager import Eager
 from capcli.stream import ArrivalFeed, Arrivals, Deliver, InPlace, Order, Result
 
 ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.generic]
@@ -49,7 +48,6 @@ class Captioner:
 
     def __init__(self, model: Model, files: ModelFiles) -> None:
         self.model, self.files = model, files
-        self._runtime = Eager(model.encode, model.step, model.device)
 
     @classmethod
     def load(
@@ -67,7 +65,7 @@ class Captioner:
         """
         place = choose_device(device)
         files = find_model(model, revision, quiet=True)
-        return cls(load_model(files, place, choose_dtype(dtype, place)), files)
+        return cls(load_model(files, place, choose_dtype(dtype, place, files.engine)), files)
 
     def caption(
         self,
@@ -155,10 +153,10 @@ class Captioner:
 
     def shapes(self, settings: Settings, count: int | None, batch_size: int | None = None) -> Shapes:
         """Slots and chunk for `count` images; None: unknown, or more than ever fit."""
-        slots = batch_size or paying_slots(self.model.device, settings)
+        slots = batch_size or paying_slots(self.model.runtime.device, settings)
         if batch_size is None:
-            slots = min(slots, fitting_slots(self.model.device, self._bytes_per_slot(settings)))
-        return Shapes.of(slots if count is None else max(1, min(slots, count)))
+            slots = min(slots, fitting_slots(self.model.runtime.device, self._bytes_per_slot(settings)))
+        return self.model.runtime.shapes(slots if count is None else max(1, min(slots, count)), settings)
 
     def run(
         self,
@@ -179,7 +177,7 @@ class Captioner:
         """
         give = Order(deliver).put if ordered else deliver
         feed = ArrivalFeed(arrivals, partial(self._job, settings), give, stop)
-        for ended in decode_steps(feed, self._runtime, settings, shapes, shrunk):
+        for ended in decode_steps(feed, self.model.runtime, settings, shapes, shrunk):
             for done in ended:
                 index, loaded = done.tag
                 give(index, self._result(loaded, done, settings, before))
@@ -214,9 +212,8 @@ class Captioner:
         """What a slot holds: its memory, its pool, and a step's logits several times over in float32."""
         height, width = self.model.size
         with torch.inference_mode():
-            memory = self.model.encode(torch.zeros(1, height, width, 3, dtype=torch.uint8, device=self.model.device))
-        pool = sum(x.nbytes // x.shape[2] * settings.entries for x in memory)
-        return int(sum(x.nbytes for x in memory) + pool + 16 * settings.rows * self.model.vocabulary)
+            held = self.model.runtime.slot_bytes(np.zeros((1, height, width, 3), np.uint8), settings)
+        return held + 16 * settings.rows * self.model.vocabulary
 
     def _overflow(self) -> str:
         cure = "its weights may be damaged" if self.model.dtype == "float32" else "try --dtype float32"

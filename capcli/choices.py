@@ -37,8 +37,9 @@ def load_captioner(options: CaptionOptions, receipt: dict[str, Any] | None) -> C
     if own is not None:
         resolve(own, options.generation)  # what is wrong with the settings is told before the weights are read
     dtype: str = options.dtype
-    if dtype == "auto":
-        dtype = earlier.get("settings", {}).get("dtype") or choose_dtype("auto", device)
+    if dtype == "auto" and files.engine is None:
+        dtype = earlier.get("settings", {}).get("dtype") or "auto"
+    dtype = choose_dtype(dtype, device, files.engine)
     most = usable_cpus()
     torch.set_num_threads(options.threads or min(earlier.get("threads") or torch.get_num_threads(), most))
     return Captioner(load_model(files, device, dtype), files)
@@ -79,7 +80,7 @@ def choose_shapes(
     Those of an earlier run that was cut short, so that captions stay the same to the bit; else what `--batch-size` says, or
     what pays, fits and is needed for so many images, where that can be known.
     """
-    device = captioner.model.device
+    device = captioner.model.runtime.device
     earlier = earlier_shapes(receipt, device, options.batch_size)
     if earlier is not None:
         return earlier, wanted

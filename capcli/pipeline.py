@@ -112,7 +112,7 @@ class Run:
 
     def pixels(self, entries: Iterable[Entry]) -> Loading:
         """Decoder processes at work on `entries`."""
-        options, device = self.options, self.captioner.model.device
+        options, device = self.options, self.captioner.model.runtime.device
         decode = partial(
             pixels.load, spec=self.captioner.model.spec, max_pixels=options.max_pixels, facts=options.sink.fields
         )

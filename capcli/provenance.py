@@ -48,7 +48,7 @@ def make_receipt(
         },
         "images": {"max_pixels": options.max_pixels, "decode_timeout": options.decode_timeout, "order": options.order},
         "batch_size": options.batch_size,
-        "device": str(captioner.model.device),
+        "device": str(captioner.model.runtime.device),
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),

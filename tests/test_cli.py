@@ -158,7 +158,7 @@ def test_every_option_can_be_set_in_the_environment(monkeypatch: pytest.MonkeyPa
     for command, option in every_option():
         value, name = sample(option), str(option.name)
         flag = option.opts[-1]
-        if name == "config":
+        if name in ("config", "recipe"):
             value = str(tmp_path / f"{command.name}.toml")
             Path(value).write_text(f"[{command.name}]\nquiet = true\n")
         values = value.split() if option.multiple else [value]
@@ -682,6 +682,7 @@ def test_an_option_named_by_the_command_is_the_same_everywhere():
     """Options in docstrings and messages exist."""
     known = {flag for _, option in every_option() for flag in (*option.opts, *option.secondary_opts)}
     known |= {"--help", "--version", "--nproc-per-node"}  # the last is torchrun's
+    known |= {"--query-gpu", "--force-reinstall", "--upgrade", "--force-download"}  # nvidia-smi's, pip's and hf's
     folder = Path(build.__file__).parents[1]
     for path in folder.rglob("*.py"):
         if path.parent.name == "cli":

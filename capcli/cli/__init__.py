@@ -10,7 +10,9 @@ import click
 
 from capcli import __version__
 from capcli.cli.caption import caption
+from capcli.cli.doctor import doctor
 from capcli.cli.evaluate import evaluate
+from capcli.cli.export import export
 from capcli.cli.prepare import prepare
 from capcli.cli.train import train
 from capcli.errors import CapcliError
@@ -25,7 +27,9 @@ def cli() -> None:
 
 
 cli.add_command(caption)
+cli.add_command(doctor)
 cli.add_command(evaluate)
+cli.add_command(export)
 cli.add_command(prepare)
 cli.add_command(train)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -39,17 +39,21 @@ def as_typed(value: Any, param: click.Parameter) -> Any:
     return value
 
 
-config_option = partial(
-    click.option,
-    "--config",
-    cls=SectionedOption,
-    section="Running",
-    metavar="FILE",
-    type=click.Path(exists=True, dir_okay=False),
-    is_eager=True,
-    callback=read_config,
-    help="Take options from a TOML file; flags win.",
-)
+def config_option(
+    name: str = "--config",
+    help: str = "Take options from a TOML file; flags win.",  # noqa: A002
+) -> Callable[[Any], Any]:
+    return click.option(
+        name,
+        cls=SectionedOption,
+        section="Running",
+        metavar="FILE",
+        type=click.Path(exists=True, dir_okay=False),
+        is_eager=True,
+        expose_value=name != "--recipe",
+        callback=read_config,
+        help=help,
+    )
 
 
 def read(path: str) -> dict[str, Any]:

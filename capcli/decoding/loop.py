@@ -89,7 +89,10 @@ class Runtime(Protocol):
         """
 
     def step(self, tokens: torch.Tensor, position: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """One token for every row: tokens [S, R], position [S], visible [S, R, P + R*T] -> logits [S, R, V]."""
+        """One token for every row: tokens [S, R], position [S], visible [S, R, P + R*T] -> logits [S, R, V].
+
+        They are the caller's until the next step, whose logits may lie in the same place.
+        """
 
 
 class IterableFeed:

@@ -1,4 +1,4 @@
-"""A captioner's files -> its modules, tokenizer and pixel arithmetic, on a device and in a dtype."""
+"""A captioner's files -> its runtime, tokenizer and pixel arithmetic, on a device and in a dtype."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, VisionEncoderDecoderModel
 
+from capcli.engine import Engine, refuse_tampered
 from capcli.errors import CapcliError, UsageError
 from capcli.models.attention import use_attention
 from capcli.models.files import ModelFiles
@@ -23,17 +23,18 @@ from capcli.models.packing import speed_up
 from capcli.models.vision_encoder_decoder import ANY_SIZE, Encode, Step
 from capcli.options import check_device
 from capcli.pixels import PixelSpec
+from capcli.progress import warn
+from capcli.runtimes.eager import Eager
+from capcli.runtimes.seated import Seated
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded captioner: `encode` and `step` on `device`, the tokenizer, how pixels are made, its generation_config."""
+    """A loaded captioner: what runs it, the tokenizer, how pixels are made, its generation_config."""
 
-    encode: nn.Module
-    step: nn.Module
-    device: torch.device
+    runtime: Seated
     dtype: str
     tokenizer: PreTrainedTokenizerBase
     spec: PixelSpec
@@ -45,35 +46,84 @@ class Model:
 
 
 def load_model(files: ModelFiles, device: torch.device, dtype: str) -> Model:
-    """Load weights and tokenizer. Raises CapcliError when they cannot be used."""
+    """Load weights, or an engine, and the tokenizer. Raises CapcliError when they cannot be used."""
+    if files.engine is not None:
+        return load_engine(files, files.engine, device)
     spec = PixelSpec.from_config(files.processor)
+    whole = load_weights(files, dtype, device)
+    use_attention(whole.decoder)
+    encode, step = modules(whole, spec)
+    if device.type == "cpu" and dtype != "float16":  # which no CPU multiplies fast
+        speed_up(encode)
+        speed_up(step)
+    decoder = whole.config.decoder
+    return Model(
+        runtime=Eager(encode, step, device),
+        dtype=dtype,
+        tokenizer=(tokenizer := explained_tokenizer(files)),
+        spec=spec,
+        size=pixel_size(files.name, whole.config.encoder, spec),
+        generation=own_generation(files) or whole.generation_config.to_dict(),
+        positions=decoder.max_position_embeddings,
+        vocabulary=decoder.vocab_size,
+        spaced=puts_spaces(tokenizer),
+    )
+
+
+def load_weights(files: ModelFiles, dtype: str, device: torch.device) -> Any:
+    """transformers' model of a folder, whole."""
     with explained(files), quiet_transformers():
-        tokenizer = load_tokenizer(files)
         loaded: Any = VisionEncoderDecoderModel.from_pretrained(
             files.folder, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True
         )
         model, report = loaded
         refuse_missing(files, report)
-        model = model.eval().to(device)
-        use_attention(model.decoder)
-    encode, step = Encode(model, spec.rescale_factor, spec.mean, spec.std).eval().to(device), Step(model).eval()
-    if device.type == "cpu" and dtype != "float16":  # which no CPU multiplies fast
-        speed_up(encode)
-        speed_up(step)
-    decoder = model.config.decoder
+        return model.eval().to(device)
+
+
+def modules(whole: Any, spec: PixelSpec) -> tuple[Encode, Step]:
+    """A model's encode and step, where it is."""
+    encode = Encode(whole, spec.rescale_factor, spec.mean, spec.std)
+    return encode.eval().to(whole.device), Step(whole).eval()
+
+
+def load_engine(files: ModelFiles, engine: Engine, device: torch.device) -> Model:
+    """What an engine folder holds. Raises CapcliError for one that was changed or built for another machine."""
+    refuse_tampered(files.folder, engine)
+    if engine.kind == "tensorrt" and "tensorrt" not in engine.versions:
+        raise CapcliError(
+            f"the engine {files.name} has no plans yet: finish it where TensorRT and a GPU are: {engine.rebuild}"
+        )
+    if not engine.proof.get("passed"):
+        warn(f"the engine {files.name} failed its proof ({engine.proof.get('failed')}): its captions may differ")
+    tokenizer = explained_tokenizer(files)
     return Model(
-        encode=encode,
-        step=step,
-        device=device,
-        dtype=dtype,
+        runtime=open_engine(files.folder, engine, device),
+        dtype=engine.dtype,
         tokenizer=tokenizer,
-        spec=spec,
-        size=pixel_size(files.name, model.config.encoder, spec),
-        generation=own_generation(files) or model.generation_config.to_dict(),
-        positions=decoder.max_position_embeddings,
-        vocabulary=decoder.vocab_size,
+        spec=PixelSpec.from_config(files.processor),
+        size=engine.pixels,
+        generation=own_generation(files) or {},
+        positions=engine.positions,
+        vocabulary=engine.vocabulary,
         spaced=puts_spaces(tokenizer),
     )
+
+
+def open_engine(folder: str, engine: Engine, device: torch.device) -> Seated:
+    """What runs an engine folder's graphs or plans. Raises CapcliError where they cannot be run."""
+    if engine.kind == "tensorrt":
+        from capcli.runtimes.trt import open_trt
+
+        return open_trt(folder, engine, device)
+    from capcli.runtimes.ort import open_ort
+
+    return open_ort(folder, engine, device)
+
+
+def explained_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
+    with explained(files), quiet_transformers():
+        return load_tokenizer(files)
 
 
 def puts_spaces(tokenizer: Any) -> bool:
@@ -175,8 +225,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> str:
-    """`auto` is bfloat16 where the hardware computes in it, else float32."""
+def choose_dtype(name: str, device: torch.device, engine: Engine | None = None) -> str:
+    """`auto` is an engine's own, or bfloat16 where the hardware computes in it, else float32."""
+    if engine is not None and name in ("auto", engine.dtype):
+        return engine.dtype
+    if engine is not None and name in DTYPES:
+        raise UsageError(f"--dtype {name}: the engine computes in {engine.dtype}; leave it out, or export another")
     if name in DTYPES:
         return name
     if name != "auto":

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, arange
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
+# entries [S, H, N, D], new ones [S, H, Q, D] and where they go, slot s from entry at[s] on -> the entries with them in
+Write = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def write_in_place(entries: Tensor, new: Tensor, at: Tensor) -> Tensor:
+    slot = arange(new.shape[0], device=new.device)[:, None]
+    entry = at[:, None] + arange(new.shape[2], device=new.device)  # [S, Q]
+    entries[slot, :, entry] = new.transpose(1, 2)
+    return entries
+
 
 class PoolLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Keys and values [S, H, N, D] of one layer. `update` writes new ones in place, slot s from entry `at[s]` on."""
+    """Keys and values [S, H, N, D] of one layer. `update` writes new ones, slot s from entry `at[s]` on."""
 
     is_compileable, is_sliding = True, False
     keys: Tensor
     values: Tensor
 
-    def __init__(self, keys: Tensor, values: Tensor, at: Tensor | None = None) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, at: Tensor | None = None, write: Write = write_in_place) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.keys, self.values, self.at, self.is_initialized = keys, values, at, True
+        self.keys, self.values, self.at, self.write, self.is_initialized = keys, values, at, write, True
 
     def lazy_initialization(self, *_: Any) -> None:
         """Nothing to do: the tensors are given."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         assert self.at is not None
-        slot = arange(key_states.shape[0], device=key_states.device)[:, None]
-        entry = self.at[:, None] + arange(key_states.shape[2], device=key_states.device)  # [S, Q]
-        self.keys[slot, :, entry] = key_states.transpose(1, 2)
-        self.values[slot, :, entry] = value_states.transpose(1, 2)
+        self.keys = self.write(self.keys, key_states, self.at)
+        self.values = self.write(self.values, value_states, self.at)
         return self.keys, self.values
 
     def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
@@ -51,10 +59,12 @@ class Layers(Cache):
         self.layers, self.layer_class_to_replicate, self.offloading = layers, None, False
 
 
-def pool_cache(memory: Sequence[Tensor], pool: Sequence[Tensor], at: Tensor) -> EncoderDecoderCache:
+def pool_cache(
+    memory: Sequence[Tensor], pool: Sequence[Tensor], at: Tensor, write: Write = write_in_place
+) -> EncoderDecoderCache:
     """The cache of one step: `memory` and `pool` hold keys and values of every layer in turn, `at` [S] is where to write."""
     count = len(pool) // 2
-    own = Layers([PoolLayer(pool[2 * i], pool[2 * i + 1], at) for i in range(count)])
+    own = Layers([PoolLayer(pool[2 * i], pool[2 * i + 1], at, write) for i in range(count)])
     cross = Layers([PoolLayer(memory[2 * i], memory[2 * i + 1]) for i in range(count)])
     cache = EncoderDecoderCache(own, cross)
     cache.is_updated = dict.fromkeys(range(count), True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from capcli.engine import ENGINE, Engine, read_engine
 from capcli.errors import CapcliError
 
 ENCODERS = ("vit", "deit", "beit", "swin", "swinv2")
@@ -38,13 +39,17 @@ class IncompleteError(CapcliError):
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A captioner on this disk: `name` as the user gave it, `revision` the commit when it came from a hub."""
+    """A captioner on this disk: `name` as the user gave it, `revision` the commit when it came from a hub.
+
+    `engine` is what its engine.json says, None for a folder of weights.
+    """
 
     name: str
     folder: str
     revision: str | None
     config: dict[str, Any]
     processor: dict[str, Any]
+    engine: Engine | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,9 @@ def gather(name: str, shelf: Shelf, revision: str | None) -> ModelFiles:
     if lacks:
         raise IncompleteError(f"{shelf.title} lacks {' and '.join(lacks)}.")
     paths = [shelf.fetch(file) for file in (*settings, *weights)]
-    return ModelFiles(name, os.path.dirname(paths[0]), revision, config, processor)
+    folder = os.path.dirname(paths[0])
+    engine = read_engine(folder) if ENGINE in shelf.names else None
+    return ModelFiles(name, folder, revision, config, processor, engine)
 
 
 def check_architecture(name: str, config: dict[str, Any]) -> None:
@@ -129,8 +136,11 @@ def setting_files(names: frozenset[str]) -> list[str]:
 def weight_files(shelf: Shelf) -> list[str]:
     """Give the files of the preferred weights, the index of sharded ones first; nothing when there are none.
 
-    Shards are listed as their index names them, there or not.
+    Shards are listed as their index names them, there or not; an engine's files as its engine.json does.
     """
+    if ENGINE in shelf.names:
+        files = shelf.read_json(ENGINE).get("files")
+        return [ENGINE, *sorted(files if isinstance(files, dict) else [])]
     for whole in WEIGHTS:
         if whole in shelf.names:
             return [whole]
@@ -184,7 +194,8 @@ def _missing(shelf: Shelf, settings: list[str], processor: dict[str, Any], weigh
         foreign = [name for name in FOREIGN_WEIGHTS if name in shelf.names]
         note = f"; {foreign[0]} is of another framework and cannot be loaded" if foreign else ""
         lacks.append(f"weights ({' or '.join(WEIGHTS)}{note})")
-    lacks.extend(f"{file}, which its index names" for file in weights if file not in shelf.names)
+    index = weights[0] if weights else ""
+    lacks.extend(f"{file}, which {index} names" for file in weights if file not in shelf.names)
     return lacks
 
 

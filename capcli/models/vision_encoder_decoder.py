@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import EncoderDecoderCache
 
 from capcli.models.cache import pool_cache
 
@@ -28,6 +29,7 @@ class Encode(nn.Module):
         self.decoder: nn.Module = whole.decoder
         self.project: nn.Module = getattr(whole, "enc_to_dec_proj", None) or nn.Identity()
         self.rescale = rescale
+        self.divisor = exact_divisor(rescale)
         self.mean = nn.Buffer(torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.std = nn.Buffer(torch.tensor(std, dtype=torch.float32), persistent=False)
 
@@ -37,10 +39,22 @@ class Encode(nn.Module):
         return tuple(t for layer in cross_layers(self.decoder) for t in keys_and_values(layer, seen))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """As the processors of transformers do it: the product in float64, then float32; [E, 3, h, w]."""
-        x = (pixels.double() * self.rescale).float() if self.rescale != 1.0 else pixels.float()
+        """To the bit as the processors of transformers, which multiply in float64 and go on in float32; [E, 3, h, w]."""
+        divisor = self.divisor
+        x = (pixels.double() * self.rescale).float() if divisor is None else pixels.float() / divisor
         x = (x - self.mean.float()) / self.std.float()
         return x.permute(0, 3, 1, 2).to(next(self.encoder.parameters()).dtype)
+
+
+def exact_divisor(rescale: float) -> float | None:
+    """A float32 by which every pixel value divides to what the product in float64 gives; None where there is none.
+
+    For 1/255 there is, so neither a graph nor a GPU needs float64 for it.
+    """
+    values = torch.arange(256, dtype=torch.uint8)
+    divisor = float(torch.tensor(1 / rescale, dtype=torch.float32)) if rescale else 0.0
+    same = divisor and torch.equal(values.float() / divisor, (values.double() * rescale).float())
+    return divisor if same else None
 
 
 class Step(nn.Module):
@@ -64,16 +78,21 @@ class Step(nn.Module):
 
         memory: 2 x layers of [S, H, M, D]; pool: 2 x layers of [S, H, N, D], written in place.
         """
-        least = torch.finfo(pool[0].dtype).min
-        mask = torch.zeros(visible.shape, dtype=pool[0].dtype, device=visible.device).masked_fill_(~visible, least)
+        return self.decode(tokens, position, visible, pool_cache(memory, pool, at))
+
+    def decode(self, tokens: Tensor, position: Tensor, visible: Tensor, cache: EncoderDecoderCache) -> Tensor:
+        """The same, with memory and pool in a cache that says how entries are written."""
+        own: Any = cache.self_attention_cache.layers[0]
+        cross: Any = cache.cross_attention_cache.layers[0]
+        seen, hidden = own.keys.new_zeros(()), own.keys.new_full((), torch.finfo(own.keys.dtype).min)
+        mask = torch.where(visible, seen, hidden)
         out = self.decoder(
             input_ids=tokens,
             position_ids=position,
             attention_mask=mask[:, None],
-            past_key_values=pool_cache(memory, pool, at),
-            encoder_hidden_states=memory[0][
-                :, 0
-            ],  # only its presence and its length count: the cross layers are filled
+            past_key_values=cache,
+            # only its presence and its length count: the cross layers are filled
+            encoder_hidden_states=cross.keys[:, 0],
             use_cache=True,
         )
         logits: Tensor = out.logits

@@ -15,6 +15,7 @@ from capcli.options.caption import (
 )
 from capcli.options.data import DataOptions
 from capcli.options.evaluate import EvaluateOptions
+from capcli.options.export import ExportOptions
 from capcli.options.model import ModelOptions
 from capcli.options.prepare import DownloadOptions, ImageFormat, PrepareOptions
 from capcli.options.train import TrainOptions
@@ -28,6 +29,7 @@ __all__ = [
     "DownloadOptions",
     "EvaluateOptions",
     "Existing",
+    "ExportOptions",
     "Format",
     "GenerationOptions",
     "ImageFormat",

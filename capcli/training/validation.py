@@ -23,6 +23,7 @@ from capcli.models.vision_encoder_decoder import Encode, Step
 from capcli.options import GenerationOptions
 from capcli.pixels import PixelSpec
 from capcli.records import Caption, Failure, Loaded
+from capcli.runtimes.eager import Eager
 from capcli.stream import Arrivals
 from capcli.training.loss import IGNORED, token_sum
 from capcli.training.pairs import Collate, Images, Pairs
@@ -131,9 +132,9 @@ def captioner_of(model: Any, tokenizer: Any, spec: PixelSpec, size: tuple[int, i
     model.eval()
     use_attention(model.decoder)
     made = Model(
-        encode=Encode(model, spec.rescale_factor, spec.mean, spec.std).to(model.device),
-        step=Step(model),
-        device=model.device,
+        runtime=Eager(
+            Encode(model, spec.rescale_factor, spec.mean, spec.std).to(model.device), Step(model), model.device
+        ),
         dtype="float32",
         tokenizer=tokenizer,
         spec=spec,

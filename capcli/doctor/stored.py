@@ -1,0 +1,164 @@
+"""What lies on this disk: captioners in the hub's cache, and engines."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from capcli.doctor.findings import Line, megabytes, said
+from capcli.doctor.machine import Gpu
+from capcli.engine import ENGINE, Engine, is_engine, misfits, read_engine
+from capcli.errors import CapcliError
+from capcli.names import as_text
+from capcli.options import DEFAULT_MODEL
+
+ENGINES = "CAPCLI_ENGINES"
+RUNTIME = {"onnx": ("onnxruntime", "ONNX Runtime"), "tensorrt": ("tensorrt", "TensorRT")}
+INSTALL = {"onnx": "pip install 'capcli[onnx]'", "tensorrt": "pip install 'capcli[trt]'"}
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """What of this machine decides whether an engine fits: the runtimes' versions, and the GPUs."""
+
+    versions: Mapping[str, str] = field(default_factory=dict)
+    gpus: Sequence[Gpu] = ()
+
+
+def look_at_models() -> Iterator[Line]:
+    """A line for each captioner in the cache; other models are one line together."""
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = [repo for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos if repo.repo_type == "model"]
+    except CacheNotFound:
+        repos = []
+    lines = [line for repo in sorted(repos, key=lambda repo: str(repo.repo_id)) if (line := captioner_line(repo))]
+    yield from lines
+    if not lines:
+        offline = "; HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+        text = f"no captioner in {constants.HF_HUB_CACHE}; the first run downloads its own{offline}"
+        yield Line(DEFAULT_MODEL, "none", text, f"hf download {DEFAULT_MODEL}")
+    if len(repos) > len(lines):
+        others = sum(repo.size_on_disk for repo in repos) - sum(line.facts["bytes"] for line in lines)
+        count = len(repos) - len(lines)
+        yield Line("others", "none", f"{count} that {'is' if count == 1 else 'are'} no captioner, {megabytes(others)}")
+
+
+def captioner_line(repo: Any) -> Line | None:
+    """A cached captioner; None for another model."""
+    from capcli.models.files import CONFIG, IncompleteError, check_architecture, gather, shelf_of
+
+    name, size = str(repo.repo_id), int(repo.size_on_disk)
+    revisions = sorted(repo.revisions, key=lambda each: ("main" in each.refs, each.last_modified))
+    if not revisions:
+        return None
+    newest = revisions[-1]
+    facts = {"bytes": size, "revision": newest.commit_hash}
+    try:
+        shelf = shelf_of(str(newest.snapshot_path), "The cached copy")
+        if CONFIG not in shelf.names:
+            return None
+        check_architecture(name, shelf.read_json(CONFIG))
+    except CapcliError:
+        return None
+    except Exception as error:
+        return Line(name, "broken", f"{megabytes(size)}; cannot be read: {said(error)}", f"hf download {name}", facts)
+    try:
+        gather(name, shelf, newest.commit_hash)
+    except IncompleteError as lack:
+        return Line(name, "missing", f"{megabytes(size)}; {lack}", f"hf download {name}", facts)
+    except Exception as error:
+        again = f"hf download --force-download {name}"
+        return Line(name, "broken", f"{megabytes(size)}; {error}", again, facts)
+    return Line(name, "ok", f"{megabytes(size)}, commit {newest.commit_hash[:8]}", facts=facts)
+
+
+def engines_folder() -> str:
+    return os.environ.get(ENGINES) or "engines"
+
+
+def look_at_engines(here: Here) -> Iterator[Line]:
+    """A line for each folder with an engine.json."""
+    root = engines_folder()
+    try:
+        names = sorted(os.listdir(root))
+    except OSError as error:
+        absent = isinstance(error, FileNotFoundError)
+        why = "no such folder" if absent else error.strerror or str(error)
+        yield Line(root, "none" if absent else "broken", f"{why}; engines are looked for here, or in ${ENGINES}")
+        return
+    folders = [folder for name in names if is_engine(folder := os.path.join(root, name))]
+    for folder in folders:
+        try:
+            yield engine_line(folder, here)
+        except Exception as error:  # engine.json may hold anything at all
+            why = str(error) if isinstance(error, CapcliError) else f"{ENGINE} is damaged: {said(error)}"
+            yield Line(folder, "broken", why, rebuild_unknown(folder), {"path": as_text(folder)})
+    if not folders:
+        yield Line(root, "none", "no engine; capcli export builds one", "capcli export --onnx")
+
+
+def engine_line(folder: str, here: Here) -> Line:
+    engine = read_engine(folder)
+    lines = [*absent_files(folder, engine), *unfit(engine, here)]
+    passed = bool(engine.proof.get("passed"))
+    precision = engine.quantize or engine.dtype
+    what = f"{RUNTIME[engine.kind][1]}, {engine.profile}, {precision}, {megabytes(size_of(folder))}"
+    of = str(engine.captioner.get("name", "unknown"))
+    facts = {
+        "path": as_text(folder),
+        "kind": engine.kind,
+        "profile": engine.profile,
+        "precision": precision,
+        "captioner": as_text(of),
+        "bytes": size_of(folder),
+        "fits": not lines,
+        "misfits": lines,
+        "proved": passed,
+    }
+    proof = [] if passed else ["it failed its proof and was kept by --force"]
+    text = f"{what}, of {of}: " + ("; ".join([*lines, *proof]) or "fits")
+    if not lines and passed:
+        return Line(folder, "ok", text, facts=facts)
+    runtime = RUNTIME[engine.kind][0]
+    fix = again(engine, folder) if runtime in here.versions else INSTALL[engine.kind]
+    return Line(folder, "broken", text, fix, facts)
+
+
+def absent_files(folder: str, engine: Engine) -> list[str]:
+    return [f"it lacks {name}" for name in engine.files if not os.path.exists(os.path.join(folder, name))]
+
+
+def unfit(engine: Engine, here: Here) -> list[str]:
+    """What keeps the engine from running here, by the GPU that suits it best."""
+    runtime, title = RUNTIME[engine.kind]
+    if runtime not in here.versions:
+        return [f"{title} is missing"]
+    gpus: list[dict[str, str] | None] = [gpu.fits() for gpu in here.gpus] or [None]
+    lines = min((misfits(engine, here.versions, gpu) for gpu in gpus), key=len)
+    if engine.kind == "onnx" and engine.dtype == "bfloat16" and not here.gpus:
+        lines = [*lines, "ONNX Runtime computes in bfloat16 on CUDA only"]
+    return lines
+
+
+def again(engine: Engine, folder: str) -> str:
+    """The command that builds it anew in its place, wherever it was moved."""
+    command = list(engine.command)
+    if "--out" in command[:-1]:
+        command[command.index("--out") + 1] = folder
+    return shlex.join(command if "--overwrite" in command else [*command, "--overwrite"])
+
+
+def rebuild_unknown(folder: str) -> str:
+    """The command for an engine that cannot tell what it was built from."""
+    return f"capcli export --onnx --model MODEL --out {shlex.quote(folder)} --overwrite"
+
+
+def size_of(folder: str) -> int:
+    with os.scandir(folder) as entries:
+        return sum(entry.stat().st_size for entry in entries if entry.is_file())

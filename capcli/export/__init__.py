@@ -1,0 +1,1 @@
+"""A captioner -> an engine: its graphs, and the proof that they say the same."""

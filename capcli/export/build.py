@@ -1,0 +1,261 @@
+"""`capcli export` on one page: captioner -> graphs -> engine -> proof -> the folder that is left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+import transformers
+
+from capcli import __version__, pixels
+from capcli.decoding.settings import Settings, resolve
+from capcli.engine import Bucket, Engine, hash_files, is_engine, write_engine
+from capcli.errors import CapcliError, ImageError, UsageError
+from capcli.export import graphs
+from capcli.export.proof import Proof, draw_images, prove, searches
+from capcli.export.quantize import quantize
+from capcli.export.tidy import share_weights
+from capcli.models import files
+from capcli.models.attention import use_attention
+from capcli.models.build import choose_device, load_weights, modules, open_engine, own_generation, pixel_size
+from capcli.models.files import ModelFiles, fingerprint, shelf_of
+from capcli.models.hub import find_model
+from capcli.options import MAX_PIXELS, ExportOptions, GenerationOptions, SourceOptions
+from capcli.pixels import PixelSpec
+from capcli.progress import say, warn
+from capcli.runtimes.eager import Eager
+from capcli.runtimes.ort import DTYPES, ENCODE, STEP, import_onnxruntime
+from capcli.runtimes.seated import Seated
+from capcli.sources import open_source
+
+ENGINES = "CAPCLI_ENGINES"
+GRAPH_FILES = (ENCODE, f"{ENCODE}.data", STEP, f"{STEP}.data")
+UNFINISHED = "its plans are not built yet"
+MOST_VERIFIED = 64  # images of a folder given for the proof
+
+
+def run(options: ExportOptions) -> int:
+    """Build an engine and prove it; the exit code.
+
+    Raises UsageError for what cannot be meant, before the model is loaded, and CapcliError when it cannot be built or fails
+    its proof.
+    """
+    out = place(options)
+    onnxruntime = import_onnxruntime()
+    device = choose_device(options.device)
+    paths = listed(options)
+    model = find_model(options.model, options.revision, quiet=options.quiet)
+    if model.engine is not None:
+        raise UsageError(f"{options.model} is an engine already: give the captioner that it was built from")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    note = silent if options.quiet else say
+    building = f"{out}.building"
+    shutil.rmtree(building, ignore_errors=True)
+    os.makedirs(building)
+    try:
+        engine = write_graphs(building, options, model, out, note)
+        engine = replace(engine, versions={"onnxruntime": onnxruntime.__version__})
+        if options.kind == "tensorrt":
+            engine = with_plans(building, out, engine, device, note)
+        engine = replace(engine, files=hash_files(building, sorted(set(os.listdir(building)) - copied(model))))
+        proof = proved(open_engine(building, engine, device), model, paths, engine, options)
+        engine = replace(engine, proof=proof.facts())
+        note(proof.line())
+        if not proof.passed and not options.force:
+            raise CapcliError(f"the engine failed its proof: {proof.failed}. It was not kept; --force keeps it")
+        write_engine(building, engine)
+        put_in_place(building, out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    if not proof.passed:
+        warn(f"kept by --force, and it failed its proof: {proof.failed}")
+    note(f"{out}: {size_of(out) / 1e6:,.1f} MB; capcli caption FOLDER --model {out}")
+    return 0
+
+
+def with_plans(building: str, out: str, engine: Engine, device: torch.device, note: Callable[[str], None]) -> Engine:
+    """Plans for the GPU here, in place of the graphs.
+
+    Where TensorRT or a GPU is missing, the graphs that are ready for it stay in `out`, and CapcliError says what is missing
+    and what finishes the engine.
+    """
+    from capcli.export import tensorrt
+    from capcli.runtimes.trt import this_gpu
+
+    ready = tensorrt.write_ready(building, (ENCODE, STEP))
+    try:
+        module = tensorrt.require_tensorrt()
+    except CapcliError as missing:
+        files = hash_files(building, [*GRAPH_FILES, *ready])
+        write_engine(building, replace(engine, files=files, proof={"passed": False, "failed": UNFINISHED}))
+        put_in_place(building, out)
+        raise CapcliError(
+            f"{missing}. The graphs that TensorRT reads are in {out}; where both are, this finishes it: {engine.rebuild}"
+        ) from missing
+    version, gpu = module.__version__, this_gpu(device)
+    tensorrt.build_plans(
+        building, engine.buckets, timing_cache=tensorrt.timing_cache_path(out, version, gpu), note=note, tensorrt=module
+    )
+    for name in (*GRAPH_FILES, *ready):
+        os.remove(os.path.join(building, name))
+    return replace(engine, versions={"tensorrt": version}, gpu=gpu)
+
+
+def place(options: ExportOptions) -> str:
+    """The engine's folder. Raises UsageError where something lies that an export must not replace."""
+    name = os.path.basename(os.path.abspath(os.path.expanduser(options.model)))
+    out = options.out or os.path.join(os.environ.get(ENGINES) or "engines", name)
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise UsageError(f"--out {out} is a file; name a folder")
+    if os.path.isdir(out) and os.listdir(out):
+        if not is_engine(out):
+            raise UsageError(f"--out {out} is not empty and holds no engine: name another folder")
+        if not options.overwrite:
+            raise UsageError(f"--out {out} holds an engine: --overwrite replaces it")
+    return os.path.normpath(out)
+
+
+def write_graphs(
+    folder: str, options: ExportOptions, model: ModelFiles, out: str, note: Callable[[str], None]
+) -> Engine:
+    """Both graphs, with tokenizer, processor and settings beside them; what engine.json will say but for the proof."""
+    spec = PixelSpec.from_config(model.processor)
+    whole = load_weights(model, options.dtype, torch.device("cpu"))
+    size = pixel_size(model.name, whole.config.encoder, spec)
+    encode, step = modules(whole, spec)
+    note(f"exporting {options.model}: {options.profile}, opset {graphs.OPSET[options.profile]}, {options.dtype}")
+    first, memory = graphs.encode_graph(encode, size, options.profile)
+    second = graphs.step_graph(step, memory, DTYPES[options.dtype], options.profile)
+    for name, graph in ((ENCODE, first), (STEP, second)):
+        save(quantize(graph) if options.quantize else graph, os.path.join(folder, name))
+    for name in sorted(copied(model)):
+        shutil.copyfile(os.path.join(model.folder, name), os.path.join(folder, name))
+    if own_generation(model) is None:
+        whole.generation_config.save_pretrained(folder)
+    decoder = whole.config.decoder
+    buckets: tuple[Bucket, ...] = ()
+    if options.kind == "tensorrt":
+        from capcli.export.tensorrt import make_buckets
+
+        settings = built_for(options, model, whole)
+        buckets = make_buckets(options.batch_sizes, settings.rows, settings.entries)
+    return Engine(
+        kind=options.kind,
+        profile=options.profile,
+        opset=graphs.OPSET[options.profile],
+        dtype=options.dtype,
+        quantize=options.quantize,
+        captioner={"name": model.name, "revision": model.revision, "fingerprint": fingerprint(model.folder)},
+        pixels=size,
+        memory=memory,
+        positions=decoder.max_position_embeddings,
+        vocabulary=decoder.vocab_size,
+        command=command(options, out),
+        buckets=buckets,
+        capcli=__version__,
+        made_with={"torch": torch.__version__, "transformers": transformers.__version__, "onnx": onnx.__version__},
+    )
+
+
+def command(options: ExportOptions, out: str) -> tuple[str, ...]:
+    """What builds the engine again, in its place."""
+    given: list[tuple[str, object]] = [
+        ("--model", options.model),
+        ("--out", out),
+        ("--revision", options.revision),
+        ("--dtype", options.dtype),
+    ]
+    given += [("--profile", options.profile), ("--quantize", options.quantize)]
+    if options.kind == "tensorrt":
+        given += [("--num-beams", options.num_beams), ("--max-new-tokens", options.max_new_tokens)]
+        given += [("--batch-sizes", ",".join(map(str, options.batch_sizes)))]
+    said = [part for name, value in given if value is not None for part in (name, str(value))]
+    return ("capcli", "export", "--onnx" if options.kind == "onnx" else "--trt", *said, "--overwrite")
+
+
+def save(graph: onnx.ModelProto, path: str) -> None:
+    """A graph with its weights in one file beside it."""
+    share_weights(graph)
+    weights = f"{path}.data"
+    onnx.save(graph, path, save_as_external_data=True, location=os.path.basename(weights), size_threshold=1024)
+    if os.path.exists(weights):
+        shutil.copymode(path, weights)  # which onnx leaves readable by its owner alone
+
+
+def copied(model: ModelFiles) -> set[str]:
+    """The files of a captioner that its engine holds too."""
+    return {*files.setting_files(shelf_of(model.folder).names), "generation_config.json"}
+
+
+def proved(runtime: Seated, model: ModelFiles, paths: list[str], engine: Engine, options: ExportOptions) -> Proof:
+    """Beside PyTorch in float32, whatever the engine computes in."""
+    spec = PixelSpec.from_config(model.processor)
+    images = loaded(paths, spec, engine.pixels) if paths else draw_images(engine.pixels)
+    whole = load_weights(model, "float32", runtime.device)
+    use_attention(whole.decoder)
+    truth = Eager(*modules(whole, spec), runtime.device)
+    settings = built_for(options, model, whole)
+    beams = (1, 4) if engine.kind == "onnx" else (settings.rows,)
+    return prove(runtime, truth, images, searches(settings, beams), options.quantize or options.dtype)
+
+
+def built_for(options: ExportOptions, model: ModelFiles, whole: Any) -> Settings:
+    """The search that plans are built for and the proof begins from."""
+    own = own_generation(model) or whole.generation_config.to_dict()
+    asked = GenerationOptions(num_beams=options.num_beams, max_new_tokens=options.max_new_tokens)
+    return resolve(own, asked)
+
+
+def listed(options: ExportOptions) -> list[str]:
+    """The images that `--verify-with` names. Raises UsageError for none."""
+    if options.verify_with is None:
+        return []
+    source = open_source(SourceOptions(sources=(options.verify_with,)), warn, None)
+    paths = [entry.path for entry in islice(source, MOST_VERIFIED)]
+    if not paths:
+        raise UsageError(f"--verify-with {options.verify_with}: there is no image")
+    return paths
+
+
+def loaded(paths: list[str], spec: PixelSpec, size: tuple[int, int]) -> list[npt.NDArray[np.uint8]]:
+    """The images of a folder as the captioner sees them; broken ones are passed over. Raises CapcliError for none."""
+    found = []
+    for path in paths:
+        try:
+            image = pixels.load(path, spec, max_pixels=MAX_PIXELS)[0]
+        except ImageError as error:
+            warn(f"--verify-with: {path} is passed over: {error}")
+            continue
+        if image.shape[:2] == size:
+            found.append(image)
+    if not found:
+        raise CapcliError("--verify-with: none of its images can be used")
+    return found
+
+
+def put_in_place(building: str, out: str) -> None:
+    """The new folder takes the place of an older engine."""
+    try:
+        if os.path.isdir(out):
+            shutil.rmtree(out)
+        os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+        os.rename(building, out)
+    except OSError as error:
+        raise CapcliError(f"--out {out} cannot be written: {error.strerror}") from error
+
+
+def size_of(folder: str) -> int:
+    return sum(entry.stat().st_size for entry in os.scandir(folder))
+
+
+def silent(line: str) -> None:
+    """Where nothing is to be said."""

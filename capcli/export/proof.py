@@ -1,0 +1,161 @@
+"""The proof that an engine says what PyTorch says, on the same pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from capcli.decoding.loop import IterableFeed, Job, decode
+from capcli.decoding.search import Hypothesis
+from capcli.decoding.settings import Settings
+from capcli.runtimes.seated import Seated
+
+Pixels = npt.NDArray[np.uint8]
+DRAWN = 16  # images of a proof without a folder
+SLOTS = 8
+# How far teacher-forced logits may be from PyTorch's in float32, as a share of their spread (their standard deviation).
+BOUND = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3, "int8": 0.6}
+TIE = 1e-4  # mean log-probability by which two captions of float32 may differ and be a tie: what matrix shapes change
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What of one kind of search was the same: captions, and among those that differ, ties."""
+
+    search: str
+    captions: int
+    equal: int
+    ties: int
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """`logits` is the largest difference of teacher-forced logits in units of their spread, `bound` what it may be."""
+
+    passed: bool
+    failed: str | None
+    images: int
+    logits: float
+    bound: float
+    said: tuple[Said, ...]
+
+    def line(self) -> str:
+        """One line for people."""
+        captions, equal = (sum(getattr(each, name) for each in self.said) for name in ("captions", "equal"))
+        ties = sum(each.ties for each in self.said)
+        tied = f" and {ties} ties" if ties else ""
+        return (
+            f"proof on {self.images} images: {equal} of {captions} captions equal to PyTorch's in float32{tied}; "
+            f"logits within {self.logits:.1e} of their spread (bound {self.bound:.0e})"
+        )
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def prove(
+    engine: Seated, truth: Seated, images: Sequence[Pixels], searches: Mapping[str, Settings], precision: str
+) -> Proof:
+    """Captions `images` with both in each of these searches, and holds the logits of the same tokens against each other.
+
+    `truth` computes in float32. In float32 an engine must say every token alike, but for ties; in less (`precision` is a
+    key of BOUND) its logits must stay within the bound, and how many captions are equal is told.
+    """
+    told = {name: (captions(engine, images, s), captions(truth, images, s)) for name, s in searches.items()}
+    first = next(iter(searches))
+    apart = logit_distance(engine, truth, images, searches[first], [each[0] for each in told[first][1]])
+    said = tuple(compare(name, *both) for name, both in told.items())
+    bound = BOUND[precision]
+    failed = None
+    if not apart <= bound:
+        failed = f"its logits are {apart:.1e} of their spread from PyTorch's, and {bound:.0e} is allowed"
+    elif precision == "float32" and any(each.equal + each.ties < each.captions for each in said):
+        worst = next(each for each in said if each.equal + each.ties < each.captions)
+        failed = f"{worst.captions - worst.equal - worst.ties} of {worst.captions} captions differ ({worst.search})"
+    return Proof(failed is None, failed, len(images), apart, bound, said)
+
+
+def searches(settings: Settings, beams: Sequence[int]) -> dict[str, Settings]:
+    """Searches with so many beams, under the captioner's own constraints."""
+    plain = replace(settings, do_sample=False, num_return_sequences=1)
+    return {"greedy" if n == 1 else f"{n} beams": replace(plain, num_beams=n) for n in beams}
+
+
+def captions(runtime: Seated, images: Sequence[Pixels], settings: Settings) -> list[list[Hypothesis]]:
+    jobs = [Job(index, pixels) for index, pixels in enumerate(images)]
+    shapes = runtime.shapes(min(SLOTS, len(jobs)), settings)
+    found = {done.tag: done.hypotheses for done in decode(IterableFeed(jobs), runtime, settings, shapes)}
+    return [found[index] for index in range(len(images))]
+
+
+def compare(search: str, ours: Sequence[list[Hypothesis]], theirs: Sequence[list[Hypothesis]]) -> Said:
+    equal = ties = 0
+    for mine, true in zip(ours, theirs, strict=True):
+        if [h.tokens for h in mine] == [h.tokens for h in true]:
+            equal += 1
+        elif mine and true and abs(mine[0].score - true[0].score) < TIE:
+            ties += 1
+    return Said(search, len(theirs), equal, ties)
+
+
+@torch.inference_mode()
+def logit_distance(
+    engine: Seated, truth: Seated, images: Sequence[Pixels], settings: Settings, spoken: Sequence[Hypothesis]
+) -> float:
+    """The largest difference of both logits where both are given the tokens `spoken`, over the spread of the true ones."""
+    apart = 0.0
+    for ours, theirs in zip(*(forced_logits(each, images, settings, spoken) for each in (engine, truth)), strict=True):
+        apart = max(apart, ((ours - theirs).abs().max() / theirs.std()).item())
+        if apart != apart:
+            return float("inf")
+    return apart
+
+
+def forced_logits(
+    runtime: Seated, images: Sequence[Pixels], settings: Settings, spoken: Sequence[Hypothesis]
+) -> Iterator[torch.Tensor]:
+    """For each image [steps, V] in float32 on the CPU: of a slot's first row, all rows being given the same tokens."""
+    shapes = runtime.shapes(min(SLOTS, len(images)), settings)
+    prefix, rows, start = len(settings.prompt) - 1, settings.rows, settings.prompt[-1]
+    row = torch.arange(rows, device=runtime.device)
+    for first in range(0, len(images), shapes.chunk):
+        group, said = images[first : first + shapes.chunk], spoken[first : first + shapes.chunk]
+        runtime.allocate(shapes, settings)
+        runtime.admit(np.stack([*group, *[group[0]] * (shapes.chunk - len(group))]), range(len(group)))
+        visible = torch.zeros(shapes.slots, rows, settings.entries, dtype=torch.bool, device=runtime.device)
+        visible[..., :prefix] = True
+        tokens = torch.full((shapes.slots, rows), start, device=runtime.device)
+        position = torch.zeros(shapes.slots, dtype=torch.long, device=runtime.device)
+        logits = []
+        for step in range(max(len(h.tokens) for h in said)):
+            visible[:, row, prefix + step * rows + row] = True
+            told = runtime.step(tokens, position + step, visible)[: len(group), 0]
+            logits.append(told.to("cpu", torch.float32, copy=True))  # the next step may write over it
+            for seat, hypothesis in enumerate(said):
+                tokens[seat] = hypothesis.tokens[step] if step < len(hypothesis.tokens) else start
+        for seat, hypothesis in enumerate(said):
+            yield torch.stack([each[seat] for each in logits[: len(hypothesis.tokens)]])
+
+
+def draw_images(size: tuple[int, int], count: int = DRAWN) -> list[Pixels]:
+    """Pictures unlike each other: coarse colour fields of different grain with bars and discs on them."""
+    height, width = size
+    rows, columns = np.mgrid[0:height, 0:width]
+    images = []
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        grain = 2 + number % 7
+        field = rng.uniform(0, 255, (grain, grain, 3))
+        picture = field[rows * grain // height, columns * grain // width]
+        picture += rng.normal(0, 4 * (number % 4), picture.shape)
+        y, x, radius = rng.uniform(0.2, 0.8) * height, rng.uniform(0.2, 0.8) * width, rng.uniform(0.1, 0.3) * width
+        picture[(rows - y) ** 2 + (columns - x) ** 2 < radius**2] = rng.uniform(0, 255, 3)
+        bar = int(rng.uniform(0, 0.9) * width)
+        picture[:, bar : bar + width // 12 + 1] = rng.uniform(0, 255, 3)
+        images.append(picture.clip(0, 255).astype(np.uint8))
+    return images

@@ -1,0 +1,175 @@
+"""ONNX graphs -> TensorRT plans: what TensorRT's parser wants of a graph, a copy that has it, and a plan for every bucket."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from capcli.decoding.loop import Shapes
+from capcli.engine import Bucket, hash_files
+from capcli.errors import CapcliError
+from capcli.export.parser_rules import DECOMPOSABLE, casts_to_float, has, lint
+from capcli.export.plan import build_plan
+from capcli.runtimes.trt import encode_plan, plan_files, step_plan
+from capcli.runtimes.trt_plan import import_tensorrt
+from capcli.sinks import atomic
+
+READY = ".trt.onnx"
+
+
+def trt_ready(model: onnx.ModelProto | str) -> onnx.ModelProto:
+    """A copy for TensorRT alone (ONNX Runtime refuses it): what `lint` finds in an exported graph is mended, where it can be.
+
+    Weights in files beside it stay there. Attention may be decomposed; float64 becomes float32; inputs of bool become int32;
+    shapes of uint8 inputs are taken after their cast.
+    """
+    ready = onnx.ModelProto()
+    ready.CopyFrom(onnx.load(model, load_external_data=False) if isinstance(model, str) else model)
+    folder = os.path.dirname(model) if isinstance(model, str) else ""
+    for node in ready.graph.node:
+        if node.op_type == "Attention" and not has(node, DECOMPOSABLE):
+            node.attribute.append(helper.make_attribute(DECOMPOSABLE, 1))
+        elif node.op_type == "Split" and has(node, "num_outputs") and len(node.input) > 1 and node.input[1]:
+            drop(node, "num_outputs")
+    to_float(ready.graph, folder)
+    bools_to_int(ready.graph)
+    shapes_after_cast(ready.graph)
+    return ready
+
+
+def to_float(graph: onnx.GraphProto, folder: str) -> None:
+    """float64 becomes float32 wherever it is named."""
+    for weight in graph.initializer:
+        if weight.data_type == TensorProto.DOUBLE:
+            weight.CopyFrom(single(weight, folder))
+    for node in graph.node:
+        for each in node.attribute:
+            if each.name in ("to", "dtype") and each.i == TensorProto.DOUBLE:
+                each.i = TensorProto.FLOAT
+            elif each.HasField("t") and each.t.data_type == TensorProto.DOUBLE:
+                each.t.CopyFrom(single(each.t, folder))
+    for port in (*graph.input, *graph.output, *graph.value_info):
+        if port.type.tensor_type.elem_type == TensorProto.DOUBLE:
+            port.type.tensor_type.elem_type = TensorProto.FLOAT
+
+
+def single(weight: onnx.TensorProto, folder: str) -> onnx.TensorProto:
+    return numpy_helper.from_array(numpy_helper.to_array(weight, folder).astype(np.float32), weight.name)
+
+
+def bools_to_int(graph: onnx.GraphProto) -> None:
+    for port in graph.input:
+        if port.type.tensor_type.elem_type == TensorProto.BOOL:
+            port.type.tensor_type.elem_type = TensorProto.INT32
+            truth = f"{port.name}_bool"
+            for node in graph.node:
+                node.input[:] = [truth if name == port.name else name for name in node.input]
+            graph.node.insert(0, helper.make_node("Cast", [port.name], [truth], truth, to=TensorProto.BOOL))
+
+
+def shapes_after_cast(graph: onnx.GraphProto) -> None:
+    """Nothing but its cast reads an input of uint8: who asks for its shape asks the cast."""
+    for port in graph.input:
+        if port.type.tensor_type.elem_type == TensorProto.UINT8:
+            cast = next((n for n in graph.node if casts_to_float(n) and n.input[0] == port.name), None)
+            if cast is None:
+                continue
+            for node in graph.node:
+                if node.op_type == "Shape" and node.input[0] == port.name:
+                    node.input[0] = cast.output[0]
+            at = list(graph.node).index(cast)
+            moved = onnx.NodeProto()
+            moved.CopyFrom(cast)
+            del graph.node[at]
+            graph.node.insert(0, moved)
+
+
+def ready_name(graph: str) -> str:
+    """The file of the TensorRT-ready copy of a graph's file."""
+    return graph.removesuffix(".onnx") + READY
+
+
+def write_ready(folder: str, graphs: Iterable[str]) -> list[str]:
+    """Writes TensorRT-ready copies of graph files beside them; the copies share their weights. Their names.
+
+    Raises CapcliError, naming what, for a graph that TensorRT would not take.
+    """
+    names = []
+    for graph in graphs:
+        path = os.path.join(folder, graph)
+        ready = trt_ready(path)
+        lines = lint(ready)
+        if lines:
+            more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
+            raise CapcliError(f"TensorRT would not take {path}: {'; '.join(lines[:3])}{more}")
+        names.append(ready_name(graph))
+        atomic.replace(os.path.join(folder, names[-1]), [ready.SerializeToString()])
+    return names
+
+
+def make_buckets(batch_sizes: Iterable[int], rows: int, entries: int) -> tuple[Bucket, ...]:
+    """A bucket for each batch size, images encoded as many at a time as a run of that size takes."""
+    return tuple(Bucket(slots, Shapes.of(slots).chunk, rows, entries) for slots in sorted(set(batch_sizes)))
+
+
+def require_tensorrt() -> Any:
+    """TensorRT's module, where plans can be built. Raises CapcliError that says what of it is missing here."""
+    tensorrt = import_tensorrt()
+    import torch
+
+    if not torch.cuda.is_available():
+        why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
+        raise CapcliError(f"plans are built on the NVIDIA GPU that they will run on, and there is none: {why}")
+    return tensorrt
+
+
+def build_plans(
+    folder: str,
+    buckets: Sequence[Bucket],
+    *,
+    timing_cache: str,
+    graphs: tuple[str, str] = ("encode.onnx", "step.onnx"),
+    note: Callable[[str], None] = lambda _: None,
+    tensorrt: Any = None,
+) -> dict[str, str]:
+    """Builds the plans of all buckets from the TensorRT-ready copies of `graphs` in `folder`; SHA-256 of each by file name.
+
+    Every plan has one shape. What TensorRT measured is kept in the file `timing_cache`, and the next build measures less.
+    Raises CapcliError when TensorRT, or a GPU, is missing, or refuses.
+    """
+    module = tensorrt or require_tensorrt()
+    encode, step = (os.path.join(folder, ready_name(name)) for name in graphs)
+    made: set[str] = set()
+    for bucket in buckets:
+        sizes = {"slots": bucket.slots, "rows": bucket.rows, "entries": bucket.entries}
+        for name, graph, own in (
+            (encode_plan(bucket.chunk), encode, {"chunk": bucket.chunk}),
+            (step_plan(bucket), step, sizes),
+        ):
+            if name in made:
+                continue
+            note(f"building {name}")
+            plan = build_plan(module, graph, own, timing_cache)
+            try:
+                atomic.replace(os.path.join(folder, name), [plan])
+            except OSError as error:
+                raise CapcliError(f"{os.path.join(folder, name)} cannot be written: {error.strerror}") from error
+            made.add(name)
+    return hash_files(folder, plan_files(buckets))
+
+
+def timing_cache_path(folder: str, version: str, gpu: Mapping[str, str]) -> str:
+    """Where the engines beside `folder` share what TensorRT measured: a file for every version and GPU."""
+    name = "-".join(("timings", version, *gpu.values())).replace(" ", "_").replace("/", "_")
+    return os.path.join(os.path.dirname(os.path.abspath(folder)), f"{name}.cache")
+
+
+def drop(node: onnx.NodeProto, name: str) -> None:
+    kept = [each for each in node.attribute if each.name != name]
+    del node.attribute[:]
+    node.attribute.extend(kept)

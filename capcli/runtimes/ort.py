@@ -1,0 +1,129 @@
+"""ONNX Runtime, on CPU or CUDA: the graphs of an engine folder over PyTorch's own buffers, nothing copied between steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from capcli.engine import Engine, refuse_misfit
+from capcli.errors import CapcliError
+from capcli.runtimes.seated import Seated
+
+# ONNX's numbers for the types that graphs here take and give (onnx.proto, TensorProto.DataType).
+NUMBER = {torch.float32: 1, torch.uint8: 2, torch.int32: 6, torch.bool: 9, torch.float16: 10, torch.bfloat16: 16}
+
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ENCODE, STEP = "encode.onnx", "step.onnx"
+
+
+def open_ort(folder: str, engine: Engine, device: torch.device) -> Ort:
+    """The runtime of an engine folder. Raises CapcliError when ONNX Runtime is missing, another one, or cannot run it here."""
+    onnxruntime = import_onnxruntime()
+    refuse_misfit(folder, engine, {"onnxruntime": onnxruntime.__version__}, None)
+    if device.type == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise CapcliError(
+            "this ONNX Runtime has no CUDA: pip install onnxruntime-gpu in place of onnxruntime, or give --device cpu"
+        )
+    if device.type == "cpu" and engine.dtype == "bfloat16":
+        raise CapcliError(
+            f"ONNX Runtime computes in bfloat16 on CUDA only, and {folder} is of bfloat16: export float32"
+        )
+    encode, step = (session(os.path.join(folder, name), device) for name in (ENCODE, STEP))
+    return Ort(encode, step, engine, device)
+
+
+def import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise CapcliError("ONNX Runtime is missing: pip install 'capcli[onnx]'") from error
+    return onnxruntime
+
+
+class Ort(Seated):
+    """Runs two sessions; memory, pool and logits are bound once for all steps of a run, the pool in place."""
+
+    def __init__(self, encode: Any, step: Any, engine: Engine, device: torch.device) -> None:
+        super().__init__(device)
+        self._encoder, self._decoder = encode, step
+        self._dtype, self._vocabulary = DTYPES[engine.dtype], engine.vocabulary
+        held = engine.memory
+        self._layers = [f"{kind}{layer}" for layer in range(held.layers) for kind in "kv"]
+        self._shape = (held.heads, held.positions, held.head_size)
+        self._bound: tuple[Any, ...] = ()
+
+    def _encode(self, pixels: npt.NDArray[np.uint8]) -> Sequence[Tensor]:
+        image = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device, non_blocking=True)
+        memory = [image.new_empty(len(image), *self._shape, dtype=self._dtype) for _ in self._layers]
+        names = [f"memory_{name}" for name in self._layers]
+        self._run(self._encoder, bind(self._encoder, {"pixels": image}, dict(zip(names, memory, strict=True))))
+        return memory
+
+    def _run_step(
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        at: Tensor,
+        visible: Tensor,
+        memory: Sequence[Tensor],
+        pool: Sequence[Tensor],
+    ) -> Tensor:
+        known = (tokens.shape, visible.shape, *(x.data_ptr() for x in (*memory, *pool)))
+        if not self._bound or self._bound[0] != known:
+            self._bound = (known, *self._bind_step(tokens, visible, memory, pool))
+        given, binding = self._bound[1], self._bound[3]
+        logits: Tensor = self._bound[2]
+        for name, value in zip(("tokens", "position", "at", "visible"), (tokens, position, at, visible), strict=True):
+            given[name].copy_(value)
+        self._run(self._decoder, binding)
+        return logits
+
+    def _bind_step(
+        self, tokens: Tensor, visible: Tensor, memory: Sequence[Tensor], pool: Sequence[Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor, Any]:
+        given = {name: torch.empty_like(tokens, dtype=torch.int32) for name in ("tokens", "position")}
+        given |= {"at": given["tokens"].new_empty(len(tokens)), "visible": torch.empty_like(visible)}
+        logits = torch.empty(*tokens.shape, self._vocabulary, dtype=self._dtype, device=self.device)
+        given = {name: value.contiguous() for name, value in given.items()}
+        kept = {f"memory_{name}": x for name, x in zip(self._layers, memory, strict=True)}
+        before = {f"pool_{name}": x for name, x in zip(self._layers, pool, strict=True)}
+        after = {f"pool_out_{name}": x for name, x in zip(self._layers, pool, strict=True)}
+        return given, logits, bind(self._decoder, {**given, **kept, **before}, {"logits": logits, **after})
+
+    def _run(self, session: Any, binding: Any) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # its kernels run on a stream of its own
+        session.run_with_iobinding(binding)
+
+
+def session(path: str, device: torch.device) -> Any:
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device.type == "cuda":
+        providers = [("CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": "0"})]
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # its own exceptions have no common class
+        reason = str(error).strip().partition("\n")[0]
+        raise CapcliError(f"ONNX Runtime cannot load {path}: {reason}") from error
+
+
+def bind(session: Any, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Any:
+    """Binds contiguous tensors as they lie; one that is input and output is written in place."""
+    assert all(x.is_contiguous() for x in (*inputs.values(), *outputs.values()))
+    binding = session.io_binding()
+    for name, x in inputs.items():
+        binding.bind_input(name, x.device.type, x.device.index or 0, NUMBER[x.dtype], tuple(x.shape), x.data_ptr())
+    for name, x in outputs.items():
+        binding.bind_output(name, x.device.type, x.device.index or 0, NUMBER[x.dtype], tuple(x.shape), x.data_ptr())
+    return binding

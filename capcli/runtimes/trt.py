@@ -1,0 +1,295 @@
+"""TensorRT: an engine folder's plans over PyTorch's buffers, each with one context, replayed as a CUDA graph.
+
+A plan has one shape. A run takes the smallest bucket with room for it and fills it up: idle slots and entries that no row
+sees change nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from capcli.decoding.loop import Shapes
+from capcli.decoding.settings import Settings
+from capcli.engine import Bucket, Engine, refuse_misfit
+from capcli.errors import CapcliError, UsageError
+from capcli.runtimes.seated import Seated
+from capcli.runtimes.trt_plan import Plan, Plans, import_tensorrt
+
+TYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+
+
+def encode_plan(chunk: int) -> str:
+    """The file of the plan that encodes so many images at a time."""
+    return f"encode-E{chunk}.plan"
+
+
+def step_plan(bucket: Bucket) -> str:
+    return f"step-S{bucket.slots}-R{bucket.rows}-N{bucket.entries}.plan"
+
+
+def plan_files(buckets: Sequence[Bucket]) -> list[str]:
+    """The files that plans of these buckets are: several may share the plan of one chunk."""
+    return sorted({name for bucket in buckets for name in (encode_plan(bucket.chunk), step_plan(bucket))})
+
+
+def this_gpu(device: torch.device) -> dict[str, str]:
+    """What of a GPU decides whether a plan fits it."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return {"name": torch.cuda.get_device_name(device), "capability": f"{major}.{minor}"}
+
+
+def open_trt(folder: str, engine: Engine, device: torch.device) -> Trt:
+    """The runtime of an engine folder.
+
+    Raises CapcliError when TensorRT or a GPU is missing, or the engine was built for another of either.
+    """
+    if device.type != "cuda":
+        raise CapcliError(
+            f"{folder} holds TensorRT plans, which run on an NVIDIA GPU, and the device is {device}: "
+            "run it where there is one (--device cuda), or export --onnx for this machine"
+        )
+    tensorrt = import_tensorrt()
+    refuse_misfit(folder, engine, {"tensorrt": tensorrt.__version__}, this_gpu(device))
+    with torch.cuda.device(device):
+        plans = Plans(tensorrt)
+
+    def load(name: str) -> Plan:
+        with torch.cuda.device(device):
+            return plans.load(os.path.join(folder, name))
+
+    return Trt(engine, load, device)
+
+
+@dataclass
+class Sides:
+    """The pool before and after a step: the same buffers where a plan writes in place, else two sets that take turns."""
+
+    name: str
+    before: list[Tensor]
+    after: list[Tensor]
+    turned: bool = False
+
+    def turn(self) -> None:
+        if any(before is not after for before, after in zip(self.before, self.after, strict=True)):
+            self.before, self.after, self.turned = self.after, self.before, not self.turned
+
+
+class Replayed:
+    """A plan over torch's buffers.
+
+    On CUDA every binding runs as it is at first, which TensorRT wants before a capture, then from a CUDA graph of its own.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan, self._device = plan, device
+        self._warm: set[Hashable] = set()
+        self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+
+    def run(self, bound: Mapping[str, Tensor], binding: Hashable = None) -> None:
+        """Runs it with `bound`, a buffer for every port: the same buffers whenever `binding` is the same."""
+        if self._device.type == "cuda":
+            with torch.cuda.device(self._device):
+                self._run_on_gpu(bound, binding)
+        else:
+            self._bind(bound)
+            self.plan.run(0)
+
+    def _run_on_gpu(self, bound: Mapping[str, Tensor], binding: Hashable) -> None:
+        if binding in self.graphs:
+            self.graphs[binding].replay()
+            return
+        self._bind(bound)
+        if binding in self._warm:
+            self.graphs[binding] = self._captured()
+            self.graphs[binding].replay()
+        else:
+            self._run_aside()
+            self._warm.add(binding)
+
+    def _bind(self, bound: Mapping[str, Tensor]) -> None:
+        for name, x in bound.items():
+            self.plan.bind(name, x.data_ptr())
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.plan.run(torch.cuda.current_stream(self._device).cuda_stream)
+        return graph
+
+    def _run_aside(self) -> None:
+        """On a stream of its own: on the default one TensorRT waits for the device."""
+        current, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        aside.wait_stream(current)
+        self.plan.run(aside.cuda_stream)
+        current.wait_stream(aside)
+
+
+class Trt(Seated):
+    """Runs the plans that `load` reads by file name."""
+
+    def __init__(self, engine: Engine, load: Callable[[str], Plan], device: torch.device) -> None:
+        super().__init__(device)
+        self._engine, self._load = engine, load
+        self._names = [f"{kind}{layer}" for layer in range(engine.memory.layers) for kind in "kv"]
+        self._plans: dict[str, Plan] = {}
+        self._release()
+
+    def _release(self) -> None:
+        """Lets go of every buffer: those of another run come after."""
+        self._encoding: dict[str, Tensor] = {}
+        self._stepping: dict[str, Tensor] = {}
+        self._main: Sides | None = None
+        self._scratch: Sides | None = None
+
+    def shapes(self, slots: int, settings: Settings) -> Shapes:
+        """A bucket's, whole. Raises UsageError for more rows or entries than any has."""
+        bucket = self._engine.bucket(slots, settings.rows, settings.entries)
+        return Shapes(bucket.slots, bucket.chunk)
+
+    def slot_bytes(self, pixels: npt.NDArray[np.uint8], settings: Settings) -> int:  # noqa: ARG002
+        """What a slot's memory and pool hold, the pool twice: not every plan writes in place."""
+        held = self._engine.memory
+        bucket = self._engine.bucket(1, settings.rows, settings.entries)
+        places = held.positions + 2 * bucket.entries
+        return len(self._names) * held.heads * held.head_size * places * TYPES[self._engine.dtype].itemsize
+
+    def allocate(self, shapes: Shapes, settings: Settings) -> None:
+        """Loads the plans of a bucket, unless they are, and makes all their buffers.
+
+        Raises UsageError for more slots, rows or entries than any bucket has.
+        """
+        bucket = self._engine.bucket(shapes.slots, settings.rows, settings.entries)
+        if bucket.slots < shapes.slots:
+            raise UsageError(
+                f"the engine's largest batch has {bucket.slots} slots, and this asks for {shapes.slots}: "
+                f"give --batch-size {bucket.slots} or less, or build it for more ({self._engine.rebuild})"
+            )
+        self._bucket = bucket
+        self._release()
+        super().allocate(shapes, settings)
+        wanted = (encode_plan(bucket.chunk), step_plan(bucket))
+        self._plans = {name: plan for name, plan in self._plans.items() if name in wanted}
+        for name in wanted:
+            self._plans.setdefault(name, self._plans.get(name) or self._load(name))
+        self._encoder, self._decoder = (Replayed(self._plans[name], self.device) for name in wanted)
+        self._refuse_strange()
+        self._encoding, self._stepping = self._buffers(self._encoder.plan), self._buffers(self._decoder.plan)
+        self._main = self._sides("main")
+        self._memory = [self._stepping[f"memory_{name}"] for name in self._names]
+        self._pool = self._main.before
+
+    def _buffers(self, plan: Plan) -> dict[str, Tensor]:
+        """Zeros for every port; one buffer for an input and the output that is written over it."""
+        made: dict[str, Tensor] = {}
+        for name, port in sorted(plan.ports.items(), key=lambda item: not item[1].is_input):
+            shared = None if port.is_input else plan.aliased(name)
+            made[name] = (
+                made[shared] if shared else torch.zeros(port.shape, dtype=TYPES[port.dtype], device=self.device)
+            )
+        return made
+
+    def _refuse_strange(self) -> None:
+        """Raises CapcliError for a plan that is not what its name and engine.json say."""
+        engine, bucket = self._engine, self._bucket
+        rows = (bucket.slots, bucket.rows)
+        memory, pool = ([f"{kind}_{name}" for name in self._names] for kind in ("memory", "pool"))
+        encoded: dict[str, tuple[int, ...] | None] = {
+            "pixels": (bucket.chunk, *engine.pixels, 3),
+            **dict.fromkeys(memory),
+        }
+        stepped: dict[str, tuple[int, ...] | None] = {
+            "tokens": rows,
+            "position": rows,
+            "at": rows[:1],
+            "visible": (*rows, bucket.entries),
+        }
+        stepped |= {"logits": (*rows, engine.vocabulary), **dict.fromkeys((*memory, *pool))}
+        stepped |= dict.fromkeys(f"pool_out_{name}" for name in self._names)
+        for plan, wanted in ((self._encoder.plan, encoded), (self._decoder.plan, stepped)):
+            found = {name: (port.shape, port.dtype) for name, port in plan.ports.items()}
+            strange = sorted(set(found) ^ set(wanted))
+            strange += [n for n in found if n not in strange and wanted[n] not in (None, found[n][0])]
+            strange += [n for n in found if n not in strange and found[n][1] not in TYPES]
+            if strange:
+                what = ", ".join(f"{name} {found.get(name, ('is missing',))}" for name in strange[:3])
+                raise CapcliError(f"{plan.name} is not the plan that its name says ({what}): {engine.rebuild}")
+
+    def _sides(self, name: str) -> Sides:
+        """The plan's own pool buffers, or, for another name, others like them."""
+        before = [self._stepping[f"pool_{layer}"] for layer in self._names]
+        after = [self._stepping[f"pool_out_{layer}"] for layer in self._names]
+        if name == "main":
+            return Sides(name, before, after)
+        mine = [torch.zeros_like(x) for x in before]
+        return Sides(
+            name, mine, [m if a is b else torch.zeros_like(a) for m, b, a in zip(mine, before, after, strict=True)]
+        )
+
+    def _encode(self, pixels: npt.NDArray[np.uint8]) -> Sequence[Tensor]:
+        most = self._bucket.chunk
+        if len(pixels) > most:
+            parts = [pixels[start : start + most] for start in range(0, len(pixels), most)]
+            told = [[x.clone() for x in self._encode(part)] for part in parts]
+            return [torch.cat(each) for each in zip(*told, strict=True)]
+        self._encoding["pixels"][: len(pixels)].copy_(torch.from_numpy(np.ascontiguousarray(pixels)))
+        self._encoder.run(self._encoding)
+        return [self._encoding[f"memory_{name}"][: len(pixels)] for name in self._names]
+
+    def _run_step(
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        at: Tensor,
+        visible: Tensor,
+        memory: Sequence[Tensor],  # noqa: ARG002
+        pool: Sequence[Tensor],  # noqa: ARG002
+    ) -> Tensor:
+        assert self._main is not None
+        logits = self._pass(self._main, tokens, position, at, visible)
+        self._pool = self._main.before
+        return logits
+
+    def _pass(self, pool: Sides, tokens: Tensor, position: Tensor, at: Tensor, visible: Tensor) -> Tensor:
+        """One step over the plan's own memory and `pool`, whose sides turn; the plan's further slots stay idle."""
+        slots = len(tokens)
+        for name, x in (("tokens", tokens), ("position", position), ("at", at)):
+            self._stepping[name][:slots].copy_(x)
+        self._stepping["visible"][:slots, :, : visible.shape[2]].copy_(visible)
+        bound = self._stepping
+        for name, before, after in zip(self._names, pool.before, pool.after, strict=True):
+            bound[f"pool_{name}"], bound[f"pool_out_{name}"] = before, after
+        self._decoder.run(bound, (pool.name, pool.turned))
+        pool.turn()
+        return bound["logits"][:slots]
+
+    def _write_prefix(self, memory: Sequence[Tensor], at: Tensor) -> None:  # noqa: ARG002
+        """As the rows of steps, for a plan has no other shape, and in a pool of its own: the slots that are busy keep theirs."""
+        self._scratch = self._scratch or self._sides("scratch")
+        pool, rows, slots = self._scratch, self._bucket.rows, self._bucket.slots
+        for entries in pool.before:
+            entries.index_fill_(0, at, 0)
+        prefix = len(self._prompt) - 1
+        entry = torch.arange(self._bucket.entries, device=self.device)
+        for start in range(0, prefix, rows):
+            order = start + torch.arange(rows, device=self.device)  # past the prefix are rows that are written over
+            place = order.clamp(max=prefix - 1)
+            visible = (entry <= order[:, None]).expand(slots, -1, -1)
+            self._pass(
+                pool, self._prompt[place].expand(slots, -1), place.expand(slots, -1), order[0].expand(slots), visible
+            )
+        for mine, new in zip(self._pool, pool.before, strict=True):
+            mine[at, :, :prefix] = new[at, :, :prefix]

@@ -1,0 +1,237 @@
+"""`capcli export --onnx` and captioning with what it builds, held against transformers' `generate()`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import captioners
+import onnx
+import pytest
+import torch
+from captioners import pictures, random_captioner
+from oracle import Case, agrees
+from running import VOCABULARY, call, change_json, paint, save_captioner
+from transformers import VisionEncoderDecoderModel
+
+from capcli import Captioner
+from capcli.decoding.loop import Shapes
+from capcli.export.proof import draw_images
+
+KINDS: dict[str, dict[str, Any]] = {
+    "fused": {"encoder": "vit", "decoder": "gpt2"},
+    "portable": {"encoder": "swinv2", "decoder": "bert"},
+}
+SEARCHES = [
+    Case({}),
+    Case({"num_beams": 4}),
+    Case({"num_beams": 3, "no_repeat_ngram_size": 2, "length_penalty": -1.0, "early_stopping": True}),
+    Case({"num_beams": 2, "repetition_penalty": 1.4}, prompt=(5, 6, 7)),
+    Case({"do_sample": True, "num_return_sequences": 3, "seed": 1}),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with a captioner and the engine that the command makes of it, by profile."""
+    place = tmp_path_factory.mktemp(request.param)
+    save_captioner(place / "captioner", **KINDS[request.param])
+    flags = ("--profile", request.param, "--threads", 1, "--device", "cpu")
+    done = call("export", "--onnx", "--model", place / "captioner", "--out", place / "engine", *flags)
+    assert done.code == 0, done.err
+    assert "32 of 32 captions equal" in done.err
+    return place, request.param
+
+
+@pytest.fixture
+def engine(built: tuple[Path, str], tmp_path: Path) -> Path:
+    """A copy of the engine, to do as one likes with."""
+    return Path(shutil.copytree(built[0] / "engine", tmp_path / "engine"))
+
+
+def caption(photos: Path, model: Path, *flags: object) -> Any:
+    return call("caption", photos, "--model", model, "--device", "cpu", "--workers", 0, "-o", "-", *flags)
+
+
+def model_of(kind: str) -> VisionEncoderDecoderModel:
+    return random_captioner(vocabulary=VOCABULARY, **KINDS[kind])
+
+
+@pytest.mark.parametrize("case", SEARCHES, ids=["greedy", "beams", "constraints", "prompt", "sampling"])
+def test_an_engine_says_what_generate_says(
+    built: tuple[Path, str], case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine images in four slots: some leave early and others take their seats."""
+    runtime: Any = Captioner.load(str(built[0] / "engine"), device="cpu").model.runtime
+    monkeypatch.setattr(captioners, "eager", lambda model, lag: runtime)  # noqa: ARG005
+    lengths = agrees(model_of(built[1]), pictures(9), case)
+    assert len(lengths) > 1
+    assert agrees(model_of(built[1]), pictures(3), case, Shapes(1, 1))
+
+
+def test_the_command_writes_the_same_rows(built: tuple[Path, str], tmp_path: Path) -> None:
+    photos = paint(tmp_path / "photos", *(f"{n}.png" for n in range(7)), "broken.jpg")
+    (photos / "broken.jpg").write_bytes(b"no picture")
+    for flags in ((), ("--num-beams", 3, "--batch-size", 2)):
+        ours, theirs = (
+            caption(photos, built[0] / name, "--dtype", "float32", *flags) for name in ("engine", "captioner")
+        )
+        assert ours.code == theirs.code == 3
+        assert [row["text"] for row in ours.rows] == [row["text"] for row in theirs.rows]
+        for mine, true in zip(ours.rows, theirs.rows, strict=True):
+            assert mine["score"] == pytest.approx(true["score"], abs=1e-3)
+
+
+def test_it_needs_neither_the_captioner_nor_a_hub(engine: Path, tmp_path: Path) -> None:
+    photos = paint(tmp_path / "photos", "one.png")
+    names = {path.name for path in engine.iterdir()}
+    assert {"engine.json", "tokenizer.json", "preprocessor_config.json", "generation_config.json"} <= names
+    assert not {"model.safetensors", "pytorch_model.bin"} & names
+    done = call("caption", photos, "--model", engine, "-o", "-", env={"HF_HUB_OFFLINE": "1"})
+    assert done.code == 0, done.err
+
+
+def test_an_interrupted_run_goes_on_and_another_engine_is_refused(
+    built: tuple[Path, str], engine: Path, tmp_path: Path
+) -> None:
+    photos, out = paint(tmp_path / "photos", "1.png", "2.png", "3.png"), tmp_path / "c.jsonl"
+    assert call("caption", photos, "--model", engine, "-o", out, "--limit", 2).code == 0
+    other = call("caption", photos, "--model", built[0] / "captioner", "--dtype", "float32", "-o", out)
+    assert other.code == 2
+    assert "begun with other settings: model" in other.err
+    again = call("caption", photos, "--model", engine, "-o", out)
+    assert "1 captioned, 2 skipped" in again.err
+
+
+def test_the_proof_stands_in_engine_json(built: tuple[Path, str]) -> None:
+    told = json.loads((built[0] / "engine" / "engine.json").read_text())
+    assert told["proof"]["passed"]
+    assert told["proof"]["logits"] < 1e-3
+    assert [(each["search"], each["equal"]) for each in told["proof"]["said"]] == [("greedy", 16), ("4 beams", 16)]
+    assert told["profile"] == built[1]
+    assert set(told["versions"]) == {"onnxruntime"}
+    assert set(told["files"]) == {"encode.onnx", "encode.onnx.data", "step.onnx", "step.onnx.data"}
+
+
+@pytest.mark.parametrize("name", ["encode.onnx", "step.onnx", "step.onnx.data"])
+def test_a_tampered_engine_is_refused(engine: Path, tmp_path: Path, name: str) -> None:
+    path = engine / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    refused = caption(paint(tmp_path / "photos", "one.png"), engine)
+    assert refused.code == 1
+    assert name in refused.err
+    assert f"capcli export --onnx --model {tmp_path}" not in refused.err
+    assert "capcli export --onnx" in refused.err
+    path.unlink()
+    assert "lacks" in caption(tmp_path / "photos", engine).err
+
+
+def test_an_engine_of_another_runtime_is_refused_with_the_command_that_rebuilds_it(
+    engine: Path, tmp_path: Path
+) -> None:
+    change_json(engine / "engine.json", {"versions": {"onnxruntime": "1.2.3"}})
+    refused = caption(paint(tmp_path / "photos", "one.png"), engine)
+    assert refused.code == 1
+    assert "built with onnxruntime 1.2.3, and here is" in refused.err
+    assert "capcli export --onnx --model" in refused.err
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 99, "command": ["a"]}'])
+def test_a_damaged_engine_json_is_an_error_for_people(engine: Path, tmp_path: Path, text: str) -> None:
+    (engine / "engine.json").write_text(text)
+    refused = caption(paint(tmp_path / "photos", "one.png"), engine)
+    assert refused.code == 1
+    assert "engine.json" in refused.err
+    assert "Traceback" not in refused.err
+    assert "unexpected" not in refused.err
+
+
+def test_another_dtype_is_refused(engine: Path, tmp_path: Path) -> None:
+    refused = caption(paint(tmp_path / "photos", "one.png"), engine, "--dtype", "bfloat16")
+    assert refused.code == 2
+    assert "the engine computes in float32" in refused.err
+
+
+def test_an_engine_that_says_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One weight of its graph goes wrong while it is built."""
+    from capcli.export import build
+
+    def save(graph: onnx.ModelProto, path: str) -> None:
+        if path.endswith("step.onnx"):
+            weights = [w for w in graph.graph.initializer if len(w.dims) == 2 and w.data_type == onnx.TensorProto.FLOAT]
+            for weight in weights:
+                values = onnx.numpy_helper.to_array(weight)
+                weight.CopyFrom(onnx.numpy_helper.from_array(values * 1.5, weight.name))
+        original(graph, path)
+
+    original = build.save
+    monkeypatch.setattr(build, "save", save)
+    save_captioner(tmp_path / "captioner")
+    flags = ("--model", tmp_path / "captioner", "--threads", 1, "--out", tmp_path / "engine")
+    failed = call("export", "--onnx", *flags)
+    assert failed.code == 1
+    assert "failed its proof" in failed.err
+    assert os.listdir(tmp_path) == ["captioner"]
+    kept = call("export", "--onnx", *flags, "--force")
+    assert kept.code == 0
+    assert "failed its proof" in kept.err
+    said = caption(paint(tmp_path / "photos", "one.png"), tmp_path / "engine")
+    assert said.code == 0
+    assert "failed its proof" in said.err
+
+
+def test_int8_captions_an_image_alike_whatever_its_neighbours(tmp_path: Path) -> None:
+    save_captioner(tmp_path / "captioner")
+    flags = ("--quantize", "int8", "--threads", 1, "--force")
+    done = call("export", "--onnx", "--model", tmp_path / "captioner", "--out", tmp_path / "engine", *flags)
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "engine" / "engine.json").read_text())["quantize"] == "int8"
+    whole, less = (sum(p.stat().st_size for p in (tmp_path / n).iterdir()) for n in ("captioner", "engine"))
+    assert less < whole
+    one = paint(tmp_path / "one", "0.png")
+    many = paint(tmp_path / "many", *(f"{n}.png" for n in range(8)))
+    alone, among = (caption(folder, tmp_path / "engine", "--batch-size", 4).rows[0] for folder in (one, many))
+    assert alone["text"] == among["text"]
+    assert alone["score"] == pytest.approx(among["score"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ((), "--onnx or --trt"),
+        (("--onnx", "--quantize", "int8", "--dtype", "float16"), "begins from float32"),
+        (("--onnx", "--verify-with", "nowhere"), "nowhere"),
+        (("--trt", "--batch-sizes", "0"), "at least 1"),
+        (("--trt", "--batch-sizes", "1,many"), "whole numbers"),
+    ],
+)
+def test_wrong_usage_is_told(tmp_path: Path, flags: tuple[object, ...], told: str) -> None:
+    refused = call("export", "--model", tmp_path / "m", "--out", tmp_path / "engine", *flags)
+    assert refused.code == 2, refused.err
+    assert told in refused.err
+    assert not (tmp_path / "engine").exists()
+
+
+def test_only_an_engine_is_replaced(built: tuple[Path, str], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    model = ("--onnx", "--model", built[0] / "captioner")
+    refused = call("export", *model, "--out", tmp_path / "mine", "--overwrite")
+    assert refused.code == 2
+    assert "holds no engine" in refused.err
+    refused = call("export", *model, "--out", built[0] / "engine")
+    assert refused.code == 2
+    assert "--overwrite replaces it" in refused.err
+    assert call("export", "--onnx", "--model", built[0] / "engine", "--out", tmp_path / "e").code == 2
+
+
+def test_drawn_images_are_unlike_each_other() -> None:
+    images = draw_images((32, 48))
+    assert all(image.shape == (32, 48, 3) for image in images)
+    assert len({image.tobytes() for image in images}) == len(images)
+    assert all(torch.equal(*map(torch.from_numpy, pair)) for pair in zip(images, draw_images((32, 48)), strict=True))

@@ -1,0 +1,498 @@
+"""Graphs for TensorRT, plans and the runtime over them, with a TensorRT whose plans ONNX Runtime executes on the CPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import captioners
+import fake_tensorrt
+import numpy as np
+import onnx
+import pytest
+import torch
+from captioners import SIZE, captions, pictures
+from exporting import exported
+from onnx import TensorProto, helper
+from oracle import Case, agrees
+
+from capcli.decoding.loop import Shapes
+from capcli.engine import Bucket, Engine
+from capcli.errors import CapcliError, UsageError
+from capcli.export import tensorrt
+from capcli.export.parser_rules import attribute, lint
+from capcli.export.plan import build_plan
+from capcli.runtimes import trt
+from capcli.runtimes.trt import Replayed, Trt, open_trt, plan_files
+from capcli.runtimes.trt_plan import Plan, Plans, import_tensorrt
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers")
+LENGTH = 9
+BUCKETS = (Bucket(1, 1, 1, LENGTH), Bucket(4, 2, 1, LENGTH), Bucket(4, 2, 3, 3 * LENGTH + 5))
+
+
+@dataclass(frozen=True)
+class Built:
+    """A captioner, the folder of its graphs and plans, and what its engine.json would say."""
+
+    model: Any
+    folder: Path
+    engine: Engine
+    tensorrt: SimpleNamespace
+    in_place: bool = True
+
+    def runtime(self, **other: Any) -> Trt:
+        plans = Plans(self.tensorrt)
+        return Trt(replace(self.engine, **other), lambda name: plans.load(str(self.folder / name)), torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The graphs of a captioner in a folder, made once for a decoder and a profile."""
+    made: dict[tuple[str, str], tuple[Any, Path, Engine]] = {}
+
+    def get(decoder: str, profile: str) -> tuple[Any, Path, Engine]:
+        if (decoder, profile) not in made:
+            made[decoder, profile] = export(decoder, profile, tmp_path_factory.mktemp(f"{decoder} {profile}"))
+        return made[decoder, profile]
+
+    return get
+
+
+def export(decoder: str, profile: str, folder: Path) -> tuple[Any, Path, Engine]:
+    made = exported(decoder, profile)
+    for graph, name in ((made.encode_graph, "encode.onnx"), (made.step_graph, "step.onnx")):
+        own = onnx.ModelProto()
+        own.CopyFrom(graph)  # whose weights move out
+        onnx.save(own, folder / name, save_as_external_data=True, location=f"{name}.data", size_threshold=512)
+    tensorrt.write_ready(str(folder), ("encode.onnx", "step.onnx"))
+    engine = Engine(
+        kind="tensorrt",
+        profile=profile,
+        opset=24,
+        dtype="float32",
+        quantize=None,
+        captioner={},
+        pixels=(SIZE, SIZE),
+        memory=made.memory,
+        positions=64,
+        vocabulary=120,
+        command=("capcli", "export", "--trt"),
+        capcli="0",
+        buckets=BUCKETS,
+    )
+    return made.model, folder, engine
+
+
+WAYS = {
+    "in place": ("gpt2", "fused", True),
+    "two sets in turn": ("gpt2", "fused", False),
+    "portable": ("gpt2", "portable", False),
+    "bert": ("bert", "fused", True),
+}
+
+
+@pytest.fixture(scope="session", params=WAYS)
+def built(request: pytest.FixtureRequest, graphs: Any) -> Built:
+    decoder, profile, in_place = WAYS[request.param]
+    model, folder, engine = graphs(decoder, profile)
+    module = fake_tensorrt.make(in_place=in_place)
+    cache = str(folder.parent / "timings.cache")
+    tensorrt.build_plans(str(folder), engine.buckets, timing_cache=cache, tensorrt=module)
+    return Built(model, folder, engine, module, in_place)
+
+
+@pytest.fixture
+def instead(built: Built, monkeypatch: pytest.MonkeyPatch) -> Built:
+    """Whatever captions in this test captions with the plans."""
+    monkeypatch.setattr(captioners, "eager", lambda _, lag=0: lagging(built.runtime(), lag))
+    return built
+
+
+def lagging(runtime: Trt, lag: int) -> Trt:
+    runtime.lag = lag
+    return runtime
+
+
+def test_the_pool_is_written_as_the_plan_says(built):
+    plan = Plans(built.tensorrt).load(str(built.folder / "step-S4-R1-N9.plan"))
+    shared = {name: plan.aliased(name) for name, port in plan.ports.items() if not port.is_input}
+    assert shared.pop("logits") is None
+    assert shared == {name: name.replace("_out", "") if built.in_place else None for name in shared}
+    plan.bind("logits", 1)
+    with pytest.raises(RuntimeError, match="cannot be run: not bound: "):
+        plan.run(0)
+    with pytest.raises(RuntimeError, match="nothing cannot be bound"):
+        plan.bind("nothing", 1)
+
+
+SEARCHES = {
+    "greedy": {},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "constrained": {"num_beams": 3, "no_repeat_ngram_size": 2, "length_penalty": 0.0, "repetition_penalty": 1.2},
+    "sampled": {"do_sample": True, "num_return_sequences": 3, "top_k": 20},
+}
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_plans_say_what_generate_says_through_refill(instead, search):
+    given = {"max_new_tokens": LENGTH, **SEARCHES[search]}
+    images = pictures(11)
+    lengths = agrees(instead.model, images, Case(given), Shapes(4, 2), keys=list(range(11)), lag=1)
+    assert len(lengths) >= 3, f"captions of {lengths} tokens prove little"
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_prompts_are_written_as_rows_of_steps(instead, rows):
+    """Of two ids more than a step has rows, one more, and as many; while other slots are busy."""
+    for prompt in ((5,), (5, 7, 5), (5, 7, 9, 5)):
+        room = max(b.entries for b in BUCKETS if b.rows == rows) - len(prompt)
+        case = Case({"max_new_tokens": min(6, room // rows), "num_beams": rows}, prompt=prompt)
+        agrees(instead.model, pictures(7), case, Shapes(4, 2))
+
+
+def test_a_run_of_fewer_slots_and_entries_takes_a_bigger_bucket(instead):
+    said = [
+        captions(instead.model, pictures(5), settings(instead, 4), shapes) for shapes in (Shapes(4, 2), Shapes(3, 1))
+    ]
+    assert [[h.tokens for h in each] for each in said[0]] == [[h.tokens for h in each] for each in said[1]]
+    agrees(instead.model, pictures(3), Case({"max_new_tokens": 4}), Shapes(1, 1))
+    agrees(instead.model, pictures(6), Case({"max_new_tokens": 4}), Shapes(4, 4))  # more than a chunk at a time
+
+
+class RecordedGraph:
+    """A CUDA graph's bookkeeping: a run under capture happens at every replay, with the addresses bound at its capture."""
+
+    recording: RecordedGraph | None = None
+    replays = 0
+
+    def __init__(self) -> None:
+        self.runs: list[Any] = []
+
+    def replay(self) -> None:
+        RecordedGraph.replays += 1
+        for run in self.runs:
+            run()
+
+
+@contextmanager
+def recorded(graph: RecordedGraph, **_: Any) -> Iterator[None]:
+    RecordedGraph.recording = graph
+    yield
+    RecordedGraph.recording = None
+
+
+def runs_when_replayed(context: Any, stream: int, run: Any = fake_tensorrt.IExecutionContext.execute_async_v3) -> bool:
+    if RecordedGraph.recording is None:
+        return bool(run(context, stream))
+    twin = fake_tensorrt.IExecutionContext(context.plan)
+    twin.bound = dict(context.bound)
+    RecordedGraph.recording.runs.append(lambda: run(twin, stream))
+    context.bound.clear()  # what is not bound anew will fail
+    return True
+
+
+def test_a_graph_is_captured_for_every_binding_at_its_second_run(instead, monkeypatch):
+    stream = SimpleNamespace(cuda_stream=7, wait_stream=lambda _: None)
+    for name, what in {
+        "CUDAGraph": RecordedGraph,
+        "graph": recorded,
+        "device": lambda _: nullcontext(),
+        "Stream": lambda _: stream,
+        "current_stream": lambda _: stream,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, what)
+    made: list[Replayed] = []
+
+    def on_gpu(plan: Plan, _: torch.device) -> Replayed:
+        made.append(Replayed(plan, torch.device("cuda")))
+        return made[-1]
+
+    monkeypatch.setattr(trt, "Replayed", on_gpu)
+    monkeypatch.setattr(fake_tensorrt.IExecutionContext, "execute_async_v3", runs_when_replayed)
+    monkeypatch.setattr(RecordedGraph, "replays", 0)
+    agrees(instead.model, pictures(9), Case({"max_new_tokens": LENGTH}, prompt=()), Shapes(4, 2))
+    encoder, decoder = made
+    assert len(encoder.graphs) == 1
+    assert len(decoder.graphs) == (1 if instead.in_place else 2)
+    assert RecordedGraph.replays > 10
+
+
+def settings(built: Built, length: int, **given: Any) -> Any:
+    return Case({"max_new_tokens": length, **given}).settings(built.model)
+
+
+def test_only_the_plans_of_the_bucket_are_loaded_and_each_once(graphs, tmp_path):
+    model, folder, engine = graphs("gpt2", "fused")
+    built = Built(model, folder, engine, fake_tensorrt.make())
+    tensorrt.build_plans(str(folder), BUCKETS, timing_cache=str(tmp_path / "cache"), tensorrt=built.tensorrt)
+    plans, loaded = Plans(built.tensorrt), []
+    runtime = Trt(engine, lambda name: loaded.append(name) or plans.load(str(folder / name)), torch.device("cpu"))
+    for shapes in (Shapes(4, 2), Shapes(3, 2), Shapes(1, 1), Shapes(4, 2)):
+        runtime.allocate(shapes, settings(built, LENGTH))
+    step = "step-S{}-R1-N9.plan"
+    assert loaded == [
+        "encode-E2.plan",
+        step.format(4),
+        "encode-E1.plan",
+        step.format(1),
+        "encode-E2.plan",
+        step.format(4),
+    ]
+
+
+def test_shapes_are_a_buckets_and_what_fits_none_is_refused(graphs):
+    model, folder, engine = graphs("gpt2", "fused")
+    built = Built(model, folder, engine, fake_tensorrt.make())
+    runtime = built.runtime()
+    assert runtime.shapes(1, settings(built, LENGTH)) == Shapes(1, 1)
+    assert runtime.shapes(2, settings(built, 3)) == Shapes(4, 2)
+    assert runtime.shapes(200, settings(built, LENGTH, num_beams=3)) == Shapes(4, 2)
+    for asked in (settings(built, 3, num_beams=2), settings(built, LENGTH + 1)):
+        with pytest.raises(UsageError, match="the engine was built for"):
+            runtime.shapes(1, asked)
+    with pytest.raises(UsageError, match="--batch-size 4 or less"):
+        runtime.allocate(Shapes(5, 2), settings(built, LENGTH))
+    held = engine.memory
+    per_slot = 4 * 2 * held.layers * held.heads * held.head_size * (held.positions + 2 * LENGTH)
+    assert runtime.slot_bytes(np.zeros((1, SIZE, SIZE, 3), np.uint8), settings(built, LENGTH)) == per_slot
+
+
+def test_a_plan_of_other_shapes_or_content_is_refused(graphs, tmp_path):
+    model, folder, engine = graphs("gpt2", "fused")
+    built = Built(model, tmp_path, engine, fake_tensorrt.make())
+    tensorrt.build_plans(str(folder), BUCKETS, timing_cache=str(tmp_path / "cache"), tensorrt=built.tensorrt)
+    first, second = "step-S4-R1-N9.plan", "step-S1-R1-N9.plan"
+    for name in plan_files(BUCKETS):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / first).write_bytes((folder / second).read_bytes())
+    with pytest.raises(CapcliError, match=r"step-S4-R1-N9.plan is not the plan .*capcli export"):
+        built.runtime().allocate(Shapes(4, 2), settings(built, LENGTH))
+    (tmp_path / first).write_bytes(b"something else")
+    with pytest.raises(CapcliError, match=r"cannot load .*version does not match"):
+        built.runtime().allocate(Shapes(4, 2), settings(built, LENGTH))
+    (tmp_path / first).unlink()
+    with pytest.raises(CapcliError, match="cannot be read: No such file"):
+        built.runtime().allocate(Shapes(4, 2), settings(built, LENGTH))
+
+
+def test_what_tensorrt_measured_is_kept_and_used_again(graphs, tmp_path):
+    _, folder, engine = graphs("gpt2", "fused")
+    cache, module, said = tmp_path / "timings.cache", fake_tensorrt.make(), []
+    for _ in range(2):
+        found = tensorrt.build_plans(
+            str(folder), engine.buckets, timing_cache=str(cache), note=said.append, tensorrt=module
+        )
+    assert cache.read_bytes() == b"." * 10  # a dot for every build
+    assert list(found) == plan_files(engine.buckets) == sorted({line.removeprefix("building ") for line in said})
+    cache.write_bytes(fake_tensorrt.STRANGE_CACHE)
+    tensorrt.build_plans(str(folder), engine.buckets[:1], timing_cache=str(cache), tensorrt=module)
+    assert cache.read_bytes() == b".."
+
+
+def test_buckets_follow_batch_sizes():
+    assert tensorrt.make_buckets([64, 1, 8, 8], 4, 80) == (
+        Bucket(1, 1, 4, 80),
+        Bucket(8, 4, 4, 80),
+        Bucket(64, 16, 4, 80),
+    )
+
+
+@pytest.mark.parametrize(("decoder", "profile"), sorted({way[:2] for way in WAYS.values()}))
+def test_exported_graphs_are_ready_for_tensorrt_and_were_not_before(graphs, decoder, profile):
+    _, folder, _ = graphs(decoder, profile)
+    for name, before in (("encode.onnx", "reads uint8"), ("step.onnx", "visible is bool")):
+        lines = lint(onnx.load(folder / name, load_external_data=False))
+        assert len(lines) == 1
+        assert before in lines[0]
+        ready = onnx.load(folder / tensorrt.ready_name(name), load_external_data=False)
+        assert lint(ready) == []
+        attention = [n for n in ready.graph.node if n.op_type == "Attention"]
+        assert all(attribute(n, "TRT_decomposable", 0) == 1 for n in attention)
+        assert bool(attention) == (profile == "fused")
+    assert {path.suffix for path in folder.iterdir()} <= {".onnx", ".data", ".plan"}, "the copies have no weights"
+
+
+def graph(nodes: list[Any], inputs: dict[str, Any], outputs: dict[str, Any], weights: Any = (), opset: int = 24) -> Any:
+    def ports(given: dict[str, Any]) -> list[Any]:
+        return [helper.make_tensor_value_info(name, *what) for name, what in given.items()]
+
+    whole = helper.make_graph(nodes, "g", ports(inputs), ports(outputs), weights)
+    return helper.make_model(whole, opset_imports=[helper.make_opsetid("", opset)], ir_version=11)
+
+
+FLOAT, INT64, UINT8, DOUBLE = TensorProto.FLOAT, TensorProto.INT64, TensorProto.UINT8, TensorProto.DOUBLE
+QKV = {name: (FLOAT, [2, 3, 4, 5]) for name in ("q", "k", "v")}
+CACHE = {"cache": (FLOAT, [2, 3, 9, 5]), "new": (FLOAT, [2, 3, 1, 5]), "at": (TensorProto.INT32, [2])}
+ATTENDED = {"y": (FLOAT, [2, 3, 4, 5])}
+
+
+def scatter(**given: Any) -> list[Any]:
+    cast = helper.make_node("Cast", ["at"], ["at64"], to=INT64)
+    return [cast, helper.make_node("TensorScatter", ["cache", "new", "at64"], ["out"], **{"axis": -2, **given})]
+
+
+BROKEN = {
+    "an operator that it lacks": (
+        graph(
+            [helper.make_node("BitShift", ["x", "x"], ["y"], direction="LEFT")],
+            {"x": (UINT8, [2])},
+            {"y": (UINT8, [2])},
+        ),
+        "TensorRT does not know the operator",
+    ),
+    "another domain": (
+        graph(
+            [helper.make_node("Gelu", ["x"], ["y"], domain="com.microsoft")], {"x": (FLOAT, [2])}, {"y": (FLOAT, [2])}
+        ),
+        "com.microsoft",
+    ),
+    "int64 in": (
+        graph([helper.make_node("Identity", ["x"], ["y"])], {"x": (INT64, [2])}, {"y": (INT64, [2])}),
+        "x is int64",
+    ),
+    "float64 within": (
+        graph(
+            [helper.make_node("Cast", ["x"], ["d"], to=DOUBLE), helper.make_node("Cast", ["d"], ["y"], to=FLOAT)],
+            {"x": (FLOAT, [2])},
+            {"y": (FLOAT, [2])},
+        ),
+        "casts to float64",
+    ),
+    "axes that are computed": (
+        graph(
+            [helper.make_node("Shape", ["x"], ["a"]), helper.make_node("ReduceSum", ["x", "a"], ["y"], keepdims=0)],
+            {"x": (FLOAT, [1])},
+            {"y": (FLOAT, None)},
+        ),
+        "its axes a are computed",
+    ),
+    "a newer opset": (
+        graph([helper.make_node("Relu", ["x"], ["y"])], {"x": (FLOAT, [2])}, {"y": (FLOAT, [2])}, opset=26),
+        "opset 26 is newer",
+    ),
+    "causal attention": (
+        graph([helper.make_node("Attention", ["q", "k", "v"], ["y"], is_causal=1)], QKV, ATTENDED),
+        "has the attribute is_causal",
+    ),
+    "attention with a past": (
+        graph([helper.make_node("Attention", ["q", "k", "v", "", "k", "v"], ["y"])], QKV, ATTENDED),
+        "has the input past_key",
+    ),
+    "attention with padding": (
+        graph(
+            [helper.make_node("Attention", ["q", "k", "v", "", "", "", "n"], ["y"])],
+            {**QKV, "n": (TensorProto.INT32, [2])},
+            ATTENDED,
+        ),
+        "has the input nonpad_kv_seqlen",
+    ),
+    "attention with a present": (
+        graph([helper.make_node("Attention", ["q", "k", "v"], ["y", "p"])], QKV, ATTENDED),
+        "has more than one output",
+    ),
+    "attention on three axes": (
+        graph(
+            [helper.make_node("Attention", ["q", "k", "v"], ["y"], q_num_heads=1, kv_num_heads=1)],
+            {name: (FLOAT, [2, 4, 5]) for name in "qkv"},
+            {"y": (FLOAT, [2, 4, 5])},
+        ),
+        "Q is not known to be 4-D",
+    ),
+    "attention with a flat mask": (
+        graph(
+            [helper.make_node("Attention", ["q", "k", "v", "m"], ["y"])],
+            {**QKV, "m": (FLOAT, [4, 4])},
+            ATTENDED,
+        ),
+        "attn_mask is not known to be 4-D",
+    ),
+    "a scatter in a circle": (graph(scatter(mode="circular"), CACHE, {"out": CACHE["cache"]}), "mode is not linear"),
+    "a scatter along heads": (graph(scatter(axis=1), CACHE, {"out": CACHE["cache"]}), "its axis is 1"),
+    "a scatter that is kept inside": (
+        graph([*scatter(), helper.make_node("Relu", ["out"], ["y"])], CACHE, {"y": CACHE["cache"]}),
+        "the result out is not an output",
+    ),
+    "a scatter into what was computed": (
+        graph(
+            [helper.make_node("Relu", ["x"], ["cache"]), *scatter()],
+            {"x": CACHE["cache"], "new": CACHE["new"], "at": CACHE["at"]},
+            {"out": CACHE["cache"]},
+        ),
+        "the cache cache is not an input",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_lint_says_what_tensorrt_would_not_take(name, tmp_path):
+    model, complaint = BROKEN[name]
+    assert any(complaint in line for line in lint(model)), lint(model)
+    onnx.save(model, tmp_path / "g.onnx")
+    if name == "float64 within":
+        assert lint(tensorrt.trt_ready(model)) == []
+    else:
+        with pytest.raises(CapcliError, match=r"TensorRT would not take .*g\.onnx"):
+            tensorrt.write_ready(str(tmp_path), ["g.onnx"])
+
+
+def test_float64_becomes_float32_wherever_it_is_named():
+    nodes = [
+        helper.make_node("Cast", ["x"], ["d"], to=DOUBLE),
+        helper.make_node("Constant", [], ["c"], value=helper.make_tensor("c", DOUBLE, [1], [0.5])),
+        helper.make_node("Mul", ["d", "w"], ["m"]),
+        helper.make_node("Add", ["m", "c"], ["y"]),
+    ]
+    model = graph(nodes, {"x": (UINT8, [3])}, {"y": (DOUBLE, [3])}, [helper.make_tensor("w", DOUBLE, [1], [1 / 3])])
+    told = " ".join(lint(model))
+    assert all(each in told for each in ("Cast: casts to float64", "Constant: holds float64", "w is float64"))
+    ready = tensorrt.trt_ready(model)
+    assert lint(ready) == []
+    onnx.checker.check_model(ready, full_check=True)
+    import onnxruntime
+
+    x = np.array([0, 7, 255], np.uint8)
+    said = onnxruntime.InferenceSession(ready.SerializeToString()).run(None, {"x": x})[0]
+    assert said.dtype == np.float32
+    assert np.allclose(said, x / 3 + 0.5, rtol=1e-6)
+
+
+def test_tensorrts_reasons_are_told(tmp_path):
+    x = {"x": (FLOAT, [2, 2])}
+    onnx.save(graph([helper.make_node("MatMulInteger", ["x", "x"], ["y"])], x, {"y": x["x"]}), tmp_path / "a.onnx")
+    onnx.save(graph([helper.make_node("Det", ["x"], ["y"])], x, {"y": (FLOAT, [])}), tmp_path / "b.onnx")
+    build = (fake_tensorrt.make(), {}, str(tmp_path / "cache"))
+    with pytest.raises(CapcliError, match=r"cannot read .*a.onnx: no importer for MatMulInteger"):
+        build_plan(build[0], str(tmp_path / "a.onnx"), *build[1:])
+    with pytest.raises(CapcliError, match=r"cannot build a plan of .*b.onnx at .*no kernel was found"):
+        build_plan(build[0], str(tmp_path / "b.onnx"), *build[1:])
+
+
+def test_what_is_missing_is_said(monkeypatch, graphs):
+    _, folder, engine = graphs("gpt2", "fused")
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(CapcliError, match=r"TensorRT is missing: pip install 'capcli\[trt\]'"):
+        tensorrt.build_plans(str(folder), BUCKETS, timing_cache="")
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.3.0"))
+    with pytest.raises(CapcliError, match=r"TensorRT 10.3.0 is too old: 10.15 or newer"):
+        import_tensorrt()
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.make())
+    assert import_tensorrt().__version__ == "10.15.1.29"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CapcliError, match="built on the NVIDIA GPU that they will run on, and there is none"):
+        tensorrt.build_plans(str(folder), BUCKETS, timing_cache="")
+    with pytest.raises(CapcliError, match="holds TensorRT plans, which run on an NVIDIA GPU, and the device is cpu"):
+        open_trt(str(folder), engine, torch.device("cpu"))
+
+
+def test_a_tensorrt_that_cannot_be_loaded_is_told_from_one_that_is_missing(monkeypatch, tmp_path):
+    (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(CapcliError, match=r"installed but cannot be loaded \(libnvinfer.so.10"):
+        import_tensorrt()
