@@ -51,11 +51,6 @@ WITH_WORDS: dict[str, tuple[str, str]] = {
     "above": ("above", "below"),
     "front": ("in front", "behind"),
 }
-ORDER_WORDS: dict[str, str] = {
-    "left": "from left to right",
-    "above": "from top to bottom",
-    "front": "from front to back",
-}
 
 NUMBERS = ("a", "two", "three", "four")
 
@@ -282,7 +277,6 @@ def _phrase(rng: random.Random, scene: Scene) -> str:
             f"{second} {rng.choice(backward)} {first}",
             f"{second} with {first} {here}",
             f"{first} with {second} {there}",
-            f"{ORDER_WORDS[scene.relation]}, {first} and {second}",
         )
     )
     weather = rng.choice(WEATHER_WORDS[scene.weather])
@@ -324,7 +318,6 @@ def read(caption: str) -> Reading | None:
         sentences = [(rf"(.+) {words} (.+)", True) for words in forward]
         sentences += [(rf"(.+) {words} (.+)", False) for words in backward]
         sentences += [(rf"(.+) with (.+) {here}", False), (rf"(.+) with (.+) {there}", True)]
-        sentences += [(rf"{ORDER_WORDS[relation]}, (.+) and (.+)", True)]
         for pattern, first_comes_first in sentences:
             match = re.fullmatch(pattern, text)
             groups = [_read_group(words) for words in match.groups()] if match else []
