@@ -25,7 +25,7 @@ fi
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check lint python
+.PHONY: demo test gpu-test check lint python
 
 demo: $(VENV)/.installed
 	$(BIN)/capcli caption examples/scenes --model examples/demo-model --out captions.jsonl
@@ -33,6 +33,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+# What needs a CUDA device; skipped, with the reason, where there is none.
+gpu-test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m gpu -rs
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

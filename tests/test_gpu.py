@@ -1,10 +1,13 @@
-"""On a CUDA device: the same captions as `generate()` there, through refill and flags that are read late."""
+"""On a CUDA device: the same captions as `generate()` there, through refill and flags that are read late; engines; training."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from captioners import SIZE, random_captioner
+from running import call, paint, save_captioner
 
 from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
 from capcli.decoding.settings import resolve
@@ -30,3 +33,44 @@ def test_captions_on_a_gpu_equal_generate_there(given: dict[str, int]) -> None:
         said = model.generate(pixel_values=values, max_new_tokens=12, **given)[0, 1:].tolist()
         assert list(found[index]) == said[: len(found[index])]
         assert len(said) == len(found[index])
+
+
+def test_an_engine_on_cuda_says_what_pytorch_says(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has no CUDA: pip install onnxruntime-gpu")
+    save_captioner(tmp_path / "captioner")
+    photos = paint(tmp_path / "photos", *(f"{n}.png" for n in range(9)))
+    flags = ("--model", tmp_path / "captioner", "--out", tmp_path / "engine", "--profile", "portable")
+    done = call("export", "--onnx", *flags, "--device", "cuda")
+    assert done.code == 0, done.err
+    for search in ((), ("--num-beams", 4)):
+        ours, theirs = (
+            call(
+                "caption",
+                photos,
+                "--model",
+                tmp_path / name,
+                "--device",
+                "cuda",
+                "--dtype",
+                "float32",
+                "-o",
+                "-",
+                *search,
+            )
+            for name in ("engine", "captioner")
+        )
+        assert [row["text"] for row in ours.rows] == [row["text"] for row in theirs.rows]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_training_on_cuda_learns(tmp_path: Path, dtype: str) -> None:
+    from training import history, paint_data, recipe
+
+    text = recipe(tmp_path / "run.toml", paint_data(tmp_path / "pictures"), max_steps=40).read_text()
+    (tmp_path / "run.toml").write_text(text.replace('device = "cpu"\n', ""))
+    done = call("train", "--config", tmp_path / "run.toml", "--out", tmp_path / "out", "--dtype", dtype)
+    assert done.code == 0, done.err
+    losses = [float(row["loss"]) for row in history(tmp_path / "out") if row["loss"]]
+    assert losses[-1] < losses[0]
