@@ -29,7 +29,7 @@ from capcli.decoding.loop import Done, Job, Shapes, decode_steps
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import Settings, resolve
 from capcli.errors import CapcliError, ImageError, UsageError
-from capcli.models.build import Model, choose_device, choose_dtype, load_model, quiet_transformers
+from capcli.models.build import Model, choose_device, choose_dtype, device_of, load_model, quiet_transformers
 from capcli.models.files import ModelFiles
 from capcli.models.hub import find_model
 from capcli.names import is_text, printable
@@ -63,8 +63,9 @@ class Captioner:
         `device` is `auto`, `cpu` or `cuda[:n]`; `dtype` is `auto` (bfloat16 where the hardware computes in it), `float32`,
         `bfloat16` or `float16`. Raises UsageError for what cannot be right, CapcliError for files that cannot be had or used.
         """
-        place = choose_device(device)
+        choose_device(device)  # which may refuse, before anything is fetched
         files = find_model(model, revision, quiet=True)
+        place = device_of(device, files.engine)
         return cls(load_model(files, place, choose_dtype(dtype, place, files.engine)), files)
 
     def caption(

@@ -16,7 +16,7 @@ from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings, idle, resolve
 from capcli.errors import CapcliError
 from capcli.loading import usable_cpus
-from capcli.models.build import choose_device, choose_dtype, load_model, own_generation
+from capcli.models.build import choose_device, choose_dtype, device_of, load_model, own_generation
 from capcli.models.hub import find_model
 from capcli.models.packing import keep_memory_mapped
 from capcli.options import CaptionOptions
@@ -33,6 +33,7 @@ def load_captioner(options: CaptionOptions, receipt: dict[str, Any] | None) -> C
     if device.type == "cpu":
         keep_memory_mapped()
     files = find_model(options.model, options.revision, quiet=options.quiet)
+    device = device_of(options.device, files.engine)
     own = own_generation(files)
     if own is not None:
         resolve(own, options.generation)  # what is wrong with the settings is told before the weights are read

@@ -103,11 +103,13 @@ def read_engine(folder: str) -> Engine:
             known = json.load(file)
         if known.pop("format") != FORMAT:
             raise CapcliError(
-                f"{path} is of another version of capcli: build the engine again ({' '.join(known.get('command', []))})"
+                f"{path} is of another version of capcli: build the engine again ({shlex.join(known.get('command', []))})"
             )
         known["memory"] = Memory(**known["memory"])
         known["buckets"] = tuple(Bucket(**each) for each in known["buckets"])
         known["pixels"] = tuple(known["pixels"])
+        if not all(isinstance(known[name], dict) for name in ("captioner", "files", "versions", "proof")):
+            raise TypeError("a table is none")
         return Engine(**known)
     except OSError as error:
         raise CapcliError(f"{path} cannot be read: {error.strerror}") from error
@@ -129,7 +131,14 @@ def hash_files(folder: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def refuse_tampered(folder: str, engine: Engine) -> None:
-    """Raises CapcliError unless every graph and weight file is the one that was proved."""
+    """Raises CapcliError unless every file but the generation settings is the one that was proved."""
+    unfit = sorted({"encode.onnx", "step.onnx"} - set(engine.files)) if engine.kind == "onnx" else []
+    if unfit or not engine.files:
+        raise CapcliError(
+            f"{os.path.join(folder, ENGINE)} is damaged: it does not name {', '.join(unfit) or 'any file'}"
+        )
+    if not os.path.exists(os.path.join(folder, "generation_config.json")):
+        raise CapcliError(f"{folder} lacks generation_config.json: build the engine again ({engine.rebuild})")
     for name, digest in engine.files.items():
         path = os.path.join(folder, name)
         if not os.path.exists(path):
@@ -146,7 +155,7 @@ def misfits(engine: Engine, versions: Mapping[str, str], gpu: Mapping[str, str] 
     lines = []
     for name, built in engine.versions.items():
         here = versions.get(name)
-        if here is not None and release(here) != release(built):
+        if here is not None and release(name, here) != release(name, built):
             lines.append(f"it was built with {name} {built}, and here is {here}")
     if engine.gpu is not None and gpu != engine.gpu:
         here_gpu = gpu["name"] if gpu else "none"
@@ -154,9 +163,10 @@ def misfits(engine: Engine, versions: Mapping[str, str], gpu: Mapping[str, str] 
     return lines
 
 
-def release(version: str) -> tuple[str, ...]:
-    """What of a version decides whether an engine fits: major and minor."""
-    return tuple(version.split("+")[0].split(".")[:2])
+def release(name: str, version: str) -> tuple[str, ...]:
+    """What of a version decides whether an engine fits: major and minor; for TensorRT, whose plans are bound to it, all."""
+    parts = tuple(version.split("+")[0].split("."))
+    return parts if name == "tensorrt" else parts[:2]
 
 
 def refuse_misfit(folder: str, engine: Engine, versions: Mapping[str, str], gpu: Mapping[str, str] | None) -> None:

@@ -62,7 +62,7 @@ def decoder_config(kind: str, width: int, vocabulary: int, **more: object) -> Pr
     } | more
     if kind == "gpt2":
         sizes = {"n_embd": width, "n_layer": 3, "n_head": 4, "n_positions": 64}
-        return GPT2Config(vocab_size=vocabulary, **sizes, **more)
+        return GPT2Config(vocab_size=vocabulary, **(sizes | more))
     sizes = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 2 * width}
     return BertConfig(vocab_size=vocabulary, **sizes, max_position_embeddings=64, **more)
 

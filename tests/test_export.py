@@ -19,7 +19,8 @@ from transformers import VisionEncoderDecoderModel
 
 from capcli import Captioner
 from capcli.decoding.loop import Shapes
-from capcli.export.proof import draw_images
+from capcli.export.proof import draw_images, prove, searches
+from capcli.options import GenerationOptions
 
 KINDS: dict[str, dict[str, Any]] = {
     "fused": {"encoder": "vit", "decoder": "gpt2"},
@@ -113,19 +114,16 @@ def test_the_proof_stands_in_engine_json(built: tuple[Path, str]) -> None:
     assert [(each["search"], each["equal"]) for each in told["proof"]["said"]] == [("greedy", 16), ("4 beams", 16)]
     assert told["profile"] == built[1]
     assert set(told["versions"]) == {"onnxruntime"}
-    assert set(told["files"]) == {"encode.onnx", "encode.onnx.data", "step.onnx", "step.onnx.data"}
+    assert set(told["files"]) >= {"encode.onnx", "step.onnx", "step.onnx.data", "tokenizer.json", "config.json"}
 
 
-@pytest.mark.parametrize("name", ["encode.onnx", "step.onnx", "step.onnx.data"])
+@pytest.mark.parametrize("name", ["encode.onnx", "step.onnx.data", "tokenizer.json", "preprocessor_config.json"])
 def test_a_tampered_engine_is_refused(engine: Path, tmp_path: Path, name: str) -> None:
     path = engine / name
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    path.write_bytes(path.read_bytes() + b" ")
     refused = caption(paint(tmp_path / "photos", "one.png"), engine)
     assert refused.code == 1
     assert name in refused.err
-    assert f"capcli export --onnx --model {tmp_path}" not in refused.err
     assert "capcli export --onnx" in refused.err
     path.unlink()
     assert "lacks" in caption(tmp_path / "photos", engine).err
@@ -171,12 +169,13 @@ def test_an_engine_that_says_something_else_is_not_kept(tmp_path: Path, monkeypa
 
     original = build.save
     monkeypatch.setattr(build, "save", save)
-    save_captioner(tmp_path / "captioner")
+    save_captioner(tmp_path / "captioner", n_layer=1)
     flags = ("--model", tmp_path / "captioner", "--threads", 1, "--out", tmp_path / "engine")
     failed = call("export", "--onnx", *flags)
     assert failed.code == 1
     assert "failed its proof" in failed.err
     assert os.listdir(tmp_path) == ["captioner"]
+    os.remove(tmp_path / "captioner" / "generation_config.json")  # its settings stand in config.json then
     kept = call("export", "--onnx", *flags, "--force")
     assert kept.code == 0
     assert "failed its proof" in kept.err
@@ -186,7 +185,7 @@ def test_an_engine_that_says_something_else_is_not_kept(tmp_path: Path, monkeypa
 
 
 def test_int8_captions_an_image_alike_whatever_its_neighbours(tmp_path: Path) -> None:
-    save_captioner(tmp_path / "captioner")
+    save_captioner(tmp_path / "captioner", n_layer=1)
     flags = ("--quantize", "int8", "--threads", 1, "--force")
     done = call("export", "--onnx", "--model", tmp_path / "captioner", "--out", tmp_path / "engine", *flags)
     assert done.code == 0, done.err
@@ -228,6 +227,60 @@ def test_only_an_engine_is_replaced(built: tuple[Path, str], tmp_path: Path) -> 
     assert refused.code == 2
     assert "--overwrite replaces it" in refused.err
     assert call("export", "--onnx", "--model", built[0] / "engine", "--out", tmp_path / "e").code == 2
+
+
+def test_only_what_an_export_wrote_goes(engine: Path, built: tuple[Path, str]) -> None:
+    (engine / "notes.txt").write_text("mine")
+    model = ("--onnx", "--model", built[0] / "captioner", "--overwrite")
+    refused = call("export", *model, "--out", engine)
+    assert refused.code == 2
+    assert "holds notes.txt besides an engine" in refused.err
+    shutil.copytree(built[0] / "captioner", engine / "captioner")
+    os.remove(engine / "notes.txt")
+    refused = call("export", "--onnx", "--model", engine / "captioner", "--overwrite", "--out", engine)
+    assert refused.code == 2
+    assert "holds what --model reads" in refused.err
+    assert call("export", *model, "--out", ".").code == 2
+    assert (engine / "engine.json").exists()
+
+
+def test_without_tensorrt_the_graphs_for_it_are_left_and_an_engine_stays(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from capcli.errors import CapcliError
+    from capcli.export import tensorrt
+
+    def missing() -> None:
+        raise CapcliError("TensorRT is missing")
+
+    monkeypatch.setattr(tensorrt, "require_tensorrt", missing)
+    before = (engine / "engine.json").read_bytes()
+    save_captioner(tmp_path / "captioner", n_layer=1)
+    flags = ("--model", tmp_path / "captioner", "--batch-sizes", "1,8", "--threads", 1)
+    left = call("export", "--trt", *flags, "--out", engine, "--overwrite")
+    assert left.code == 1
+    assert "TensorRT is missing" in left.err
+    assert "capcli export --trt --model" in left.err
+    assert (engine / "engine.json").read_bytes() == before
+    unfinished = Path(f"{engine}-unfinished")
+    assert {"encode.trt.onnx", "step.trt.onnx", "engine.json"} <= {path.name for path in unfinished.iterdir()}
+    refused = caption(paint(tmp_path / "photos", "one.png"), unfinished)
+    assert refused.code == 1
+    assert "has no plans yet" in refused.err
+
+
+def test_an_engine_whose_numbers_overflow_fails_its_proof(built: tuple[Path, str]) -> None:
+    """In half precision no token need be alike, so only the logits can tell."""
+    truth, wrong = (Captioner.load(str(built[0] / n), device="cpu", dtype="float32") for n in ("captioner", "engine"))
+    runtime: Any = wrong.model.runtime
+    step = runtime.step
+    runtime.step = lambda *given: step(*given) * float("nan")
+    settings = truth.settings(GenerationOptions(max_new_tokens=4))
+    images = pictures(2)
+    told = prove(runtime, truth.model.runtime, images, searches(settings, (1, 4)), "float16")
+    assert not told.passed
+    runtime.step = step
+    assert prove(runtime, truth.model.runtime, images, searches(settings, (1, 4)), "float16").passed
 
 
 def test_drawn_images_are_unlike_each_other() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -17,9 +18,10 @@ import transformers
 
 from capcli import __version__, pixels
 from capcli.decoding.settings import Settings, resolve
-from capcli.engine import Bucket, Engine, hash_files, is_engine, write_engine
+from capcli.engine import ENGINE, Bucket, Engine, hash_files, is_engine, write_engine
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.export import graphs
+from capcli.export.place import building_site, place, put_in_place
 from capcli.export.proof import Proof, draw_images, prove, searches
 from capcli.export.quantize import quantize
 from capcli.export.tidy import share_weights
@@ -32,13 +34,14 @@ from capcli.options import MAX_PIXELS, ExportOptions, GenerationOptions, SourceO
 from capcli.pixels import PixelSpec
 from capcli.progress import say, warn
 from capcli.runtimes.eager import Eager
-from capcli.runtimes.ort import DTYPES, ENCODE, STEP, import_onnxruntime
+from capcli.runtimes.ort import DTYPES, ENCODE, STEP, import_onnxruntime, own_device
 from capcli.runtimes.seated import Seated
 from capcli.sources import open_source
 
-ENGINES = "CAPCLI_ENGINES"
 GRAPH_FILES = (ENCODE, f"{ENCODE}.data", STEP, f"{STEP}.data")
 UNFINISHED = "its plans are not built yet"
+GENERATION = "generation_config.json"
+MOST_TOKENS = 64  # of a proof's captions
 MOST_VERIFIED = 64  # images of a folder given for the proof
 
 
@@ -51,6 +54,8 @@ def run(options: ExportOptions) -> int:
     out = place(options)
     onnxruntime = import_onnxruntime()
     device = choose_device(options.device)
+    if options.kind == "onnx" and options.device == "auto":
+        device = own_device(device)
     paths = listed(options)
     model = find_model(options.model, options.revision, quiet=options.quiet)
     if model.engine is not None:
@@ -58,24 +63,20 @@ def run(options: ExportOptions) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     note = silent if options.quiet else say
-    building = f"{out}.building"
-    shutil.rmtree(building, ignore_errors=True)
-    os.makedirs(building)
-    try:
+    refuse_elsewhere(options, device)
+    with building_site(out) as building:
         engine = write_graphs(building, options, model, out, note)
         engine = replace(engine, versions={"onnxruntime": onnxruntime.__version__})
         if options.kind == "tensorrt":
             engine = with_plans(building, out, engine, device, note)
-        engine = replace(engine, files=hash_files(building, sorted(set(os.listdir(building)) - copied(model))))
+        engine = replace(engine, files=hashed(building))
         proof = proved(open_engine(building, engine, device), model, paths, engine, options)
-        engine = replace(engine, proof=proof.facts())
+        engine = replace(engine, proof={**proof.facts(), "device": device_name(device)})
         note(proof.line())
         if not proof.passed and not options.force:
             raise CapcliError(f"the engine failed its proof: {proof.failed}. It was not kept; --force keeps it")
         write_engine(building, engine)
-        put_in_place(building, out)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        put_in_place(building, out, overwrite=options.overwrite)
     if not proof.passed:
         warn(f"kept by --force, and it failed its proof: {proof.failed}")
     note(f"{out}: {size_of(out) / 1e6:,.1f} MB; capcli caption FOLDER --model {out}")
@@ -95,11 +96,13 @@ def with_plans(building: str, out: str, engine: Engine, device: torch.device, no
     try:
         module = tensorrt.require_tensorrt()
     except CapcliError as missing:
-        files = hash_files(building, [*GRAPH_FILES, *ready])
-        write_engine(building, replace(engine, files=files, proof={"passed": False, "failed": UNFINISHED}))
-        put_in_place(building, out)
+        unfinished = {"passed": False, "failed": UNFINISHED}
+        write_engine(building, replace(engine, files=hashed(building), proof=unfinished))
+        left = out if not os.path.isdir(out) or not os.listdir(out) else f"{out}-unfinished"
+        put_in_place(building, left, overwrite=os.path.isdir(left) and is_engine(left))
         raise CapcliError(
-            f"{missing}. The graphs that TensorRT reads are in {out}; where both are, this finishes it: {engine.rebuild}"
+            f"{missing}. The graphs that TensorRT reads are in {left}; where both are, and the captioner, this finishes it: "
+            f"{engine.rebuild}"
         ) from missing
     version, gpu = module.__version__, this_gpu(device)
     tensorrt.build_plans(
@@ -108,20 +111,6 @@ def with_plans(building: str, out: str, engine: Engine, device: torch.device, no
     for name in (*GRAPH_FILES, *ready):
         os.remove(os.path.join(building, name))
     return replace(engine, versions={"tensorrt": version}, gpu=gpu)
-
-
-def place(options: ExportOptions) -> str:
-    """The engine's folder. Raises UsageError where something lies that an export must not replace."""
-    name = os.path.basename(os.path.abspath(os.path.expanduser(options.model)))
-    out = options.out or os.path.join(os.environ.get(ENGINES) or "engines", name)
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise UsageError(f"--out {out} is a file; name a folder")
-    if os.path.isdir(out) and os.listdir(out):
-        if not is_engine(out):
-            raise UsageError(f"--out {out} is not empty and holds no engine: name another folder")
-        if not options.overwrite:
-            raise UsageError(f"--out {out} holds an engine: --overwrite replaces it")
-    return os.path.normpath(out)
 
 
 def write_graphs(
@@ -137,10 +126,11 @@ def write_graphs(
     second = graphs.step_graph(step, memory, DTYPES[options.dtype], options.profile)
     for name, graph in ((ENCODE, first), (STEP, second)):
         save(quantize(graph) if options.quantize else graph, os.path.join(folder, name))
-    for name in sorted(copied(model)):
+    for name in files.setting_files(shelf_of(model.folder).names):
         shutil.copyfile(os.path.join(model.folder, name), os.path.join(folder, name))
     if own_generation(model) is None:
-        whole.generation_config.save_pretrained(folder)
+        with open(os.path.join(folder, GENERATION), "w", encoding="utf-8") as file:
+            json.dump(whole.generation_config.to_dict(), file, indent=2)
     decoder = whole.config.decoder
     buckets: tuple[Bucket, ...] = ()
     if options.kind == "tensorrt":
@@ -169,7 +159,7 @@ def write_graphs(
 def command(options: ExportOptions, out: str) -> tuple[str, ...]:
     """What builds the engine again, in its place."""
     given: list[tuple[str, object]] = [
-        ("--model", options.model),
+        ("--model", os.path.abspath(options.model) if os.path.isdir(options.model) else options.model),
         ("--out", out),
         ("--revision", options.revision),
         ("--dtype", options.dtype),
@@ -191,19 +181,35 @@ def save(graph: onnx.ModelProto, path: str) -> None:
         shutil.copymode(path, weights)  # which onnx leaves readable by its owner alone
 
 
-def copied(model: ModelFiles) -> set[str]:
-    """The files of a captioner that its engine holds too."""
-    return {*files.setting_files(shelf_of(model.folder).names), "generation_config.json"}
+def hashed(folder: str) -> dict[str, str]:
+    """The SHA-256 of all that captions hang on but the generation settings, which are a user's to change."""
+    return hash_files(folder, sorted(set(os.listdir(folder)) - {GENERATION, ENGINE}))
+
+
+def refuse_elsewhere(options: ExportOptions, device: torch.device) -> None:
+    """Raises UsageError for what cannot be proved on this device."""
+    if options.kind == "onnx" and options.dtype == "bfloat16" and device.type == "cpu":
+        raise UsageError("--dtype bfloat16: ONNX Runtime computes in it on CUDA only, where the export must run then")
+    if options.quantize and device.type != "cpu":
+        raise UsageError(f"--quantize {options.quantize} is for CPUs: prove it on one, with --device cpu")
+    if options.kind == "tensorrt" and options.device == "cpu":
+        raise UsageError("--device cpu: plans are built and proved on a GPU; leave it out")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def proved(runtime: Seated, model: ModelFiles, paths: list[str], engine: Engine, options: ExportOptions) -> Proof:
     """Beside PyTorch in float32, whatever the engine computes in."""
     spec = PixelSpec.from_config(model.processor)
     images = loaded(paths, spec, engine.pixels) if paths else draw_images(engine.pixels)
+    torch.backends.cudnn.allow_tf32 = False  # the truth is float32 in its convolutions too
     whole = load_weights(model, "float32", runtime.device)
     use_attention(whole.decoder)
     truth = Eager(*modules(whole, spec), runtime.device)
     settings = built_for(options, model, whole)
+    settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, MOST_TOKENS))
     beams = (1, 4) if engine.kind == "onnx" else (settings.rows,)
     return prove(runtime, truth, images, searches(settings, beams), options.quantize or options.dtype)
 
@@ -212,7 +218,11 @@ def built_for(options: ExportOptions, model: ModelFiles, whole: Any) -> Settings
     """The search that plans are built for and the proof begins from."""
     own = own_generation(model) or whole.generation_config.to_dict()
     asked = GenerationOptions(num_beams=options.num_beams, max_new_tokens=options.max_new_tokens)
-    return resolve(own, asked)
+    settings = resolve(own, asked)
+    room = whole.config.decoder.max_position_embeddings - len(settings.prompt) + 1
+    if options.max_new_tokens is not None and options.max_new_tokens > room:
+        raise UsageError(f"--max-new-tokens {options.max_new_tokens}: the decoder holds {room} here")
+    return replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
 
 
 def listed(options: ExportOptions) -> list[str]:
@@ -237,20 +247,13 @@ def loaded(paths: list[str], spec: PixelSpec, size: tuple[int, int]) -> list[npt
             continue
         if image.shape[:2] == size:
             found.append(image)
+        else:
+            warn(
+                f"--verify-with: {path} is passed over: the processor leaves it at another size than the encoder takes"
+            )
     if not found:
         raise CapcliError("--verify-with: none of its images can be used")
     return found
-
-
-def put_in_place(building: str, out: str) -> None:
-    """The new folder takes the place of an older engine."""
-    try:
-        if os.path.isdir(out):
-            shutil.rmtree(out)
-        os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-        os.rename(building, out)
-    except OSError as error:
-        raise CapcliError(f"--out {out} cannot be written: {error.strerror}") from error
 
 
 def size_of(folder: str) -> int:

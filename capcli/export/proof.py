@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from capcli.decoding.loop import IterableFeed, Job, decode
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import Settings
+from capcli.errors import CapcliError
 from capcli.runtimes.seated import Seated
 
 Pixels = npt.NDArray[np.uint8]
@@ -68,6 +70,10 @@ def prove(
     """
     told = {name: (captions(engine, images, s), captions(truth, images, s)) for name, s in searches.items()}
     first = next(iter(searches))
+    if not all(each for _, true in told.values() for each in true):
+        raise CapcliError(
+            "the captioner's own numbers overflow in PyTorch (NaN or infinity): its weights may be damaged"
+        )
     apart = logit_distance(engine, truth, images, searches[first], [each[0] for each in told[first][1]])
     said = tuple(compare(name, *both) for name, both in told.items())
     bound = BOUND[precision]
@@ -98,9 +104,14 @@ def compare(search: str, ours: Sequence[list[Hypothesis]], theirs: Sequence[list
     for mine, true in zip(ours, theirs, strict=True):
         if [h.tokens for h in mine] == [h.tokens for h in true]:
             equal += 1
-        elif mine and true and abs(mine[0].score - true[0].score) < TIE:
+        elif mine and true and tied(mine[0], true[0]):
             ties += 1
     return Said(search, len(theirs), equal, ties)
+
+
+def tied(one: Hypothesis, other: Hypothesis) -> bool:
+    """By what the search compares: beams by their own score, which lengths may weigh in."""
+    return min(abs(one.score - other.score), abs(one.beam_score - other.beam_score)) < TIE
 
 
 @torch.inference_mode()
@@ -110,9 +121,10 @@ def logit_distance(
     """The largest difference of both logits where both are given the tokens `spoken`, over the spread of the true ones."""
     apart = 0.0
     for ours, theirs in zip(*(forced_logits(each, images, settings, spoken) for each in (engine, truth)), strict=True):
-        apart = max(apart, ((ours - theirs).abs().max() / theirs.std()).item())
-        if apart != apart:
-            return float("inf")
+        distance = ((ours - theirs).abs().max() / theirs.std()).item()
+        if not math.isfinite(distance):  # which no comparison would find: every one with a NaN is false
+            return math.inf
+        apart = max(apart, distance)
     return apart
 
 

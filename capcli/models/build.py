@@ -225,6 +225,16 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def device_of(name: str, engine: Engine | None) -> torch.device:
+    """`choose_device`, where `auto` is one that the engine's runtime has."""
+    device = choose_device(name)
+    if engine is None or engine.kind != "onnx" or name != "auto":
+        return device
+    from capcli.runtimes.ort import own_device
+
+    return own_device(device)
+
+
 def choose_dtype(name: str, device: torch.device, engine: Engine | None = None) -> str:
     """`auto` is an engine's own, or bfloat16 where the hardware computes in it, else float32."""
     if engine is not None and name in ("auto", engine.dtype):

@@ -160,7 +160,7 @@ def fingerprint(folder: str) -> str:
     """
     shelf = shelf_of(folder)
     whole = hashlib.sha256()
-    for name in sorted([*setting_files(shelf.names), *weight_files(shelf)]):
+    for name in sorted({*setting_files(shelf.names), *weight_files(shelf)}):
         path = shelf.fetch(name)
         try:
             with open(path, "rb") as file:

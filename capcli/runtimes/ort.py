@@ -39,6 +39,12 @@ def open_ort(folder: str, engine: Engine, device: torch.device) -> Ort:
     return Ort(encode, step, engine, device)
 
 
+def own_device(device: torch.device) -> torch.device:
+    """The device that an engine takes by itself: the CPU where this ONNX Runtime has no CUDA."""
+    there = "CUDAExecutionProvider" in import_onnxruntime().get_available_providers()
+    return device if there else torch.device("cpu")
+
+
 def import_onnxruntime() -> Any:
     try:
         import onnxruntime
@@ -100,7 +106,12 @@ class Ort(Seated):
     def _run(self, session: Any, binding: Any) -> None:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # its kernels run on a stream of its own
-        session.run_with_iobinding(binding)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # its own exceptions have no common class
+            if "Failed to allocate memory" in str(error):
+                raise MemoryError(str(error)) from error
+            raise CapcliError(f"ONNX Runtime failed: {str(error).strip().partition(chr(10))[0]}") from error
 
 
 def session(path: str, device: torch.device) -> Any:
