@@ -222,7 +222,7 @@ def test_sharded_weights_come_whole(hub: FakeHub, ask: Asker, captioner: Path, t
 
     lost = next(name for name in shards if name.startswith("model-00002"))
     Path(answer["folder"], lost).unlink()
-    assert f"lacks {lost}, which its index names" in ask.error(HF_HUB_OFFLINE="1")
+    assert f"lacks {lost}, which model.safetensors.index.json names" in ask.error(HF_HUB_OFFLINE="1")
 
 
 def test_pickled_weights_serve_where_there_are_no_others(hub: FakeHub, ask: Asker, captioner: Path) -> None:

@@ -26,7 +26,7 @@ EXTRAS = {
         "tensorboard",
         "tomli-w",
     ),
-    "trt": ("tensorrt",),
+    "trt": ("onnx", "onnxruntime", "onnxscript", "tensorrt"),
 }
 FOR = {
     "heif": "HEIC and HEIF images",
