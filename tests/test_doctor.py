@@ -460,7 +460,7 @@ def test_plans_of_this_gpu_and_of_another(machine: Machine) -> None:
     machine.has("tensorrt", "__version__ = '11.4.0.1'")
     for name, gpu in {"mine": "NVIDIA H100", "other": "NVIDIA L4"}.items():
         built = replace(
-            ENGINE, kind="tensorrt", gpu={"name": gpu, "capability": "9.0"}, versions={"tensorrt": "11.4.1"}
+            ENGINE, kind="tensorrt", gpu={"name": gpu, "capability": "9.0"}, versions={"tensorrt": "11.4.0.1"}
         )
         write_engine(str(folder_of(machine, name)), built)
     lines = engines(machine)
