@@ -13,7 +13,7 @@ from typing import Any, Literal
 from capcli.errors import CapcliError, UsageError
 from capcli.sinks import atomic
 
-ENGINE = "engine.json"
+ENGINE, ENCODE, STEP = "engine.json", "encode.onnx", "step.onnx"
 FORMAT = 1
 Kind = Literal["onnx", "tensorrt"]
 
@@ -132,7 +132,7 @@ def hash_files(folder: str, names: Sequence[str]) -> dict[str, str]:
 
 def refuse_tampered(folder: str, engine: Engine) -> None:
     """Raises CapcliError unless every file but the generation settings is the one that was proved."""
-    unfit = sorted({"encode.onnx", "step.onnx"} - set(engine.files)) if engine.kind == "onnx" else []
+    unfit = sorted({ENCODE, STEP} - set(engine.files)) if engine.kind == "onnx" else []
     if unfit or not engine.files:
         raise CapcliError(
             f"{os.path.join(folder, ENGINE)} is damaged: it does not name {', '.join(unfit) or 'any file'}"

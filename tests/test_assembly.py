@@ -409,10 +409,12 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         save(new(), tmp_path / "file")
 
 
-def test_a_folder_whose_name_is_no_text_is_told() -> None:
+def test_a_folder_whose_name_is_no_text_is_told(tmp_path: Path) -> None:
     made = new()
     with pytest.raises(CapcliError, match="its name is not UTF-8"):
-        folders.save_captioner(os.fsdecode(b"/tmp/\xff"), made.model, made.tokenizer, made.processor)
+        folders.save_captioner(
+            os.fsdecode(os.fsencode(tmp_path) + b"/\xff"), made.model, made.tokenizer, made.processor
+        )
 
 
 def test_a_new_tokenizer_gets_new_embeddings_whatever_the_decoder_has(tmp_path: Path) -> None:

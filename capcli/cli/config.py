@@ -50,7 +50,7 @@ def config_option(
         metavar="FILE",
         type=click.Path(exists=True, dir_okay=False),
         is_eager=True,
-        expose_value=name != "--recipe",
+        expose_value=False,
         callback=read_config,
         help=help,
     )

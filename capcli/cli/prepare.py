@@ -137,7 +137,6 @@ def prepare(**given: Any) -> int:
     Exit codes: 0 all stored; 3 finished, with images left out; 2 wrong usage; 1 could not run;
     130 or 143 interrupted (the same command goes on from there).
     """
-    given.pop("config")
     refuse_idle_options(given)
     options = PrepareOptions(
         data=taken_data_options(given),

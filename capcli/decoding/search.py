@@ -6,6 +6,7 @@ is frozen, so that its end may be read late. S slots, R rows, T new tokens at mo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ def make_search(settings: Settings, slots: int, device: torch.device | str) -> S
     return (Beams if settings.num_beams > 1 else Independent)(settings, slots, device)
 
 
-class Search:
+class Search(ABC):
     """What every search keeps for its rows: what was said, where it stands, which pool entries it sees."""
 
     def __init__(self, settings: Settings, slots: int, device: torch.device | str) -> None:
@@ -74,13 +75,13 @@ class Search:
         tokens = self.sequence.gather(2, (self.prefix + position)[:, None, None].expand(-1, rows, 1))[:, :, 0]
         return tokens, position, self.visible
 
+    @abstractmethod
     def advance(self, logits: Tensor) -> None:
         """Takes one step's logits [S, R, V] and says the next token of every row of every slot that has not ended."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hypotheses(self, seats: Sequence[int]) -> list[list[Hypothesis]]:
         """The captions of each slot of `seats`, best first."""
-        raise NotImplementedError
 
     def ends(self, tokens: Tensor) -> Tensor:
         return torch.isin(tokens, self.eos)

@@ -18,7 +18,7 @@ import transformers
 
 from capcli import __version__, pixels
 from capcli.decoding.settings import Settings, resolve
-from capcli.engine import ENGINE, Bucket, Engine, hash_files, is_engine, write_engine
+from capcli.engine import ENCODE, ENGINE, STEP, Bucket, Engine, hash_files, is_engine, write_engine
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.export import graphs
 from capcli.export.place import building_site, place, put_in_place
@@ -34,8 +34,8 @@ from capcli.options import MAX_PIXELS, ExportOptions, GenerationOptions, SourceO
 from capcli.pixels import PixelSpec
 from capcli.progress import say, warn
 from capcli.runtimes.eager import Eager
-from capcli.runtimes.ort import DTYPES, ENCODE, STEP, import_onnxruntime, own_device
-from capcli.runtimes.seated import Seated
+from capcli.runtimes.ort import import_onnxruntime, own_device
+from capcli.runtimes.seated import DTYPES, Seated
 from capcli.sources import open_source
 
 GRAPH_FILES = (ENCODE, f"{ENCODE}.data", STEP, f"{STEP}.data")

@@ -57,20 +57,12 @@ def building_site(out: str) -> Iterator[str]:
     parent, name = os.path.split(out)
     try:
         os.makedirs(parent, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
-        os.chmod(folder, 0o777 & ~umask())
-        yield folder
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=parent) as site:
+            folder = os.path.join(site, name)
+            os.mkdir(folder)
+            yield folder
     except OSError as error:
         raise CapcliError(f"--out {out} cannot be written: {error.strerror or error}") from error
-    finally:
-        if "folder" in locals():
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def put_in_place(building: str, out: str, *, overwrite: bool) -> None:

@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from capcli.decoding.loop import Shapes
-from capcli.engine import Bucket, hash_files
+from capcli.engine import ENCODE, STEP, Bucket, hash_files
 from capcli.errors import CapcliError
 from capcli.export.parser_rules import DECOMPOSABLE, casts_to_float, has, lint
 from capcli.export.plan import build_plan
@@ -133,7 +133,7 @@ def build_plans(
     buckets: Sequence[Bucket],
     *,
     timing_cache: str,
-    graphs: tuple[str, str] = ("encode.onnx", "step.onnx"),
+    graphs: tuple[str, str] = (ENCODE, STEP),
     note: Callable[[str], None] = lambda _: None,
     tensorrt: Any = None,
 ) -> dict[str, str]:

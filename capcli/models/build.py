@@ -25,9 +25,7 @@ from capcli.options import check_device
 from capcli.pixels import PixelSpec
 from capcli.progress import warn
 from capcli.runtimes.eager import Eager
-from capcli.runtimes.seated import Seated
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from capcli.runtimes.seated import DTYPES, Seated
 
 
 @dataclass(frozen=True)

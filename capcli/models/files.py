@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from capcli.engine import ENGINE, Engine, read_engine
+from capcli.engine import ENGINE, Engine, file_hash, read_engine
 from capcli.errors import CapcliError
 
 ENCODERS = ("vit", "deit", "beit", "swin", "swinv2")
@@ -156,17 +156,14 @@ def weight_files(shelf: Shelf) -> list[str]:
 def fingerprint(folder: str) -> str:
     """Give the SHA-256 over the files that decide captions: by name and content, wherever the folder lies.
 
-    Raise CapcliError when a file cannot be read.
+    Of an engine's files it takes the hashes that engine.json tells, which are held against them when it is loaded; what else
+    stands there (proof, versions, command) changes no caption. Raise CapcliError when a file cannot be read.
     """
     shelf = shelf_of(folder)
+    told = read_engine(folder).files if ENGINE in shelf.names else {}
     whole = hashlib.sha256()
-    for name in sorted({*setting_files(shelf.names), *weight_files(shelf)}):
-        path = shelf.fetch(name)
-        try:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise CapcliError(f"Cannot read {path}: {error.strerror}.") from error
+    for name in sorted({*setting_files(shelf.names), *weight_files(shelf)} - {ENGINE}):
+        digest = told.get(name) or file_hash(shelf.fetch(name))
         whole.update(f"{digest}  {name}\n".encode())
     return whole.hexdigest()
 

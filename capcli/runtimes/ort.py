@@ -11,16 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from capcli.engine import Engine, refuse_misfit
+from capcli.engine import ENCODE, STEP, Engine, refuse_misfit
 from capcli.errors import CapcliError
-from capcli.runtimes.seated import Seated
+from capcli.runtimes.seated import DTYPES, Seated
 
 # ONNX's numbers for the types that graphs here take and give (onnx.proto, TensorProto.DataType).
 NUMBER = {torch.float32: 1, torch.uint8: 2, torch.int32: 6, torch.bool: 9, torch.float16: 10, torch.bfloat16: 16}
-
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ENCODE, STEP = "encode.onnx", "step.onnx"
 
 
 def open_ort(folder: str, engine: Engine, device: torch.device) -> Ort:

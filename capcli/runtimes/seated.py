@@ -13,6 +13,8 @@ from torch import Tensor
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 class Seated(ABC):
     """A runtime but for what executes the two graphs; see `capcli.decoding.loop.Runtime`."""

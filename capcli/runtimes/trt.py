@@ -19,17 +19,10 @@ from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
 from capcli.engine import Bucket, Engine, refuse_misfit
 from capcli.errors import CapcliError, UsageError
-from capcli.runtimes.seated import Seated
+from capcli.runtimes.seated import DTYPES, Seated
 from capcli.runtimes.trt_plan import Plan, Plans, import_tensorrt
 
-TYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int32": torch.int32,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
-}
+TYPES = DTYPES | {"int32": torch.int32, "uint8": torch.uint8, "bool": torch.bool}
 
 
 def encode_plan(chunk: int) -> str:
