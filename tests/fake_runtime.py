@@ -45,6 +45,9 @@ class FakeRuntime:
         self.seated: dict[int, int] = {}
         self.before_step: Callable[[], None] = lambda: None
 
+    def repeated(self, turn: Callable[[], None]) -> Callable[[], None]:
+        return turn
+
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
         self.shapes, self.settings = shapes, settings
         self.seated = {}

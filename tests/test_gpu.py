@@ -35,6 +35,22 @@ def test_captions_on_a_gpu_equal_generate_there(given: dict[str, int]) -> None:
         assert len(said) == len(found[index])
 
 
+@pytest.mark.parametrize("given", [{}, {"num_beams": 4}], ids=["1 row", "4 rows"])
+def test_a_captured_step_says_what_an_uncaptured_one_says(given: dict[str, int]) -> None:
+    device = torch.device("cuda:0")
+    model = random_captioner("vit", "gpt2", seed=3).to(device)
+    settings = resolve(model.generation_config.to_dict(), GenerationOptions(max_new_tokens=12, **given))
+    images = torch.randint(0, 256, (600, SIZE, SIZE, 3), dtype=torch.uint8).numpy()
+    told = []
+    for record in (True, False):
+        encode, step = Encode(model, 1 / 255, (0.5,) * 3, (0.5,) * 3).eval().to(device), Step(model).eval()
+        runtime = Eager(encode, step, device, record=record)
+        jobs = [Job(index, image) for index, image in enumerate(images)]
+        done = decode(IterableFeed(jobs), runtime, settings, Shapes(256, 64))
+        told.append({each.tag: each.hypotheses for each in done})
+    assert told[0] == told[1]
+
+
 def test_an_engine_on_cuda_says_what_pytorch_says(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():

@@ -94,6 +94,9 @@ class Runtime(Protocol):
         They are the caller's until the next step, whose logits may lie in the same place.
         """
 
+    def repeated(self, turn: Callable[[], None]) -> Callable[[], None]:
+        """What does `turn` again and again: itself, or a recording of it. Its tensors stay where they are."""
+
 
 class IterableFeed:
     """A feed over jobs that are all there."""
@@ -160,6 +163,7 @@ class Batch:
         self.readings: deque[tuple[int, torch.Tensor, torch.Tensor, Any]] = deque()
         self.broken = torch.zeros(shapes.slots, dtype=torch.bool, device=runtime.device)
         self.since = 0.0
+        self.turn = runtime.repeated(self.say)
 
     def captions(self) -> Iterator[list[Done]]:
         while True:
@@ -209,8 +213,12 @@ class Batch:
 
     def step(self) -> None:
         self.slots.now += 1
-        self.search.advance(self.runtime.step(*self.search.inputs()))
+        self.turn()
         self.readings.append((self.slots.now, *self.read()))
+
+    def say(self) -> None:
+        """The next token of every row, all on the device: nothing here waits for it."""
+        self.search.advance(self.runtime.step(*self.search.inputs()))
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Copies of the flags on their way to the host, and the event that says they have come (None: they have)."""

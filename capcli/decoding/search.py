@@ -95,10 +95,11 @@ class Search(ABC):
         return sequence.scatter(2, at[:, None, None].expand(-1, sequence.shape[1], 1), tokens[:, :, None])
 
     def keep(self, live: Tensor, **new: Tensor) -> None:
-        """Takes new state where `live` [S] or [S, R]; elsewhere what was stays."""
+        """Takes new state where `live` [S] or [S, R]; elsewhere what was stays. In place: a recorded step reads it there."""
         for name, value in new.items():
             where = live.view(*live.shape, *[1] * (value.dim() - live.dim()))
-            setattr(self, name, torch.where(where, value, getattr(self, name)))
+            state: Tensor = getattr(self, name)
+            state.copy_(torch.where(where, value, state))
 
 
 class Independent(Search):

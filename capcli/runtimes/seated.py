@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -71,6 +71,10 @@ class Seated(ABC):
         prefix, rows = len(self._prompt) - 1, tokens.shape[1]
         positions = (prefix + position)[:, None].expand(-1, rows)
         return self._run_step(tokens, positions, prefix + position * rows, visible, self._memory, self._pool)
+
+    def repeated(self, turn: Callable[[], None]) -> Callable[[], None]:
+        """`turn` itself; a runtime that can record a whole step gives the recording."""
+        return turn
 
     def slot_bytes(self, pixels: npt.NDArray[np.uint8], settings: Settings) -> int:
         """What a slot's memory and pool hold; `pixels` [1, h, w, 3] is any one image."""
