@@ -56,6 +56,7 @@ def make_receipt(
             "transformers": transformers.__version__,
             "pillow": PIL.__version__,
             "numpy": numpy.__version__,
+            **(captioner.files.engine.versions if captioner.files.engine else {}),
         },
     }
 

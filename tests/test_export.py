@@ -105,6 +105,7 @@ def test_an_interrupted_run_goes_on_and_another_engine_is_refused(
     assert "begun with other settings: model" in other.err
     again = call("caption", photos, "--model", engine, "-o", out)
     assert "1 captioned, 2 skipped" in again.err
+    assert "onnxruntime" in json.loads((tmp_path / "c.run.json").read_text())["versions"]
 
 
 def test_the_proof_stands_in_engine_json(built: tuple[Path, str]) -> None:
@@ -205,6 +206,7 @@ def test_int8_captions_an_image_alike_whatever_its_neighbours(tmp_path: Path) ->
         ((), "--onnx or --trt"),
         (("--onnx", "--quantize", "int8", "--dtype", "float16"), "begins from float32"),
         (("--onnx", "--verify-with", "nowhere"), "nowhere"),
+        (("--onnx", "--num-beams", "4"), "--num-beams is for plans"),
         (("--trt", "--batch-sizes", "0"), "at least 1"),
         (("--trt", "--batch-sizes", "1,many"), "whole numbers"),
     ],

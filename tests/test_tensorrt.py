@@ -27,6 +27,7 @@ from capcli.errors import CapcliError, UsageError
 from capcli.export import tensorrt
 from capcli.export.parser_rules import attribute, lint
 from capcli.export.plan import build_plan
+from capcli.export.proof import draw_images, prove
 from capcli.runtimes import trt
 from capcli.runtimes.trt import Replayed, Trt, open_trt, plan_files
 from capcli.runtimes.trt_plan import Plan, Plans, import_tensorrt
@@ -163,6 +164,21 @@ def test_a_run_of_fewer_slots_and_entries_takes_a_bigger_bucket(instead):
     assert [[h.tokens for h in each] for each in said[0]] == [[h.tokens for h in each] for each in said[1]]
     agrees(instead.model, pictures(3), Case({"max_new_tokens": 4}), Shapes(1, 1))
     agrees(instead.model, pictures(6), Case({"max_new_tokens": 4}), Shapes(4, 4))  # more than a chunk at a time
+
+
+def test_the_proof_sees_every_plan(built, monkeypatch):
+    images, said = draw_images((SIZE, SIZE)), settings(built, LENGTH)
+    told = prove(built.runtime(), captioners.eager(built.model), images, {"greedy": said}, "float32", (1, 4))
+    assert told.passed
+    assert [(each.search, each.equal) for each in told.said] == [("greedy, 1 slots", 16), ("greedy, 4 slots", 16)]
+    step = Trt.step
+
+    def wrong_with_four(self: Trt, *given: Any) -> Any:
+        return step(self, *given).roll(1, -1) if len(given[0]) == 4 else step(self, *given)
+
+    monkeypatch.setattr(Trt, "step", wrong_with_four)
+    told = prove(built.runtime(), captioners.eager(built.model), images, {"greedy": said}, "float32", (1, 4))
+    assert not told.passed
 
 
 class RecordedGraph:

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from capcli.cli.config import config_option
 from capcli.cli.sections import SectionedCommand, SectionedOption, leave_word
-from capcli.errors import CapcliError
+from capcli.errors import CapcliError, UsageError
 from capcli.options import DEFAULT_MODEL, ExportOptions
 
 Decorator = Callable[[Any], Any]
@@ -96,6 +96,7 @@ def export(**given: Any) -> int:
     """
     taken = {name: given[name] for name in ExportOptions.__dataclass_fields__ if name in given}
     options = ExportOptions(kind=kind(given), **taken)
+    refuse_idle_options(options)
     try:
         from capcli.export import build
     except ModuleNotFoundError as error:
@@ -114,3 +115,12 @@ def kind(given: dict[str, Any]) -> Literal["onnx", "tensorrt"]:
     if len(asked) != 1:
         raise click.UsageError("say what to build: --onnx or --trt")
     return "onnx" if asked == ["onnx"] else "tensorrt"
+
+
+def refuse_idle_options(options: ExportOptions) -> None:
+    """Raises UsageError for a typed flag about plans where none is built; a recipe's serves both kinds."""
+    context = click.get_current_context()
+    for param in context.command.params:
+        typed = context.get_parameter_source(str(param.name)) is ParameterSource.COMMANDLINE
+        if options.kind == "onnx" and typed and getattr(param, "section", None) == "Plans (TensorRT)":
+            raise UsageError(f"{param.opts[0]} is for plans (--trt): graphs take any, so leave it out")

@@ -22,7 +22,7 @@ from capcli.engine import ENCODE, ENGINE, STEP, Bucket, Engine, hash_files, is_e
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.export import graphs
 from capcli.export.place import building_site, place, put_in_place
-from capcli.export.proof import Proof, draw_images, prove, searches
+from capcli.export.proof import SLOTS, Proof, draw_images, prove, searches
 from capcli.export.quantize import quantize
 from capcli.export.tidy import share_weights
 from capcli.models import files
@@ -211,7 +211,8 @@ def proved(runtime: Seated, model: ModelFiles, paths: list[str], engine: Engine,
     settings = built_for(options, model, whole)
     settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, MOST_TOKENS))
     beams = (1, 4) if engine.kind == "onnx" else (settings.rows,)
-    return prove(runtime, truth, images, searches(settings, beams), options.quantize or options.dtype)
+    batches = [bucket.slots for bucket in engine.buckets] or [SLOTS]
+    return prove(runtime, truth, images, searches(settings, beams), options.quantize or options.dtype, batches)
 
 
 def built_for(options: ExportOptions, model: ModelFiles, whole: Any) -> Settings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -61,21 +61,33 @@ class Proof:
 
 
 def prove(
-    engine: Seated, truth: Seated, images: Sequence[Pixels], searches: Mapping[str, Settings], precision: str
+    engine: Seated,
+    truth: Seated,
+    images: Sequence[Pixels],
+    searches: Mapping[str, Settings],
+    precision: str,
+    batches: Sequence[int] = (SLOTS,),
 ) -> Proof:
     """Captions `images` with both in each of these searches, and holds the logits of the same tokens against each other.
 
     `truth` computes in float32. In float32 an engine must say every token alike, but for ties; in less (`precision` is a
-    key of BOUND) its logits must stay within the bound, and how many captions are equal is told.
+    key of BOUND) its logits must stay within the bound, and how many captions are equal is told. The engine does it with
+    so many slots as each of `batches` says, so that every plan of one is proved.
     """
-    told = {name: (captions(engine, images, s), captions(truth, images, s)) for name, s in searches.items()}
-    first = next(iter(searches))
-    if not all(each for _, true in told.values() for each in true):
+    true = {name: captions(truth, images, settings, SLOTS) for name, settings in searches.items()}
+    if not all(each for told in true.values() for each in told):
         raise CapcliError(
             "the captioner's own numbers overflow in PyTorch (NaN or infinity): its weights may be damaged"
         )
-    apart = logit_distance(engine, truth, images, searches[first], [each[0] for each in told[first][1]])
-    said = tuple(compare(name, *both) for name, both in told.items())
+    first = next(iter(searches))
+    spoken = [each[0] for each in true[first]]
+    wanted = list(forced_logits(truth, images, searches[first], spoken, SLOTS))
+    said, apart = [], 0.0
+    for slots in batches:
+        apart = max(apart, distance(forced_logits(engine, images, searches[first], spoken, slots), wanted))
+        for name, settings in searches.items():
+            shown = f"{name}, {slots} slots" if len(batches) > 1 else name
+            said.append(compare(shown, captions(engine, images, settings, slots), true[name]))
     bound = BOUND[precision]
     failed = None
     if not apart <= bound:
@@ -83,7 +95,7 @@ def prove(
     elif precision == "float32" and any(each.equal + each.ties < each.captions for each in said):
         worst = next(each for each in said if each.equal + each.ties < each.captions)
         failed = f"{worst.captions - worst.equal - worst.ties} of {worst.captions} captions differ ({worst.search})"
-    return Proof(failed is None, failed, len(images), apart, bound, said)
+    return Proof(failed is None, failed, len(images), apart, bound, tuple(said))
 
 
 def searches(settings: Settings, beams: Sequence[int]) -> dict[str, Settings]:
@@ -92,9 +104,9 @@ def searches(settings: Settings, beams: Sequence[int]) -> dict[str, Settings]:
     return {"greedy" if n == 1 else f"{n} beams": replace(plain, num_beams=n) for n in beams}
 
 
-def captions(runtime: Seated, images: Sequence[Pixels], settings: Settings) -> list[list[Hypothesis]]:
+def captions(runtime: Seated, images: Sequence[Pixels], settings: Settings, slots: int) -> list[list[Hypothesis]]:
     jobs = [Job(index, pixels) for index, pixels in enumerate(images)]
-    shapes = runtime.shapes(min(SLOTS, len(jobs)), settings)
+    shapes = runtime.shapes(slots, settings)
     found = {done.tag: done.hypotheses for done in decode(IterableFeed(jobs), runtime, settings, shapes)}
     return [found[index] for index in range(len(images))]
 
@@ -114,25 +126,23 @@ def tied(one: Hypothesis, other: Hypothesis) -> bool:
     return min(abs(one.score - other.score), abs(one.beam_score - other.beam_score)) < TIE
 
 
-@torch.inference_mode()
-def logit_distance(
-    engine: Seated, truth: Seated, images: Sequence[Pixels], settings: Settings, spoken: Sequence[Hypothesis]
-) -> float:
-    """The largest difference of both logits where both are given the tokens `spoken`, over the spread of the true ones."""
+def distance(ours: Iterable[torch.Tensor], true: Iterable[torch.Tensor]) -> float:
+    """The largest difference of two lots of logits, over the spread of the true ones."""
     apart = 0.0
-    for ours, theirs in zip(*(forced_logits(each, images, settings, spoken) for each in (engine, truth)), strict=True):
-        distance = ((ours - theirs).abs().max() / theirs.std()).item()
-        if not math.isfinite(distance):  # which no comparison would find: every one with a NaN is false
+    for mine, theirs in zip(ours, true, strict=True):
+        each = ((mine - theirs).abs().max() / theirs.std()).item()
+        if not math.isfinite(each):  # which no comparison would find: every one with a NaN is false
             return math.inf
-        apart = max(apart, distance)
+        apart = max(apart, each)
     return apart
 
 
+@torch.inference_mode()
 def forced_logits(
-    runtime: Seated, images: Sequence[Pixels], settings: Settings, spoken: Sequence[Hypothesis]
+    runtime: Seated, images: Sequence[Pixels], settings: Settings, spoken: Sequence[Hypothesis], slots: int
 ) -> Iterator[torch.Tensor]:
-    """For each image [steps, V] in float32 on the CPU: of a slot's first row, all rows being given the same tokens."""
-    shapes = runtime.shapes(min(SLOTS, len(images)), settings)
+    """For each image [steps, V] in float32 on the CPU: of a slot's first row, all rows being given the tokens `spoken`."""
+    shapes = runtime.shapes(slots, settings)
     prefix, rows, start = len(settings.prompt) - 1, settings.rows, settings.prompt[-1]
     row = torch.arange(rows, device=runtime.device)
     for first in range(0, len(images), shapes.chunk):
