@@ -115,6 +115,7 @@ def session(path: str, device: torch.device) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # between steps the cores are the search's
     providers: list[Any] = ["CPUExecutionProvider"]
     if device.type == "cuda":
         providers = [("CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": "0"})]
