@@ -20,12 +20,16 @@ Kind = Literal["onnx", "tensorrt"]
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """One image's memory in a decoder layer: heads, positions and the size of a head, alike in all layers."""
+    """One image's memory in a decoder layer: heads, positions and the size of a head, alike in all layers.
+
+    `prefixed`: it is no memory for cross-attention, but the first entries of the pool.
+    """
 
     layers: int
     heads: int
     positions: int
     head_size: int
+    prefixed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,8 @@ class Engine:
         """The smallest bucket with room for `slots`, else the largest. Raises UsageError for rows or entries of no plan."""
         fitting = [b for b in self.buckets if b.rows == rows and b.entries >= entries]
         if not fitting:
-            limits = sorted({(b.rows, b.entries // b.rows) for b in self.buckets})
+            image = self.memory.positions if self.memory.prefixed else 0
+            limits = sorted({(b.rows, (b.entries - image) // b.rows) for b in self.buckets})
             shown = ", ".join(f"--num-beams {rows} up to --max-new-tokens {length}" for rows, length in limits)
             raise UsageError(
                 f"the engine was built for {shown}; this asks for {rows} rows and a pool of {entries} entries: "

@@ -15,6 +15,7 @@ from transformers import (
     DeiTConfig,
     GPT2Config,
     PretrainedConfig,
+    PreTrainedModel,
     SwinConfig,
     Swinv2Config,
     VisionEncoderDecoderConfig,
@@ -26,8 +27,9 @@ from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import Settings
 from capcli.models.attention import use_attention
+from capcli.models.families import family_of
+from capcli.models.modules import Encode, Step
 from capcli.models.packing import speed_up
-from capcli.models.vision_encoder_decoder import Encode, Step
 from capcli.runtimes.eager import Eager
 
 SIZE = 32
@@ -141,26 +143,27 @@ def values(picture: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Ten
 
 
 @cache
-def modules(model: VisionEncoderDecoderModel) -> tuple[Encode, Step]:
+def modules(model: PreTrainedModel) -> tuple[Encode, Step]:
     """A captioner's modules as they are when loaded; `model` itself stays transformers' own."""
-    own = copy.deepcopy(model)
-    use_attention(own.decoder)
-    encode, step = Encode(own, 1 / 255, HALF, HALF).eval(), Step(own).eval()
+    own, family = copy.deepcopy(model), family_of(model.config.to_dict())
+    encode, step = family.Encode(own, 1 / 255, HALF, HALF).eval(), family.Step(own).eval()
+    use_attention(step.decoder)
     if model.dtype != torch.float64:
         speed_up(encode)
         speed_up(step)
     return encode, step
 
 
-def eager(model: VisionEncoderDecoderModel, lag: int = 0) -> Eager:
+def eager(model: PreTrainedModel, lag: int = 0) -> Eager:
     """The runtime of a captioner, whose finished flags are read `lag` steps late."""
-    runtime = Eager(*modules(model), torch.device("cpu"))
+    encode, step = modules(model)
+    runtime = Eager(encode, step, torch.device("cpu"), prefixed=encode.prefixed)
     runtime.lag = lag
     return runtime
 
 
 def captions(
-    model: VisionEncoderDecoderModel,
+    model: PreTrainedModel,
     images: Sequence[np.ndarray],
     settings: Settings,
     shapes: Shapes = Shapes(4, 2),  # noqa: B008

@@ -10,11 +10,13 @@ from typing import Any
 import onnx
 import torch
 from captioners import HALF, SIZE, random_captioner
+from families import FAMILIES, random_of_family
 
 from capcli.engine import Memory
 from capcli.export.graphs import encode_graph, step_graph
 from capcli.models.attention import use_attention
-from capcli.models.vision_encoder_decoder import Encode, Step
+from capcli.models.families import family_of
+from capcli.models.modules import Encode, Step
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,13 @@ class Exported:
 
 
 @cache
-def exported(decoder: str, profile: Any) -> Exported:
-    model = random_captioner("vit", decoder, seed=5)
-    own = copy.deepcopy(model)
-    encode, step = Encode(own, 1 / 255, HALF, HALF).eval(), Step(own).eval()
+def exported(kind: str, profile: Any) -> Exported:
+    """`kind` is a family, or the decoder of a ViT's vision-encoder-decoder."""
+    whole = random_of_family(kind) if kind in FAMILIES else random_captioner("vit", kind, seed=5)
+    model = copy.deepcopy(whole).float()
+    own, family = copy.deepcopy(model), family_of(model.config.to_dict())
+    encode, step = family.Encode(own, 1 / 255, HALF, HALF).eval(), family.Step(own).eval()
     first, memory = encode_graph(encode, (SIZE, SIZE), profile)
     second = step_graph(step, memory, torch.float32, profile)
-    use_attention(own.decoder)
+    use_attention(step.decoder)
     return Exported(model, encode, step, first, second, memory)

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from captioners import captions, values
-from transformers import GenerationConfig, VisionEncoderDecoderModel
+from captioners import captions, modules, values
+from transformers import GenerationConfig, PreTrainedModel
 
 from capcli.decoding import noise
 from capcli.decoding.loop import Shapes
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import Settings, resolve
+from capcli.models.families import family_of
 from capcli.options import GenerationOptions
 
 
@@ -29,14 +30,16 @@ class Case:
     checkpoint: dict[str, Any] = field(default_factory=dict)
     prompt: tuple[int, ...] = ()
 
-    def config(self, model: VisionEncoderDecoderModel) -> GenerationConfig:
-        config = copy.deepcopy(model.generation_config)
+    def config(self, model: PreTrainedModel) -> GenerationConfig:
+        config = copy.deepcopy(speaker(model).generation_config)
         for name, value in self.checkpoint.items():
             setattr(config, name, value)
         return config
 
-    def settings(self, model: VisionEncoderDecoderModel) -> Settings:
-        return resolve(self.config(model).to_dict(), GenerationOptions(**self.given), self.prompt)
+    def settings(self, model: PreTrainedModel) -> Settings:
+        config = model.config.to_dict()
+        own = family_of(config).generation(config, self.config(model).to_dict())
+        return resolve(own, GenerationOptions(**self.given), self.prompt)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,24 @@ class Truth:
 _known: dict[str, Truth] = {}
 
 
-def truth(model: VisionEncoderDecoderModel, image: np.ndarray, case: Case, key: int = 0) -> Truth:
+def speaker(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a captioner whose `generate()` searches."""
+    return getattr(model, "text_decoder", model)
+
+
+def prompted(model: PreTrainedModel, prompt: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """A prompt as each family's `generate()` takes it."""
+    if not prompt:
+        return {}
+    kind = model.config.model_type
+    if kind == "blip":  # which puts its start token over the first and leaves the last away
+        return {"input_ids": torch.tensor([[0, *prompt, 0]])}
+    if kind == "git":
+        return {"input_ids": torch.tensor([[model.generation_config.bos_token_id, *prompt]])}
+    return {"decoder_input_ids": torch.tensor([prompt])}
+
+
+def truth(model: PreTrainedModel, image: np.ndarray, case: Case, key: int = 0) -> Truth:
     """generate()'s captions; when sampling, with the noise that belongs to `key`."""
     name = f"{id(model)} {hash(image.tobytes())} {case} {key}"  # models are never let go
     if name not in _known:
@@ -60,13 +80,14 @@ def truth(model: VisionEncoderDecoderModel, image: np.ndarray, case: Case, key: 
 
 
 @torch.inference_mode()
-def ask(model: VisionEncoderDecoderModel, image: np.ndarray, case: Case, key: int) -> Truth:
+def ask(model: PreTrainedModel, image: np.ndarray, case: Case, key: int) -> Truth:
     settings = case.settings(model)
     given = {name: value for name, value in case.given.items() if name != "seed"}
-    with checkpoint(model, case), given_noise(key, settings.rows, model.config.decoder.vocab_size):
+    vocabulary = modules(model)[1].vocabulary
+    with checkpoint(model, case), given_noise(key, settings.rows, vocabulary):
         out = model.generate(
-            values(image, model.dtype),
-            decoder_input_ids=torch.tensor([case.prompt]) if case.prompt else None,
+            pixel_values=values(image, model.dtype),
+            **prompted(model, case.prompt),
             return_dict_in_generate=True,
             output_scores=True,
             output_logits=True,
@@ -84,8 +105,9 @@ def ask(model: VisionEncoderDecoderModel, image: np.ndarray, case: Case, key: in
 
 
 @contextmanager
-def checkpoint(model: VisionEncoderDecoderModel, case: Case) -> Iterator[None]:
+def checkpoint(model: PreTrainedModel, case: Case) -> Iterator[None]:
     """Lets a captioner be the checkpoint of a case: what generate() is given fills its gaps from the model's own config."""
+    model = speaker(model)
     own, model.generation_config = model.generation_config, case.config(model)
     try:
         yield
@@ -119,7 +141,7 @@ def matches(hypotheses: list[Hypothesis], expected: Truth) -> None:
 
 
 def agrees(
-    model: VisionEncoderDecoderModel,
+    model: PreTrainedModel,
     images: list[np.ndarray],
     case: Case,
     shapes: Shapes = Shapes(4, 2),  # noqa: B008

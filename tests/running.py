@@ -44,8 +44,15 @@ def save_captioner(
     folder: Path, *, processor: dict[str, Any] | None = None, generation: dict[str, Any] | None = None, **shape: Any
 ) -> Path:
     """A whole random captioner in `folder`, whose words hold what files of captions must escape."""
-    model = random_captioner(vocabulary=VOCABULARY, **shape)
-    model.save_pretrained(folder)
+    random_captioner(vocabulary=VOCABULARY, **shape).save_pretrained(folder)
+    save_words(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | (processor or {})))
+    change_json(folder / "generation_config.json", {"max_new_tokens": 12} | (generation or {}))
+    return folder
+
+
+def save_words(folder: Path) -> None:
+    """A tokenizer with a word for every id; padding, start and end are the last three."""
     words = AWKWARD + [f"word{n}" for n in range(len(AWKWARD), VOCABULARY - 3)] + ["<pad>", "<start>", "<end>"]
     core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -53,9 +60,6 @@ def save_captioner(
         tokenizer_object=core, pad_token="<pad>", bos_token="<start>", eos_token="<end>", unk_token="<pad>"
     )
     tokenizer.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | (processor or {})))
-    change_json(folder / "generation_config.json", {"max_new_tokens": 12} | (generation or {}))
-    return folder
 
 
 def change_json(path: Path, fields: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from capcli.export.parser_rules import attribute, lint
 from capcli.export.plan import build_plan
 from capcli.export.proof import draw_images, prove
 from capcli.runtimes import trt
-from capcli.runtimes.trt import Replayed, Trt, open_trt, plan_files
+from capcli.runtimes.trt import Replayed, Trt, open_trt, plan_files, step_plan
 from capcli.runtimes.trt_plan import Plan, Plans, import_tensorrt
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers")
@@ -72,6 +72,7 @@ def export(decoder: str, profile: str, folder: Path) -> tuple[Any, Path, Engine]
         own.CopyFrom(graph)  # whose weights move out
         onnx.save(own, folder / name, save_as_external_data=True, location=f"{name}.data", size_threshold=512)
     tensorrt.write_ready(str(folder), ("encode.onnx", "step.onnx"))
+    image = made.memory.positions if made.memory.prefixed else 0
     engine = Engine(
         kind="tensorrt",
         profile=profile,
@@ -85,7 +86,7 @@ def export(decoder: str, profile: str, folder: Path) -> tuple[Any, Path, Engine]
         vocabulary=120,
         command=("capcli", "export", "--trt"),
         capcli="0",
-        buckets=BUCKETS,
+        buckets=tuple(replace(bucket, entries=bucket.entries + image) for bucket in BUCKETS),
     )
     return made.model, folder, engine
 
@@ -95,6 +96,7 @@ WAYS = {
     "two sets in turn": ("gpt2", "fused", False),
     "portable": ("gpt2", "portable", False),
     "bert": ("bert", "fused", True),
+    "prefix": ("git", "portable", False),
 }
 
 
@@ -121,7 +123,8 @@ def lagging(runtime: Trt, lag: int) -> Trt:
 
 
 def test_the_pool_is_written_as_the_plan_says(built):
-    plan = Plans(built.tensorrt).load(str(built.folder / "step-S4-R1-N9.plan"))
+    name = step_plan(built.engine.buckets[1])
+    plan = Plans(built.tensorrt).load(str(built.folder / name))
     shared = {name: plan.aliased(name) for name, port in plan.ports.items() if not port.is_input}
     assert shared.pop("logits") is None
     assert shared == {name: name.replace("_out", "") if built.in_place else None for name in shared}

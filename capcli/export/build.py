@@ -27,9 +27,10 @@ from capcli.export.quantize import quantize
 from capcli.export.tidy import share_weights
 from capcli.models import files
 from capcli.models.attention import use_attention
-from capcli.models.build import choose_device, load_weights, modules, open_engine, own_generation, pixel_size
+from capcli.models.build import choose_device, generation_of, load_weights, modules, open_engine, pixel_size
 from capcli.models.files import ModelFiles, fingerprint, shelf_of
 from capcli.models.hub import find_model
+from capcli.models.modules import Step
 from capcli.options import MAX_PIXELS, ExportOptions, GenerationOptions, SourceOptions
 from capcli.pixels import PixelSpec
 from capcli.progress import say, warn
@@ -119,8 +120,8 @@ def write_graphs(
     """Both graphs, with tokenizer, processor and settings beside them; what engine.json will say but for the proof."""
     spec = PixelSpec.from_config(model.processor)
     whole = load_weights(model, options.dtype, torch.device("cpu"))
-    size = pixel_size(model.name, whole.config.encoder, spec)
     encode, step = modules(whole, spec)
+    size = pixel_size(model.name, encode.size, spec, any_size=encode.any_size)
     note(f"exporting {options.model}: {options.profile}, opset {graphs.OPSET[options.profile]}, {options.dtype}")
     first, memory = graphs.encode_graph(encode, size, options.profile)
     second = graphs.step_graph(step, memory, DTYPES[options.dtype], options.profile)
@@ -128,16 +129,15 @@ def write_graphs(
         save(quantize(graph) if options.quantize else graph, os.path.join(folder, name))
     for name in files.setting_files(shelf_of(model.folder).names):
         shutil.copyfile(os.path.join(model.folder, name), os.path.join(folder, name))
-    if own_generation(model) is None:
-        with open(os.path.join(folder, GENERATION), "w", encoding="utf-8") as file:
-            json.dump(whole.generation_config.to_dict(), file, indent=2)
-    decoder = whole.config.decoder
+    with open(os.path.join(folder, GENERATION), "w", encoding="utf-8") as file:
+        json.dump(generation_of(model, whole), file, indent=2)
     buckets: tuple[Bucket, ...] = ()
     if options.kind == "tensorrt":
         from capcli.export.tensorrt import make_buckets
 
-        settings = built_for(options, model, whole)
-        buckets = make_buckets(options.batch_sizes, settings.rows, settings.entries)
+        settings = built_for(options, model, whole, step)
+        image = memory.positions if memory.prefixed else 0
+        buckets = make_buckets(options.batch_sizes, settings.rows, image + settings.entries)
     return Engine(
         kind=options.kind,
         profile=options.profile,
@@ -147,8 +147,8 @@ def write_graphs(
         captioner={"name": model.name, "revision": model.revision, "fingerprint": fingerprint(model.folder)},
         pixels=size,
         memory=memory,
-        positions=decoder.max_position_embeddings,
-        vocabulary=decoder.vocab_size,
+        positions=step.positions,
+        vocabulary=step.vocabulary,
         command=command(options, out),
         buckets=buckets,
         capcli=__version__,
@@ -206,21 +206,22 @@ def proved(runtime: Seated, model: ModelFiles, paths: list[str], engine: Engine,
     images = loaded(paths, spec, engine.pixels) if paths else draw_images(engine.pixels)
     torch.backends.cudnn.allow_tf32 = False  # the truth is float32 in its convolutions too
     whole = load_weights(model, "float32", runtime.device)
-    use_attention(whole.decoder)
-    truth = Eager(*modules(whole, spec), runtime.device)
-    settings = built_for(options, model, whole)
+    encode, step = modules(whole, spec)
+    use_attention(step.decoder)
+    truth = Eager(encode, step, runtime.device, prefixed=encode.prefixed)
+    settings = built_for(options, model, whole, step)
     settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, MOST_TOKENS))
     beams = (1, 4) if engine.kind == "onnx" else (settings.rows,)
     batches = [bucket.slots for bucket in engine.buckets] or [SLOTS]
     return prove(runtime, truth, images, searches(settings, beams), options.quantize or options.dtype, batches)
 
 
-def built_for(options: ExportOptions, model: ModelFiles, whole: Any) -> Settings:
+def built_for(options: ExportOptions, model: ModelFiles, whole: Any, step: Step) -> Settings:
     """The search that plans are built for and the proof begins from."""
-    own = own_generation(model) or whole.generation_config.to_dict()
+    own = generation_of(model, whole)
     asked = GenerationOptions(num_beams=options.num_beams, max_new_tokens=options.max_new_tokens)
     settings = resolve(own, asked)
-    room = whole.config.decoder.max_position_embeddings - len(settings.prompt) + 1
+    room = step.positions - len(settings.prompt) + 1
     if options.max_new_tokens is not None and options.max_new_tokens > room:
         raise UsageError(f"--max-new-tokens {options.max_new_tokens}: the decoder holds {room} here")
     return replace(settings, max_new_tokens=min(settings.max_new_tokens, room))

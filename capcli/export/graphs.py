@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from capcli.engine import Memory
 from capcli.models.cache import Write, pool_cache
-from capcli.models.vision_encoder_decoder import Encode, Step
+from capcli.models.modules import Encode, Step
 
 Profile = Literal["fused", "portable"]
 OPSET: dict[str, int] = {"fused": 24, "portable": 18}
@@ -98,14 +98,15 @@ AttentionInterface.register("capcli-portable", attend_portable)
 class StepGraph(nn.Module):
     """A step whose pool goes in and comes out: a graph has no memory of its own."""
 
-    def __init__(self, step: Step, write: Write) -> None:
+    def __init__(self, step: Step, write: Write, remembered: int) -> None:
         super().__init__()
-        self.step, self.write = step, write
+        self.step, self.write, self.remembered = step, write, remembered
 
     def forward(
-        self, tokens: Tensor, position: Tensor, at: Tensor, visible: Tensor, memory: list[Tensor], pool: list[Tensor]
+        self, tokens: Tensor, position: Tensor, at: Tensor, visible: Tensor, held: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        cache = pool_cache(memory, pool, at, self.write)
+        """`held` is the memory, `remembered` tensors, and then the pool."""
+        cache = pool_cache(held[: self.remembered], held[self.remembered :], at, self.write)
         logits = self.step.decode(tokens, position, visible, cache)
         layers: Any = cache.self_attention_cache.layers
         return (logits, *(entries for layer in layers for entries in (layer.keys, layer.values)))
@@ -121,7 +122,8 @@ def encode_graph(encode: Encode, size: tuple[int, int], profile: Profile) -> tup
     pixels = torch.zeros(CHUNK, *size, 3, dtype=torch.uint8)
     with torch.inference_mode():
         shape = encode(pixels[:1])
-    memory = Memory(len(shape) // 2, *shape[0].shape[1:])
+    heads, positions, head_size = shape[0].shape[1:]
+    memory = Memory(len(shape) // 2, heads, positions, head_size, prefixed=encode.prefixed)
     with attention(encode.encoder, profile):
         graph = exported(
             encode, (pixels,), profile, ["pixels"], [f"memory_{n}" for n in layer_names(memory.layers)], ({0: "chunk"},)
@@ -136,21 +138,24 @@ def step_graph(step: Step, memory: Memory, dtype: torch.dtype, profile: Profile)
     tokens, position = (torch.zeros(SLOTS, ROWS, dtype=torch.int32) for _ in range(2))
     at = torch.zeros(SLOTS, dtype=torch.int32)
     kept = [torch.zeros(SLOTS, memory.heads, memory.positions, memory.head_size, dtype=dtype) for _ in names]
-    pool = [torch.zeros(SLOTS, memory.heads, ENTRIES, memory.head_size, dtype=dtype) for _ in names]
-    visible = torch.ones(SLOTS, ROWS, ENTRIES, dtype=torch.bool)
-    inputs = ["tokens", "position", "at", "visible", *(f"memory_{n}" for n in names), *(f"pool_{n}" for n in names)]
+    image = memory.positions if memory.prefixed else 0
+    pool = [torch.zeros(SLOTS, memory.heads, image + ENTRIES, memory.head_size, dtype=dtype) for _ in names]
+    visible = torch.ones(SLOTS, ROWS, image + ENTRIES, dtype=torch.bool)
+    if memory.prefixed:
+        kept = []
+    given = [f"memory_{n}" for n in names[: len(kept)]]
+    inputs = ["tokens", "position", "at", "visible", *given, *(f"pool_{n}" for n in names)]
     shapes = (
         {0: "slots", 1: "rows"},
         {0: "slots", 1: "rows"},
         {0: "slots"},
         {0: "slots", 1: "rows", 2: "entries"},
-        [{0: "slots"} for _ in names],
-        [{0: "slots", 2: "entries"} for _ in names],
+        [{0: "slots"} for _ in kept] + [{0: "slots", 2: "entries"} for _ in names],
     )
     with attention(step.decoder, profile):
         return exported(
-            StepGraph(step, WRITE[profile]),
-            (tokens, position, at, visible, kept, pool),
+            StepGraph(step, WRITE[profile], len(kept)),
+            (tokens, position, at, visible, kept + pool),
             profile,
             inputs,
             ["logits", *(f"pool_out_{n}" for n in names)],

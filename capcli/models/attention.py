@@ -38,6 +38,8 @@ def attend(
 
 
 def use_attention(decoder: Any) -> None:
-    """Makes a transformers decoder attend so."""
+    """Makes a transformers decoder attend so, where it lets its attention be chosen."""
+    if not getattr(decoder, "_supports_attention_backend", False):
+        return
     AttentionInterface.register(NAME, attend)
     decoder.set_attn_implementation(NAME)

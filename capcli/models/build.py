@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, VisionEncoderDecoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from capcli.engine import Engine, refuse_tampered
 from capcli.errors import CapcliError, UsageError
 from capcli.models.attention import use_attention
+from capcli.models.families import family_of
 from capcli.models.files import ModelFiles
 from capcli.models.load_errors import explain_load_error
+from capcli.models.modules import Encode, Step
 from capcli.models.packing import speed_up
-from capcli.models.vision_encoder_decoder import ANY_SIZE, Encode, Step
 from capcli.options import check_device
 from capcli.pixels import PixelSpec
 from capcli.progress import warn
@@ -49,21 +50,20 @@ def load_model(files: ModelFiles, device: torch.device, dtype: str) -> Model:
         return load_engine(files, files.engine, device)
     spec = PixelSpec.from_config(files.processor)
     whole = load_weights(files, dtype, device)
-    use_attention(whole.decoder)
     encode, step = modules(whole, spec)
+    use_attention(step.decoder)
     if device.type == "cpu" and dtype != "float16":  # which no CPU multiplies fast
         speed_up(encode)
         speed_up(step)
-    decoder = whole.config.decoder
     return Model(
-        runtime=Eager(encode, step, device),
+        runtime=Eager(encode, step, device, prefixed=encode.prefixed),
         dtype=dtype,
         tokenizer=(tokenizer := explained_tokenizer(files)),
         spec=spec,
-        size=pixel_size(files.name, whole.config.encoder, spec),
-        generation=own_generation(files) or whole.generation_config.to_dict(),
-        positions=decoder.max_position_embeddings,
-        vocabulary=decoder.vocab_size,
+        size=pixel_size(files.name, encode.size, spec, any_size=encode.any_size),
+        generation=generation_of(files, whole),
+        positions=step.positions,
+        vocabulary=step.vocabulary,
         spaced=puts_spaces(tokenizer),
     )
 
@@ -71,7 +71,8 @@ def load_model(files: ModelFiles, device: torch.device, dtype: str) -> Model:
 def load_weights(files: ModelFiles, dtype: str, device: torch.device) -> Any:
     """transformers' model of a folder, whole."""
     with explained(files), quiet_transformers():
-        loaded: Any = VisionEncoderDecoderModel.from_pretrained(
+        loader = getattr(transformers, family_of(files.config).LOADER)
+        loaded: Any = loader.from_pretrained(
             files.folder, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True
         )
         model, report = loaded
@@ -81,8 +82,14 @@ def load_weights(files: ModelFiles, dtype: str, device: torch.device) -> Any:
 
 def modules(whole: Any, spec: PixelSpec) -> tuple[Encode, Step]:
     """A model's encode and step, where it is."""
-    encode = Encode(whole, spec.rescale_factor, spec.mean, spec.std)
-    return encode.eval().to(whole.device), Step(whole).eval()
+    family = family_of(whole.config.to_dict())
+    encode = family.Encode(whole, spec.rescale_factor, spec.mean, spec.std)
+    return encode.eval().to(whole.device), family.Step(whole).eval()
+
+
+def generation_of(files: ModelFiles, whole: Any) -> dict[str, Any]:
+    """The generation settings of a captioner."""
+    return own_generation(files) or family_of(files.config).generation(files.config, whole.generation_config.to_dict())
 
 
 def load_engine(files: ModelFiles, engine: Engine, device: torch.device) -> Model:
@@ -143,15 +150,15 @@ def own_generation(files: ModelFiles) -> dict[str, Any] | None:
     if not isinstance(written, dict):
         raise CapcliError(f"{path} is JSON but no object: replace the file.")
     with explained(files), quiet_transformers():
-        return written | transformers.GenerationConfig.from_pretrained(files.folder, local_files_only=True).to_dict()
+        own = written | transformers.GenerationConfig.from_pretrained(files.folder, local_files_only=True).to_dict()
+    return own if files.engine else family_of(files.config).generation(files.config, own)
 
 
-def pixel_size(name: str, encoder: Any, spec: PixelSpec) -> tuple[int, int]:
-    """Height and width that the encoder takes. Raises CapcliError when the processor makes another."""
-    size = encoder.image_size
+def pixel_size(name: str, size: int | Sequence[int], spec: PixelSpec, *, any_size: bool) -> tuple[int, int]:
+    """Height and width that an encoder of this `image_size` takes. Raises CapcliError when the processor makes another."""
     takes = (size, size) if isinstance(size, int) else (size[0], size[1])
     makes = (spec.height, spec.width) if spec.height and spec.width else takes
-    if makes != takes and encoder.model_type not in ANY_SIZE:
+    if makes != takes and not any_size:
         raise CapcliError(
             f"The image processor of {name} makes {makes[1]}x{makes[0]} pixels and its encoder takes {takes[1]}x{takes[0]}: "
             "its preprocessor_config.json is of another model"

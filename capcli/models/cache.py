@@ -52,6 +52,35 @@ class PoolLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.keys.shape[2]
 
 
+class KeepingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """Keeps one layer's keys and values [E, H, M, D] as they come, once."""
+
+    is_compileable, is_sliding = True, False
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_initialized = True
+
+    def lazy_initialization(self, *_: Any) -> None:
+        """Nothing to do: the tensors come."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int, *_: Any) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+
 class Layers(Cache):
     """A cache of given layers."""
 
@@ -65,7 +94,12 @@ def pool_cache(
     """The cache of one step: `memory` and `pool` hold keys and values of every layer in turn, `at` [S] is where to write."""
     count = len(pool) // 2
     own = Layers([PoolLayer(pool[2 * i], pool[2 * i + 1], at, write) for i in range(count)])
-    cross = Layers([PoolLayer(memory[2 * i], memory[2 * i + 1]) for i in range(count)])
+    cross = Layers([PoolLayer(memory[2 * i], memory[2 * i + 1]) for i in range(len(memory) // 2)])
     cache = EncoderDecoderCache(own, cross)
     cache.is_updated = dict.fromkeys(range(count), True)
     return cache
+
+
+def keeping_cache(layers: int) -> Cache:
+    """A cache that keeps the keys and values of one pass."""
+    return Layers([KeepingLayer() for _ in range(layers)])

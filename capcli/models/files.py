@@ -14,7 +14,8 @@ from capcli.errors import CapcliError
 
 ENCODERS = ("vit", "deit", "beit", "swin", "swinv2")
 DECODERS = ("gpt2", "bert")
-NOT_YET = {"blip": "BLIP", "blip-2": "BLIP-2", "git": "GIT", "florence2": "Florence-2"}
+WHOLE = {"blip": "BLIP", "git": "GIT"}  # families that are one architecture
+NOT_YET = {"blip-2": "BLIP-2", "florence2": "Florence-2"}
 
 CONFIG = "config.json"
 PROCESSOR = "preprocessor_config.json"
@@ -111,14 +112,14 @@ def check_architecture(name: str, config: dict[str, Any]) -> None:
     """Raise CapcliError, naming what is supported, unless capcli can caption with a model of this config."""
     kind = config.get("model_type")
     encoder, decoder = (_model_type(config.get(part)) for part in ("encoder", "decoder"))
-    if kind == "vision-encoder-decoder" and encoder in ENCODERS and decoder in DECODERS:
+    if kind in WHOLE or (kind == "vision-encoder-decoder" and encoder in ENCODERS and decoder in DECODERS):
         return
     found = str(kind or config.get("architectures") or "no model_type")
     if kind == "vision-encoder-decoder":
         found += f" of {encoder} and {decoder}"
     message = (
-        f"The architecture of {name} is not supported: {found}. Supported is vision-encoder-decoder"
-        f" with an encoder of {', '.join(ENCODERS)} and a decoder of {', '.join(DECODERS)}."
+        f"The architecture of {name} is not supported: {found}. Supported are {', '.join(WHOLE.values())}, and"
+        f" vision-encoder-decoder with an encoder of {', '.join(ENCODERS)} and a decoder of {', '.join(DECODERS)}."
     )
     if kind in NOT_YET:
         message += f" {NOT_YET[kind]} is not supported yet."

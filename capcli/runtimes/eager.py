@@ -17,8 +17,16 @@ WARM_UPS = 2  # turns before the recording: libraries set themselves up at the f
 class Eager(Seated):
     """Runs a captioner's `encode` and `step` modules. `record`: whether steps on CUDA become a CUDA graph."""
 
-    def __init__(self, encode: nn.Module, step: nn.Module, device: torch.device, *, record: bool = True) -> None:
-        super().__init__(device)
+    def __init__(
+        self,
+        encode: nn.Module,
+        step: nn.Module,
+        device: torch.device,
+        *,
+        prefixed: bool = False,
+        record: bool = True,
+    ) -> None:
+        super().__init__(device, prefixed=prefixed)
         self._encode_module, self._step_module = encode, step
         self._record = record and device.type == "cuda"
 

@@ -53,7 +53,7 @@ class Ort(Seated):
     """Runs two sessions; memory, pool and logits are bound once for all steps of a run, the pool in place."""
 
     def __init__(self, encode: Any, step: Any, engine: Engine, device: torch.device) -> None:
-        super().__init__(device)
+        super().__init__(device, prefixed=engine.memory.prefixed)
         self._encoder, self._decoder = encode, step
         self._dtype, self._vocabulary = DTYPES[engine.dtype], engine.vocabulary
         held = engine.memory
@@ -94,7 +94,9 @@ class Ort(Seated):
         given |= {"at": given["tokens"].new_empty(len(tokens)), "visible": torch.empty_like(visible)}
         logits = torch.empty(*tokens.shape, self._vocabulary, dtype=self._dtype, device=self.device)
         given = {name: value.contiguous() for name, value in given.items()}
-        kept = {f"memory_{name}": x for name, x in zip(self._layers, memory, strict=True)}
+        kept = {
+            f"memory_{name}": x for name, x in zip(self._layers, memory, strict=False)
+        }  # none where images are prefixes
         before = {f"pool_{name}": x for name, x in zip(self._layers, pool, strict=True)}
         after = {f"pool_out_{name}": x for name, x in zip(self._layers, pool, strict=True)}
         return given, logits, bind(self._decoder, {**given, **kept, **before}, {"logits": logits, **after})

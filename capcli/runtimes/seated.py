@@ -17,17 +17,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Seated(ABC):
-    """A runtime but for what executes the two graphs; see `capcli.decoding.loop.Runtime`."""
+    """A runtime but for what executes the two graphs; see `capcli.decoding.loop.Runtime`.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    What encode leaves of an image is its memory, for cross-attention, or, with `prefixed`, the first entries of its pool.
+    """
+
+    def __init__(self, device: torch.device, *, prefixed: bool = False) -> None:
+        self.device, self.prefixed = device, prefixed
         self.lag = 1 if device.type == "cuda" else 0
         self._memory: list[Tensor] = []
         self._pool: list[Tensor] = []
 
     @abstractmethod
     def _encode(self, pixels: npt.NDArray[np.uint8]) -> Sequence[Tensor]:
-        """[E, h, w, 3] -> memory, 2 x layers of [E, H, M, D]."""
+        """[E, h, w, 3] -> memory or prefix, 2 x layers of [E, H, M, D]."""
 
     @abstractmethod
     def _run_step(
@@ -47,30 +50,38 @@ class Seated(ABC):
 
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
         self._memory, self._pool = [], []
+        self._image_entries = 0
         self._shapes, self._settings = shapes, settings
         self._prompt = torch.tensor(settings.prompt, device=self.device)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def admit(self, pixels: npt.NDArray[np.uint8], seats: Sequence[int]) -> Tensor:
-        memory = self._encode(pixels)
-        if not self._memory:
-            self._make_room(memory)
+        seen = self._encode(pixels)
+        if not self._pool:
+            self._make_room(seen)
         at = torch.tensor(seats, device=self.device)
-        for mine, new in zip(self._memory, memory, strict=True):
-            mine.index_copy_(0, at, new[: len(seats)])
         for entries in self._pool:
             entries.index_fill_(0, at, 0)  # a NaN behind a mask still poisons, and an empty seat goes on writing
+        for mine, new in zip(self._pool if self.prefixed else self._memory, seen, strict=True):
+            mine[at, :, : new.shape[2]] = new[: len(seats)]
         if len(self._prompt) > 1:
-            self._write_prefix(memory, at)
+            self._write_prompt(seen, at)
         # the first layer's keys mix all of what the encoder saw; what overflows later shows in the score
-        finite: Tensor = memory[0][: len(seats)].isfinite().flatten(1).all(1)
+        finite: Tensor = seen[0][: len(seats)].isfinite().flatten(1).all(1)
         return finite
 
     def step(self, tokens: Tensor, position: Tensor, visible: Tensor) -> Tensor:
-        prefix, rows = len(self._prompt) - 1, tokens.shape[1]
-        positions = (prefix + position)[:, None].expand(-1, rows)
-        return self._run_step(tokens, positions, prefix + position * rows, visible, self._memory, self._pool)
+        prompt, rows = len(self._prompt) - 1, tokens.shape[1]
+        positions = (prompt + position)[:, None].expand(-1, rows)
+        at = self._image_entries + prompt + position * rows
+        return self._run_step(tokens, positions, at, self._with_image(visible), self._memory, self._pool)
+
+    def _with_image(self, visible: Tensor) -> Tensor:
+        """[S, Q, N] -> [S, Q, image entries + N]: every row sees all of its image."""
+        if not self._image_entries:
+            return visible
+        return torch.cat((visible.new_ones(*visible.shape[:2], self._image_entries), visible), 2)
 
     def repeated(self, turn: Callable[[], None]) -> Callable[[], None]:
         """`turn` itself; a runtime that can record a whole step gives the recording."""
@@ -78,20 +89,23 @@ class Seated(ABC):
 
     def slot_bytes(self, pixels: npt.NDArray[np.uint8], settings: Settings) -> int:
         """What a slot's memory and pool hold; `pixels` [1, h, w, 3] is any one image."""
-        memory = self._encode(pixels)
-        return sum(x.nbytes + x.nbytes // x.shape[2] * settings.entries for x in memory)
+        seen = self._encode(pixels)
+        return sum(x.nbytes + x.nbytes // x.shape[2] * settings.entries for x in seen)
 
-    def _make_room(self, memory: Sequence[Tensor]) -> None:
+    def _make_room(self, seen: Sequence[Tensor]) -> None:
         slots, entries = self._shapes.slots, self._settings.entries
-        self._memory = [x.new_zeros(slots, *x.shape[1:]) for x in memory]
-        self._pool = [x.new_zeros(slots, x.shape[1], entries, x.shape[3]) for x in memory]
+        self._image_entries = seen[0].shape[2] if self.prefixed else 0
+        self._memory = [] if self.prefixed else [x.new_zeros(slots, *x.shape[1:]) for x in seen]
+        self._pool = [x.new_zeros(slots, x.shape[1], self._image_entries + entries, x.shape[3]) for x in seen]
 
-    def _write_prefix(self, memory: Sequence[Tensor], at: Tensor) -> None:
+    def _write_prompt(self, seen: Sequence[Tensor], at: Tensor) -> None:
         """Runs the prompt but for its last token, whose step is the caption's first, and keeps its entries."""
-        chunk, prefix = memory[0].shape[0], len(self._prompt) - 1
-        pool = [x.new_zeros(chunk, x.shape[1], prefix, x.shape[3]) for x in memory]
-        order = torch.arange(prefix, device=self.device).expand(chunk, -1)
-        visible = torch.ones(prefix, prefix, dtype=torch.bool, device=self.device).tril().expand(chunk, -1, -1)
-        self._run_step(self._prompt[:-1].expand(chunk, -1), order, order[:, 0], visible, memory, pool)
+        chunk, prompt, image = seen[0].shape[0], len(self._prompt) - 1, self._image_entries
+        room = [x.new_zeros(chunk, x.shape[1], prompt, x.shape[3]) for x in seen]
+        memory, pool = ([], [torch.cat(each, 2) for each in zip(seen, room, strict=True)]) if image else (seen, room)
+        order = torch.arange(prompt, device=self.device).expand(chunk, -1)
+        visible = torch.ones(prompt, prompt, dtype=torch.bool, device=self.device).tril().expand(chunk, -1, -1)
+        tokens = self._prompt[:-1].expand(chunk, -1)
+        self._run_step(tokens, order, image + order[:, 0], self._with_image(visible), memory, pool)
         for mine, new in zip(self._pool, pool, strict=True):
-            mine[at, :, :prefix] = new[: len(at)]
+            mine[at, :, image : image + prompt] = new[: len(at), :, image:]

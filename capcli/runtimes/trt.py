@@ -135,9 +135,11 @@ class Trt(Seated):
     """Runs the plans that `load` reads by file name."""
 
     def __init__(self, engine: Engine, load: Callable[[str], Plan], device: torch.device) -> None:
-        super().__init__(device)
+        super().__init__(device, prefixed=engine.memory.prefixed)
         self._engine, self._load = engine, load
         self._names = [f"{kind}{layer}" for layer in range(engine.memory.layers) for kind in "kv"]
+        self._remembered = [] if self.prefixed else self._names
+        self._image = engine.memory.positions if self.prefixed else 0
         self._plans: dict[str, Plan] = {}
         self._release()
 
@@ -150,14 +152,14 @@ class Trt(Seated):
 
     def shapes(self, slots: int, settings: Settings) -> Shapes:
         """A bucket's, whole. Raises UsageError for more rows or entries than any has."""
-        bucket = self._engine.bucket(slots, settings.rows, settings.entries)
+        bucket = self._engine.bucket(slots, settings.rows, self._image + settings.entries)
         return Shapes(bucket.slots, bucket.chunk)
 
     def slot_bytes(self, pixels: npt.NDArray[np.uint8], settings: Settings) -> int:  # noqa: ARG002
         """What a slot's memory and pool hold, the pool twice: not every plan writes in place."""
         held = self._engine.memory
-        bucket = self._engine.bucket(1, settings.rows, settings.entries)
-        places = held.positions + 2 * bucket.entries
+        bucket = self._engine.bucket(1, settings.rows, self._image + settings.entries)
+        places = held.positions - self._image + 2 * bucket.entries
         return len(self._names) * held.heads * held.head_size * places * TYPES[self._engine.dtype].itemsize
 
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
@@ -165,7 +167,7 @@ class Trt(Seated):
 
         Raises UsageError for more slots, rows or entries than any bucket has.
         """
-        bucket = self._engine.bucket(shapes.slots, settings.rows, settings.entries)
+        bucket = self._engine.bucket(shapes.slots, settings.rows, self._image + settings.entries)
         if bucket.slots < shapes.slots:
             raise UsageError(
                 f"the engine's largest batch has {bucket.slots} slots, and this asks for {shapes.slots}: "
@@ -182,8 +184,8 @@ class Trt(Seated):
         self._refuse_strange()
         self._encoding, self._stepping = self._buffers(self._encoder.plan), self._buffers(self._decoder.plan)
         self._main = self._sides("main")
-        self._memory = [self._stepping[f"memory_{name}"] for name in self._names]
-        self._pool = self._main.before
+        self._memory = [self._stepping[f"memory_{name}"] for name in self._remembered]
+        self._pool, self._image_entries = self._main.before, self._image
 
     def _buffers(self, plan: Plan) -> dict[str, Tensor]:
         """Zeros for every port; one buffer for an input and the output that is written over it."""
@@ -200,6 +202,7 @@ class Trt(Seated):
         engine, bucket = self._engine, self._bucket
         rows = (bucket.slots, bucket.rows)
         memory, pool = ([f"{kind}_{name}" for name in self._names] for kind in ("memory", "pool"))
+        read = [f"memory_{name}" for name in self._remembered]
         encoded: dict[str, tuple[int, ...] | None] = {
             "pixels": (bucket.chunk, *engine.pixels, 3),
             **dict.fromkeys(memory),
@@ -210,7 +213,7 @@ class Trt(Seated):
             "at": rows[:1],
             "visible": (*rows, bucket.entries),
         }
-        stepped |= {"logits": (*rows, engine.vocabulary), **dict.fromkeys((*memory, *pool))}
+        stepped |= {"logits": (*rows, engine.vocabulary), **dict.fromkeys((*read, *pool))}
         stepped |= dict.fromkeys(f"pool_out_{name}" for name in self._names)
         for plan, wanted in ((self._encoder.plan, encoded), (self._decoder.plan, stepped)):
             found = {name: (port.shape, port.dtype) for name, port in plan.ports.items()}
@@ -269,20 +272,19 @@ class Trt(Seated):
         pool.turn()
         return bound["logits"][:slots]
 
-    def _write_prefix(self, memory: Sequence[Tensor], at: Tensor) -> None:  # noqa: ARG002
+    def _write_prompt(self, seen: Sequence[Tensor], at: Tensor) -> None:  # noqa: ARG002
         """As the rows of steps, for a plan has no other shape, and in a pool of its own: the slots that are busy keep theirs."""
         self._scratch = self._scratch or self._sides("scratch")
-        pool, rows, slots = self._scratch, self._bucket.rows, self._bucket.slots
-        for entries in pool.before:
-            entries.index_fill_(0, at, 0)
+        pool, rows, slots, image = self._scratch, self._bucket.rows, self._bucket.slots, self._image
+        for entries, mine in zip(pool.before, self._pool, strict=True):
+            entries.index_copy_(0, at, mine[at])
         prefix = len(self._prompt) - 1
         entry = torch.arange(self._bucket.entries, device=self.device)
         for start in range(0, prefix, rows):
             order = start + torch.arange(rows, device=self.device)  # past the prefix are rows that are written over
             place = order.clamp(max=prefix - 1)
-            visible = (entry <= order[:, None]).expand(slots, -1, -1)
-            self._pass(
-                pool, self._prompt[place].expand(slots, -1), place.expand(slots, -1), order[0].expand(slots), visible
-            )
+            visible = (entry <= image + order[:, None]).expand(slots, -1, -1)
+            tokens, first = self._prompt[place].expand(slots, -1), (image + order[0]).expand(slots)
+            self._pass(pool, tokens, place.expand(slots, -1), first, visible)
         for mine, new in zip(self._pool, pool.before, strict=True):
-            mine[at, :, :prefix] = new[at, :, :prefix]
+            mine[at, :, : image + prefix] = new[at, :, : image + prefix]

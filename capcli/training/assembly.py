@@ -14,6 +14,7 @@ from capcli.errors import CapcliError, UsageError
 from capcli.models.build import explained, own_generation, pixel_size, quiet_transformers, refuse_missing
 from capcli.models.files import PROCESSOR
 from capcli.models.hub import find_model
+from capcli.models.vision_encoder_decoder import ANY_SIZE
 from capcli.options import GenerationOptions, ModelOptions
 from capcli.options.model import DEFAULT_LENGTH, NEW
 from capcli.pixels import PixelSpec
@@ -159,7 +160,7 @@ def _processor(encoder: Config) -> tuple[dict[str, Any], list[str]]:
 def _pixels(title: str, processor: dict[str, Any], encoder: Any) -> PixelSpec:
     """Raises CapcliError unless the processor makes the size that the encoder takes, of every image."""
     spec = PixelSpec.from_config(processor)
-    pixel_size(title, encoder, spec)
+    pixel_size(title, encoder.image_size, spec, any_size=encoder.model_type in ANY_SIZE)
     if spec.height is None:
         raise CapcliError(
             f"The image processor of {title} leaves images of different sizes, which cannot be trained on together: "

@@ -12,6 +12,7 @@ from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 
 from capcli.metrics import Scorer
 from capcli.models.build import pixel_size
+from capcli.models.vision_encoder_decoder import ANY_SIZE
 from capcli.options import ModelOptions, TrainOptions
 from capcli.records import Annotated
 from capcli.training.arguments import loader_workers
@@ -40,7 +41,9 @@ def assembled(options: TrainOptions, checkpoint: str | None, data: Data, *, quie
 def make_trainer(
     options: TrainOptions, arguments: Seq2SeqTrainingArguments, made: Untrained, data: Data
 ) -> CaptionTrainer:
-    size = pixel_size(options.model.model or "the captioner", made.model.config.encoder, made.spec)
+    encoder: Any = made.model.config.encoder
+    name = options.model.model or "the captioner"
+    size = pixel_size(name, encoder.image_size, made.spec, any_size=encoder.model_type in ANY_SIZE)
     collate = Collate(size, made.specials.start, made.specials.pad)
     pairs = partial(make_pairs, options=options, made=made, size=size)
     if options.gradient_checkpointing:

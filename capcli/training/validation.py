@@ -131,17 +131,16 @@ def captioner_of(model: Any, tokenizer: Any, spec: PixelSpec, size: tuple[int, i
     training, attention = model.training, model.decoder.config._attn_implementation  # noqa: SLF001
     model.eval()
     use_attention(model.decoder)
+    encode, step = Encode(model, spec.rescale_factor, spec.mean, spec.std).to(model.device), Step(model)
     made = Model(
-        runtime=Eager(
-            Encode(model, spec.rescale_factor, spec.mean, spec.std).to(model.device), Step(model), model.device
-        ),
+        runtime=Eager(encode, step, model.device),
         dtype="float32",
         tokenizer=tokenizer,
         spec=spec,
         size=size,
         generation=model.generation_config.to_dict(),
-        positions=model.config.decoder.max_position_embeddings,
-        vocabulary=model.config.decoder.vocab_size,
+        positions=step.positions,
+        vocabulary=step.vocabulary,
         spaced=puts_spaces(tokenizer),
     )
     try:

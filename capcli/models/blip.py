@@ -1,0 +1,66 @@
+"""BLIP (BlipForConditionalGeneration, Li et al., 2022): a ViT, and a BERT-like text decoder with cross-attention.
+
+Its decoder computes its attention itself, in two products and a softmax, so no attention function is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import BlipTextConfig, GenerationConfig
+from transformers.cache_utils import EncoderDecoderCache
+
+from capcli.models import modules
+from capcli.models.modules import split_heads
+
+LOADER = "BlipForConditionalGeneration"
+
+
+class Encode(modules.Encode):
+    """Pixels to memory."""
+
+    def __init__(self, model: nn.Module, rescale: float, mean: Sequence[float], std: Sequence[float]) -> None:
+        whole: Any = model
+        super().__init__(whole.vision_model, rescale, mean, std)
+        self.decoder: Any = whole.text_decoder
+
+    def remember(self, seen: Tensor) -> tuple[Tensor, ...]:
+        layers = [layer.crossattention.self for layer in self.decoder.bert.encoder.layer]
+        return tuple(
+            split_heads(project(seen), layer.num_attention_heads)
+            for layer in layers
+            for project in (layer.key, layer.value)
+        )
+
+
+class Step(modules.Step):
+    """One pass of the text decoder."""
+
+    def __init__(self, model: nn.Module) -> None:
+        whole: Any = model
+        super().__init__(whole.text_decoder)
+        config = whole.config.text_config
+        self.positions, self.vocabulary = config.max_position_embeddings, config.vocab_size
+
+    def say(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: EncoderDecoderCache) -> Tensor:
+        cross: Any = cache.cross_attention_cache.layers[0]
+        out = self.decoder(
+            input_ids=tokens,
+            position_ids=position,
+            attention_mask=mask,
+            past_key_values=cache,
+            encoder_hidden_states=cross.keys[:, 0],  # only its presence counts: the cross layers are filled
+            use_cache=True,
+            is_decoder=True,
+        )
+        logits: Tensor = out.logits
+        return logits
+
+
+def generation(config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+    """What `generate()` goes by: the text decoder's settings, its own end and padding; generation_config.json plays no part."""
+    text = BlipTextConfig(**config.get("text_config") or {})
+    ids = {"bos_token_id": text.bos_token_id, "eos_token_id": text.sep_token_id, "pad_token_id": text.pad_token_id}
+    return GenerationConfig.from_model_config(text).to_dict() | ids | {"decoder_start_token_id": text.bos_token_id}
