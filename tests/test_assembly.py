@@ -485,3 +485,19 @@ def assemble_apart(place: Path, url: str) -> list[str]:
     done = subprocess.run([sys.executable, "-c", FROM_HUB], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("encoder", ["vit", "deit"])
+def test_a_new_encoder_sees_where_its_patches_stand(encoder: str) -> None:
+    """Every place has a row of its own; neighbours are more alike than patches far apart, in rows and columns alike."""
+    made = new(encoder=table(encoder))
+    places = made.model.encoder.embeddings.position_embeddings[0].detach()
+    config = made.model.config.encoder
+    side = config.image_size // config.patch_size
+    grid = places[-side * side :].reshape(side, side, -1)
+    alike = torch.nn.functional.cosine_similarity(grid[:1, :1], grid, dim=-1)
+    assert alike[0, 1] > alike[0, 3]
+    assert alike[1, 0] > alike[3, 0]
+    assert torch.allclose(alike, alike.T, atol=1e-5)
+    assert alike.flatten()[1:].max() < 0.99
+    assert not places[: -side * side].any()

@@ -29,6 +29,7 @@ from capcli.models.files import (
     weight_files,
 )
 from capcli.models.hub import find_model
+from capcli.training.positions import set_positions
 
 CLASSES: Mapping[str, str] = {
     "vit": "ViTModel",
@@ -119,7 +120,10 @@ def seeded(seed: int, what: str) -> Iterator[None]:
 def _random_model(part: Config, kind: Any, config: Any, seed: int) -> Any:
     try:
         with quiet_transformers(), seeded(seed, part.role):
-            return kind(config).float()
+            model = kind(config).float()
+        if part.role == "encoder":
+            set_positions(model)
+        return model
     except MemoryError as error:
         raise CapcliError(f"Not enough memory for {part.title}: make it smaller.") from error
     except Exception as error:  # sizes that do not go together are told by whichever layer meets them

@@ -1,0 +1,44 @@
+"""Where the patches of a new vision encoder stand: position embeddings begin as sines and cosines of row and column."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WAVES = 10_000.0  # the longest wave over the shortest
+
+
+@torch.no_grad()
+def set_positions(encoder: Any) -> None:
+    """Writes them over the random ones of ViT, DeiT and BEiT; encoders without, and odd widths, stay as they are.
+
+    They go on learning from there (Beyer et al., 2022, "Better plain ViT baselines for ImageNet-1k"). As transformers leaves
+    them they are a tenth of what a patch holds, and a small encoder trained on captions alone stays blind to left and right
+    for thousands of steps (BENCHMARKS.md).
+    """
+    embeddings: Tensor | None = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    if not isinstance(embeddings, Tensor):
+        return
+    height, width = (
+        a // b for a, b in zip(pair(encoder.config.image_size), pair(encoder.config.patch_size), strict=True)
+    )
+    others = embeddings.shape[1] - height * width  # of the class token, and what else has no place
+    if embeddings.shape[2] % 4 or others < 0:
+        return
+    embeddings[:, :others] = 0
+    embeddings[:, others:] = waves(height, width, embeddings.shape[2])
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def waves(height: int, width: int, channels: int) -> Tensor:
+    """[height * width, channels]: a quarter each of the column's sines and cosines, and the row's."""
+    rate = WAVES ** -torch.linspace(0, 1, channels // 4)
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    row, column = rows.flatten()[:, None] * rate, columns.flatten()[:, None] * rate
+    return torch.cat((column.sin(), column.cos(), row.sin(), row.cos()), 1)
