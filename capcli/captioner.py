@@ -153,11 +153,16 @@ class Captioner:
                 )
 
     def shapes(self, settings: Settings, count: int | None, batch_size: int | None = None) -> Shapes:
-        """Slots and chunk for `count` images; None: unknown, or more than ever fit."""
-        slots = batch_size or paying_slots(self.model.runtime.device, settings)
+        """Slots and chunk for `count` images; None: unknown, or more than ever fit.
+
+        Raises UsageError where the runtime has no such batch.
+        """
+        runtime = self.model.runtime
+        slots, most = batch_size or paying_slots(runtime.device, settings), None
         if batch_size is None:
-            slots = min(slots, fitting_slots(self.model.runtime.device, self._bytes_per_slot(settings)))
-        return self.model.runtime.shapes(slots if count is None else max(1, min(slots, count)), settings)
+            most = fitting_slots(runtime.device, self._bytes_per_slot(settings))
+        shapes = runtime.shapes(slots, settings, most)
+        return shapes if count is None or count >= slots else runtime.shapes(max(1, count), settings, most)
 
     def run(
         self,

@@ -1,19 +1,24 @@
-"""engine.json: what an engine folder holds, what it was built from and for, and whether it fits this machine. No torch."""
+"""engine.json: what an engine folder holds, what it was built from and for, and with which command. No torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from capcli.decoding.settings import Settings
 from capcli.errors import CapcliError, UsageError
+from capcli.runtimes.packages import TENSORRT
 from capcli.sinks import atomic
 
 ENGINE, ENCODE, STEP = "engine.json", "encode.onnx", "step.onnx"
+ENGINES = "CAPCLI_ENGINES"
 FORMAT = 1
 Kind = Literal["onnx", "tensorrt"]
 
@@ -31,6 +36,16 @@ class Memory:
     head_size: int
     prefixed: bool = False
 
+    @property
+    def names(self) -> list[str]:
+        """k0, v0, k1, ...: what graphs and plans call the tensors of a memory or a pool, after `memory_` or `pool_`."""
+        return [f"{kind}{layer}" for layer in range(self.layers) for kind in "kv"]
+
+    @property
+    def image_entries(self) -> int:
+        """How many entries of the pool are an image's."""
+        return self.positions if self.prefixed else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
@@ -42,13 +57,28 @@ class Bucket:
     entries: int
 
 
+def encode_plan(chunk: int) -> str:
+    """The file of the plan that encodes so many images at a time."""
+    return f"encode-E{chunk}.plan"
+
+
+def step_plan(bucket: Bucket) -> str:
+    return f"step-S{bucket.slots}-R{bucket.rows}-N{bucket.entries}.plan"
+
+
+def plan_files(buckets: Sequence[Bucket]) -> list[str]:
+    """The files that plans of these buckets are: several may share the plan of one chunk."""
+    return sorted({name for bucket in buckets for name in (encode_plan(bucket.chunk), step_plan(bucket))})
+
+
 @dataclass(frozen=True)
 class Engine:
     """An engine as its engine.json tells of it.
 
-    `files` gives the SHA-256 of every graph, plan and weight file by name; `versions` and `gpu` (a name and a compute
-    capability; None: any machine) are those it was proved with; `buckets` are a plan's shapes, none for ONNX, which takes
-    any. `proof` is what the proof saw, with `passed`; `command` builds it again.
+    `files` gives the SHA-256 of every file but engine.json and the generation settings by name; `versions` and `gpu` (a
+    name and a compute capability; None: any machine) are those it was proved with; `buckets` are a plan's shapes, none for
+    ONNX, which takes any, and `graphs` the hashes of the ONNX files that plans were built from. `proof` is what the proof
+    saw, with `passed`; `command` builds it again, where it lies now.
     """
 
     kind: Kind
@@ -66,6 +96,7 @@ class Engine:
     files: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     made_with: Mapping[str, str] = field(default_factory=dict)
+    graphs: Mapping[str, str] = field(default_factory=dict)
     gpu: Mapping[str, str] | None = None
     buckets: tuple[Bucket, ...] = ()
     proof: Mapping[str, Any] = field(default_factory=dict)
@@ -75,19 +106,67 @@ class Engine:
         """The command that builds it again, for a shell."""
         return shlex.join(self.command)
 
-    def bucket(self, slots: int, rows: int, entries: int) -> Bucket:
-        """The smallest bucket with room for `slots`, else the largest. Raises UsageError for rows or entries of no plan."""
-        fitting = [b for b in self.buckets if b.rows == rows and b.entries >= entries]
+    @property
+    def passed(self) -> bool:
+        """Whether it passed its proof."""
+        return self.proof.get("passed") is True
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether it holds graphs that no plans were built from yet."""
+        return self.kind == "tensorrt" and TENSORRT.name not in self.versions
+
+    def bucket(self, slots: int, settings: Settings, most: int | None = None) -> Bucket:
+        """The smallest bucket with room for `slots`; where only `most` fit the memory, none larger, if any is as small.
+
+        Raises UsageError for a search that no plan has room for, and, with `most` None, for more slots than any has.
+        """
+        entries = self.memory.image_entries + settings.entries
+        fitting = [b for b in self.buckets if b.rows == settings.rows and b.entries >= entries]
         if not fitting:
-            image = self.memory.positions if self.memory.prefixed else 0
-            limits = sorted({(b.rows, (b.entries - image) // b.rows) for b in self.buckets})
-            shown = ", ".join(f"--num-beams {rows} up to --max-new-tokens {length}" for rows, length in limits)
+            raise UsageError(self._no_plan(settings))
+        fitting.sort(key=lambda b: (b.slots, b.entries))
+        if most is not None:
+            fitting = [b for b in fitting if b.slots <= most] or fitting[:1]
+        elif fitting[-1].slots < slots:
+            largest, sizes = fitting[-1].slots, sorted({slots, *(b.slots for b in self.buckets)})
+            again = with_options(self.command, {"--batch-sizes": ",".join(map(str, sizes))})
             raise UsageError(
-                f"the engine was built for {shown}; this asks for {rows} rows and a pool of {entries} entries: "
-                f"build it for that ({self.rebuild})"
+                f"the engine was built for --batch-size {largest} at most, and this asks for {slots}: "
+                f"give less, or build it for that ({shlex.join(again)})"
             )
-        enough = [b for b in fitting if b.slots >= slots]
-        return min(enough, key=lambda b: b.slots) if enough else max(fitting, key=lambda b: b.slots)
+        return next((b for b in fitting if b.slots >= slots), fitting[-1])
+
+    def _no_plan(self, settings: Settings) -> str:
+        image = self.memory.image_entries
+        limits = sorted({(b.rows, (b.entries - image) // b.rows) for b in self.buckets})
+        built = ", ".join(f"--num-beams {rows} and up to --max-new-tokens {length}" for rows, length in limits)
+        rows, length, prompt = settings.rows, settings.max_new_tokens, len(settings.prompt) - 1
+        asked = f"--num-beams {rows}"
+        if settings.num_beams != rows:
+            asked = f"{rows} samples per image, which take the room of {asked},"
+        after = f", after a prompt that takes room for {prompt} tokens" if prompt else ""
+        needed = {"--num-beams": rows, "--max-new-tokens": length + math.ceil(prompt / rows)}
+        return (
+            f"the engine was built for {built}; this asks for {asked} and --max-new-tokens {length}{after}: "
+            f"build it for that ({shlex.join(with_options(self.command, needed))})"
+        )
+
+
+def with_options(command: Sequence[str], options: Mapping[str, object]) -> tuple[str, ...]:
+    """A command with other values for some of its options."""
+    changed = list(command)
+    for name, value in options.items():
+        if name in changed[:-1]:
+            changed[changed.index(name) + 1] = str(value)
+        else:
+            changed += [name, str(value)]
+    return tuple(changed)
+
+
+def engines_folder() -> str:
+    """Where engines are built and looked for."""
+    return os.path.expanduser(os.environ.get(ENGINES) or "engines")
 
 
 def is_engine(folder: str) -> bool:
@@ -97,29 +176,51 @@ def is_engine(folder: str) -> bool:
 def write_engine(folder: str, engine: Engine) -> None:
     """Writes engine.json, last of all: a folder that has it is whole."""
     known = {"format": FORMAT, **asdict(engine)}
-    atomic.replace(os.path.join(folder, ENGINE), [(json.dumps(known, indent=2, ensure_ascii=False) + "\n").encode()])
+    text = json.dumps({**known, "hash": own_hash(known)}, indent=2) + "\n"
+    atomic.replace(os.path.join(folder, ENGINE), [text.encode()])
 
 
 def read_engine(folder: str) -> Engine:
-    """Raises CapcliError for an engine.json that is none, or of another capcli's format."""
-    path = os.path.join(folder, ENGINE)
+    """Raises CapcliError for an engine.json that is none, was edited, or is of another capcli's format."""
+    path, mend = os.path.join(folder, ENGINE), "move the folder away and build the engine again"
     try:
         with open(path, encoding="utf-8") as file:
             known = json.load(file)
-        if known.pop("format") != FORMAT:
-            raise CapcliError(
-                f"{path} is of another version of capcli: build the engine again ({shlex.join(known.get('command', []))})"
-            )
-        known["memory"] = Memory(**known["memory"])
-        known["buckets"] = tuple(Bucket(**each) for each in known["buckets"])
-        known["pixels"] = tuple(known["pixels"])
-        if not all(isinstance(known[name], dict) for name in ("captioner", "files", "versions", "proof")):
-            raise TypeError("a table is none")
-        return Engine(**known)
+        sealed = known.pop("hash", None)
+        again = shlex.join(with_options(known["command"], {"--out": os.path.abspath(folder)}))
+        if known["format"] != FORMAT:
+            raise CapcliError(f"{path} is of another version of capcli: {mend} ({again})")
+        if sealed != own_hash(known):
+            raise CapcliError(f"{path} was edited: {mend} ({again})")
+        engine: Engine = parsed(Engine, {name: value for name, value in known.items() if name != "format"})
     except OSError as error:
         raise CapcliError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CapcliError(f"{path} is damaged ({error}): build the engine again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CapcliError(f"{path} is damaged ({error}): {mend}") from error
+    return replace(engine, command=with_options(engine.command, {"--out": os.path.abspath(folder)}))
+
+
+def own_hash(known: Mapping[str, Any]) -> str:
+    """The SHA-256 that engine.json holds of all else in it, whatever its layout."""
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def parsed(kind: Any, value: Any, name: str = ENGINE) -> Any:
+    """JSON's `value` as what a dataclass's field is annotated to be. Raises TypeError for another, KeyError for no field."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return None if value is None and NoneType in parts else parsed(parts[0], value, name)
+    if is_dataclass(kind) and isinstance(value, dict):
+        hints = get_type_hints(kind)
+        return kind(**{key: parsed(hints[key], each, key) for key, each in value.items()})  # type: ignore[operator]
+    if origin is Mapping and isinstance(value, dict):
+        return {key: parsed(parts[1], each, key) for key, each in value.items()}
+    count = len(parts) if origin is tuple and parts[1] is not ... else None
+    if origin in (Sequence, tuple) and isinstance(value, list) and count in (None, len(value)):
+        return tuple(parsed(parts[0], each, name) for each in value)
+    if kind is Any or (value in parts if origin is Literal else type(value) is kind):
+        return value
+    raise TypeError(f"{name} is {json.dumps(value)[:40]}")
 
 
 def file_hash(path: str) -> str:
@@ -133,51 +234,3 @@ def file_hash(path: str) -> str:
 
 def hash_files(folder: str, names: Sequence[str]) -> dict[str, str]:
     return {name: file_hash(os.path.join(folder, name)) for name in names}
-
-
-def refuse_tampered(folder: str, engine: Engine) -> None:
-    """Raises CapcliError unless every file but the generation settings is the one that was proved."""
-    unfit = sorted({ENCODE, STEP} - set(engine.files)) if engine.kind == "onnx" else []
-    if unfit or not engine.files:
-        raise CapcliError(
-            f"{os.path.join(folder, ENGINE)} is damaged: it does not name {', '.join(unfit) or 'any file'}"
-        )
-    if not os.path.exists(os.path.join(folder, "generation_config.json")):
-        raise CapcliError(f"{folder} lacks generation_config.json: build the engine again ({engine.rebuild})")
-    for name, digest in engine.files.items():
-        path = os.path.join(folder, name)
-        if not os.path.exists(path):
-            raise CapcliError(f"{folder} lacks {name}: build the engine again ({engine.rebuild})")
-        if file_hash(path) != digest:
-            raise CapcliError(
-                f"{path} is not the file that was built and proved (its hash differs from {ENGINE}'s): "
-                f"build the engine again ({engine.rebuild})"
-            )
-
-
-def misfits(engine: Engine, versions: Mapping[str, str], gpu: Mapping[str, str] | None) -> list[str]:
-    """What of this machine is not as when the engine was built, a line each; only runtimes' own versions and GPUs count."""
-    lines = []
-    for name, built in engine.versions.items():
-        here = versions.get(name)
-        if here is not None and release(name, here) != release(name, built):
-            lines.append(f"it was built with {name} {built}, and here is {here}")
-    if engine.gpu is not None and gpu != engine.gpu:
-        here_gpu = gpu["name"] if gpu else "none"
-        lines.append(f"it was built on a {engine.gpu['name']}, and the GPU here is {here_gpu}")
-    return lines
-
-
-def release(name: str, version: str) -> tuple[str, ...]:
-    """What of a version decides whether an engine fits: major and minor; for TensorRT, whose plans are bound to it, all."""
-    parts = tuple(version.split("+")[0].split("."))
-    return parts if name == "tensorrt" else parts[:2]
-
-
-def refuse_misfit(folder: str, engine: Engine, versions: Mapping[str, str], gpu: Mapping[str, str] | None) -> None:
-    """Raises CapcliError, naming the command that rebuilds it, for an engine of another machine."""
-    lines = misfits(engine, versions, gpu)
-    if lines:
-        raise CapcliError(
-            f"the engine {folder} does not fit this machine: {'; '.join(lines)}. Build it again: {engine.rebuild}"
-        )

@@ -48,6 +48,9 @@ class FakeRuntime:
     def repeated(self, turn: Callable[[], None]) -> Callable[[], None]:
         return turn
 
+    def fewer(self, shapes: Shapes, settings: Settings) -> Shapes:  # noqa: ARG002
+        return shapes.halved()
+
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
         self.shapes, self.settings = shapes, settings
         self.seated = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from running import COMMAND, call, change_json, environment, execute
 from capcli import __version__
 from capcli.doctor import packages, probe
 from capcli.doctor.asking import ask
-from capcli.engine import Engine, Memory, write_engine
+from capcli.engine import Bucket, Engine, Memory, plan_files, write_engine
 
 SECTIONS = ["versions", "cpu", "gpus", "runtimes", "extras", "models", "engines"]
 STATES = {"ok", "none", "missing", "broken"}
@@ -74,10 +75,20 @@ ENGINE = Engine(
     memory=Memory(1, 2, 3, 4),
     positions=64,
     vocabulary=120,
-    command=("capcli", "export", "--onnx", "--model", "my captioner", "--out", "old place"),
+    command=("capcli", "export", "--onnx", "--model", "my captioner", "--out", "old place", "--overwrite"),
     capcli=__version__,
+    files=dict.fromkeys(("encode.onnx", "step.onnx"), hashlib.sha256(b"").hexdigest()),
     versions={"onnxruntime": "1.30.0"},
     proof={"passed": True},
+)
+BUCKETS = (Bucket(1, 1, 1, 9),)
+PLANS = replace(
+    ENGINE,
+    kind="tensorrt",
+    gpu={"name": "NVIDIA H100", "capability": "9.0"},
+    versions={"tensorrt": "11.4.0.1"},
+    buckets=BUCKETS,
+    files=dict.fromkeys(plan_files(BUCKETS), hashlib.sha256(b"").hexdigest()),
 )
 
 
@@ -166,8 +177,8 @@ def test_on_a_terminal_it_is_a_table_and_in_a_pipe_plain_lines(machine: Machine)
     said = piped.out.decode()
     assert "\x1b" not in said
     assert "  ok       ONNX Runtime" in said
-    assert "\n           fix: pip install 'capcli[trt]'\n" in said
-    for words in ("Runtimes", "ONNX Runtime", "pip install 'capcli[trt]'", "no NVIDIA GPU", "Engines"):
+    assert "\n           fix: capcli export --onnx\n" in said
+    for words in ("Runtimes", "ONNX Runtime", "capcli export --onnx", "no NVIDIA GPU", "Engines"):
         assert words in terminal.before
         assert words in said
     assert len(terminal.before.splitlines()) <= 50
@@ -184,7 +195,7 @@ def test_it_imports_no_runtime_itself(machine: Machine) -> None:
 
 
 def test_an_ascii_pipe_and_a_closed_one_are_no_error(machine: Machine) -> None:
-    write_engine(str(folder_of(machine, "écran\x1b[31m")), ENGINE)
+    put(machine, "écran\x1b[31m", ENGINE)
     done = execute("doctor", env={**machine.variables(), "PYTHONIOENCODING": "ascii"})
     assert done.code == 0
     assert b"\\xe9cran\\x1b[31m" in done.out
@@ -221,7 +232,7 @@ def test_without_a_gpu_each_runtime_says_what_it_lacks(machine: Machine) -> None
     assert [(line["name"], line["state"], line["fix"]) for line in found["runtimes"]] == [
         ("PyTorch", "ok", None),
         ("ONNX Runtime", "ok", None),
-        ("TensorRT", "missing", "pip install 'capcli[trt]'"),
+        ("TensorRT", "none", None),
     ]
     assert "10.15" in found["runtimes"][2]["text"]
     assert "NVIDIA GPU" in found["runtimes"][2]["text"]
@@ -310,7 +321,16 @@ def test_a_runtime_that_does_not_work_is_a_line(machine: Machine, source: str, w
     line = machine.runtime("TensorRT")
     assert line["state"] == "broken"
     assert words in line["text"]
-    assert line["fix"] == "pip install 'capcli[trt]'"
+    assert line["fix"] is None, "no package mends a machine without a GPU"
+
+
+def test_a_tensorrt_that_would_be_of_use(machine: Machine) -> None:
+    machine.has("torch", TORCH_WITH_GPU)
+    line = machine.runtime("TensorRT")
+    assert (line["state"], line["fix"]) == ("missing", "pip install 'capcli[trt]'")
+    machine.has("tensorrt", "raise ImportError('libnvinfer.so.10')")
+    line = machine.runtime("TensorRT")
+    assert (line["state"], line["fix"]) == ("broken", "pip install 'capcli[trt]' --force-reinstall")
 
 
 def test_all_runtimes_broken_at_once(machine: Machine) -> None:
@@ -418,6 +438,15 @@ def folder_of(machine: Machine, name: str) -> Path:
     return folder
 
 
+def put(machine: Machine, name: str, engine: Engine) -> Path:
+    """An engine with its files, all of them empty."""
+    folder = folder_of(machine, name)
+    for file in (*engine.files, "generation_config.json"):
+        (folder / file).touch()
+    write_engine(str(folder), engine)
+    return folder
+
+
 def engines(machine: Machine) -> dict[str, dict[str, Any]]:
     return {Path(line["name"]).name: line for line in machine.told()["engines"]}
 
@@ -426,13 +455,21 @@ def test_engines_that_fit_and_that_do_not(machine: Machine) -> None:
     of = {
         "fits": ENGINE,
         "older": replace(ENGINE, versions={"onnxruntime": "1.29.3"}),
-        "forced": replace(ENGINE, proof={"passed": False}),
-        "lacking": replace(ENGINE, files={"step.onnx": "0"}),
+        "forced": replace(ENGINE, proof={"passed": False, "failed": "9 of 16 captions differ"}),
+        "lacking": ENGINE,
+        "changed": ENGINE,
+        "bare": ENGINE,
+        "strange": ENGINE,
         "half": replace(ENGINE, dtype="bfloat16"),
-        "plans": replace(ENGINE, kind="tensorrt", gpu={"name": "NVIDIA L4", "capability": "8.9"}, versions={}),
+        "plans": PLANS,
+        "unfinished": replace(PLANS, versions={}, proof={"passed": False, "failed": "its plans are not built yet"}),
     }
     for name, engine in of.items():
-        write_engine(str(folder_of(machine, name)), engine)
+        put(machine, name, engine)
+    (machine.engines / "lacking" / "step.onnx").unlink()
+    (machine.engines / "changed" / "step.onnx").write_bytes(b"something else")
+    (machine.engines / "bare" / "generation_config.json").unlink()
+    (machine.engines / "strange" / "processor_config.json").touch()
     folder_of(machine, "no engine")
     (machine.engines / "README.md").write_text("no folder")
     lines = engines(machine)
@@ -442,34 +479,36 @@ def test_engines_that_fit_and_that_do_not(machine: Machine) -> None:
     assert lines["fits"]["fits"] is True
     words = {
         "older": "built with onnxruntime 1.29.3, and here is 1.30.0",
-        "forced": "failed its proof",
-        "lacking": "lacks step.onnx",
+        "forced": "it failed its proof (9 of 16 captions differ) and was kept by --force",
+        "lacking": "it lacks step.onnx",
+        "changed": "step.onnx is not the file that was built",
+        "bare": "it lacks generation_config.json",
+        "strange": "processor_config.json was put into it",
         "half": "bfloat16",
         "plans": "TensorRT is missing",
+        "unfinished": "its plans are not built yet",
     }
     for name, said in words.items():
         assert lines[name]["state"] == "broken"
         assert said in lines[name]["text"]
     place = machine.engines / "older"  # not where it was built
     assert lines["older"]["fix"] == f"capcli export --onnx --model 'my captioner' --out {place} --overwrite"
-    assert lines["plans"]["fix"] == "pip install 'capcli[trt]'"
+    assert "--force" not in lines["unfinished"]["text"]
+    assert lines["plans"]["fix"] is lines["unfinished"]["fix"] is None, "there is no GPU"
 
 
 def test_plans_of_this_gpu_and_of_another(machine: Machine) -> None:
     machine.has("torch", TORCH_WITH_GPU)
     machine.has("tensorrt", "__version__ = '11.4.0.1'")
     for name, gpu in {"mine": "NVIDIA H100", "other": "NVIDIA L4"}.items():
-        built = replace(
-            ENGINE, kind="tensorrt", gpu={"name": gpu, "capability": "9.0"}, versions={"tensorrt": "11.4.0.1"}
-        )
-        write_engine(str(folder_of(machine, name)), built)
+        put(machine, name, replace(PLANS, gpu={"name": gpu, "capability": "9.0"}))
     lines = engines(machine)
     assert lines["mine"]["state"] == "ok"
     assert "built on a NVIDIA L4" in lines["other"]["text"]
 
 
 def test_an_engine_json_that_is_none_is_a_line(machine: Machine) -> None:
-    write_engine(str(folder_of(machine, "whole")), ENGINE)
+    put(machine, "whole", ENGINE)
     texts = ["", "{", "[]", "null", '{"format": 9}', "[" * 100_000, '{"format": 1, "memory": 3}']
     for number, text in enumerate(texts):
         (folder_of(machine, f"torn {number}") / "engine.json").write_text(text)
@@ -477,22 +516,25 @@ def test_an_engine_json_that_is_none_is_a_line(machine: Machine) -> None:
     assert lines.pop("whole")["state"] == "ok"
     assert [line["state"] for line in lines.values()] == ["broken"] * len(texts)
     for name, line in lines.items():
-        assert line["fix"] == f"capcli export --onnx --model MODEL --out '{machine.engines / name}' --overwrite"
+        place = machine.engines / name
+        assert line["fix"] == f"mv '{place}' '{place}-damaged' && capcli export --onnx --model MODEL --out '{place}'"
 
 
 def test_an_engine_json_of_wrong_values_is_a_line(machine: Machine) -> None:
-    wrong = [{"versions": [1]}, {"command": None}, {"kind": "other"}, {"captioner": 3}, {"files": 1}]
+    wrong: list[dict[str, Any]] = [{"versions": [1]}, {"command": None}, {"kind": "other"}, {"captioner": 3}]
     for number, fields in enumerate(wrong):
-        folder = folder_of(machine, str(number))
-        write_engine(str(folder), replace(ENGINE, proof={"passed": False}))
-        change_json(folder / "engine.json", fields)
-    assert [line["state"] for line in engines(machine).values()] == ["broken"] * len(wrong)
+        put(machine, str(number), replace(ENGINE, **fields))
+    change_json(put(machine, "edited", ENGINE) / "engine.json", {"dtype": "float16"})
+    lines = engines(machine)
+    assert [line["state"] for line in lines.values()] == ["broken"] * (len(wrong) + 1)
+    assert "was edited" in lines["edited"]["text"]
 
 
 def test_names_that_are_no_utf8(machine: Machine) -> None:
     folder = os.fsencode(machine.engines) + b"/caf\xe9"
     os.mkdir(folder)
-    write_engine(os.fsdecode(folder), ENGINE)
+    shutil.copytree(put(machine, "cafe", ENGINE), os.fsdecode(folder), dirs_exist_ok=True)
+    shutil.rmtree(machine.engines / "cafe")
     assert machine.told()["engines"][0]["path"].endswith("/caf\ufffd")
     done = execute("doctor", env=machine.variables())
     assert rb"/caf\xe9" in done.out
@@ -505,6 +547,13 @@ def test_no_engines_folder(machine: Machine) -> None:
     assert machine.told()["engines"][0]["state"] == "none"
     machine.engines.write_text("no folder")
     assert machine.told()["engines"][0]["state"] == "broken"
+
+
+def test_the_engines_folder_may_be_below_home(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(machine, "fits", ENGINE)
+    variables = machine.variables() | {"HOME": str(machine.engines.parent), "CAPCLI_ENGINES": "~/engines"}
+    monkeypatch.setattr(machine, "variables", lambda: variables)
+    assert engines(machine)["fits"]["state"] == "ok"
 
 
 def test_it_takes_no_arguments() -> None:

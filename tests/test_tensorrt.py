@@ -21,15 +21,15 @@ from exporting import exported
 from onnx import TensorProto, helper
 from oracle import Case, agrees
 
-from capcli.decoding.loop import Shapes
-from capcli.engine import Bucket, Engine
+from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
+from capcli.engine import Bucket, Engine, plan_files, step_plan
 from capcli.errors import CapcliError, UsageError
 from capcli.export import tensorrt
 from capcli.export.parser_rules import attribute, lint
 from capcli.export.plan import build_plan
 from capcli.export.proof import draw_images, prove
 from capcli.runtimes import trt
-from capcli.runtimes.trt import Replayed, Trt, open_trt, plan_files, step_plan
+from capcli.runtimes.trt import Replayed, Trt, open_trt
 from capcli.runtimes.trt_plan import Plan, Plans, import_tensorrt
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers")
@@ -271,15 +271,63 @@ def test_shapes_are_a_buckets_and_what_fits_none_is_refused(graphs):
     runtime = built.runtime()
     assert runtime.shapes(1, settings(built, LENGTH)) == Shapes(1, 1)
     assert runtime.shapes(2, settings(built, 3)) == Shapes(4, 2)
-    assert runtime.shapes(200, settings(built, LENGTH, num_beams=3)) == Shapes(4, 2)
+    assert runtime.shapes(200, settings(built, LENGTH, num_beams=3), most=300) == Shapes(4, 2)
+    assert runtime.shapes(200, settings(built, LENGTH), most=3) == Shapes(1, 1)
+    assert runtime.shapes(200, settings(built, LENGTH, num_beams=3), most=3) == Shapes(4, 2), "there is none as small"
     for asked in (settings(built, 3, num_beams=2), settings(built, LENGTH + 1)):
         with pytest.raises(UsageError, match="the engine was built for"):
             runtime.shapes(1, asked)
-    with pytest.raises(UsageError, match="--batch-size 4 or less"):
-        runtime.allocate(Shapes(5, 2), settings(built, LENGTH))
+    for ask, batch in ((runtime.shapes, 5), (runtime.allocate, Shapes(5, 2))):
+        with pytest.raises(UsageError, match=r"--batch-size 4 at most, and this asks for 5: .*--batch-sizes 1,4,5\)"):
+            ask(batch, settings(built, LENGTH))
     held = engine.memory
     per_slot = 4 * 2 * held.layers * held.heads * held.head_size * (held.positions + 2 * LENGTH)
     assert runtime.slot_bytes(np.zeros((1, SIZE, SIZE, 3), np.uint8), settings(built, LENGTH)) == per_slot
+
+
+@pytest.mark.parametrize(
+    ("asked", "prompt", "told", "advised"),
+    [
+        ({"num_beams": 2}, (), "--num-beams 2 and --max-new-tokens 9:", "--num-beams 2 --max-new-tokens 9"),
+        ({"max_new_tokens": 30}, (), "--num-beams 1 and --max-new-tokens 30:", "--num-beams 1 --max-new-tokens 30"),
+        ({}, (5, 7), "after a prompt that takes room for 2 tokens", "--num-beams 1 --max-new-tokens 11"),
+        (
+            {"do_sample": True, "num_return_sequences": 5},
+            (),
+            "5 samples per image, which take the room of --num-beams 5",
+            "--num-beams 5 --max-new-tokens 9",
+        ),
+    ],
+)
+def test_a_search_without_a_plan_is_refused_in_the_words_of_its_flags(graphs, asked, prompt, told, advised):
+    model, _, engine = graphs("gpt2", "fused")
+    search = Case({"max_new_tokens": LENGTH, **asked}, prompt=prompt).settings(model)
+    with pytest.raises(UsageError) as refused:
+        engine.bucket(1, search)
+    text = str(refused.value)
+    assert "built for --num-beams 1 and up to --max-new-tokens 9, --num-beams 3 and up to" in text
+    assert told in text
+    assert f"({engine.rebuild} {advised})" in text
+
+
+def test_without_memory_a_plan_of_fewer_slots_takes_over(graphs, tmp_path, monkeypatch):
+    model, folder, engine = graphs("gpt2", "fused")
+    built = Built(model, folder, engine, fake_tensorrt.make())
+    tensorrt.build_plans(str(folder), BUCKETS, timing_cache=str(tmp_path / "cache"), tensorrt=built.tensorrt)
+    allocate, shrunk = Trt.allocate, []
+
+    def small(self: Trt, shapes: Shapes, search: Any) -> None:
+        if shapes.slots > 1:
+            raise MemoryError("no room")
+        allocate(self, shapes, search)
+
+    monkeypatch.setattr(Trt, "allocate", small)
+    jobs = [Job(number, image) for number, image in enumerate(pictures(3))]
+    done = list(decode(IterableFeed(jobs), built.runtime(), settings(built, LENGTH), Shapes(4, 2), shrunk.append))
+    assert sorted(each.tag for each in done) == [0, 1, 2]
+    assert shrunk == [Shapes(1, 1)]
+    with pytest.raises(CapcliError, match="not even 4 images at a time fit"):
+        list(decode(IterableFeed(jobs), built.runtime(), settings(built, LENGTH, num_beams=3), Shapes(4, 2)))
 
 
 def test_a_plan_of_other_shapes_or_content_is_refused(graphs, tmp_path):

@@ -82,6 +82,9 @@ class Runtime(Protocol):
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
         """Makes room for a run; forgets any earlier one."""
 
+    def fewer(self, shapes: Shapes, settings: Settings) -> Shapes:
+        """About half the slots, for less memory; `shapes` themselves where there is nothing smaller."""
+
     def admit(self, pixels: npt.NDArray[np.uint8], seats: Sequence[int]) -> torch.Tensor:
         """Encodes `pixels` [E, h, w, 3], of which the first len(seats) count, into those slots. bool [len(seats)]: all finite.
 
@@ -124,7 +127,7 @@ def decode_steps(
     """`decode`, step by step: what ended with each; nothing, often, also where the feed woke up without a job.
 
     When the device runs out of memory, what was under way starts again with half the slots, and `shrunk` is told the new shapes.
-    Raises CapcliError when not even one slot fits.
+    Raises CapcliError when not even the fewest slots fit.
     """
     waiting: deque[Job] = deque()
     while True:
@@ -137,11 +140,13 @@ def decode_steps(
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            if shapes.slots == 1:
-                raise CapcliError(f"not even one image fits the device's memory: {error}") from error
+            fewer = runtime.fewer(shapes, settings)
+            if fewer.slots >= shapes.slots:
+                least = "one image fits" if shapes.slots == 1 else f"{shapes.slots} images at a time fit"
+                raise CapcliError(f"not even {least} the device's memory: {error}") from error
             if run is not None:
                 waiting.extendleft(reversed(run.slots.items))
-            shapes = shapes.halved()
+            shapes = fewer
         shrunk(shapes)
 
 

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping
 from capcli.doctor.asking import Answer
 from capcli.doctor.findings import Line
 from capcli.doctor.packages import installed
+from capcli.runtimes.packages import FUSED, KEEPS, ONNXRUNTIME, TENSORRT, release
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 TORCH_FOR_CUDA = "pip install --force-reinstall torch"  # what a bare name gives on Linux is built for CUDA
 ONLY_GPU = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
-FUSED = (1, 25)  # the first ONNX Runtime with TensorScatter and Attention of opset 24
-TRT = "pip install 'capcli[trt]'"
 
 
 def look_at_runtimes(answers: Mapping[str, Answer], gpus: int) -> Iterator[Line]:
@@ -45,9 +44,9 @@ def look_at_torch(told: Answer, gpus: int) -> Line:
 
 
 def look_at_onnxruntime(told: Answer, gpus: int) -> Line:
-    name = "ONNX Runtime"
+    name = ONNXRUNTIME.title
     if told.get("missing"):
-        package = "pip install onnxruntime-gpu" if gpus else "pip install 'capcli[onnx]'"
+        package = "pip install onnxruntime-gpu" if gpus else ONNXRUNTIME.install
         return Line(name, "missing", "not installed; engines of ONNX graphs run in it", package)
     if "error" in told:
         fix = ONLY_GPU if gpus else "pip install --force-reinstall onnxruntime"
@@ -68,31 +67,25 @@ def look_at_onnxruntime(told: Answer, gpus: int) -> Line:
     if release(version) < FUSED:
         least = ".".join(map(str, FUSED))
         text = f"{version}: {able}; engines of --profile portable only, for fused ones need {least}"
-        return Line(name, "missing", text, "pip install --upgrade 'capcli[onnx]'", facts)
+        return Line(name, "missing", text, f"{ONNXRUNTIME.install} --upgrade", facts)
     return Line(name, "ok", f"{version}: {able}", facts=facts)
 
 
 def look_at_tensorrt(told: Answer, gpus: int) -> Line:
-    from capcli.runtimes.trt_plan import LEAST
-
-    name = "TensorRT"
-    least = ".".join(map(str, LEAST))
+    name, least = TENSORRT.title, ".".join(map(str, KEEPS))
+    install = TENSORRT.install if gpus else None  # which mends nothing where there is no GPU
     lacks = [] if gpus else ["an NVIDIA GPU, which this machine lacks"]
     if told.get("missing"):
         wants = " and ".join([f"the package tensorrt {least} or newer", *lacks])
-        return Line(name, "missing", f"not installed; needed: {wants}", TRT)
+        return Line(name, "missing" if gpus else "none", f"not installed; needed: {wants}", install)
     if "error" in told:
         text = f"does not work: {told['error']}" + "".join(f"; it needs {each}" for each in lacks)
-        return Line(name, "broken", text, TRT)
+        return Line(name, "broken", text, install and f"{install} --force-reinstall")
     version = told["version"]
     facts = {"version": version}
-    if release(version) < LEAST:
-        return Line(name, "missing", f"{version} is too old: {least} or newer is needed", f"{TRT} --upgrade", facts)
+    if release(version) < KEEPS:
+        upgrade = install and f"{install} --upgrade"
+        return Line(name, "missing", f"{version} is too old: {least} or newer is needed", upgrade, facts)
     if lacks:
         return Line(name, "none", f"{version}, but it needs {lacks[0]}", facts=facts)
     return Line(name, "ok", f"{version}: CUDA", facts=facts)
-
-
-def release(version: str) -> tuple[int, ...]:
-    parts = version.split("+")[0].split(".")[:2]
-    return tuple(int(part) for part in parts if part.isdigit())

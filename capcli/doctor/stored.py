@@ -10,14 +10,12 @@ from typing import Any
 
 from capcli.doctor.findings import Line, megabytes, said
 from capcli.doctor.machine import Gpu
-from capcli.engine import ENGINE, Engine, is_engine, misfits, read_engine
+from capcli.engine import ENGINE, ENGINES, Engine, engines_folder, is_engine, read_engine
 from capcli.errors import CapcliError
+from capcli.fitting import damages, misfits
 from capcli.names import as_text
 from capcli.options import DEFAULT_MODEL
-
-ENGINES = "CAPCLI_ENGINES"
-RUNTIME = {"onnx": ("onnxruntime", "ONNX Runtime"), "tensorrt": ("tensorrt", "TensorRT")}
-INSTALL = {"onnx": "pip install 'capcli[onnx]'", "tensorrt": "pip install 'capcli[trt]'"}
+from capcli.runtimes.packages import RUNTIME
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +76,6 @@ def captioner_line(repo: Any) -> Line | None:
     return Line(name, "ok", f"{megabytes(size)}, commit {newest.commit_hash[:8]}", facts=facts)
 
 
-def engines_folder() -> str:
-    return os.environ.get(ENGINES) or "engines"
-
-
 def look_at_engines(here: Here) -> Iterator[Line]:
     """A line for each folder with an engine.json."""
     root = engines_folder()
@@ -105,10 +99,9 @@ def look_at_engines(here: Here) -> Iterator[Line]:
 
 def engine_line(folder: str, here: Here) -> Line:
     engine = read_engine(folder)
-    lines = [*absent_files(folder, engine), *unfit(engine, here)]
-    passed = bool(engine.proof.get("passed"))
-    precision = engine.quantize or engine.dtype
-    what = f"{RUNTIME[engine.kind][1]}, {engine.profile}, {precision}, {megabytes(size_of(folder))}"
+    lines = [*damages(folder, engine), *unfit(engine, here)]
+    precision, package = engine.quantize or engine.dtype, RUNTIME[engine.kind]
+    what = f"{package.title}, {engine.profile}, {precision}, {megabytes(size_of(folder))}"
     of = str(engine.captioner.get("name", "unknown"))
     facts = {
         "path": as_text(folder),
@@ -119,26 +112,30 @@ def engine_line(folder: str, here: Here) -> Line:
         "bytes": size_of(folder),
         "fits": not lines,
         "misfits": lines,
-        "proved": passed,
+        "proved": engine.passed,
     }
-    proof = [] if passed else ["it failed its proof and was kept by --force"]
-    text = f"{what}, of {of}: " + ("; ".join([*lines, *proof]) or "fits")
-    if not lines and passed:
+    text = f"{what}, of {of}: " + ("; ".join([*lines, *unproved(engine)]) or "fits")
+    if not lines and engine.passed:
         return Line(folder, "ok", text, facts=facts)
-    runtime = RUNTIME[engine.kind][0]
-    fix = again(engine, folder) if runtime in here.versions else INSTALL[engine.kind]
+    fix: str | None = engine.rebuild if package.name in here.versions else package.install
+    if engine.kind == "tensorrt" and not here.gpus:
+        fix = None  # plans are built where a GPU is
     return Line(folder, "broken", text, fix, facts)
 
 
-def absent_files(folder: str, engine: Engine) -> list[str]:
-    return [f"it lacks {name}" for name in engine.files if not os.path.exists(os.path.join(folder, name))]
+def unproved(engine: Engine) -> list[str]:
+    """Why it has not passed its proof."""
+    failed = str(engine.proof.get("failed"))
+    if engine.passed:
+        return []
+    return [failed if engine.unfinished else f"it failed its proof ({failed}) and was kept by --force"]
 
 
 def unfit(engine: Engine, here: Here) -> list[str]:
     """What keeps the engine from running here, by the GPU that suits it best."""
-    runtime, title = RUNTIME[engine.kind]
-    if runtime not in here.versions:
-        return [f"{title} is missing"]
+    package = RUNTIME[engine.kind]
+    if package.name not in here.versions:
+        return [f"{package.title} is missing"]
     gpus: list[dict[str, str] | None] = [gpu.fits() for gpu in here.gpus] or [None]
     lines = min((misfits(engine, here.versions, gpu) for gpu in gpus), key=len)
     if engine.kind == "onnx" and engine.dtype == "bfloat16" and not here.gpus:
@@ -146,17 +143,10 @@ def unfit(engine: Engine, here: Here) -> list[str]:
     return lines
 
 
-def again(engine: Engine, folder: str) -> str:
-    """The command that builds it anew in its place, wherever it was moved."""
-    command = list(engine.command)
-    if "--out" in command[:-1]:
-        command[command.index("--out") + 1] = folder
-    return shlex.join(command if "--overwrite" in command else [*command, "--overwrite"])
-
-
 def rebuild_unknown(folder: str) -> str:
     """The command for an engine that cannot tell what it was built from."""
-    return f"capcli export --onnx --model MODEL --out {shlex.quote(folder)} --overwrite"
+    place, aside = shlex.quote(folder), shlex.quote(f"{folder}-damaged")
+    return f"mv {place} {aside} && capcli export --onnx --model MODEL --out {place}"
 
 
 def size_of(folder: str) -> int:

@@ -112,11 +112,6 @@ class StepGraph(nn.Module):
         return (logits, *(entries for layer in layers for entries in (layer.keys, layer.values)))
 
 
-def layer_names(count: int) -> list[str]:
-    """k0, v0, k1, ... of a decoder with so many layers."""
-    return [f"{kind}{layer}" for layer in range(count) for kind in "kv"]
-
-
 def encode_graph(encode: Encode, size: tuple[int, int], profile: Profile) -> tuple[onnx.ModelProto, Memory]:
     """pixels uint8 [E, h, w, 3] -> memory_k0, memory_v0, ... [E, H, M, D]."""
     pixels = torch.zeros(CHUNK, *size, 3, dtype=torch.uint8)
@@ -125,15 +120,13 @@ def encode_graph(encode: Encode, size: tuple[int, int], profile: Profile) -> tup
     heads, positions, head_size = shape[0].shape[1:]
     memory = Memory(len(shape) // 2, heads, positions, head_size, prefixed=encode.prefixed)
     with attention(encode.encoder, profile):
-        graph = exported(
-            encode, (pixels,), profile, ["pixels"], [f"memory_{n}" for n in layer_names(memory.layers)], ({0: "chunk"},)
-        )
+        graph = exported(encode, (pixels,), profile, ["pixels"], [f"memory_{n}" for n in memory.names], ({0: "chunk"},))
     return graph, memory
 
 
 def step_graph(step: Step, memory: Memory, dtype: torch.dtype, profile: Profile) -> onnx.ModelProto:
     """tokens, position int32 [S, Q], at int32 [S], visible bool [S, Q, N], memory, pool -> logits [S, Q, V], pool."""
-    names = layer_names(memory.layers)
+    names = memory.names
     # each a tensor of its own: one that is given twice becomes one input
     tokens, position = (torch.zeros(SLOTS, ROWS, dtype=torch.int32) for _ in range(2))
     at = torch.zeros(SLOTS, dtype=torch.int32)

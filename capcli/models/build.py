@@ -14,11 +14,12 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from capcli.engine import Engine, refuse_tampered
+from capcli.engine import Engine
 from capcli.errors import CapcliError, UsageError
+from capcli.fitting import refuse_tampered
 from capcli.models.attention import use_attention
 from capcli.models.families import family_of
-from capcli.models.files import ModelFiles
+from capcli.models.files import GENERATION, ModelFiles
 from capcli.models.load_errors import explain_load_error
 from capcli.models.modules import Encode, Step
 from capcli.models.packing import speed_up
@@ -95,11 +96,11 @@ def generation_of(files: ModelFiles, whole: Any) -> dict[str, Any]:
 def load_engine(files: ModelFiles, engine: Engine, device: torch.device) -> Model:
     """What an engine folder holds. Raises CapcliError for one that was changed or built for another machine."""
     refuse_tampered(files.folder, engine)
-    if engine.kind == "tensorrt" and "tensorrt" not in engine.versions:
+    if engine.unfinished:
         raise CapcliError(
             f"the engine {files.name} has no plans yet: finish it where TensorRT and a GPU are: {engine.rebuild}"
         )
-    if not engine.proof.get("passed"):
+    if not engine.passed:
         warn(f"the engine {files.name} failed its proof ({engine.proof.get('failed')}): its captions may differ")
     tokenizer = explained_tokenizer(files)
     return Model(
@@ -139,7 +140,7 @@ def puts_spaces(tokenizer: Any) -> bool:
 
 def own_generation(files: ModelFiles) -> dict[str, Any] | None:
     """A captioner's generation_config as its model will have it, and what transformers would pass over; None without a file."""
-    path = os.path.join(files.folder, "generation_config.json")
+    path = os.path.join(files.folder, GENERATION)
     if not os.path.exists(path):
         return None
     try:
@@ -231,13 +232,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def device_of(name: str, engine: Engine | None) -> torch.device:
-    """`choose_device`, where `auto` is one that the engine's runtime has."""
+    """`choose_device`, where `auto` is one that the engine was built for and its runtime has."""
     device = choose_device(name)
     if engine is None or engine.kind != "onnx" or name != "auto":
         return device
     from capcli.runtimes.ort import own_device
 
-    return own_device(device)
+    return torch.device("cpu") if engine.quantize else own_device(device)
 
 
 def choose_dtype(name: str, device: torch.device, engine: Engine | None = None) -> str:

@@ -18,9 +18,10 @@ WHOLE = {"blip": "BLIP", "git": "GIT"}  # families that are one architecture
 NOT_YET = {"blip-2": "BLIP-2", "florence2": "Florence-2"}
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 PROCESSOR = "preprocessor_config.json"
 PROCESSOR_NESTED = "processor_config.json"
-SETTINGS = (CONFIG, "generation_config.json", PROCESSOR, PROCESSOR_NESTED)
+SETTINGS = (CONFIG, GENERATION, PROCESSOR, PROCESSOR_NESTED)
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -11,8 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from capcli.engine import ENCODE, STEP, Engine, refuse_misfit
+from capcli.engine import ENCODE, STEP, Engine
 from capcli.errors import CapcliError
+from capcli.fitting import refuse_misfit
+from capcli.runtimes.packages import FUSED, ONNXRUNTIME, importing, release
 from capcli.runtimes.seated import DTYPES, Seated
 
 # ONNX's numbers for the types that graphs here take and give (onnx.proto, TensorProto.DataType).
@@ -41,11 +43,17 @@ def own_device(device: torch.device) -> torch.device:
     return device if there else torch.device("cpu")
 
 
-def import_onnxruntime() -> Any:
-    try:
+def import_onnxruntime(profile: str = "portable") -> Any:
+    """ONNX Runtime's module. Raises CapcliError when it is missing, cannot be loaded, or lacks a profile's operators."""
+    with importing(ONNXRUNTIME):
         import onnxruntime
-    except ImportError as error:
-        raise CapcliError("ONNX Runtime is missing: pip install 'capcli[onnx]'") from error
+    version: str = onnxruntime.__version__
+    if profile == "fused" and release(version) < FUSED:
+        least = ".".join(map(str, FUSED))
+        raise CapcliError(
+            f"ONNX Runtime {version} is too old for --profile fused: {least} or newer is needed "
+            f"({ONNXRUNTIME.install} --upgrade), or give --profile portable"
+        )
     return onnxruntime
 
 
@@ -57,7 +65,7 @@ class Ort(Seated):
         self._encoder, self._decoder = encode, step
         self._dtype, self._vocabulary = DTYPES[engine.dtype], engine.vocabulary
         held = engine.memory
-        self._layers = [f"{kind}{layer}" for layer in range(held.layers) for kind in "kv"]
+        self._layers = held.names
         self._shape = (held.heads, held.positions, held.head_size)
         self._bound: tuple[Any, ...] = ()
 

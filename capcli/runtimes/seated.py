@@ -44,9 +44,12 @@ class Seated(ABC):
     ) -> Tensor:
         """tokens and position [S, Q], at [S], visible [S, Q, N] -> logits [S, Q, V]; writes into the pool."""
 
-    def shapes(self, slots: int, settings: Settings) -> Shapes:  # noqa: ARG002
-        """The shapes of a run with about so many slots."""
-        return Shapes.of(slots)
+    def shapes(self, slots: int, settings: Settings, most: int | None = None) -> Shapes:  # noqa: ARG002
+        """The shapes of a run with so many slots; where no more than `most` fit the memory, with as many as do."""
+        return Shapes.of(slots if most is None else min(slots, most))
+
+    def fewer(self, shapes: Shapes, settings: Settings) -> Shapes:  # noqa: ARG002
+        return shapes.halved()
 
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
         self._memory, self._pool = [], []

@@ -17,26 +17,13 @@ from torch import Tensor
 
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
-from capcli.engine import Bucket, Engine, refuse_misfit
-from capcli.errors import CapcliError, UsageError
+from capcli.engine import Engine, encode_plan, step_plan
+from capcli.errors import CapcliError
+from capcli.fitting import refuse_misfit
 from capcli.runtimes.seated import DTYPES, Seated
 from capcli.runtimes.trt_plan import Plan, Plans, import_tensorrt
 
 TYPES = DTYPES | {"int32": torch.int32, "uint8": torch.uint8, "bool": torch.bool}
-
-
-def encode_plan(chunk: int) -> str:
-    """The file of the plan that encodes so many images at a time."""
-    return f"encode-E{chunk}.plan"
-
-
-def step_plan(bucket: Bucket) -> str:
-    return f"step-S{bucket.slots}-R{bucket.rows}-N{bucket.entries}.plan"
-
-
-def plan_files(buckets: Sequence[Bucket]) -> list[str]:
-    """The files that plans of these buckets are: several may share the plan of one chunk."""
-    return sorted({name for bucket in buckets for name in (encode_plan(bucket.chunk), step_plan(bucket))})
 
 
 def this_gpu(device: torch.device) -> dict[str, str]:
@@ -137,9 +124,9 @@ class Trt(Seated):
     def __init__(self, engine: Engine, load: Callable[[str], Plan], device: torch.device) -> None:
         super().__init__(device, prefixed=engine.memory.prefixed)
         self._engine, self._load = engine, load
-        self._names = [f"{kind}{layer}" for layer in range(engine.memory.layers) for kind in "kv"]
+        self._names = engine.memory.names
         self._remembered = [] if self.prefixed else self._names
-        self._image = engine.memory.positions if self.prefixed else 0
+        self._image = engine.memory.image_entries
         self._plans: dict[str, Plan] = {}
         self._release()
 
@@ -150,29 +137,28 @@ class Trt(Seated):
         self._main: Sides | None = None
         self._scratch: Sides | None = None
 
-    def shapes(self, slots: int, settings: Settings) -> Shapes:
-        """A bucket's, whole. Raises UsageError for more rows or entries than any has."""
-        bucket = self._engine.bucket(slots, settings.rows, self._image + settings.entries)
+    def shapes(self, slots: int, settings: Settings, most: int | None = None) -> Shapes:
+        """A bucket's, whole. Raises UsageError for a search that no plan has room for, and for too many slots."""
+        bucket = self._engine.bucket(slots, settings, most)
         return Shapes(bucket.slots, bucket.chunk)
+
+    def fewer(self, shapes: Shapes, settings: Settings) -> Shapes:
+        half = shapes.slots // 2
+        return self.shapes(half, settings, half)
 
     def slot_bytes(self, pixels: npt.NDArray[np.uint8], settings: Settings) -> int:  # noqa: ARG002
         """What a slot's memory and pool hold, the pool twice: not every plan writes in place."""
         held = self._engine.memory
-        bucket = self._engine.bucket(1, settings.rows, self._image + settings.entries)
+        bucket = self._engine.bucket(1, settings)
         places = held.positions - self._image + 2 * bucket.entries
         return len(self._names) * held.heads * held.head_size * places * TYPES[self._engine.dtype].itemsize
 
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
         """Loads the plans of a bucket, unless they are, and makes all their buffers.
 
-        Raises UsageError for more slots, rows or entries than any bucket has.
+        Raises UsageError for more than any bucket has room for.
         """
-        bucket = self._engine.bucket(shapes.slots, settings.rows, self._image + settings.entries)
-        if bucket.slots < shapes.slots:
-            raise UsageError(
-                f"the engine's largest batch has {bucket.slots} slots, and this asks for {shapes.slots}: "
-                f"give --batch-size {bucket.slots} or less, or build it for more ({self._engine.rebuild})"
-            )
+        bucket = self._engine.bucket(shapes.slots, settings)
         self._bucket = bucket
         self._release()
         super().allocate(shapes, settings)

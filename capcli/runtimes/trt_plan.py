@@ -11,25 +11,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from capcli.errors import CapcliError
+from capcli.runtimes.packages import KEEPS, TENSORRT, importing, release
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-LEAST = (10, 15)  # the first with KVCacheUpdate, which TensorScatter becomes
-INSTALL = "pip install 'capcli[trt]'"
 
-
-def import_tensorrt(least: tuple[int, int] = LEAST) -> Any:
+def import_tensorrt(least: tuple[int, int] = KEEPS) -> Any:
     """TensorRT's module. Raises CapcliError when it is missing, cannot be loaded, or is older than `least`."""
-    try:
+    with importing(TENSORRT):
         import tensorrt
-    except ModuleNotFoundError as error:
-        raise CapcliError(f"TensorRT is missing: {INSTALL}") from error
-    except (ImportError, OSError) as error:
-        raise CapcliError(f"TensorRT is installed but cannot be loaded ({error}): {INSTALL}") from error
     version: str = tensorrt.__version__
-    if tuple(int(part) for part in version.split(".")[:2]) < least:
-        raise CapcliError(f"TensorRT {version} is too old: {least[0]}.{least[1]} or newer is needed ({INSTALL})")
+    if release(version) < least:
+        wanted = f"{least[0]}.{least[1]} or newer is needed ({TENSORRT.install} --upgrade)"
+        raise CapcliError(f"TensorRT {version} is too old: {wanted}")
     return tensorrt
 
 
