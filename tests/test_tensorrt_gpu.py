@@ -14,7 +14,8 @@ from test_tensorrt import BUCKETS, LENGTH, export
 from capcli.decoding.loop import Shapes
 from capcli.errors import CapcliError
 from capcli.export.tensorrt import build_plans, require_tensorrt, timing_cache_path
-from capcli.runtimes.trt import open_trt, this_gpu
+from capcli.runtimes import trt
+from capcli.runtimes.trt import Replayed, open_trt, this_gpu
 
 
 def missing() -> str:
@@ -37,7 +38,20 @@ def test_plans_say_what_generate_says(profile, tmp_path_factory, monkeypatch):
     build_plans(str(folder), BUCKETS, timing_cache=cache)
     engine = replace(engine, gpu=this_gpu(device), versions={"tensorrt": module.__version__})
     monkeypatch.setattr(captioners, "eager", lambda *_: open_trt(str(folder), engine, device))
+    made: list[Replayed] = []
+
+    def kept(plan: trt.Plan, place: torch.device) -> Replayed:
+        made.append(Replayed(plan, place))
+        return made[-1]
+
+    monkeypatch.setattr(trt, "Replayed", kept)
     for given in ({}, {"num_beams": 3}):
         for prompt in ((), (5, 7)):
             case = Case({"max_new_tokens": LENGTH - 2, **given}, prompt=prompt)
             agrees(model, pictures(9), case, Shapes(4, 2))
+            encoder, decoder = made[-2:]
+            assert encoder.graphs, "images were never encoded from a CUDA graph"
+            assert decoder.graphs, "no step was replayed from a CUDA graph"
+            written = [decoder.plan.aliased(f"pool_out_{name}") for name in engine.memory.names]
+            if profile == "fused":
+                assert written == [f"pool_{name}" for name in engine.memory.names], "the pool is copied at every step"
