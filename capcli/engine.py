@@ -107,6 +107,13 @@ class Engine:
         return shlex.join(self.command)
 
     @property
+    def finish(self) -> str:
+        """The command that builds the plans of an unfinished one: from its own graphs, if a CPU can prove them."""
+        if self.dtype == "bfloat16":
+            return self.rebuild
+        return shlex.join(("capcli", "export", "--trt", "--model", self.command[self.command.index("--out") + 1]))
+
+    @property
     def passed(self) -> bool:
         """Whether it passed its proof."""
         return self.proof.get("passed") is True

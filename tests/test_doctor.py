@@ -502,9 +502,11 @@ def test_plans_of_this_gpu_and_of_another(machine: Machine) -> None:
     machine.has("tensorrt", "__version__ = '11.4.0.1'")
     for name, gpu in {"mine": "NVIDIA H100", "other": "NVIDIA L4"}.items():
         put(machine, name, replace(PLANS, gpu={"name": gpu, "capability": "9.0"}))
+    put(machine, "half done", replace(PLANS, versions={}, gpu=None, proof={"passed": False, "failed": "no plans yet"}))
     lines = engines(machine)
     assert lines["mine"]["state"] == "ok"
     assert "built on a NVIDIA L4" in lines["other"]["text"]
+    assert lines["half done"]["fix"] == f"capcli export --trt --model '{machine.engines / 'half done'}'"
 
 
 def test_an_engine_json_that_is_none_is_a_line(machine: Machine) -> None:

@@ -117,7 +117,8 @@ def engine_line(folder: str, here: Here) -> Line:
     text = f"{what}, of {of}: " + ("; ".join([*lines, *unproved(engine)]) or "fits")
     if not lines and engine.passed:
         return Line(folder, "ok", text, facts=facts)
-    fix: str | None = engine.rebuild if package.name in here.versions else package.install
+    again = engine.finish if engine.unfinished else engine.rebuild
+    fix: str | None = again if package.name in here.versions else package.install
     if engine.kind == "tensorrt" and not here.gpus:
         fix = None  # plans are built where a GPU is
     return Line(folder, "broken", text, fix, facts)

@@ -98,7 +98,7 @@ def load_engine(files: ModelFiles, engine: Engine, device: torch.device) -> Mode
     refuse_tampered(files.folder, engine)
     if engine.unfinished:
         raise CapcliError(
-            f"the engine {files.name} has no plans yet: finish it where TensorRT and a GPU are: {engine.rebuild}"
+            f"the engine {files.name} has no plans yet: finish it where TensorRT and a GPU are: {engine.finish}"
         )
     if not engine.passed:
         warn(f"the engine {files.name} failed its proof ({engine.proof.get('failed')}): its captions may differ")
