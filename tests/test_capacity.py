@@ -127,3 +127,19 @@ def test_a_chunk_is_never_more_than_the_slots(model: Captioner, beams: int) -> N
         for size in (None, 1, 2, 3, 4, 5, 64):
             shapes = model.shapes(settings, count, size)
             assert 1 <= shapes.chunk <= shapes.slots
+
+
+def test_a_runtime_of_fixed_shapes_hears_what_fits_and_what_must_be(
+    model: Captioner, free: Free, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots, and the most of them: None for a batch size that was asked for, which is taken or refused."""
+    free(0)
+    runtime, heard = model.model.runtime, []
+    shapes = runtime.shapes
+    monkeypatch.setattr(
+        runtime, "shapes", lambda slots, said, most: heard.append((slots, most)) or shapes(slots, said, most)
+    )
+    settings = model.settings(GenerationOptions())
+    for count, size in ((None, None), (3, None), (10**6, 500), (3, 500)):
+        model.shapes(settings, count, size)
+    assert heard == [(CPU_SLOTS, 1), (CPU_SLOTS, 1), (3, 1), (500, None), (500, None), (3, None)]
