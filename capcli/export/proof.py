@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from capcli.decoding.constraints import Constraints
 from capcli.decoding.loop import IterableFeed, Job, decode
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import Settings
@@ -22,7 +23,11 @@ DRAWN = 16  # images of a proof without a folder
 SLOTS = 8
 # How far teacher-forced logits may be from PyTorch's in float32, as a share of their spread (their standard deviation).
 BOUND = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3, "int8": 0.6}
-TIE = 1e-4  # mean log-probability by which two captions of float32 may differ and be a tie: what matrix shapes change
+FLOOR = (
+    0.5  # of the captions in less than float32 are equal at least: what is damaged beyond the logits says other things
+)
+TIE = 1e-4  # log-probability that a choice of float32 may hang on and be a tie: what matrix shapes change
+PYTORCH = "PyTorch's in float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,10 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """`logits` is the largest difference of teacher-forced logits in units of their spread, `bound` what it may be."""
+    """`logits` is the largest difference of teacher-forced logits in units of their spread, `bound` what it may be.
+
+    `against` is what it was held against.
+    """
 
     passed: bool
     failed: str | None
@@ -45,6 +53,7 @@ class Proof:
     logits: float
     bound: float
     said: tuple[Said, ...]
+    against: str
 
     def line(self) -> str:
         """One line for people."""
@@ -52,7 +61,7 @@ class Proof:
         ties = sum(each.ties for each in self.said)
         tied = f" and {ties} ties" if ties else ""
         return (
-            f"proof on {self.images} images: {equal} of {captions} captions equal to PyTorch's in float32{tied}; "
+            f"proof on {self.images} images: {equal} of {captions} captions equal to {self.against}{tied}; "
             f"logits within {self.logits:.1e} of their spread (bound {self.bound:.0e})"
         )
 
@@ -67,18 +76,18 @@ def prove(
     searches: Mapping[str, Settings],
     precision: str,
     batches: Sequence[int] = (SLOTS,),
+    against: str = PYTORCH,
 ) -> Proof:
     """Captions `images` with both in each of these searches, and holds the logits of the same tokens against each other.
 
-    `truth` computes in float32. In float32 an engine must say every token alike, but for ties; in less (`precision` is a
-    key of BOUND) its logits must stay within the bound, and how many captions are equal is told. The engine does it with
-    so many slots as each of `batches` says, so that every plan of one is proved.
+    `truth`, which people know as `against`, computes in float32, or in the engine's own precision. In float32 an engine must
+    say every token alike, but for ties; in less (`precision` is a key of BOUND) its logits must stay within the bound, and
+    FLOOR of the captions be equal. The engine does it with so many slots as each of `batches` says, so that every plan of
+    one is proved.
     """
     true = {name: captions(truth, images, settings, SLOTS) for name, settings in searches.items()}
     if not all(each for told in true.values() for each in told):
-        raise CapcliError(
-            "the captioner's own numbers overflow in PyTorch (NaN or infinity): its weights may be damaged"
-        )
+        raise CapcliError("the captioner's own numbers overflow (NaN or infinity): its weights may be damaged")
     first = next(iter(searches))
     spoken = [each[0] for each in true[first]]
     wanted = list(forced_logits(truth, images, searches[first], spoken, SLOTS))
@@ -87,15 +96,16 @@ def prove(
         apart = max(apart, distance(forced_logits(engine, images, searches[first], spoken, slots), wanted))
         for name, settings in searches.items():
             shown = f"{name}, {slots} slots" if len(batches) > 1 else name
-            said.append(compare(shown, captions(engine, images, settings, slots), true[name]))
+            said.append(compare(shown, truth, images, settings, captions(engine, images, settings, slots), true[name]))
     bound = BOUND[precision]
     failed = None
+    least = 1.0 if precision == "float32" else FLOOR
+    worst = min(said, key=lambda each: each.equal + each.ties)
     if not apart <= bound:
-        failed = f"its logits are {apart:.1e} of their spread from PyTorch's, and {bound:.0e} is allowed"
-    elif precision == "float32" and any(each.equal + each.ties < each.captions for each in said):
-        worst = next(each for each in said if each.equal + each.ties < each.captions)
+        failed = f"its logits are {apart:.1e} of their spread from {against}, and {bound:.0e} is allowed"
+    elif worst.equal + worst.ties < least * worst.captions:
         failed = f"{worst.captions - worst.equal - worst.ties} of {worst.captions} captions differ ({worst.search})"
-    return Proof(failed is None, failed, len(images), apart, bound, tuple(said))
+    return Proof(failed is None, failed, len(images), apart, bound, tuple(said), against)
 
 
 def searches(settings: Settings, beams: Sequence[int]) -> dict[str, Settings]:
@@ -111,19 +121,40 @@ def captions(runtime: Seated, images: Sequence[Pixels], settings: Settings, slot
     return [found[index] for index in range(len(images))]
 
 
-def compare(search: str, ours: Sequence[list[Hypothesis]], theirs: Sequence[list[Hypothesis]]) -> Said:
+def compare(
+    search: str,
+    truth: Seated,
+    images: Sequence[Pixels],
+    settings: Settings,
+    ours: Sequence[list[Hypothesis]],
+    theirs: Sequence[list[Hypothesis]],
+) -> Said:
     equal = ties = 0
-    for mine, true in zip(ours, theirs, strict=True):
+    for image, mine, true in zip(images, ours, theirs, strict=True):
         if [h.tokens for h in mine] == [h.tokens for h in true]:
             equal += 1
-        elif mine and true and tied(mine[0], true[0]):
+        elif mine and margin(truth, image, settings, mine[0], true[0]) < TIE:
             ties += 1
     return Said(search, len(theirs), equal, ties)
 
 
-def tied(one: Hypothesis, other: Hypothesis) -> bool:
-    """By what the search compares: beams by their own score, which lengths may weigh in."""
-    return min(abs(one.score - other.score), abs(one.beam_score - other.beam_score)) < TIE
+@torch.inference_mode()
+def margin(truth: Seated, image: Pixels, settings: Settings, one: Hypothesis, other: Hypothesis) -> float:
+    """The log-probability by which the search chose `other`, which is what `truth` said, over `one`.
+
+    Greedy: at the first token that differs. Beams: of the whole captions, as their scores were before lengths divided them.
+    """
+    if settings.num_beams > 1:
+        divisor: float = max(len(each.tokens) ** settings.length_penalty for each in (one, other))
+        return abs(one.beam_score - other.beam_score) * divisor
+    pairs = enumerate(zip(one.tokens, other.tokens, strict=False))
+    step, (mine, true) = next((at, pair) for at, pair in pairs if pair[0] != pair[1])
+    logits = next(forced_logits(truth, [image], settings, [other], SLOTS))[step]
+    said = torch.tensor([*settings.prompt, *other.tokens])
+    length = torch.tensor([len(settings.prompt) + step])
+    scores = Constraints(settings, "cpu").apply(logits[None, None], said[None, None], length)[0, 0]
+    apart: float = (scores[mine] - scores[true]).abs().item()
+    return apart
 
 
 def distance(ours: Iterable[torch.Tensor], true: Iterable[torch.Tensor]) -> float:
