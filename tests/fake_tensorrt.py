@@ -23,6 +23,7 @@ ENUMS: Any = SimpleNamespace(
 )
 KINDS = {
     TensorProto.FLOAT: (ENUMS.DataType.FLOAT, np.float32),
+    TensorProto.FLOAT16: (ENUMS.DataType.HALF, np.float16),
     TensorProto.INT32: (ENUMS.DataType.INT32, np.int32),
     TensorProto.UINT8: (ENUMS.DataType.UINT8, np.uint8),
 }

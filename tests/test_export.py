@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,21 @@ import captioners
 import onnx
 import pytest
 import torch
-from captioners import pictures, random_captioner
+from captioners import eager, pictures, random_captioner
 from oracle import Case, agrees
 from running import VOCABULARY, call, change_json, paint, save_captioner
 from transformers import VisionEncoderDecoderModel
 
 from capcli import Captioner
 from capcli.decoding.loop import Shapes
+from capcli.decoding.settings import Settings
+from capcli.engine import read_engine, write_engine
+from capcli.export import graphs
+from capcli.export.place import put_in_place
 from capcli.export.proof import draw_images, prove, searches
 from capcli.options import GenerationOptions
+from capcli.runtimes.eager import Eager
+from capcli.sinks import locks
 
 KINDS: dict[str, dict[str, Any]] = {
     "fused": {"encoder": "vit", "decoder": "gpt2"},
@@ -133,7 +142,7 @@ def test_a_tampered_engine_is_refused(engine: Path, tmp_path: Path, name: str) -
 def test_an_engine_of_another_runtime_is_refused_with_the_command_that_rebuilds_it(
     engine: Path, tmp_path: Path
 ) -> None:
-    change_json(engine / "engine.json", {"versions": {"onnxruntime": "1.2.3"}})
+    write_engine(str(engine), replace(read_engine(str(engine)), versions={"onnxruntime": "1.2.3"}))
     refused = caption(paint(tmp_path / "photos", "one.png"), engine)
     assert refused.code == 1
     assert "built with onnxruntime 1.2.3, and here is" in refused.err
@@ -158,7 +167,7 @@ def test_another_dtype_is_refused(engine: Path, tmp_path: Path) -> None:
 
 def test_an_engine_that_says_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One weight of its graph goes wrong while it is built."""
-    from capcli.export import build
+    from capcli.export import origin
 
     def save(graph: onnx.ModelProto, path: str) -> None:
         if path.endswith("step.onnx"):
@@ -168,8 +177,8 @@ def test_an_engine_that_says_something_else_is_not_kept(tmp_path: Path, monkeypa
                 weight.CopyFrom(onnx.numpy_helper.from_array(values * 1.5, weight.name))
         original(graph, path)
 
-    original = build.save
-    monkeypatch.setattr(build, "save", save)
+    original = origin.save
+    monkeypatch.setattr(origin, "save", save)
     save_captioner(tmp_path / "captioner", n_layer=1)
     flags = ("--model", tmp_path / "captioner", "--threads", 1, "--out", tmp_path / "engine")
     failed = call("export", "--onnx", *flags)
@@ -187,10 +196,11 @@ def test_an_engine_that_says_something_else_is_not_kept(tmp_path: Path, monkeypa
 
 def test_int8_captions_an_image_alike_whatever_its_neighbours(tmp_path: Path) -> None:
     save_captioner(tmp_path / "captioner", n_layer=1)
-    flags = ("--quantize", "int8", "--threads", 1, "--force")
+    flags = ("--quantize", "int8", "--profile", "portable", "--threads", 1, "--force")
     done = call("export", "--onnx", "--model", tmp_path / "captioner", "--out", tmp_path / "engine", *flags)
     assert done.code == 0, done.err
-    assert json.loads((tmp_path / "engine" / "engine.json").read_text())["quantize"] == "int8"
+    told = read_engine(str(tmp_path / "engine"))
+    assert (told.quantize, told.profile, told.opset) == ("int8", "portable", 18)
     whole, less = (sum(p.stat().st_size for p in (tmp_path / n).iterdir()) for n in ("captioner", "engine"))
     assert less < whole
     one = paint(tmp_path / "one", "0.png")
@@ -200,6 +210,22 @@ def test_int8_captions_an_image_alike_whatever_its_neighbours(tmp_path: Path) ->
     assert alone["score"] == pytest.approx(among["score"], abs=1e-5)
 
 
+def test_half_precision_is_proved_with_the_images_of_a_folder(tmp_path: Path) -> None:
+    save_captioner(tmp_path / "captioner", n_layer=1)
+    photos = paint(tmp_path / "photos", *(f"{n}.png" for n in range(5)), "broken.jpg")
+    (photos / "broken.jpg").write_bytes(b"no picture")
+    flags = ("--dtype", "float16", "--verify-with", photos, "--device", "cpu", "--threads", 1)
+    done = call("export", "--onnx", "--model", tmp_path / "captioner", "--out", tmp_path / "engine", *flags)
+    assert done.code == 0, done.err
+    assert f"{photos / 'broken.jpg'} is passed over" in done.err
+    told = read_engine(str(tmp_path / "engine"))
+    assert told.dtype == "float16"
+    assert told.proof["images"] == 5
+    assert all(each["equal"] >= 3 for each in told.proof["said"])
+    said = caption(photos, tmp_path / "engine")
+    assert [row["file_name"] for row in said.rows] == [f"{n}.png" for n in range(5)]
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -207,6 +233,8 @@ def test_int8_captions_an_image_alike_whatever_its_neighbours(tmp_path: Path) ->
         (("--onnx", "--quantize", "int8", "--dtype", "float16"), "begins from float32"),
         (("--onnx", "--verify-with", "nowhere"), "nowhere"),
         (("--onnx", "--num-beams", "4"), "--num-beams is for plans"),
+        (("--onnx", "--dtype", "bfloat16", "--device", "cpu"), "on CUDA only"),
+        (("--onnx", "--out", "engine\udcff"), "is not UTF-8"),
         (("--trt", "--batch-sizes", "0"), "at least 1"),
         (("--trt", "--batch-sizes", "1,many"), "whole numbers"),
     ],
@@ -232,18 +260,102 @@ def test_only_an_engine_is_replaced(built: tuple[Path, str], tmp_path: Path) -> 
 
 
 def test_only_what_an_export_wrote_goes(engine: Path, built: tuple[Path, str]) -> None:
-    (engine / "notes.txt").write_text("mine")
     model = ("--onnx", "--model", built[0] / "captioner", "--overwrite")
-    refused = call("export", *model, "--out", engine)
-    assert refused.code == 2
-    assert "holds notes.txt besides an engine" in refused.err
+    for name in ("notes.txt", "mine.model", "vocab.txt"):
+        (engine / name).write_text("mine")
+        refused = call("export", *model, "--out", engine)
+        assert refused.code == 2
+        assert f"holds {name} besides an engine" in refused.err
+        os.remove(engine / name)
     shutil.copytree(built[0] / "captioner", engine / "captioner")
-    os.remove(engine / "notes.txt")
     refused = call("export", "--onnx", "--model", engine / "captioner", "--overwrite", "--out", engine)
     assert refused.code == 2
     assert "holds what --model reads" in refused.err
     assert call("export", *model, "--out", ".").code == 2
     assert (engine / "engine.json").exists()
+
+
+@pytest.fixture
+def nothing_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test in which no graph is made."""
+
+    def no(*_: object) -> None:
+        raise AssertionError("a graph was exported")
+
+    monkeypatch.setattr(graphs, "encode_graph", no)
+
+
+@pytest.mark.usefixtures("nothing_exported")
+def test_what_needs_no_graph_is_refused_before_one_is_made(tmp_path: Path) -> None:
+    save_captioner(tmp_path / "captioner", n_layer=1, generation={"typical_p": 0.5})
+    model = ("--model", tmp_path / "captioner", "--out", tmp_path / "engine", "--threads", 1)
+    refused = call("export", "--onnx", *model)
+    assert refused.code == 1
+    assert "typical_p=0.5" in refused.err
+    change_json(tmp_path / "captioner" / "generation_config.json", {"typical_p": 1.0})
+    refused = call("export", "--trt", *model, "--max-new-tokens", 65)
+    assert refused.code == 2
+    assert "the decoder holds 64" in refused.err
+    photos = paint(tmp_path / "photos", "broken.jpg")
+    (photos / "broken.jpg").write_bytes(b"no picture")
+    refused = call("export", "--onnx", *model, "--verify-with", photos)
+    assert refused.code == 1
+    assert "none of its images can be used" in refused.err
+
+
+def test_nothing_stays_of_an_export_that_was_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor of one that was killed, once another begins; one that is under way keeps its folder, and a stranger's stays."""
+    save_captioner(tmp_path / "captioner", n_layer=1)
+    killed, alive, other = (tmp_path / f".engine.building-{n}" for n in ("abcdefgh", "12345678", "backup"))
+    for folder in (killed / "engine", alive, other):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(graphs, "encode_graph", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    model = ("--model", tmp_path / "captioner", "--out", tmp_path / "engine", "--threads", 1)
+    with open(alive / "lock", "wb") as lock:
+        assert locks.take(lock.fileno())
+        assert call("export", "--onnx", *model).code == 143
+    assert {path.name for path in tmp_path.iterdir()} == {"captioner", alive.name, other.name}
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_what_cannot_be_written_is_told_and_what_cannot_be_read_is_not_called_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_captioner(tmp_path / "captioner", n_layer=1)
+    (tmp_path / "file").write_text("mine")
+    model = ("--model", tmp_path / "captioner", "--threads", 1)
+    refused = call("export", "--onnx", *model, "--out", tmp_path / "file" / "engine")
+    assert refused.code == 1
+    assert "cannot be written" in refused.err
+
+    def unreadable(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", "weights")
+
+    monkeypatch.setattr(graphs, "encode_graph", unreadable)
+    failed = call("export", "--onnx", *model, "--out", tmp_path / "engine")
+    assert failed.code == 1
+    assert "cannot be written" not in failed.err
+    assert "weights" in failed.err
+
+
+def test_an_engine_comes_back_where_its_replacement_is_interrupted(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = Path(shutil.copytree(engine, tmp_path / "site" / "engine"))
+    before, rename = (engine / "engine.json").stat().st_ino, os.rename
+
+    def interrupted(source: object, target: object) -> None:
+        if source == str(new):
+            raise KeyboardInterrupt
+        rename(source, target)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        put_in_place(str(new), str(engine), overwrite=True)
+    assert (engine / "engine.json").stat().st_ino == before
+    monkeypatch.undo()
+    put_in_place(str(new), str(engine), overwrite=True)
+    assert (engine / "engine.json").stat().st_ino != before
 
 
 def test_without_tensorrt_the_graphs_for_it_are_left_and_an_engine_stays(
@@ -283,6 +395,78 @@ def test_an_engine_whose_numbers_overflow_fails_its_proof(built: tuple[Path, str
     assert not told.passed
     runtime.step = step
     assert prove(runtime, truth.model.runtime, images, searches(settings, (1, 4)), "float16").passed
+
+
+def proof_runtimes() -> tuple[Any, Any, Settings]:
+    """Two of one captioner, the truth and one to spoil, and its greedy search."""
+    model = random_captioner()
+    settings = Settings(prompt=(118,), eos_token_ids=(119,), max_new_tokens=12)
+    truth, engine = (eager(model) for _ in range(2))
+    return truth, engine, settings
+
+
+def prefer(runtime: Any, first: int, second: int, lead: float) -> None:
+    """At the first step every row says `first`, and `second` is only `lead` behind."""
+    step = Eager.step
+
+    def preferring(tokens: torch.Tensor, position: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        logits = step(runtime, tokens, position, visible).clone()
+        begun = (position == 0)[:, None]
+        top = logits.amax(-1) + 1
+        for token, value in ((first, top), (second, top - lead)):
+            logits[..., token] = torch.where(begun, value, logits[..., token])
+        return logits
+
+    runtime.step = preferring
+
+
+@pytest.mark.parametrize(("lead", "tied"), [(2e-5, True), (4e-4, False)])
+def test_a_greedy_caption_ties_where_the_tokens_that_part_it_do(lead: float, tied: bool) -> None:
+    """However far the captions come apart after it."""
+    truth, engine, settings = proof_runtimes()
+    prefer(truth, 5, 6, lead)
+    prefer(engine, 6, 5, lead)
+    told = prove(engine, truth, draw_images((32, 32)), {"greedy": settings}, "float32")
+    assert told.logits < told.bound
+    assert told.passed is tied
+    assert (told.said[0].equal, told.said[0].ties) == (0, 16 if tied else 0)
+
+
+def test_a_greedy_tie_is_one_under_the_constraints() -> None:
+    """A token said before is penalised: what is nearly alike then was not before."""
+    truth, engine, settings = proof_runtimes()
+    settings = replace(settings, prompt=(118, 5), repetition_penalty=2.0)
+    for runtime, ahead in ((truth, 1e-5), (engine, -1e-5)):
+
+        def step(*given: torch.Tensor, runtime: Any = runtime, ahead: float = ahead) -> torch.Tensor:
+            logits = Eager.step(runtime, *given).clone()
+            top = logits.amax(-1).abs() + 10
+            logits[..., 5], logits[..., 6] = 2 * top + ahead, top
+            return logits
+
+        runtime.step = step
+    told = prove(engine, truth, draw_images((32, 32)), {"greedy": settings}, "float32")
+    assert (told.said[0].equal, told.said[0].ties) == (0, 16)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_beams_that_went_wrong_are_no_ties_whatever_lengths_divide_scores_by(precision: str) -> None:
+    """And in less than float32 captions that are all others are damage, though the logits of the first row are right."""
+    truth, engine, settings = proof_runtimes()
+
+    def wrong_behind_the_first(*given: torch.Tensor) -> torch.Tensor:
+        logits = Eager.step(engine, *given).clone()
+        logits[:, 1:] = logits[:, 1:].roll(1, -1)
+        return logits
+
+    engine.step = wrong_behind_the_first
+    penalised = searches(replace(settings, length_penalty=9.0), (1, 4))
+    told = prove(engine, truth, draw_images((32, 32)), penalised, precision)
+    assert told.logits < told.bound
+    assert told.said[0].equal == 16
+    assert not told.passed
+    assert told.failed is not None
+    assert "captions differ (4 beams)" in told.failed
 
 
 def test_drawn_images_are_unlike_each_other() -> None:

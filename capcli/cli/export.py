@@ -55,18 +55,29 @@ class Numbers(click.ParamType[Any]):
     help="Operators: fused ones (opset 24), or those of older runtimes (opset 18).",
 )
 @engine("--quantize", type=click.Choice(["int8"]), help="Weights of matrix products in 8 bits, for CPUs.")
-@engine("-o", "--out", metavar="FOLDER", type=click.Path(), help="Where it goes. [default: engines/<model>]")
+@engine(
+    "-o",
+    "--out",
+    metavar="FOLDER",
+    type=click.Path(),
+    help="Where it goes. [default: engines/<model>, or <model> in the folder that CAPCLI_ENGINES names]",
+)
 @engine("--overwrite", is_flag=True, help="Replace the engine in --out.")
 @model(
     "--model",
     metavar="NAME",
     default=DEFAULT_MODEL,
     show_default=True,
-    help="The captioner: a folder, or a name on the hub.",
+    help="The captioner: a folder, or a name on the hub; with --trt an engine left unfinished, too.",
 )
 @model("--revision", metavar="REV", help="Branch, tag or commit of a model on the hub.")
 @plans("--num-beams", metavar="N", type=click.IntRange(min=1), help="Rows of a slot. [default: the model's]")
-@plans("--max-new-tokens", metavar="N", type=click.IntRange(min=1), help="Tokens of a caption. [default: the model's]")
+@plans(
+    "--max-new-tokens",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Tokens of a caption; 16 of a prompt fit too. [default: the model's]",
+)
 @plans("--batch-sizes", type=Numbers(), default="1,8,64,256", show_default=True, help="Images at once, a plan each.")
 @proof("--verify-with", metavar="FOLDER", type=click.Path(), help="Images to prove it with. [default: drawn ones]")
 @proof("--force", is_flag=True, help="Keep an engine that fails its proof.")

@@ -2,41 +2,61 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
-from capcli.engine import ENGINE, is_engine, read_engine
+from capcli.engine import ENGINE, engines_folder, is_engine, read_engine
 from capcli.errors import CapcliError, UsageError
-from capcli.models.files import SETTINGS, TOKENIZER
+from capcli.models.files import GENERATION
 from capcli.options import ExportOptions
+from capcli.sinks import locks
 
-ENGINES = "CAPCLI_ENGINES"
+LOCK = "lock"
 
 
 def place(options: ExportOptions) -> str:
     """The engine's folder. Raises UsageError where something lies that an export must not replace."""
+    model = os.path.realpath(os.path.expanduser(options.model))
+    finished_in = model if options.kind == "tensorrt" and is_unfinished(model) else None
     name = os.path.basename(os.path.abspath(os.path.expanduser(options.model)))
     if options.out is None and not name:
         raise UsageError(f"--model {options.model} has no name that an engine could take: give --out")
-    asked = options.out or os.path.join(os.environ.get(ENGINES) or "engines", name)
+    asked = options.out or finished_in or os.path.join(engines_folder(), name)
     out = os.path.realpath(os.path.expanduser(asked))
+    for option, path in (("--model", options.model), ("--out", out)):
+        if not is_utf8(path):
+            raise UsageError(f"{option} {path!r} is not UTF-8, and no runtime opens such a path: give it another name")
     if os.path.exists(out) and not os.path.isdir(out):
         raise UsageError(f"--out {asked} is a file; name a folder")
     if within(os.getcwd(), out):
         raise UsageError(f"--out {asked} is the folder in which this runs, or holds it: name another")
-    for option, path in (("--model", options.model), ("--verify-with", options.verify_with)):
-        if path is not None and within(os.path.realpath(os.path.expanduser(path)), out) and os.path.exists(out):
+    read = [("--verify-with", options.verify_with)] + [("--model", options.model)] * (out != finished_in)
+    for option, given in read:
+        if given is not None and within(os.path.realpath(os.path.expanduser(given)), out) and os.path.exists(out):
             raise UsageError(f"--out {asked} holds what {option} reads: name another folder")
     if os.path.isdir(out) and os.listdir(out):
         if not is_engine(out):
             raise UsageError(f"--out {asked} is not empty and holds no engine: name another folder")
-        if not options.overwrite:
+        if not options.overwrite and out != finished_in:
             raise UsageError(f"--out {asked} holds an engine: --overwrite replaces it")
         refuse_strangers(out)
     return out
+
+
+def is_unfinished(folder: str) -> bool:
+    """Whether it is an engine whose graphs wait for TensorRT."""
+    return is_engine(folder) and read_engine(folder).unfinished
+
+
+def is_utf8(path: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in path)
 
 
 def within(path: str, folder: str) -> bool:
@@ -45,37 +65,87 @@ def within(path: str, folder: str) -> bool:
 
 def refuse_strangers(out: str) -> None:
     """Raises UsageError where a folder holds more than its engine: only what an export wrote may go."""
-    ours = {ENGINE, *SETTINGS, *TOKENIZER, *read_engine(out).files}
-    strange = sorted(name for name in os.listdir(out) if name not in ours and not name.endswith(".model"))
+    strange = sorted(set(os.listdir(out)) - {ENGINE, GENERATION, *read_engine(out).files})
     if strange:
         raise UsageError(f"--out {out} holds {strange[0]} besides an engine: move it, or name another folder")
 
 
 @contextmanager
 def building_site(out: str) -> Iterator[str]:
-    """A new folder beside `out`, which goes unless it took its place. Raises CapcliError where nothing can be written."""
+    """A new folder beside `out`, which goes unless it took its place; SIGTERM unwinds. What a killed export left goes first.
+
+    Raises CapcliError where nothing can be written.
+    """
     parent, name = os.path.split(out)
-    try:
-        os.makedirs(parent, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=parent) as site:
+    prefix = f".{name}.building-"
+    with terminable(), ExitStack() as leaving:
+        with written(out):
+            os.makedirs(parent, exist_ok=True)
+            sweep(os.path.join(parent, prefix))
+            site = tempfile.mkdtemp(prefix=prefix, dir=parent)
+            leaving.callback(shutil.rmtree, site, ignore_errors=True)
+            locks.take(leaving.enter_context(open(os.path.join(site, LOCK), "wb")).fileno())
             folder = os.path.join(site, name)
             os.mkdir(folder)
-            yield folder
+        yield folder
+
+
+def sweep(prefix: str) -> None:
+    """Removes the sites of this prefix whose export was killed: nobody holds their lock."""
+    for site in glob.glob(f"{glob.escape(prefix)}????????"):
+        with suppress(OSError), open(os.path.join(site, LOCK), "ab") as lock:
+            if locks.take(lock.fileno()):
+                shutil.rmtree(site, ignore_errors=True)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """In it SIGTERM ends the program as an exception does, so that what was begun is cleaned up."""
+
+    def leave(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # where Python lets no handler be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def written(out: str) -> Iterator[None]:
+    """What is done in it writes an engine: OSError becomes CapcliError."""
+    try:
+        yield
     except OSError as error:
         raise CapcliError(f"--out {out} cannot be written: {error.strerror or error}") from error
 
 
-def put_in_place(building: str, out: str, *, overwrite: bool) -> None:
-    """The new folder takes the place of an older engine, which is there until the new one is. Raises OSError."""
-    if not (overwrite and os.path.isdir(out) and os.listdir(out)):
-        os.rename(building, out)  # which fails where anything came there meanwhile
-        return
-    refuse_strangers(out)
-    aside = f"{building}.old"
-    os.rename(out, aside)
+def copy(source: str, target: str) -> None:
     try:
-        os.rename(building, out)
-    except OSError:
-        os.rename(aside, out)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise CapcliError(f"{source} cannot be copied to {target}: {error.strerror}") from error
+
+
+def put_in_place(building: str, out: str, *, overwrite: bool) -> None:
+    """The new folder takes the place of an older engine, which comes back where that fails or a signal ends it.
+
+    Raises CapcliError where it cannot be done.
+    """
+    with written(out):
+        if not (overwrite and os.path.isdir(out) and os.listdir(out)):
+            os.rename(building, out)  # which fails where anything came there meanwhile
+            return
+        refuse_strangers(out)
+        aside = f"{building}.old"  # goes with the site
+        try:
+            os.rename(out, aside)
+            os.rename(building, out)
+        except BaseException:
+            if not os.path.exists(out):
+                os.rename(aside, out)
+            raise

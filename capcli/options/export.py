@@ -15,7 +15,8 @@ class ExportOptions:
 
     `kind` is what is built; `out` None is `<engines>/<the model's name>`. `profile` is fused (opset 24) or portable
     (opset 18). `quantize` int8 rounds the weights of matrix products to 8 bits. `num_beams`, `max_new_tokens` and
-    `batch_sizes` fix the shapes of plans (None: the model's own; ONNX takes any). `verify_with` is a folder of images for
+    `batch_sizes` fix the shapes of plans (None: the model's own; ONNX takes any), which have room for a short prompt too.
+    `verify_with` is a folder of images for
     the proof, None: drawn ones. `force` keeps an engine that failed its proof.
     """
 

@@ -1,0 +1,138 @@
+"""What an export begins from: a captioner, whose graphs are exported here, or an engine that waits for TensorRT."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import onnx
+import torch
+import transformers
+
+from capcli import __version__
+from capcli.decoding.settings import Settings
+from capcli.engine import ENCODE, STEP, Bucket, Engine
+from capcli.export import graphs
+from capcli.export.place import copy, written
+from capcli.export.proof import PYTORCH
+from capcli.export.quantize import quantize
+from capcli.export.tidy import share_weights
+from capcli.models.attention import use_attention
+from capcli.models.build import generation_of, load_weights, modules, pixel_size
+from capcli.models.files import GENERATION, ModelFiles, fingerprint, setting_files, shelf_of
+from capcli.options import ExportOptions
+from capcli.pixels import PixelSpec
+from capcli.runtimes.eager import Eager
+from capcli.runtimes.seated import DTYPES, Seated
+
+PROMPT = 16  # tokens of a prompt that plans have room for besides the caption
+
+
+class Origin(Protocol):
+    """What an export begins from: a captioner, or an engine that waits for TensorRT."""
+
+    generation: dict[str, Any]  # its own settings
+    positions: int  # of its decoder
+    size: tuple[int, int]  # of its encoder's pixels
+    against: str  # how people know `truth`
+
+    def write(self, folder: str, settings: Settings) -> Engine:
+        """Graphs, tokenizer, processor and settings; what engine.json will say but for the proof."""
+
+    def truth(self, device: torch.device) -> Seated:
+        """What says the right captions, for an engine on this device."""
+
+
+class Captioner:
+    """A captioner as an Origin."""
+
+    against = PYTORCH
+
+    def __init__(self, options: ExportOptions, model: ModelFiles, out: str) -> None:
+        self.options, self.model, self.out = options, model, out
+        self.spec = PixelSpec.from_config(model.processor)
+        whole = load_weights(model, options.dtype, torch.device("cpu"))
+        self.encode, self.step = modules(whole, self.spec)
+        self.size = pixel_size(model.name, self.encode.size, self.spec, any_size=self.encode.any_size)
+        self.generation, self.positions = generation_of(model, whole), self.step.positions
+
+    def write(self, folder: str, settings: Settings) -> Engine:
+        options, model = self.options, self.model
+        first, memory = graphs.encode_graph(self.encode, self.size, options.profile)
+        second = graphs.step_graph(self.step, memory, DTYPES[options.dtype], options.profile)
+        generation, buckets = self.generation, tuple[Bucket, ...]()
+        if options.kind == "tensorrt":
+            from capcli.export.tensorrt import make_buckets, write_ready
+
+            generation = built_in(generation, settings)
+            entries = memory.image_entries + settings.entries + PROMPT
+            buckets = make_buckets(options.batch_sizes, settings.rows, entries)
+        with written(self.out):
+            for name, graph in ((ENCODE, first), (STEP, second)):
+                save(quantize(graph) if options.quantize else graph, os.path.join(folder, name))
+            if options.kind == "tensorrt":
+                write_ready(folder, (ENCODE, STEP))
+            with open(os.path.join(folder, GENERATION), "w", encoding="utf-8") as file:
+                json.dump(generation, file, indent=2)
+        for name in setting_files(shelf_of(model.folder).names):
+            if name != GENERATION:
+                copy(os.path.join(model.folder, name), os.path.join(folder, name))
+        return Engine(
+            kind=options.kind,
+            profile=options.profile,
+            opset=graphs.OPSET[options.profile],
+            dtype=options.dtype,
+            quantize=options.quantize,
+            captioner={"name": model.name, "revision": model.revision, "fingerprint": fingerprint(model.folder)},
+            pixels=self.size,
+            memory=memory,
+            positions=self.positions,
+            vocabulary=self.step.vocabulary,
+            command=command(options, self.out),
+            buckets=buckets,
+            capcli=__version__,
+            made_with={"torch": torch.__version__, "transformers": transformers.__version__, "onnx": onnx.__version__},
+        )
+
+    def truth(self, device: torch.device) -> Seated:
+        """PyTorch in float32, whatever the engine computes in."""
+        torch.backends.cudnn.allow_tf32 = False  # it is float32 in its convolutions too
+        encode, step = modules(load_weights(self.model, "float32", device), self.spec)
+        use_attention(step.decoder)
+        return Eager(encode, step, device, prefixed=encode.prefixed)
+
+
+def built_in(generation: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Generation settings by which captions have the shapes that plans were built for."""
+    kept = {name: value for name, value in generation.items() if name != "max_length"}
+    return kept | {"num_beams": settings.num_beams, "max_new_tokens": settings.max_new_tokens}
+
+
+def command(options: ExportOptions, out: str) -> tuple[str, ...]:
+    """What builds the engine again, in its place."""
+    given: list[tuple[str, object]] = [
+        ("--model", os.path.abspath(options.model) if os.path.isdir(options.model) else options.model),
+        ("--out", out),
+        ("--revision", options.revision),
+        ("--dtype", options.dtype),
+    ]
+    given += [("--profile", options.profile), ("--quantize", options.quantize)]
+    if options.kind == "tensorrt":
+        given += [("--num-beams", options.num_beams), ("--max-new-tokens", options.max_new_tokens)]
+        given += [("--batch-sizes", ",".join(map(str, options.batch_sizes)))]
+    given += [("--device", None if options.device == "auto" else options.device)]
+    said = [part for name, value in given if value is not None for part in (name, str(value))]
+    said += ["--force"] * options.force
+    return ("capcli", "export", "--onnx" if options.kind == "onnx" else "--trt", *said, "--overwrite")
+
+
+def save(graph: onnx.ModelProto, path: str) -> None:
+    """A graph with its weights in one file beside it."""
+    share_weights(graph)
+    weights = f"{path}.data"
+    onnx.save(graph, path, save_as_external_data=True, location=os.path.basename(weights), size_threshold=1024)
+    if os.path.exists(weights):
+        shutil.copymode(path, weights)  # which onnx leaves readable by its owner alone
