@@ -52,6 +52,8 @@ WITH_WORDS: dict[str, tuple[str, str]] = {
     "front": ("in front", "behind"),
 }
 
+SIDE_WORDS = ("on the left", "on the right")
+
 NUMBERS = ("a", "two", "three", "four")
 
 
@@ -145,11 +147,11 @@ class Verdict:
 # Making up a scene
 
 
-def make_scene(seed: int, index: int) -> Scene:
+def make_scene(seed: int, index: int, relations: Sequence[str] = ("left", "left", "above", "front")) -> Scene:
     """The scene of that number in the endless row that `seed` begins; the same on every machine."""
     key = f"{seed}-{index}"
     rng = random.Random(key)
-    relation = rng.choice(("left", "left", "above", "front"))
+    relation = rng.choice(relations)
     kinds = _choose_kinds(rng, relation)
     colours = _choose_colours(rng, kinds)
     most = 3 if relation == "front" else MOST_OF_A_KIND
@@ -259,11 +261,24 @@ def _scale(kind: Kind, rows: tuple[int, ...], region: Frame) -> float:
 
 def captions(scene: Scene, count: int = 5) -> tuple[str, ...]:
     """Several ways to say the scene, no two the same; each states objects, colours, counts and the relation."""
-    rng = random.Random(f"{scene.key} words")
+    return _different(partial(_phrase, random.Random(f"{scene.key} words"), scene), count)
+
+
+def side_captions(scene: Scene, group: Group, count: int = 3) -> tuple[str, ...]:
+    """Several ways to say one group of a scene whose groups stand side by side, and the side it stands on."""
+    return _different(partial(_side_phrase, random.Random(f"{scene.key} words"), scene, group), count)
+
+
+def _different(say: Callable[[], str], count: int) -> tuple[str, ...]:
     found: dict[str, None] = {}
     while len(found) < count:
-        found[_phrase(rng, scene)] = None
+        found[say()] = None
     return tuple(found)
+
+
+def _side_phrase(rng: random.Random, scene: Scene, group: Group) -> str:
+    text = f"{describe(rng, group)} {SIDE_WORDS[group == scene.second]}"
+    return rng.choice((text, f"{text} {rng.choice(WEATHER_WORDS[scene.weather])}"))
 
 
 def _phrase(rng: random.Random, scene: Scene) -> str:
@@ -595,8 +610,8 @@ LIGHTS: dict[str, Light] = {
 }
 
 
-def draw(scene: Scene, size: int = PICTURE_SIZE) -> Image.Image:
-    """The scene as an RGB picture of size x size."""
+def draw(scene: Scene, size: int = PICTURE_SIZE, *, without: Group | None = None) -> Image.Image:
+    """The scene as an RGB picture of size x size; a group that it is drawn without leaves its place empty."""
     rng = random.Random(f"{scene.key} strokes")
     side = 2 * size  # drawn at twice the size and halved: Pillow's own edges are jagged
     light = LIGHTS[scene.weather]
@@ -606,7 +621,8 @@ def draw(scene: Scene, size: int = PICTURE_SIZE) -> Image.Image:
     _draw_heavens(canvas, rng, scene.weather, side)
     _draw_land(canvas, rng, scene, light, side, horizon)
     for thing in place(scene):
-        _draw_thing(canvas, rng, thing, light, side)
+        if without is None or (thing.kind, thing.colour) != (without.kind, without.colour):
+            _draw_thing(canvas, rng, thing, light, side)
     _draw_weather(canvas, rng, scene.weather, side)
     return picture.reduce(2)
 
@@ -718,14 +734,17 @@ def _draw_weather(canvas: ImageDraw.ImageDraw, rng: random.Random, weather: str,
 # A folder of scenes
 
 
-def write_folder(folder: Path, count: int, seed: int, suffixes: Sequence[str] = (".jpg",)) -> None:
+def write_folder(
+    folder: Path, count: int, seed: int, suffixes: Sequence[str] = (".jpg",), *, sides: bool = False
+) -> None:
     """Draws `count` scenes into the folder, with a `metadata.jsonl` beside them (Hugging Face's imagefolder).
 
     Its rows hold `file_name`, `text` (one caption) and `captions` (all of them). The suffixes take turns.
+    `sides` draws one group of each scene only, on its side of the picture.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"scene-{index:04d}{suffixes[index % len(suffixes)]}" for index in range(count)]
-    write = partial(write_scene, folder, seed)
+    write = partial(write_side if sides else write_scene, folder, seed)
     with open(folder / "metadata.jsonl", "w", encoding="utf-8", newline="\n") as rows, ProcessPoolExecutor() as workers:
         for name, said in zip(names, workers.map(write, range(count), names, chunksize=100), strict=True):
             rows.write(json.dumps({"file_name": name, "text": said[0], "captions": list(said)}) + "\n")
@@ -734,8 +753,20 @@ def write_folder(folder: Path, count: int, seed: int, suffixes: Sequence[str] = 
 def write_scene(folder: Path, seed: int, index: int, name: str) -> tuple[str, ...]:
     """Draws one scene into the folder; its captions."""
     scene = make_scene(seed, index)
-    draw(scene).save(folder / name, **({} if name.endswith(".png") else {"quality": 88}))
+    _save(draw(scene), folder / name)
     return captions(scene)
+
+
+def write_side(folder: Path, seed: int, index: int, name: str) -> tuple[str, ...]:
+    """Draws one side of a scene whose groups stand side by side into the folder; its captions."""
+    scene = make_scene(seed, index, ("left",))
+    drawn, without = (scene.first, scene.second) if index % 2 else (scene.second, scene.first)
+    _save(draw(scene, without=without), folder / name)
+    return side_captions(scene, drawn)
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    picture.save(path, **({} if path.suffix == ".png" else {"quality": 88}))
 
 
 def main() -> None:
@@ -744,9 +775,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=24, help="how many (24)")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other scenes (0)")
     parser.add_argument("--format", choices=("jpg", "png", "webp", "mixed"), default="jpg", help="of the files (jpg)")
+    parser.add_argument("--sides", action="store_true", help="draw one group only, on the left or on the right")
     options = parser.parse_args()
     suffixes = (".jpg", ".png", ".webp") if options.format == "mixed" else (f".{options.format}",)
-    write_folder(options.folder, options.count, options.seed, suffixes)
+    write_folder(options.folder, options.count, options.seed, suffixes, sides=options.sides)
 
 
 if __name__ == "__main__":
