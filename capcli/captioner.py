@@ -117,7 +117,10 @@ class Captioner:
 
     def settings(self, options: GenerationOptions, prompt: str | None = None) -> Settings:
         """The search settings in force: `options`, and the checkpoint's where they say nothing."""
-        settings = resolve(self.model.generation, options, self._prompt_ids(prompt) if prompt else ())
+        ids = self._prompt_ids(prompt)
+        settings = resolve(self.model.generation, options, () if self.model.question else ids)
+        if self.model.question:
+            settings = replace(settings, question=tuple(ids))
         room = self.model.positions - len(settings.prompt) + 1  # the last token is never given back to the decoder
         if room < 1:
             raise UsageError(
@@ -131,10 +134,14 @@ class Captioner:
         self._refuse_strange_ids(settings)
         return settings
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        if not is_text(prompt):
+    def _prompt_ids(self, prompt: str | None) -> list[int]:
+        if prompt and not is_text(prompt):
             raise UsageError(f"the prompt {printable(prompt)} is not UTF-8")
         with quiet_transformers():
+            if self.model.question:
+                return self.model.question(self.model.tokenizer, prompt)
+            if not prompt:
+                return []
             ids: list[int] = self.model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -142,7 +149,7 @@ class Captioner:
         """Raises CapcliError for token ids that the decoder does not have."""
         s = settings
         forced = () if s.forced_bos_token_id is None else (s.forced_bos_token_id,)
-        named = {"the prompt": s.prompt, "forced tokens": (*forced, *s.forced_eos_token_ids)}
+        named = {"the prompt": (*s.prompt, *s.question), "forced tokens": (*forced, *s.forced_eos_token_ids)}
         named |= {"suppressed tokens": (*s.suppress_tokens, *s.begin_suppress_tokens)}
         for what, ids in named.items():
             strange = [i for i in ids if not 0 <= i < self.model.vocabulary]

@@ -11,9 +11,19 @@ from typing import Any
 import torch
 from captioners import SIZE, pictures, values
 from running import PROCESSOR, VOCABULARY, save_words
-from transformers import BlipConfig, BlipForConditionalGeneration, GitConfig, GitForCausalLM, PreTrainedModel
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    Florence2Config,
+    Florence2ForConditionalGeneration,
+    GenerationConfig,
+    GitConfig,
+    GitForCausalLM,
+    PreTrainedModel,
+)
 
 PAD, START, END = VOCABULARY - 3, VOCABULARY - 2, VOCABULARY - 1
+IMAGE, IMAGE_TOKENS = VOCABULARY - 4, 17  # Florence-2's place holder
 TEXT = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
@@ -43,7 +53,45 @@ def git() -> PreTrainedModel:
     return GitForCausalLM(GitConfig(vision_config=VISION, eos_token_id=END, **TEXT))
 
 
-FAMILIES = {"blip": blip, "git": git}
+def florence2() -> PreTrainedModel:
+    vision = {
+        "depths": [1, 1],
+        "patch_size": [7, 3],
+        "patch_stride": [4, 2],
+        "patch_padding": [3, 1],
+        "patch_prenorm": [False, True],
+        "embed_dim": [16, 32],
+        "num_heads": [2, 4],
+        "num_groups": [2, 4],
+        "window_size": 4,
+        "projection_dim": 48,
+        "max_position_embeddings": 8,
+    }
+    text = {
+        "vocab_size": VOCABULARY,
+        "d_model": 48,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 96,
+        "decoder_ffn_dim": 96,
+        "max_position_embeddings": 64,
+        "bos_token_id": START,
+        "decoder_start_token_id": START,
+        "eos_token_id": END,
+        "forced_eos_token_id": None,
+        "pad_token_id": PAD,
+    }
+    config = Florence2Config(vision_config=vision, text_config=text | {"model_type": "bart"}, image_token_id=IMAGE)
+    model = Florence2ForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        decoder_start_token_id=START, bos_token_id=START, eos_token_id=END, pad_token_id=PAD
+    )
+    return model
+
+
+FAMILIES = {"blip": blip, "git": git, "florence2": florence2}
 
 
 @cache
@@ -56,20 +104,55 @@ def random_of_family(family: str, seed: int = 0, ends: float = 0.2) -> Any:
         place = "position_embedding" in name
         torch.nn.init.normal_(weight, mean=1.0 if norm and name.endswith("weight") else 0.0, std=1.0 if place else 0.3)
     make_end(model, ends)
+    if family == "florence2":  # whose checkpoints force the end
+        model.generation_config.forced_eos_token_id = END
     return model
 
 
 @torch.inference_mode()
 def make_end(model: Any, share: float) -> None:
-    """Lifts the end token's bias so that it is said at this share of the steps."""
-    head = model.text_decoder.get_output_embeddings() if hasattr(model, "text_decoder") else model.output
+    """Lifts the end token's logit so that it is said at this share of the steps.
+
+    A head without bias gets one: a channel of the last norm becomes constant and carries it.
+    """
+    head = (model.text_decoder if hasattr(model, "text_decoder") else model).get_output_embeddings()
+    if head.bias is None:
+        norm = model.model.language_model.decoder.layers[-1].final_layer_norm
+        norm.weight[0], norm.bias[0], head.weight[:, 0] = 0.0, 1.0, 0.0
     pixels = torch.cat([values(picture, torch.float64) for picture in pictures(24, seed=99)])
     out = model.generate(
-        pixel_values=pixels, max_new_tokens=12, suppress_tokens=[END], output_logits=True, return_dict_in_generate=True
+        pixel_values=pixels,
+        max_new_tokens=12,
+        suppress_tokens=[END],
+        output_logits=True,
+        return_dict_in_generate=True,
+        **{name: ids.expand(len(pixels), -1) for name, ids in prompted(model).items()},
     )
     logits = torch.stack(out.logits)
     lead = logits.index_fill(-1, torch.tensor([END]), -torch.inf).amax(-1) - logits[..., END]
-    head.bias[END] += lead.quantile(share)
+    if head.bias is None:
+        head.weight[END, 0] += lead.quantile(share)
+    else:
+        head.bias[END] += lead.quantile(share)
+
+
+def question(prompt: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """What an encoder that reads a question is asked."""
+    return (START, *(prompt or (5, 6)), END)
+
+
+def prompted(model: Any, prompt: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
+    """A prompt as each family's `generate()` takes it; [1, W]."""
+    kind = model.config.model_type
+    if kind == "florence2":
+        return {"input_ids": torch.tensor([[IMAGE] * IMAGE_TOKENS + list(question(prompt))])}
+    if not prompt:
+        return {}
+    if kind == "blip":  # which puts its start token over the first and leaves the last away
+        return {"input_ids": torch.tensor([[0, *prompt, 0]])}
+    if kind == "git":
+        return {"input_ids": torch.tensor([[START, *prompt]])}
+    return {"decoder_input_ids": torch.tensor([prompt])}
 
 
 PROCESSORS: dict[str, dict[str, Any]] = {
@@ -80,6 +163,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "do_center_crop": True,
         "crop_size": {"height": SIZE, "width": SIZE},
     },
+    "florence2": {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False},
 }
 
 

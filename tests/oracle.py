@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
 from captioners import captions, modules, values
+from families import prompted, question
 from transformers import GenerationConfig, PreTrainedModel
 
 from capcli.decoding import noise
@@ -39,6 +40,8 @@ class Case:
     def settings(self, model: PreTrainedModel) -> Settings:
         config = model.config.to_dict()
         own = family_of(config).generation(config, self.config(model).to_dict())
+        if model.config.model_type == "florence2":
+            return replace(resolve(own, GenerationOptions(**self.given)), question=question(self.prompt))
         return resolve(own, GenerationOptions(**self.given), self.prompt)
 
 
@@ -57,18 +60,6 @@ _known: dict[str, Truth] = {}
 def speaker(model: PreTrainedModel) -> PreTrainedModel:
     """The part of a captioner whose `generate()` searches."""
     return getattr(model, "text_decoder", model)
-
-
-def prompted(model: PreTrainedModel, prompt: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """A prompt as each family's `generate()` takes it."""
-    if not prompt:
-        return {}
-    kind = model.config.model_type
-    if kind == "blip":  # which puts its start token over the first and leaves the last away
-        return {"input_ids": torch.tensor([[0, *prompt, 0]])}
-    if kind == "git":
-        return {"input_ids": torch.tensor([[model.generation_config.bos_token_id, *prompt]])}
-    return {"decoder_input_ids": torch.tensor([prompt])}
 
 
 def truth(model: PreTrainedModel, image: np.ndarray, case: Case, key: int = 0) -> Truth:

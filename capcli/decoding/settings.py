@@ -88,7 +88,7 @@ class Settings:
     """How captions are searched for; names and meanings are those of transformers' `GenerationConfig`.
 
     `max_new_tokens` is resolved (a `max_length` counts the prompt, this does not), so is `min_new_tokens`. `prompt` holds the
-    ids given to the decoder before the caption, its start token first.
+    ids given to the decoder before the caption, its start token first; `question` those that the encoder reads, where it does.
     """
 
     prompt: tuple[int, ...]
@@ -113,6 +113,7 @@ class Settings:
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()
     seed: int = 0
+    question: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_return_sequences > self.num_beams and not (self.do_sample and self.num_beams == 1):
@@ -139,6 +140,7 @@ class Settings:
     def receipt(self) -> dict[str, Any]:
         """The settings as a run's receipt shows them: those that have an effect."""
         idle = (*(() if self.do_sample else SAMPLING), *(() if self.num_beams > 1 else BEAM_SEARCH))
+        idle += () if self.question else ("question",)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in idle}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +42,7 @@ class Model:
     generation: dict[str, Any]
     positions: int  # the longest sequence, prompt and caption, that the decoder can hold
     vocabulary: int
+    question: Callable[[Any, str | None], list[int]] | None  # a prompt's ids, where the encoder reads it and not the decoder
     spaced: bool  # the tokenizer's decoder puts spaces between tokens, so between characters where those are the tokens
 
 
@@ -65,6 +66,7 @@ def load_model(files: ModelFiles, device: torch.device, dtype: str) -> Model:
         generation=generation_of(files, whole),
         positions=step.positions,
         vocabulary=step.vocabulary,
+        question=getattr(family_of(files.config), "question", None),
         spaced=puts_spaces(tokenizer),
     )
 
@@ -112,6 +114,7 @@ def load_engine(files: ModelFiles, engine: Engine, device: torch.device) -> Mode
         generation=own_generation(files) or {},
         positions=engine.positions,
         vocabulary=engine.vocabulary,
+        question=None,
         spaced=puts_spaces(tokenizer),
     )
 

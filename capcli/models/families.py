@@ -10,7 +10,7 @@ from torch import nn
 
 from capcli.models.modules import Encode, Step
 
-FILES = {"vision-encoder-decoder": "vision_encoder_decoder", "blip": "blip", "git": "git"}
+FILES = {"vision-encoder-decoder": "vision_encoder_decoder", "blip": "blip", "git": "git", "florence2": "florence2"}
 
 
 class Family(Protocol):
@@ -22,6 +22,8 @@ class Family(Protocol):
 
     def generation(self, config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         """The generation settings in force where the user says nothing: of config.json and the model's own."""
+
+    # `question(tokenizer, prompt)`, the ids that a prompt becomes, is there where the encoder is asked, not the decoder.
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -14,8 +14,8 @@ from capcli.errors import CapcliError
 
 ENCODERS = ("vit", "deit", "beit", "swin", "swinv2")
 DECODERS = ("gpt2", "bert")
-WHOLE = {"blip": "BLIP", "git": "GIT"}  # families that are one architecture
-NOT_YET = {"blip-2": "BLIP-2", "florence2": "Florence-2"}
+WHOLE = {"blip": "BLIP", "git": "GIT", "florence2": "Florence-2"}  # families that are one architecture
+NOT_YET = {"blip-2": "BLIP-2"}
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"

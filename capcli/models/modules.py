@@ -17,17 +17,25 @@ class Encode(nn.Module, ABC):
     """Pixels to what the decoder needs of an image: rescale, normalise, vision encoder, keys and values of every decoder layer.
 
     `encoder` is transformers' vision encoder and `size` the image size that its config names. What is left of an image is its
-    memory, for cross-attention; with `prefixed` it is its prefix: the first entries of its slot's pool.
+    memory, for cross-attention; with `prefixed` it is its prefix: the first entries of its slot's pool. An encoder that is asked
+    a question takes its ids [W] as well.
     """
 
     prefixed = False
     any_size = False  # whether the encoder takes images of other sizes than `size`
 
-    def __init__(self, encoder: nn.Module, rescale: float, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        rescale: float,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: int | Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         config: Any = encoder.config
-        self.size: int | Sequence[int] = config.image_size
+        self.size: int | Sequence[int] = size or config.image_size
         self.rescale = rescale
         self.divisor = exact_divisor(rescale)
         self.mean = nn.Buffer(torch.tensor(mean, dtype=torch.float32), persistent=False)

@@ -35,7 +35,9 @@ class Eager(Seated):
         return Recorded(turn, self.device) if self._record else turn
 
     def _encode(self, pixels: npt.NDArray[np.uint8]) -> Sequence[Tensor]:
-        memory: tuple[Tensor, ...] = self._encode_module(torch.from_numpy(pixels).to(self.device, non_blocking=True))
+        image = torch.from_numpy(pixels).to(self.device, non_blocking=True)
+        asked = (self._question,) if len(self._question) else ()
+        memory: tuple[Tensor, ...] = self._encode_module(image, *asked)
         return memory
 
     def _run_step(

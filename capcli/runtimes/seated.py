@@ -56,6 +56,7 @@ class Seated(ABC):
         self._image_entries = 0
         self._shapes, self._settings = shapes, settings
         self._prompt = torch.tensor(settings.prompt, device=self.device)
+        self._question = torch.tensor(settings.question, dtype=torch.long, device=self.device)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -92,6 +93,7 @@ class Seated(ABC):
 
     def slot_bytes(self, pixels: npt.NDArray[np.uint8], settings: Settings) -> int:
         """What a slot's memory and pool hold; `pixels` [1, h, w, 3] is any one image."""
+        self._question = torch.tensor(settings.question, dtype=torch.long, device=self.device)
         seen = self._encode(pixels)
         return sum(x.nbytes + x.nbytes // x.shape[2] * settings.entries for x in seen)
 

@@ -141,6 +141,7 @@ def captioner_of(model: Any, tokenizer: Any, spec: PixelSpec, size: tuple[int, i
         generation=model.generation_config.to_dict(),
         positions=step.positions,
         vocabulary=step.vocabulary,
+        question=None,
         spaced=puts_spaces(tokenizer),
     )
     try:

@@ -1,0 +1,83 @@
+"""Florence-2 (Florence2ForConditionalGeneration, Xiao et al., 2023): DaViT, and a BART that reads image tokens and a question.
+
+BART's decoder passes over the positions that it is handed and counts its own, so its layers are called one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import EncoderDecoderCache
+
+from capcli.models import modules
+from capcli.models.modules import split_heads
+
+LOADER = "Florence2ForConditionalGeneration"
+# The questions that its tasks without a region stand for, as transformers' Florence2Processor has them.
+TASKS = {
+    "<CAPTION>": "What does the image describe?",
+    "<DETAILED_CAPTION>": "Describe in detail what is shown in the image.",
+    "<MORE_DETAILED_CAPTION>": "Describe with a paragraph what is shown in the image.",
+    "<OCR>": "What is the text in the image?",
+}
+
+
+class Encode(modules.Encode):
+    """Pixels and a question, in BART's encoder together, to memory."""
+
+    any_size = True
+
+    def __init__(self, model: nn.Module, rescale: float, mean: Sequence[float], std: Sequence[float]) -> None:
+        whole: Any = model
+        super().__init__(whole.model.vision_tower, rescale, mean, std, size=768)
+        self.project: nn.Module = whole.model.multi_modal_projector
+        self.reader: Any = whole.model.language_model
+
+    def forward(self, pixels: Tensor, question: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """uint8 [E, h, w, 3] and the question's ids [W] -> 2 x layers of [E, H, image tokens + W, D]."""
+        seen = self.project(self.encoder(self.normalise(pixels)).last_hidden_state)
+        words = self.reader.get_input_embeddings()(question).expand(len(seen), -1, -1)
+        return self.remember(self.reader.encoder(inputs_embeds=torch.cat((seen, words), 1)).last_hidden_state)
+
+    def remember(self, seen: Tensor) -> tuple[Tensor, ...]:
+        layers = [layer.encoder_attn for layer in self.reader.decoder.layers]
+        return tuple(
+            split_heads(project(seen), layer.num_heads) for layer in layers for project in (layer.k_proj, layer.v_proj)
+        )
+
+
+class Step(modules.Step):
+    """One pass of BART's decoder."""
+
+    def __init__(self, model: nn.Module) -> None:
+        whole: Any = model
+        super().__init__(whole.model.language_model.decoder)
+        config = whole.config.text_config
+        self.head: nn.Module = whole.lm_head
+        self.positions, self.vocabulary = config.max_position_embeddings, config.vocab_size
+
+    def say(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: EncoderDecoderCache) -> Tensor:
+        decoder: Any = self.decoder
+        cross: Any = cache.cross_attention_cache.layers[0]
+        places = decoder.embed_positions
+        x = decoder.embed_tokens(tokens) + nn.functional.embedding(position + places.offset, places.weight)
+        x = decoder.layernorm_embedding(x)
+        for layer in decoder.layers:
+            x = layer(x, mask, cross.keys[:, 0], past_key_values=cache)  # filled: only the presence of keys counts
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def generation(config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+    """What `generate()` goes by: the model's generation_config."""
+    return own
+
+
+def question(tokenizer: Any, prompt: str | None) -> list[int]:
+    """The ids of what the encoder is asked: a task such as <CAPTION>, which is asked where nothing is, or words of one's own."""
+    words = TASKS.get(prompt or "<CAPTION>", prompt)
+    ids: list[int] = tokenizer(f"{tokenizer.bos_token}{words}{tokenizer.eos_token}", add_special_tokens=False)["input_ids"]
+    return ids
