@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from PIL import Image
 from running import call, paint
 
 from capcli.decoding.loop import Shapes
+from capcli.models.families import FILES
 
+README = Path(__file__).parents[1] / "README.md"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers")
 families = pytest.mark.parametrize("family", FAMILIES)
 SEARCHES: dict[str, Case] = {
@@ -76,3 +79,21 @@ def test_an_engine_says_the_same(tmp_path: Path, family: str, profile: str) -> N
         )
         assert ours.code == theirs.code == 0, ours.err
         assert [row["text"] for row in ours.rows] == [row["text"] for row in theirs.rows]
+
+
+def test_the_readme_lists_every_family() -> None:
+    table = README.read_text("utf-8").partition("<!-- families -->")[2].partition("\n\n")[0]
+    rows = {row.split("|")[1].strip(" `"): row.split("|")[3:7] for row in table.splitlines()[3:]}
+    assert rows.keys() == FILES.keys()
+    for name, (captions, trains, onnx, _) in rows.items():
+        family = import_module(f"capcli.models.{FILES[name]}")
+        assert captions.strip() == "yes"
+        assert trains.strip() == ("yes" if name == "vision-encoder-decoder" else "no")
+        assert (onnx.strip() == "yes") == (not hasattr(family, "question"))
+
+
+def test_what_cannot_be_exported_is_told(tmp_path: Path) -> None:
+    done = call("export", "--onnx", "--model", save_family(tmp_path / "it", "florence2"), "--out", tmp_path / "engine")
+    assert done.code == 1
+    assert "cannot be exported" in done.err
+    assert not (tmp_path / "engine").exists()

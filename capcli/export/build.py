@@ -18,6 +18,7 @@ from capcli.export.origin import Captioner, Origin
 from capcli.export.place import building_site, place, put_in_place, written
 from capcli.export.proof import SLOTS, Pixels, Proof, draw_images, prove, searches
 from capcli.models.build import choose_device, open_engine
+from capcli.models.families import family_of
 from capcli.models.files import GENERATION, ModelFiles
 from capcli.models.hub import find_model
 from capcli.options import ExportOptions, GenerationOptions
@@ -43,6 +44,8 @@ def run(options: ExportOptions) -> int:
     refuse_elsewhere(options, device)
     paths = listed(options)
     model = find_model(options.model, options.revision, quiet=options.quiet)
+    if hasattr(family_of(model.config), "question"):
+        raise CapcliError(f"{options.model} cannot be exported yet: its encoder reads a question beside the pixels")
     if options.threads:
         torch.set_num_threads(options.threads)
     note = silent if options.quiet else say
