@@ -79,6 +79,8 @@ def ask(model: PreTrainedModel, image: np.ndarray, case: Case, key: int) -> Trut
         out = model.generate(
             pixel_values=values(image, model.dtype),
             **prompted(model, case.prompt),
+            # with a cache, GIT of transformers 5.17 says other than without
+            use_cache=model.config.model_type != "git",
             return_dict_in_generate=True,
             output_scores=True,
             output_logits=True,
