@@ -90,7 +90,9 @@ source, generation, model, output, running = map(under, ("Source", "Generation",
 @model("--threads", metavar="N", type=click.IntRange(min=1), help="CPU threads for the model. [default: all cores]")
 @generation_options
 @generation("--seed", metavar="N", type=int, help="With sampling: other noise; the same seed gives the same captions.")
-@generation("--prompt", metavar="TEXT", help="Words given to the decoder before the caption; to Florence-2, its question.")
+@generation(
+    "--prompt", metavar="TEXT", help="Words given to the decoder before the caption; to Florence-2, its question."
+)
 @generation("--keep-prompt", is_flag=True, help="Leave the prompt in the text.")
 @output(
     "-o",

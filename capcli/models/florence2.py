@@ -79,5 +79,7 @@ def generation(config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:  
 def question(tokenizer: Any, prompt: str | None) -> list[int]:
     """The ids of what the encoder is asked: a task such as <CAPTION>, which is asked where nothing is, or words of one's own."""
     words = TASKS.get(prompt or "<CAPTION>", prompt)
-    ids: list[int] = tokenizer(f"{tokenizer.bos_token}{words}{tokenizer.eos_token}", add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(f"{tokenizer.bos_token}{words}{tokenizer.eos_token}", add_special_tokens=False)[
+        "input_ids"
+    ]
     return ids
