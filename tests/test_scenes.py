@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import random
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MODEL, PICTURES = EXAMPLES / "demo-model", EXAMPLES / "scenes"
@@ -152,6 +153,20 @@ def test_the_command_writes_a_folder_that_loads(tmp_path: Path) -> None:
             assert picture.convert("RGB").size == (scenes.PICTURE_SIZE, scenes.PICTURE_SIZE)
         assert row["text"] == row["captions"][0]
         assert all(scenes.judge(caption, scenes.make_scene(7, index)).right for caption in row["captions"])
+
+
+def test_one_group_is_drawn_on_its_side_and_the_other_left_out(tmp_path: Path) -> None:
+    scenes.write_folder(tmp_path, 6, 7, (".png",), sides=True)
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text("utf-8").splitlines()]
+    for index, row in enumerate(rows):
+        scene = scenes.make_scene(7, index, ("left",))
+        drawn, side = (scene.first, "left") if index % 2 else (scene.second, "right")
+        said = {scenes.describe(random.Random(n), drawn) for n in range(8)}
+        assert all(caption.partition(f" on the {side}")[0] in said for caption in row["captions"])
+        with Image.open(tmp_path / row["file_name"]) as picture:
+            lacks = ImageChops.difference(picture.convert("RGB"), scenes.draw(scene)).getbbox()
+        middle = scenes.PICTURE_SIZE / 2
+        assert lacks[0] > 0.8 * middle if side == "left" else lacks[2] < 1.2 * middle
 
 
 def test_the_demo_model_captions_its_pictures_right_and_ends_by_itself() -> None:
