@@ -21,12 +21,13 @@ import click
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from running import call, change_json, environment, paint, save_captioner
 from safetensors.torch import load_file, save_file
 
+import capcli
 from capcli.cli import cli
-from capcli.models import build
 
 HEAVY = ("PIL", "huggingface_hub", "numpy", "rich", "torch", "transformers")
 TREE = ("a.png", b"caf\xe9.gif", "new\nline.png", "quo'te\".bmp", "sub/b.jpg", "sub/c d.webp", "sub/deep/e.tif")
@@ -217,7 +218,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: Any, **__: Any) -> None:
         pytest.fail("weights were read")
 
-    monkeypatch.setattr(build.VisionEncoderDecoderModel, "from_pretrained", refuse)
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", refuse)
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -683,7 +684,7 @@ def test_an_option_named_by_the_command_is_the_same_everywhere():
     known = {flag for _, option in every_option() for flag in (*option.opts, *option.secondary_opts)}
     known |= {"--help", "--version", "--nproc-per-node"}  # the last is torchrun's
     known |= {"--query-gpu", "--force-reinstall", "--upgrade", "--force-download"}  # nvidia-smi's, pip's and hf's
-    folder = Path(build.__file__).parents[1]
+    folder = Path(capcli.__file__).parent
     for path in folder.rglob("*.py"):
         if path.parent.name == "cli":
             continue

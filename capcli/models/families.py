@@ -12,6 +12,8 @@ from capcli.models.modules import Encode, Step
 
 FILES = {"vision-encoder-decoder": "vision_encoder_decoder", "blip": "blip", "git": "git", "florence2": "florence2"}
 
+TRAINED = ("vision-encoder-decoder",)
+
 
 class Family(Protocol):
     """What a family's file holds."""

@@ -12,6 +12,7 @@ from transformers import VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
 from capcli.errors import CapcliError, UsageError
 from capcli.models.build import explained, own_generation, pixel_size, quiet_transformers, refuse_missing
+from capcli.models.families import TRAINED
 from capcli.models.files import PROCESSOR
 from capcli.models.hub import find_model
 from capcli.models.vision_encoder_decoder import ANY_SIZE
@@ -95,6 +96,11 @@ def assemble(
 
 def _go_on(name: str, options: ModelOptions, generation: GenerationOptions, quiet: bool) -> Untrained:
     files = find_model(name, quiet=quiet)
+    kind = files.config.get("model_type")
+    if kind not in TRAINED:
+        raise CapcliError(
+            f"{name} is of the kind {kind}, which captions but cannot be trained yet; these can: {', '.join(TRAINED)}"
+        )
     with explained(files), quiet_transformers():
         config = VisionEncoderDecoderConfig.from_dict(files.config)
     spec = _pixels(name, files.processor, config.encoder)
