@@ -107,3 +107,10 @@ def test_what_cannot_be_trained_is_told(tmp_path: Path) -> None:
     done = call("train", "--model", folder, *data, "--out", tmp_path / "out")
     assert done.code == 1
     assert "of the kind git, which captions but cannot be trained yet" in done.err
+
+
+def test_a_task_that_gives_no_caption_is_told(tmp_path: Path) -> None:
+    folder, photos = save_family(tmp_path / "it", "florence2"), paint(tmp_path / "photos", "a.png")
+    done = call("caption", photos, "--model", folder, "-o", "-", "--prompt", "<OD>")
+    assert done.code == 2
+    assert "<OD> is no task that captions" in done.err

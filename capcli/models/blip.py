@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import BlipTextConfig, GenerationConfig
-from transformers.cache_utils import EncoderDecoderCache
 
 from capcli.models import modules
 from capcli.models.modules import split_heads
@@ -35,7 +34,7 @@ class Encode(modules.Encode):
         )
 
 
-class Step(modules.Step):
+class Step(modules.CrossStep):
     """One pass of the text decoder."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,20 +42,6 @@ class Step(modules.Step):
         super().__init__(whole.text_decoder)
         config = whole.config.text_config
         self.positions, self.vocabulary = config.max_position_embeddings, config.vocab_size
-
-    def say(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: EncoderDecoderCache) -> Tensor:
-        cross: Any = cache.cross_attention_cache.layers[0]
-        out = self.decoder(
-            input_ids=tokens,
-            position_ids=position,
-            attention_mask=mask,
-            past_key_values=cache,
-            encoder_hidden_states=cross.keys[:, 0],  # only its presence counts: the cross layers are filled
-            use_cache=True,
-            is_decoder=True,
-        )
-        logits: Tensor = out.logits
-        return logits
 
 
 def generation(config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001

@@ -42,9 +42,7 @@ class Model:
     generation: dict[str, Any]
     positions: int  # the longest sequence, prompt and caption, that the decoder can hold
     vocabulary: int
-    question: (
-        Callable[[Any, str | None], list[int]] | None
-    )  # a prompt's ids, where the encoder reads it and not the decoder
+    question: Callable[[Any, str | None], list[int]] | None  # a prompt's ids, where not the decoder reads it
     spaced: bool  # the tokenizer's decoder puts spaces between tokens, so between characters where those are the tokens
 
 

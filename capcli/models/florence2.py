@@ -5,6 +5,7 @@ BART's decoder passes over the positions that it is handed and counts its own, s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
+from capcli.errors import UsageError
 from capcli.models import modules
 from capcli.models.modules import split_heads
 
@@ -23,6 +25,7 @@ TASKS = {
     "<MORE_DETAILED_CAPTION>": "Describe with a paragraph what is shown in the image.",
     "<OCR>": "What is the text in the image?",
 }
+TASK = re.compile("<[A-Z_]+>")
 
 
 class Encode(modules.Encode):
@@ -77,7 +80,12 @@ def generation(config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:  
 
 
 def question(tokenizer: Any, prompt: str | None) -> list[int]:
-    """The ids of what the encoder is asked: a task such as <CAPTION>, which is asked where nothing is, or words of one's own."""
+    """The ids of what the encoder is asked: a task such as <CAPTION>, which is asked where nothing is, or words of one's own.
+
+    Raises UsageError for a task that gives no caption.
+    """
+    if prompt and TASK.fullmatch(prompt) and prompt not in TASKS:
+        raise UsageError(f"--prompt {prompt} is no task that captions; these are: {', '.join(TASKS)}")
     words = TASKS.get(prompt or "<CAPTION>", prompt)
     ids: list[int] = tokenizer(f"{tokenizer.bos_token}{words}{tokenizer.eos_token}", add_special_tokens=False)[
         "input_ids"

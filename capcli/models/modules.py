@@ -107,6 +107,24 @@ class Step(nn.Module, ABC):
         """Logits [S, Q, V] under an additive mask [S, 1, Q, N]."""
 
 
+class CrossStep(Step):
+    """One pass of a decoder with cross-attention that takes positions, a 4-D mask and a cache as they are handed to it."""
+
+    def say(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: EncoderDecoderCache) -> Tensor:
+        cross: Any = cache.cross_attention_cache.layers[0]
+        out = self.decoder(
+            input_ids=tokens,
+            position_ids=position,
+            attention_mask=mask,
+            past_key_values=cache,
+            # only its presence and its length count: the cross layers are filled
+            encoder_hidden_states=cross.keys[:, 0],
+            use_cache=True,
+        )
+        logits: Tensor = out.logits
+        return logits
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[E, M, H * D] -> [E, H, M, D]."""
     parts: Tensor = x.unflatten(-1, (heads, -1))  # type: ignore[no-untyped-call]

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.cache_utils import EncoderDecoderCache
 
 from capcli.models import modules
 from capcli.models.modules import split_heads
@@ -33,7 +32,7 @@ class Encode(modules.Encode):
         return tuple(t for layer in cross_layers(self.decoder) for t in keys_and_values(layer, self.project(seen)))
 
 
-class Step(modules.Step):
+class Step(modules.CrossStep):
     """One pass of GPT-2 or BERT."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -41,20 +40,6 @@ class Step(modules.Step):
         super().__init__(whole.decoder)
         config = whole.config.decoder
         self.positions, self.vocabulary = config.max_position_embeddings, config.vocab_size
-
-    def say(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: EncoderDecoderCache) -> Tensor:
-        cross: Any = cache.cross_attention_cache.layers[0]
-        out = self.decoder(
-            input_ids=tokens,
-            position_ids=position,
-            attention_mask=mask,
-            past_key_values=cache,
-            # only its presence and its length count: the cross layers are filled
-            encoder_hidden_states=cross.keys[:, 0],
-            use_cache=True,
-        )
-        logits: Tensor = out.logits
-        return logits
 
 
 def generation(_config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
