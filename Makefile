@@ -31,8 +31,11 @@ demo: $(VENV)/.installed
 	$(BIN)/capcli caption examples/scenes --model examples/demo-model --out captions.jsonl
 	@head -n 8 captions.jsonl
 
+# A process for each core, up to four: most tests wait for processes of their own to start.
+TESTS := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 # What needs a CUDA device; skipped, with the reason, where there is none.
 gpu-test: $(VENV)/.installed-dev
@@ -44,7 +47,7 @@ lint: $(VENV)/.installed-dev
 
 check: lint
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 # Prints the interpreter that .venv would be made with.
 python:

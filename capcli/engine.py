@@ -27,7 +27,8 @@ Kind = Literal["onnx", "tensorrt"]
 class Memory:
     """One image's memory in a decoder layer: heads, positions and the size of a head, alike in all layers.
 
-    `prefixed`: it is no memory for cross-attention, but the first entries of the pool.
+    `prefixed`: it is no memory for cross-attention, but the first entries of the pool. `asked`: the words of a question,
+    which encode reads beside the pixels, come on top of `positions`.
     """
 
     layers: int
@@ -35,6 +36,7 @@ class Memory:
     positions: int
     head_size: int
     prefixed: bool = False
+    asked: bool = False
 
     @property
     def names(self) -> list[str]:

@@ -56,9 +56,10 @@ class FakeRuntime:
         self.seated = {}
         self.call()
 
-    def admit(self, pixels: np.ndarray, seats: Sequence[int]) -> torch.Tensor:
+    def admit(self, pixels: np.ndarray, seats: Sequence[int], questions: Sequence[Sequence[int]]) -> torch.Tensor:
         self.call()
         assert pixels.shape == (self.shapes.chunk, 2, 2, 3), "encode has one shape"
+        assert len(questions) == len(pixels)
         numbers = pixels[: len(seats), 0, 0, 0].tolist()
         self.admitted.append(numbers)
         self.seated |= dict(zip(seats, numbers, strict=True))

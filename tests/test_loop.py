@@ -226,8 +226,8 @@ def test_an_image_that_is_not_finite_leaves_its_neighbours_and_successors_alone(
         for tensor in state:
             tensor[seat] = torch.nan
 
-    def admit_poisoned(pixels, seats):
-        finite = admit(pixels, seats)
+    def admit_poisoned(pixels, seats, questions):
+        finite = admit(pixels, seats, questions)
         for i, seat in enumerate(seats):
             poisoned.discard(seat)
             if (pixels[i] == 0).all():

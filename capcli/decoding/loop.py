@@ -47,11 +47,15 @@ class Shapes:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One image to caption: `pixels` uint8 [height, width, 3], `key` for its sampling noise, `tag` the caller's own."""
+    """One image to caption: `pixels` uint8 [height, width, 3], `key` for its sampling noise, `tag` the caller's own.
+
+    `question` are the ids that its encoder reads beside it, as many for every image of a run; none: the settings' own.
+    """
 
     tag: Any
     pixels: npt.NDArray[np.uint8]
     key: int = 0
+    question: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +89,12 @@ class Runtime(Protocol):
     def fewer(self, shapes: Shapes, settings: Settings) -> Shapes:
         """About half the slots, for less memory; `shapes` themselves where there is nothing smaller."""
 
-    def admit(self, pixels: npt.NDArray[np.uint8], seats: Sequence[int]) -> torch.Tensor:
+    def admit(
+        self, pixels: npt.NDArray[np.uint8], seats: Sequence[int], questions: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
         """Encodes `pixels` [E, h, w, 3], of which the first len(seats) count, into those slots. bool [len(seats)]: all finite.
+
+        `questions` are E rows of as many ids, none where the encoder reads none; an id below 0 is no word.
 
         Nothing stays of who sat there before.
         """
@@ -163,6 +171,7 @@ class Batch:
 
     def __init__(self, feed: Feed, runtime: Runtime, settings: Settings, shapes: Shapes, waiting: deque[Job]) -> None:
         self.feed, self.runtime, self.shapes, self.waiting = feed, runtime, shapes, waiting
+        self.question = settings.question
         self.slots: Slots[Job] = Slots(shapes.slots)
         self.search = make_search(settings, shapes.slots, runtime.device)
         self.readings: deque[tuple[int, torch.Tensor, torch.Tensor, Any]] = deque()
@@ -209,8 +218,9 @@ class Batch:
 
     def seat(self, jobs: list[Job]) -> None:
         seats = self.slots.seat(jobs)
-        pixels = np.stack([job.pixels for job in jobs] + [jobs[0].pixels] * (self.shapes.chunk - len(jobs)))
-        finite = self.runtime.admit(pixels, seats)
+        full = [*jobs, *[jobs[0]] * (self.shapes.chunk - len(jobs))]
+        questions = [job.question or self.question for job in full]
+        finite = self.runtime.admit(np.stack([job.pixels for job in full]), seats, questions)
         self.search.seat(seats, [job.key for job in jobs])
         at = torch.tensor(seats, device=self.runtime.device)
         self.broken[at] = ~finite

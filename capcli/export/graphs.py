@@ -27,7 +27,7 @@ Profile = Literal["fused", "portable"]
 OPSET: dict[str, int] = {"fused": 24, "portable": 18}
 NEWEST_FIRST = onnxscript.values.Opset("", 24)
 # Sizes of the example that is traced: all different, and none 0 or 1, which torch.export takes for constants.
-CHUNK, SLOTS, ROWS, ENTRIES = 2, 3, 5, 7
+CHUNK, SLOTS, ROWS, ENTRIES, WORDS = 2, 3, 5, 7, 9
 
 
 @torch.library.custom_op("capcli::tensor_scatter", mutates_args=())
@@ -112,15 +112,23 @@ class StepGraph(nn.Module):
         return (logits, *(entries for layer in layers for entries in (layer.keys, layer.values)))
 
 
-def encode_graph(encode: Encode, size: tuple[int, int], profile: Profile) -> tuple[onnx.ModelProto, Memory]:
-    """pixels uint8 [E, h, w, 3] -> memory_k0, memory_v0, ... [E, H, M, D]."""
-    pixels = torch.zeros(CHUNK, *size, 3, dtype=torch.uint8)
+def encode_graph(
+    encode: Encode, size: tuple[int, int], profile: Profile, *, asked: bool = False
+) -> tuple[onnx.ModelProto, Memory]:
+    """pixels uint8 [E, h, w, 3], and where it is `asked` question int32 [E, W] -> memory_k0, memory_v0, ... [E, H, M, D]."""
+    given: tuple[Tensor, ...] = (torch.zeros(CHUNK, *size, 3, dtype=torch.uint8),)
+    axes: tuple[dict[int, str], ...] = ({0: "chunk"},)
+    if asked:
+        given, axes = (*given, torch.zeros(CHUNK, WORDS, dtype=torch.int32)), (*axes, {0: "chunk", 1: "words"})
     with torch.inference_mode():
-        shape = encode(pixels[:1])
+        shape = encode(*(x[:1] for x in given))
     heads, positions, head_size = shape[0].shape[1:]
-    memory = Memory(len(shape) // 2, heads, positions, head_size, prefixed=encode.prefixed)
+    positions -= WORDS if asked else 0
+    memory = Memory(len(shape) // 2, heads, positions, head_size, prefixed=encode.prefixed, asked=asked)
     with attention(encode.encoder, profile):
-        graph = exported(encode, (pixels,), profile, ["pixels"], [f"memory_{n}" for n in memory.names], ({0: "chunk"},))
+        graph = exported(
+            encode, given, profile, ["pixels", "question"][: len(given)], [f"memory_{n}" for n in memory.names], axes
+        )
     return graph, memory
 
 
@@ -130,7 +138,8 @@ def step_graph(step: Step, memory: Memory, dtype: torch.dtype, profile: Profile)
     # each a tensor of its own: one that is given twice becomes one input
     tokens, position = (torch.zeros(SLOTS, ROWS, dtype=torch.int32) for _ in range(2))
     at = torch.zeros(SLOTS, dtype=torch.int32)
-    kept = [torch.zeros(SLOTS, memory.heads, memory.positions, memory.head_size, dtype=dtype) for _ in names]
+    remembered = memory.positions + (WORDS if memory.asked else 0)
+    kept = [torch.zeros(SLOTS, memory.heads, remembered, memory.head_size, dtype=dtype) for _ in names]
     image = memory.positions if memory.prefixed else 0
     pool = [torch.zeros(SLOTS, memory.heads, image + ENTRIES, memory.head_size, dtype=dtype) for _ in names]
     visible = torch.ones(SLOTS, ROWS, image + ENTRIES, dtype=torch.bool)
@@ -143,7 +152,8 @@ def step_graph(step: Step, memory: Memory, dtype: torch.dtype, profile: Profile)
         {0: "slots", 1: "rows"},
         {0: "slots"},
         {0: "slots", 1: "rows", 2: "entries"},
-        [{0: "slots"} for _ in kept] + [{0: "slots", 2: "entries"} for _ in names],
+        [{0: "slots"} | ({2: "remembered"} if memory.asked else {}) for _ in kept]
+        + [{0: "slots", 2: "entries"} for _ in names],
     )
     with attention(step.decoder, profile):
         return exported(

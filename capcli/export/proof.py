@@ -179,7 +179,8 @@ def forced_logits(
     for first in range(0, len(images), shapes.chunk):
         group, said = images[first : first + shapes.chunk], spoken[first : first + shapes.chunk]
         runtime.allocate(shapes, settings)
-        runtime.admit(np.stack([*group, *[group[0]] * (shapes.chunk - len(group))]), range(len(group)))
+        full = np.stack([*group, *[group[0]] * (shapes.chunk - len(group))])
+        runtime.admit(full, range(len(group)), [settings.question] * len(full))
         visible = torch.zeros(shapes.slots, rows, settings.entries, dtype=torch.bool, device=runtime.device)
         visible[..., :prefix] = True
         tokens = torch.full((shapes.slots, rows), start, device=runtime.device)

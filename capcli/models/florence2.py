@@ -40,9 +40,9 @@ class Encode(modules.Encode):
         self.reader: Any = whole.model.language_model
 
     def forward(self, pixels: Tensor, question: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """uint8 [E, h, w, 3] and the question's ids [W] -> 2 x layers of [E, H, image tokens + W, D]."""
+        """uint8 [E, h, w, 3] and the questions' ids [E, W] -> 2 x layers of [E, H, image tokens + W, D]."""
         seen = self.project(self.encoder(self.normalise(pixels)).last_hidden_state)
-        words = self.reader.get_input_embeddings()(question).expand(len(seen), -1, -1)
+        words = self.reader.get_input_embeddings()(question)
         return self.remember(self.reader.encoder(inputs_embeds=torch.cat((seen, words), 1)).last_hidden_state)
 
     def remember(self, seen: Tensor) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ class Encode(nn.Module, ABC):
 
     `encoder` is transformers' vision encoder and `size` the image size that its config names. What is left of an image is its
     memory, for cross-attention; with `prefixed` it is its prefix: the first entries of its slot's pool. An encoder that is asked
-    a question takes its ids [W] as well.
+    a question takes its ids [E, W] as well; where images are prefixes its words are the last entries, hidden for ids below 0.
     """
 
     prefixed = False

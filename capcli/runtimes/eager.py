@@ -34,10 +34,9 @@ class Eager(Seated):
         """`turn`, or on CUDA its recording: a step is hundreds of small kernels, and one launch starts them all."""
         return Recorded(turn, self.device) if self._record else turn
 
-    def _encode(self, pixels: npt.NDArray[np.uint8]) -> Sequence[Tensor]:
+    def _encode(self, pixels: npt.NDArray[np.uint8], questions: Tensor) -> Sequence[Tensor]:
         image = torch.from_numpy(pixels).to(self.device, non_blocking=True)
-        asked = (self._question,) if len(self._question) else ()
-        memory: tuple[Tensor, ...] = self._encode_module(image, *asked)
+        memory: tuple[Tensor, ...] = self._encode_module(image, *((questions,) if questions.shape[1] else ()))
         return memory
 
     def _run_step(

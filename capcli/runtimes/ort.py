@@ -66,14 +66,17 @@ class Ort(Seated):
         self._dtype, self._vocabulary = DTYPES[engine.dtype], engine.vocabulary
         held = engine.memory
         self._layers = held.names
-        self._shape = (held.heads, held.positions, held.head_size)
+        self._shape, self._asked = (held.heads, held.positions, held.head_size), held.asked
         self._bound: tuple[Any, ...] = ()
 
-    def _encode(self, pixels: npt.NDArray[np.uint8]) -> Sequence[Tensor]:
+    def _encode(self, pixels: npt.NDArray[np.uint8], questions: Tensor) -> Sequence[Tensor]:
         image = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device, non_blocking=True)
-        memory = [image.new_empty(len(image), *self._shape, dtype=self._dtype) for _ in self._layers]
+        given = {"pixels": image} | ({"question": questions.int()} if self._asked else {})
+        heads, entries, head_size = self._shape
+        shape = (len(image), heads, entries + (questions.shape[1] if self._asked else 0), head_size)
+        memory = [image.new_empty(shape, dtype=self._dtype) for _ in self._layers]
         names = [f"memory_{name}" for name in self._layers]
-        self._run(self._encoder, bind(self._encoder, {"pixels": image}, dict(zip(names, memory, strict=True))))
+        self._run(self._encoder, bind(self._encoder, given, dict(zip(names, memory, strict=True))))
         return memory
 
     def _run_step(

@@ -29,8 +29,8 @@ class Seated(ABC):
         self._pool: list[Tensor] = []
 
     @abstractmethod
-    def _encode(self, pixels: npt.NDArray[np.uint8]) -> Sequence[Tensor]:
-        """[E, h, w, 3] -> memory or prefix, 2 x layers of [E, H, M, D]."""
+    def _encode(self, pixels: npt.NDArray[np.uint8], questions: Tensor) -> Sequence[Tensor]:
+        """[E, h, w, 3] and int64 [E, W] -> memory or prefix, 2 x layers of [E, H, M, D]."""
 
     @abstractmethod
     def _run_step(
@@ -56,12 +56,12 @@ class Seated(ABC):
         self._image_entries = 0
         self._shapes, self._settings = shapes, settings
         self._prompt = torch.tensor(settings.prompt, device=self.device)
-        self._question = torch.tensor(settings.question, dtype=torch.long, device=self.device)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def admit(self, pixels: npt.NDArray[np.uint8], seats: Sequence[int]) -> Tensor:
-        seen = self._encode(pixels)
+    def admit(self, pixels: npt.NDArray[np.uint8], seats: Sequence[int], questions: Sequence[Sequence[int]]) -> Tensor:
+        asked = torch.tensor(questions, dtype=torch.long, device=self.device)  # [E, W]
+        seen = self._encode(pixels, asked)
         if not self._pool:
             self._make_room(seen)
         at = torch.tensor(seats, device=self.device)
@@ -69,8 +69,10 @@ class Seated(ABC):
             entries.index_fill_(0, at, 0)  # a NaN behind a mask still poisons, and an empty seat goes on writing
         for mine, new in zip(self._pool if self.prefixed else self._memory, seen, strict=True):
             mine[at, :, : new.shape[2]] = new[: len(seats)]
+        shown = self._shown(asked)
+        self._image[at] = shown[: len(seats)]
         if len(self._prompt) > 1:
-            self._write_prompt(seen, at)
+            self._write_prompt(seen, shown, at)
         # the first layer's keys mix all of what the encoder saw; what overflows later shows in the score
         finite: Tensor = seen[0][: len(seats)].isfinite().flatten(1).all(1)
         return finite
@@ -79,13 +81,7 @@ class Seated(ABC):
         prompt, rows = len(self._prompt) - 1, tokens.shape[1]
         positions = (prompt + position)[:, None].expand(-1, rows)
         at = self._image_entries + prompt + position * rows
-        return self._run_step(tokens, positions, at, self._with_image(visible), self._memory, self._pool)
-
-    def _with_image(self, visible: Tensor) -> Tensor:
-        """[S, Q, N] -> [S, Q, image entries + N]: every row sees all of its image."""
-        if not self._image_entries:
-            return visible
-        return torch.cat((visible.new_ones(*visible.shape[:2], self._image_entries), visible), 2)
+        return self._run_step(tokens, positions, at, with_image(self._image, visible), self._memory, self._pool)
 
     def repeated(self, turn: Callable[[], None]) -> Callable[[], None]:
         """`turn` itself; a runtime that can record a whole step gives the recording."""
@@ -93,17 +89,24 @@ class Seated(ABC):
 
     def slot_bytes(self, pixels: npt.NDArray[np.uint8], settings: Settings) -> int:
         """What a slot's memory and pool hold; `pixels` [1, h, w, 3] is any one image."""
-        self._question = torch.tensor(settings.question, dtype=torch.long, device=self.device)
-        seen = self._encode(pixels)
+        seen = self._encode(pixels, torch.tensor([settings.question], dtype=torch.long, device=self.device))
         return sum(x.nbytes + x.nbytes // x.shape[2] * settings.entries for x in seen)
 
     def _make_room(self, seen: Sequence[Tensor]) -> None:
         slots, entries = self._shapes.slots, self._settings.entries
         self._image_entries = seen[0].shape[2] if self.prefixed else 0
+        self._image = torch.ones(slots, self._image_entries, dtype=torch.bool, device=self.device)
         self._memory = [] if self.prefixed else [x.new_zeros(slots, *x.shape[1:]) for x in seen]
         self._pool = [x.new_zeros(slots, x.shape[1], self._image_entries + entries, x.shape[3]) for x in seen]
 
-    def _write_prompt(self, seen: Sequence[Tensor], at: Tensor) -> None:
+    def _shown(self, asked: Tensor) -> Tensor:
+        """Which of their images' entries rows see, [E, image entries]: all but those of a question's missing words, at the end."""
+        shown = torch.ones(len(asked), self._image_entries, dtype=torch.bool, device=self.device)
+        if self._image_entries and asked.shape[1]:
+            shown[:, -asked.shape[1] :] = asked >= 0
+        return shown
+
+    def _write_prompt(self, seen: Sequence[Tensor], shown: Tensor, at: Tensor) -> None:
         """Runs the prompt but for its last token, whose step is the caption's first, and keeps its entries."""
         chunk, prompt, image = seen[0].shape[0], len(self._prompt) - 1, self._image_entries
         room = [x.new_zeros(chunk, x.shape[1], prompt, x.shape[3]) for x in seen]
@@ -111,6 +114,13 @@ class Seated(ABC):
         order = torch.arange(prompt, device=self.device).expand(chunk, -1)
         visible = torch.ones(prompt, prompt, dtype=torch.bool, device=self.device).tril().expand(chunk, -1, -1)
         tokens = self._prompt[:-1].expand(chunk, -1)
-        self._run_step(tokens, order, image + order[:, 0], self._with_image(visible), memory, pool)
+        self._run_step(tokens, order, image + order[:, 0], with_image(shown, visible), memory, pool)
         for mine, new in zip(self._pool, pool, strict=True):
             mine[at, :, image : image + prompt] = new[: len(at), :, image:]
+
+
+def with_image(image: Tensor, visible: Tensor) -> Tensor:
+    """[S, image entries] and [S, Q, N] -> [S, Q, image entries + N]: every row sees what there is of its image."""
+    if not image.shape[1]:
+        return visible
+    return torch.cat((image[:, None].expand(-1, visible.shape[1], -1), visible), 2)

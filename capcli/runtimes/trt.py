@@ -126,7 +126,6 @@ class Trt(Seated):
         self._engine, self._load = engine, load
         self._names = engine.memory.names
         self._remembered = [] if self.prefixed else self._names
-        self._image = engine.memory.image_entries
         self._plans: dict[str, Plan] = {}
         self._release()
 
@@ -150,7 +149,7 @@ class Trt(Seated):
         """What a slot's memory and pool hold, the pool twice: not every plan writes in place."""
         held = self._engine.memory
         bucket = self._engine.bucket(1, settings)
-        places = held.positions - self._image + 2 * bucket.entries
+        places = held.positions - held.image_entries + 2 * bucket.entries
         return len(self._names) * held.heads * held.head_size * places * TYPES[self._engine.dtype].itemsize
 
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
@@ -158,7 +157,7 @@ class Trt(Seated):
 
         Raises UsageError for more than any bucket has room for.
         """
-        bucket = self._engine.bucket(shapes.slots, settings)
+        bucket, held = self._engine.bucket(shapes.slots, settings), self._engine.memory
         self._bucket = bucket
         self._release()
         super().allocate(shapes, settings)
@@ -171,7 +170,8 @@ class Trt(Seated):
         self._encoding, self._stepping = self._buffers(self._encoder.plan), self._buffers(self._decoder.plan)
         self._main = self._sides("main")
         self._memory = [self._stepping[f"memory_{name}"] for name in self._remembered]
-        self._pool, self._image_entries = self._main.before, self._image
+        self._pool, self._image_entries = self._main.before, held.image_entries
+        self._image = torch.ones(shapes.slots, held.image_entries, dtype=torch.bool, device=self.device)
 
     def _buffers(self, plan: Plan) -> dict[str, Tensor]:
         """Zeros for every port; one buffer for an input and the output that is written over it."""
@@ -221,11 +221,11 @@ class Trt(Seated):
             name, mine, [m if a is b else torch.zeros_like(a) for m, b, a in zip(mine, before, after, strict=True)]
         )
 
-    def _encode(self, pixels: npt.NDArray[np.uint8]) -> Sequence[Tensor]:
+    def _encode(self, pixels: npt.NDArray[np.uint8], questions: Tensor) -> Sequence[Tensor]:
         most = self._bucket.chunk
         if len(pixels) > most:
-            parts = [pixels[start : start + most] for start in range(0, len(pixels), most)]
-            told = [[x.clone() for x in self._encode(part)] for part in parts]
+            parts = [slice(start, start + most) for start in range(0, len(pixels), most)]
+            told = [[x.clone() for x in self._encode(pixels[part], questions[part])] for part in parts]
             return [torch.cat(each) for each in zip(*told, strict=True)]
         self._encoding["pixels"][: len(pixels)].copy_(torch.from_numpy(np.ascontiguousarray(pixels)))
         self._encoder.run(self._encoding)
@@ -258,10 +258,10 @@ class Trt(Seated):
         pool.turn()
         return bound["logits"][:slots]
 
-    def _write_prompt(self, seen: Sequence[Tensor], at: Tensor) -> None:  # noqa: ARG002
+    def _write_prompt(self, seen: Sequence[Tensor], shown: Tensor, at: Tensor) -> None:  # noqa: ARG002
         """As the rows of steps, for a plan has no other shape, and in a pool of its own: the slots that are busy keep theirs."""
         self._scratch = self._scratch or self._sides("scratch")
-        pool, rows, slots, image = self._scratch, self._bucket.rows, self._bucket.slots, self._image
+        pool, rows, slots, image = self._scratch, self._bucket.rows, self._bucket.slots, self._image_entries
         for entries, mine in zip(pool.before, self._pool, strict=True):
             entries.index_copy_(0, at, mine[at])
         prefix = len(self._prompt) - 1
@@ -269,7 +269,8 @@ class Trt(Seated):
         for start in range(0, prefix, rows):
             order = start + torch.arange(rows, device=self.device)  # past the prefix are rows that are written over
             place = order.clamp(max=prefix - 1)
-            visible = (entry <= image + order[:, None]).expand(slots, -1, -1)
+            visible = (entry <= image + order[:, None]).repeat(slots, 1, 1)
+            visible[: len(self._image), :, :image] &= self._image[:, None]
             tokens, first = self._prompt[place].expand(slots, -1), (image + order[0]).expand(slots)
             self._pass(pool, tokens, place.expand(slots, -1), first, visible)
         for mine, new in zip(self._pool, pool.before, strict=True):
