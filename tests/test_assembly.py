@@ -319,9 +319,9 @@ def test_parts_of_a_captioners_config_will_do(tmp_path: Path) -> None:
         ({"encoder": VIT | {"hidden_size": "wide"}}, "No vit can be made from the encoder table"),
         (
             {"decoder": GPT2 | {"n_positions": 39}},
-            r"max_length is 40, but the decoder table holds 39 tokens \(n_positions\)",
+            "max_length is 40, but the decoder table holds 39 tokens: give max_length 39 or less",
         ),
-        ({"decoder": BERT | {"max_position_embeddings": 9}}, r"holds 9 tokens \(max_position_embeddings\)"),
+        ({"decoder": BERT | {"max_position_embeddings": 9}}, "holds 9 tokens"),
         ({"tokenizer": None}, "the decoder table has no tokenizer: give tokenizer"),
         ({"generation": GenerationOptions(max_new_tokens=65)}, "max_new_tokens is 65, but the decoder holds 64"),
         ({"generation": GenerationOptions(num_return_sequences=3)}, "3 captions per image need at least as many beams"),

@@ -16,7 +16,7 @@ from PIL import Image
 from running import call, paint
 
 from capcli.decoding.loop import Shapes
-from capcli.models.families import FILES, TRAINED
+from capcli.models.families import FILES
 
 README = Path(__file__).parents[1] / "README.md"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers")
@@ -88,7 +88,7 @@ def test_the_readme_lists_every_family() -> None:
     for name, (captions, trains, onnx, _) in rows.items():
         family = import_module(f"capcli.models.{FILES[name]}")
         assert captions.strip() == "yes"
-        assert trains.strip() == ("yes" if name in TRAINED else "no")
+        assert trains.strip() == "yes"
         assert (onnx.strip() == "yes") == (not hasattr(family, "question"))
 
 
@@ -97,16 +97,6 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path) -> None:
     assert done.code == 1
     assert "cannot be exported" in done.err
     assert not (tmp_path / "engine").exists()
-
-
-def test_what_cannot_be_trained_is_told(tmp_path: Path) -> None:
-    (tmp_path / "captions.csv").write_text("image,caption\na.png,a dog\nb.png,a cat\n")
-    paint(tmp_path, "a.png", "b.png")
-    folder = save_family(tmp_path / "it", "git")
-    data = ("--data", tmp_path / "captions.csv", "--val-fraction", 0.5)
-    done = call("train", "--model", folder, *data, "--out", tmp_path / "out")
-    assert done.code == 1
-    assert "of the kind git, which captions but cannot be trained yet" in done.err
 
 
 def test_a_task_that_gives_no_caption_is_told(tmp_path: Path) -> None:

@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from capcli.models.modules import Encode, Step
 
 FILES = {"vision-encoder-decoder": "vision_encoder_decoder", "blip": "blip", "git": "git", "florence2": "florence2"}
-
-TRAINED = ("vision-encoder-decoder",)
 
 
 class Family(Protocol):
@@ -21,11 +19,28 @@ class Family(Protocol):
     LOADER: str  # transformers' class
     Encode: Callable[[nn.Module, float, Sequence[float], Sequence[float]], Encode]
     Step: Callable[[nn.Module], Step]
+    ENCODER: tuple[str, ...]  # the sub-modules that see
+    DECODER: tuple[str, ...]  # those that speak, the one with the embeddings first; what joins them is in neither
 
     def generation(self, config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         """The generation settings in force where the user says nothing: of config.json and the model's own."""
 
+    def inputs(self, model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the model's forward takes of a batch to learn from, so that its last T logits are those of the T labels.
+
+        A batch holds pixel_values, decoder_input_ids [B, T] and, where there is one, question [B, W], IGNORED where no word is.
+        """
+
     # `question(tokenizer, prompt)`, the ids that a prompt becomes, is there where the encoder is asked, not the decoder.
+
+
+IGNORED = -100  # where a batch holds no word
+
+
+def last_logits(out: Any, count: int) -> Tensor:
+    """The logits [B, count, V] of a caption's tokens: an image's may stand before them."""
+    logits: Tensor = out.logits[:, -count:]
+    return logits
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

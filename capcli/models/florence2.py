@@ -18,6 +18,7 @@ from capcli.models import modules
 from capcli.models.modules import split_heads
 
 LOADER = "Florence2ForConditionalGeneration"
+ENCODER, DECODER = ("model.vision_tower",), ("model.language_model",)
 # The questions that its tasks without a region stand for, as transformers' Florence2Processor has them.
 TASKS = {
     "<CAPTION>": "What does the image describe?",
@@ -91,3 +92,20 @@ def question(tokenizer: Any, prompt: str | None) -> list[int]:
         "input_ids"
     ]
     return ids
+
+
+def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """What the model learns from: place holders for the image tokens stand before the question."""
+    pixels, question = batch["pixel_values"], batch["question"]
+    held = question.new_full((len(question), image_tokens(model.config.vision_config, *pixels.shape[2:])), 1).bool()
+    known = torch.cat((held, question >= 0), 1)
+    ids = torch.cat((held * model.config.image_token_id, question.clamp(min=0)), 1)
+    read = {"input_ids": ids, "attention_mask": known.long(), "decoder_input_ids": batch["decoder_input_ids"]}
+    return {"pixel_values": pixels, **read, "use_cache": False}
+
+
+def image_tokens(vision: Any, height: int, width: int) -> int:
+    """One of all the image, and one of each patch that DaViT's stages leave."""
+    for size, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
+        height, width = ((side + 2 * padding - size) // stride + 1 for side in (height, width))
+    return 1 + height * width

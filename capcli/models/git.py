@@ -15,6 +15,7 @@ from capcli.models import modules
 from capcli.models.cache import keeping_cache
 
 LOADER = "GitForCausalLM"
+ENCODER, DECODER = ("git.image_encoder",), ("git.embeddings", "git.encoder", "output")
 
 
 class Encode(modules.Encode):
@@ -54,3 +55,8 @@ class Step(modules.Step):
 def generation(config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
     """What `generate()` goes by: the model's generation_config; a caption starts with bos."""
     return own
+
+
+def inputs(_model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """What the model learns from."""
+    return {"pixel_values": batch["pixel_values"], "input_ids": batch["decoder_input_ids"], "use_cache": False}

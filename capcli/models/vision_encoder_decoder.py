@@ -15,6 +15,7 @@ from capcli.models import modules
 from capcli.models.modules import split_heads
 
 LOADER = "VisionEncoderDecoderModel"
+ENCODER, DECODER = ("encoder",), ("decoder",)
 ANY_SIZE = ("swin", "swinv2")  # encoders that take images of other sizes than they were trained on
 
 
@@ -45,6 +46,11 @@ class Step(modules.CrossStep):
 def generation(_config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """What `generate()` goes by: the model's generation_config."""
     return own
+
+
+def inputs(_model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """What the model learns from."""
+    return {"pixel_values": batch["pixel_values"], "decoder_input_ids": batch["decoder_input_ids"], "use_cache": False}
 
 
 def cross_layers(decoder: Any) -> list[nn.Module]:

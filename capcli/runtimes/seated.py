@@ -100,7 +100,7 @@ class Seated(ABC):
         self._pool = [x.new_zeros(slots, x.shape[1], self._image_entries + entries, x.shape[3]) for x in seen]
 
     def _shown(self, asked: Tensor) -> Tensor:
-        """Which entries of their images rows see, [E, image entries]: all but those of missing words of a question, at the end."""
+        """Which entries of images rows see, [E, image entries]: all but those of words that a question lacks, at the end."""
         shown = torch.ones(len(asked), self._image_entries, dtype=torch.bool, device=self.device)
         if self._image_entries and asked.shape[1]:
             shown[:, -asked.shape[1] :] = asked >= 0

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import VisionEncoderDecoderConfig, VisionEncoderDecoderModel
+from torch import nn
+from transformers import PreTrainedModel, VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
 from capcli.errors import CapcliError, UsageError
-from capcli.models.build import explained, own_generation, pixel_size, quiet_transformers, refuse_missing
-from capcli.models.families import TRAINED
+from capcli.models.build import generation_of, load_weights, modules, pixel_size, quiet_transformers
 from capcli.models.files import PROCESSOR
 from capcli.models.hub import find_model
 from capcli.models.vision_encoder_decoder import ANY_SIZE
@@ -31,8 +31,6 @@ from capcli.training.vocabulary import (
     special_tokens,
 )
 
-POSITIONS = {"gpt2": "n_positions", "bert": "max_position_embeddings"}
-
 
 @dataclass(frozen=True, slots=True)
 class Untrained:
@@ -44,7 +42,7 @@ class Untrained:
     at most DEFAULT_LENGTH. `notes` are lines to say at the start.
     """
 
-    model: VisionEncoderDecoderModel
+    model: PreTrainedModel
     tokenizer: Any
     processor: dict[str, Any]
     specials: SpecialTokens
@@ -77,7 +75,7 @@ def assemble(
     decoder = find_part("decoder", _given(options.decoder), quiet=quiet)
     processor, notes = _processor(encoder)
     spec = _pixels(encoder.title, processor, config_of(encoder))
-    max_length = _length(decoder.title, config_of(decoder), options.max_length)
+    max_length = _length(decoder.title, config_of(decoder).max_position_embeddings, options.max_length)
     own = None if options.tokenizer == NEW else _own_tokenizer(decoder)
     tokenizer = _tokenizer(options, decoder, own, captions, quiet)
     specials = special_tokens(tokenizer, config_of(decoder))
@@ -96,40 +94,29 @@ def assemble(
 
 def _go_on(name: str, options: ModelOptions, generation: GenerationOptions, quiet: bool) -> Untrained:
     files = find_model(name, quiet=quiet)
-    kind = files.config.get("model_type")
-    if kind not in TRAINED:
-        raise CapcliError(
-            f"{name} is of the kind {kind}, which captions but cannot be trained yet; these can: {', '.join(TRAINED)}"
-        )
-    with explained(files), quiet_transformers():
-        config = VisionEncoderDecoderConfig.from_dict(files.config)
-    spec = _pixels(name, files.processor, config.encoder)
-    max_length = _length(name, config.decoder, options.max_length)
+    spec = PixelSpec.from_config(files.processor)
     tokenizer: Any = read_tokenizer(files)
-    own = own_generation(files) or {}
-    with explained(files), quiet_transformers():
-        loaded: Any = VisionEncoderDecoderModel.from_pretrained(
-            files.folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-    model, report = loaded
-    refuse_missing(files, report)
+    model = load_weights(files, "float32", torch.device("cpu"))
+    encode, step = modules(model, spec)
+    _refuse_unequal(name, encode.size, spec, any_size=encode.any_size)
+    max_length = _length(name, step.positions, options.max_length)
     leave_idle(model)
-    specials = _specials_in_force(model.generation_config.to_dict() | own, tokenizer, model.config)
+    specials = _specials_in_force(generation_of(files, model), tokenizer, model.config)
     notes = set_generation(model, specials, generation, None)
     return Untrained(model, tokenizer, dict(files.processor), specials, spec, frozenset(), max_length, tuple(notes))
 
 
 def _specials_in_force(generation: dict[str, Any], tokenizer: Any, config: Any) -> SpecialTokens:
     """Those that a trained captioner was made with, whatever its tokenizer calls them."""
-    end = generation.get("eos_token_id", config.eos_token_id)
+    end = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
     end = end[0] if isinstance(end, list) and end else end
     start = next(
         (i for i in (generation.get("decoder_start_token_id"), generation.get("bos_token_id")) if i is not None), None
     )
     if end is None or start is None:
-        return special_tokens(tokenizer, config.decoder)
+        return special_tokens(tokenizer, config.get_text_config(decoder=True))
     pad = generation.get("pad_token_id")
-    return SpecialTokens(start, end, end if pad is None else pad)
+    return SpecialTokens(start, end, end if pad is None else pad, generation.get("forced_bos_token_id"))
 
 
 def _given(part: Any) -> Any:
@@ -166,23 +153,25 @@ def _processor(encoder: Config) -> tuple[dict[str, Any], list[str]]:
 def _pixels(title: str, processor: dict[str, Any], encoder: Any) -> PixelSpec:
     """Raises CapcliError unless the processor makes the size that the encoder takes, of every image."""
     spec = PixelSpec.from_config(processor)
-    pixel_size(title, encoder.image_size, spec, any_size=encoder.model_type in ANY_SIZE)
+    _refuse_unequal(title, encoder.image_size, spec, any_size=encoder.model_type in ANY_SIZE)
+    return spec
+
+
+def _refuse_unequal(title: str, size: int | Sequence[int], spec: PixelSpec, *, any_size: bool) -> None:
+    pixel_size(title, size, spec, any_size=any_size)
     if spec.height is None:
         raise CapcliError(
             f"The image processor of {title} leaves images of different sizes, which cannot be trained on together: "
             f"give its {PROCESSOR} a size with height and width, or do_center_crop"
         )
-    return spec
 
 
-def _length(title: str, decoder: Any, max_length: int | None) -> int:
-    holds: int = decoder.max_position_embeddings
+def _length(title: str, holds: int, max_length: int | None) -> int:
     if max_length is None:
         return min(DEFAULT_LENGTH, holds)
     if max_length > holds:
-        field = POSITIONS[decoder.model_type]
         raise UsageError(
-            f"max_length is {max_length}, but {title} holds {holds} tokens ({field}): give max_length {holds} or less"
+            f"max_length is {max_length}, but {title} holds {holds} tokens: give max_length {holds} or less"
         )
     return max_length
 
@@ -250,7 +239,9 @@ def leave_idle(model: Any) -> None:
     would get none either, and in many a vocabulary that is the start or the end token as well.
     """
     model.eval()  # as loaded ones are
-    for name, weight in model.encoder.named_parameters():
-        if name.startswith(POOLER):
+    for name, weight in model.named_parameters():
+        if f".{POOLER}" in name:
             weight.requires_grad_(False)
-    model.decoder.get_input_embeddings().padding_idx = None
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None

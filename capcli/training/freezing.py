@@ -9,10 +9,11 @@ from typing import Any, Literal
 from torch import nn
 
 from capcli.errors import UsageError
+from capcli.models.families import family_of
 from capcli.training.parts import CROSS_ATTENTION, HEADS
 
 What = Literal["encoder", "decoder", "none"]
-POOLER = "encoder.pooler."  # rests always: no caption sees it
+POOLER = ".pooler."  # rests always: no caption sees it
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +38,9 @@ def freeze(model: Any, what: What, *, new_cross_attention: bool = False, new_emb
     Of a frozen decoder, cross-attention and embeddings that are new learn all the same: their weights are random. Call before
     the optimizer is made, and `train` instead of `model.train()` afterwards.
     """
-    names = []
+    names, part = [], tuple(f"{name}." for name in _parts(model).get(what, ()))
     for name, weight in _learnable(model):
-        frozen = name.startswith(f"{what}.") and not _is_new(name, model, new_cross_attention, new_embeddings)
+        frozen = name.startswith(part) and not _is_new(name, model, new_cross_attention, new_embeddings)
         weight.requires_grad_(not frozen)
         if frozen:
             names.append(name)
@@ -56,8 +57,8 @@ def unfreeze(model: Any) -> Frozen:
 def train(model: Any) -> None:
     """`model.train()`, with what is frozen as it is when captioning: without dropout."""
     model.train()
-    for part in (model.encoder, model.decoder):
-        weights = [weight for name, weight in part.named_parameters() if not name.startswith("pooler.")]
+    for part in (model.get_submodule(name) for names in _parts(model).values() for name in names):
+        weights = [weight for name, weight in part.named_parameters() if not f".{name}".startswith(POOLER)]
         if all(weight.requires_grad for weight in weights):
             continue
         part.eval()
@@ -73,12 +74,21 @@ def refuse_freezing(what: What, new: Collection[str]) -> None:
         raise UsageError(f"freeze is {what}, but the {what} is new: its random weights would never be learnt")
 
 
+def _parts(model: Any) -> dict[str, tuple[str, ...]]:
+    """The names of the sub-modules that see and of those that speak."""
+    family = family_of(model.config.to_dict())
+    return {"encoder": family.ENCODER, "decoder": family.DECODER}
+
+
 def _learnable(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, weight) for name, weight in model.named_parameters() if not name.startswith(POOLER))
+    return ((name, weight) for name, weight in model.named_parameters() if POOLER not in name)
 
 
 def _is_new(name: str, model: Any, cross_attention: bool, embeddings: bool) -> bool:
     if cross_attention and any(sign in name for sign in CROSS_ATTENTION):
         return True
-    put_in = model.decoder.get_input_embeddings().weight
-    return embeddings and (model.get_parameter(name) is put_in or name.startswith(tuple(f"decoder.{h}" for h in HEADS)))
+    if not embeddings:
+        return False
+    [decoder, *_] = _parts(model)["decoder"]
+    put_in = model.get_submodule(decoder).get_input_embeddings().weight
+    return model.get_parameter(name) is put_in or name.startswith(tuple(f"{decoder}.{head}" for head in HEADS))

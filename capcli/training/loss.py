@@ -7,20 +7,20 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # the label of a position that is no token of the caption
+from capcli.models.families import IGNORED, last_logits
 
 
 def token_loss(
     outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, *, label_smoothing: float = 0.0
 ) -> Tensor:
-    """The summed cross-entropy of `labels` [B, T] under `outputs.logits` [B, T, V], divided by the number of tokens.
+    """The summed cross-entropy of `labels` [B, T] under the last T of `outputs.logits`, divided by the number of tokens.
 
     `num_items_in_batch` is that number over all that one update learns from: its accumulation steps, on all processes. So
     the parts add up to the mean over the whole, however it is cut. (transformers' loss for VisionEncoderDecoderModel
     divides by the part's own tokens, and its Trainer leaves out the division by the number of parts.) None: the tokens
     of `labels` themselves.
     """
-    total = token_sum(outputs.logits, labels, label_smoothing)
+    total = token_sum(last_logits(outputs, labels.shape[1]), labels, label_smoothing)
     count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     if not isinstance(count, Tensor):
         return total / max(count, 1)

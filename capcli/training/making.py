@@ -11,8 +11,8 @@ from transformers import Seq2SeqTrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 
 from capcli.metrics import Scorer
-from capcli.models.build import pixel_size
-from capcli.models.vision_encoder_decoder import ANY_SIZE
+from capcli.models.build import modules, pixel_size
+from capcli.models.families import family_of
 from capcli.options import ModelOptions, TrainOptions
 from capcli.records import Annotated
 from capcli.training.arguments import loader_workers
@@ -41,9 +41,9 @@ def assembled(options: TrainOptions, checkpoint: str | None, data: Data, *, quie
 def make_trainer(
     options: TrainOptions, arguments: Seq2SeqTrainingArguments, made: Untrained, data: Data
 ) -> CaptionTrainer:
-    encoder: Any = made.model.config.encoder
+    encode, _ = modules(made.model, made.spec)
     name = options.model.model or "the captioner"
-    size = pixel_size(name, encoder.image_size, made.spec, any_size=encoder.model_type in ANY_SIZE)
+    size = pixel_size(name, encode.size, made.spec, any_size=encode.any_size)
     collate = Collate(size, made.specials.start, made.specials.pad)
     pairs = partial(make_pairs, options=options, made=made, size=size)
     if options.gradient_checkpointing:
@@ -71,7 +71,13 @@ def make_pairs(
     flat = [text for each in annotated for text in each.captions]
     labels = iter(encode_captions(made.tokenizer, flat, made.specials, made.max_length))
     images = Images(annotated, made.spec, size, options.max_pixels)
-    return Pairs(images, [[next(labels) for _ in each.captions] for each in annotated])
+    return Pairs(images, [[next(labels) for _ in each.captions] for each in annotated], question(made))
+
+
+def question(made: Untrained) -> Sequence[int]:
+    """What the encoder is asked when nothing else is, in a family whose encoder is asked."""
+    ask = getattr(family_of(made.model.config.to_dict()), "question", None)
+    return ask(made.tokenizer, None) if ask else ()
 
 
 def make_validation(

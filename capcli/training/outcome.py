@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from capcli.models import files
-from capcli.models.build import puts_spaces
+from capcli.models.build import modules, puts_spaces
 from capcli.options import TrainOptions
 from capcli.records import Annotated
 from capcli.training import checkpoints
@@ -70,14 +70,14 @@ def card_facts(
     loss: float | None,
     scores: Mapping[str, float],
 ) -> CardFacts:
-    model, config = made.model, made.model.config
+    model, (encode, speak) = made.model, modules(made.model, made.spec)
     tokens = made.specials
     given = options.model
     named = [part for part in (given.model, given.encoder, given.decoder) if isinstance(part, str)]
     return CardFacts(
         name=os.path.basename(os.path.abspath(place.folder)),
-        encoder=described(config.encoder, given.encoder),
-        decoder=described(config.decoder, given.decoder),
+        encoder=described(encode.encoder.config, given.encoder),
+        decoder=described(speak.decoder.config, given.decoder),
         parameters=model.num_parameters(),
         image_size=trainer.collate.size,
         tokenizer=f"{type(made.tokenizer).__name__}, {len(made.tokenizer):,} tokens",

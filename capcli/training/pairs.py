@@ -14,10 +14,10 @@ from torch.utils.data import Dataset
 
 from capcli import pixels
 from capcli.errors import ImageError
+from capcli.models.families import IGNORED
 from capcli.pixels import PixelSpec
 from capcli.prepared import StoredImages
 from capcli.records import Annotated, Failure, Loaded, Stored
-from capcli.training.loss import IGNORED
 
 Tokens = npt.NDArray[np.int32]
 
@@ -85,18 +85,25 @@ def _place(image: str | Stored | None) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One image with one of its captions; `pixels` is None where the image could not be loaded, and `failure` says why."""
+    """One image with one of its captions; `pixels` is None where the image could not be loaded, and `failure` says why.
+
+    `question` are the ids that an encoder is asked, of a family whose encoder is.
+    """
 
     pixels: npt.NDArray[np.uint8] | None  # [height, width, 3]
     tokens: Tokens  # [T], no start token
     failure: Failure | None = None
+    question: Sequence[int] = ()
 
 
 class Pairs(Dataset[Pair]):
-    """Every caption of every image, with its image: `tokens[i]` holds the token ids of the captions of image i."""
+    """Every caption of every image, with its image: `tokens[i]` holds the token ids of the captions of image i.
 
-    def __init__(self, images: Images, tokens: Sequence[Sequence[Sequence[int]]]) -> None:
-        self.images = images
+    `question` is what the encoder is asked for all of them.
+    """
+
+    def __init__(self, images: Images, tokens: Sequence[Sequence[Sequence[int]]], question: Sequence[int] = ()) -> None:
+        self.images, self.question = images, question
         flat = [ids for captions in tokens for ids in captions]
         self._image = np.repeat(np.arange(len(tokens), dtype=np.int64), [len(captions) for captions in tokens])
         self._ids = np.fromiter((each for ids in flat for each in ids), np.int32)
@@ -115,13 +122,13 @@ class Pairs(Dataset[Pair]):
     def __getitem__(self, index: int) -> Pair:
         loaded = self.images.loaded(int(self._image[index]))
         if isinstance(loaded, Failure):
-            return Pair(None, self.tokens(index), loaded)
-        return Pair(loaded.pixels, self.tokens(index))
+            return Pair(None, self.tokens(index), loaded, self.question)
+        return Pair(loaded.pixels, self.tokens(index), None, self.question)
 
 
 @dataclass(frozen=True, slots=True)
 class Collate:
-    """Pairs -> a batch: `pixel_values` uint8 [B, height, width, 3], `decoder_input_ids` and `labels` [B, T].
+    """Pairs -> a batch: `pixel_values` uint8 [B, height, width, 3], `decoder_input_ids` and `labels` [B, T], `question` [B, W].
 
     The decoder reads the start token and then the caption, and is to say the caption; what is behind its end is IGNORED.
     Nothing is told by token ids, so a tokenizer whose pad is its end loses nothing. A pair without its image is black and
@@ -138,9 +145,11 @@ class Collate:
         labels = np.full((len(pairs), longest), IGNORED, np.int64)
         read = np.full((len(pairs), longest), self.pad, np.int64)
         read[:, 0] = self.start
+        question = np.full((len(pairs), max(len(pair.question) for pair in pairs)), IGNORED, np.int64)
         for row, pair in enumerate(pairs):
             count = len(pair.tokens)
             read[row, 1:count] = pair.tokens[:-1]
+            question[row, : len(pair.question)] = pair.question
             if pair.pixels is not None:
                 pixels[row] = pair.pixels
                 labels[row, :count] = pair.tokens
@@ -148,5 +157,6 @@ class Collate:
             "pixel_values": torch.from_numpy(pixels),
             "decoder_input_ids": torch.from_numpy(read),
             "labels": torch.from_numpy(labels),
+            "question": torch.from_numpy(question),
             "failures": [pair.failure for pair in pairs if pair.failure],
         }

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from capcli.errors import CapcliError
-from capcli.models.vision_encoder_decoder import Encode
+from capcli.models.build import modules
+from capcli.models.families import family_of
 from capcli.names import printable
 from capcli.records import Failure
 from capcli.sinks import atomic
@@ -97,8 +98,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.made, self.validation, self.evaluating, self.failed = made, validation, evaluating, failed
         self.meter = Meter()
         self.captions: dict[str, str] = {}
-        spec = made.spec
-        self._normalise = Encode(made.model, spec.rescale_factor, spec.mean, spec.std).to(args.device).normalise
+        self._normalise = modules(made.model, made.spec)[0].normalise
+        self._family = family_of(made.model.config.to_dict())
 
     # Batches
 
@@ -127,7 +128,8 @@ class CaptionTrainer(Seq2SeqTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *given: Any, **named: Any) -> Any:
         if self.freezes:
             freezing.train(self.model)  # the Trainer has just put all of it into training mode
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *given, **named)
+        given_labels = {"labels": inputs["labels"]}
+        return super().compute_loss(model, self._family.inputs(self.model, inputs) | given_labels, *given, **named)
 
     # Reports
 

@@ -17,15 +17,15 @@ from capcli.captioner import Captioner
 from capcli.errors import CapcliError
 from capcli.metrics import Scorer
 from capcli.models.attention import use_attention
-from capcli.models.build import Model, puts_spaces
+from capcli.models.build import Model, modules, puts_spaces
+from capcli.models.families import IGNORED, family_of, last_logits
 from capcli.models.files import ModelFiles
-from capcli.models.vision_encoder_decoder import Encode, Step
 from capcli.options import GenerationOptions
 from capcli.pixels import PixelSpec
 from capcli.records import Caption, Failure, Loaded
 from capcli.runtimes.eager import Eager
 from capcli.stream import Arrivals
-from capcli.training.loss import IGNORED, token_sum
+from capcli.training.loss import token_sum
 from capcli.training.pairs import Collate, Images, Pairs
 
 Prepare = Callable[[dict[str, Any]], dict[str, Any]]
@@ -48,12 +48,13 @@ class Validation:
         Raises CapcliError when no image can be loaded.
         """
         mine = range(accelerator.process_index, len(self.pairs), accelerator.num_processes)
+        family = family_of(model.config.to_dict())
         sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
         for batch in self._batches(Subset(self.pairs, mine), self.collate):
             inputs = prepare(batch)
             labels: Tensor = inputs.pop("labels")
             with torch.inference_mode(), accelerator.autocast():
-                logits = model(**inputs, use_cache=False).logits
+                logits = last_logits(model(**family.inputs(model, inputs)), labels.shape[1])
             sums += torch.stack([token_sum(logits, labels).double(), (labels != IGNORED).sum().double()]).to(sums)
         total, count = accelerator.reduce(sums).tolist()
         if not count:
@@ -128,25 +129,27 @@ class Batches(Arrivals):
 @contextmanager
 def captioner_of(model: Any, tokenizer: Any, spec: PixelSpec, size: tuple[int, int]) -> Iterator[Captioner]:
     """A model in training as the captioner it is by now; it goes on training as it was."""
-    training, attention = model.training, model.decoder.config._attn_implementation  # noqa: SLF001
+    training = model.training
     model.eval()
-    use_attention(model.decoder)
-    encode, step = Encode(model, spec.rescale_factor, spec.mean, spec.std).to(model.device), Step(model)
+    encode, step = modules(model, spec)
+    config = model.config.to_dict()
+    family, attention = family_of(config), step.decoder.config._attn_implementation  # noqa: SLF001
+    use_attention(step.decoder)
     made = Model(
-        runtime=Eager(encode, step, model.device),
+        runtime=Eager(encode, step, model.device, prefixed=encode.prefixed),
         dtype="float32",
         tokenizer=tokenizer,
         spec=spec,
         size=size,
-        generation=model.generation_config.to_dict(),
+        generation=family.generation(config, model.generation_config.to_dict()),
         positions=step.positions,
         vocabulary=step.vocabulary,
-        question=None,
+        question=getattr(family, "question", None),
         spaced=puts_spaces(tokenizer),
     )
     try:
         with torch.inference_mode():
             yield Captioner(made, ModelFiles("", "", None, {}, {}))
     finally:
-        model.decoder.set_attn_implementation(attention)
+        step.decoder.set_attn_implementation(attention)
         model.train(training)

@@ -24,11 +24,15 @@ BATCH = 4096  # captions that are encoded at once
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """Ids of the token before a caption, the one after it, and padding; any two may be the same token."""
+    """Ids of the token before a caption, the one after it, and padding; any two may be the same token.
+
+    `first` is the one that every caption begins with, after the start token, in captioners that are forced to it.
+    """
 
     start: int
     end: int
     pad: int
+    first: int | None = None
 
     def line(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """For people: special tokens: start <s> (1), end </s> (2), pad [PAD] (3)."""
@@ -115,18 +119,18 @@ class _Counting:
 def encode_captions(
     tokenizer: Any, captions: Sequence[str], specials: SpecialTokens, max_length: int
 ) -> list[list[int]]:
-    """The labels of each caption: its tokens, without a start token, and the end token last; at most `max_length` in all.
+    """The labels of each caption: its tokens, without the start token, and the end token last; at most `max_length` in all.
 
     A caption that is longer is cut and gets no end token: it does not end there (`count_cut` counts these). Text that reads like
     a special token is never one.
     """
     never = {specials.start, specials.end, specials.pad, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-    labels = []
+    labels, before = [], [] if specials.first is None else [specials.first]
     with quiet_transformers():  # which warns of lengths that are cut here
         for first in range(0, len(captions), BATCH):
             batch = list(captions[first : first + BATCH])
             rows = tokenizer(batch, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            labels += [[*(i for i in row if i not in never), specials.end][:max_length] for row in rows]
+            labels += [[*before, *(i for i in row if i not in never), specials.end][:max_length] for row in rows]
     return labels
 
 
