@@ -18,7 +18,6 @@ from capcli.export.origin import Captioner, Origin
 from capcli.export.place import building_site, place, put_in_place, written
 from capcli.export.proof import SLOTS, Pixels, Proof, draw_images, prove, searches
 from capcli.models.build import choose_device, open_engine
-from capcli.models.families import family_of
 from capcli.models.files import GENERATION, ModelFiles
 from capcli.models.hub import find_model
 from capcli.options import ExportOptions, GenerationOptions
@@ -44,13 +43,11 @@ def run(options: ExportOptions) -> int:
     refuse_elsewhere(options, device)
     paths = listed(options)
     model = find_model(options.model, options.revision, quiet=options.quiet)
-    if hasattr(family_of(model.config), "question"):
-        raise CapcliError(f"{options.model} cannot be exported yet: its encoder reads a question beside the pixels")
     if options.threads:
         torch.set_num_threads(options.threads)
     note = silent if options.quiet else say
     origin: Origin = Captioner(options, model, out) if model.engine is None else unfinished(options, model, out)
-    settings = built_for(options, origin.generation, origin.positions)
+    settings = replace(built_for(options, origin.generation, origin.positions), question=origin.question)
     images = loaded(paths, PixelSpec.from_config(model.processor), origin.size) if paths else draw_images(origin.size)
     with building_site(out) as building:
         note(f"exporting {options.model}")

@@ -35,6 +35,7 @@ class Unfinished:
     """
 
     against = "its graphs' in ONNX Runtime"
+    question: tuple[int, ...] = ()
 
     def __init__(self, options: ExportOptions, model: ModelFiles, engine: Engine, out: str) -> None:
         if options.kind != "tensorrt" or not engine.unfinished:

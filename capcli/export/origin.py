@@ -15,13 +15,15 @@ import transformers
 from capcli import __version__
 from capcli.decoding.settings import Settings
 from capcli.engine import ENCODE, STEP, Bucket, Engine
+from capcli.errors import CapcliError
 from capcli.export import graphs
 from capcli.export.place import copy, written
 from capcli.export.proof import PYTORCH
 from capcli.export.quantize import quantize
 from capcli.export.tidy import share_weights
 from capcli.models.attention import use_attention
-from capcli.models.build import generation_of, load_weights, modules, pixel_size
+from capcli.models.build import explained_tokenizer, generation_of, load_weights, modules, pixel_size
+from capcli.models.families import family_of
 from capcli.models.files import GENERATION, ModelFiles, fingerprint, setting_files, shelf_of
 from capcli.options import ExportOptions
 from capcli.pixels import PixelSpec
@@ -38,6 +40,7 @@ class Origin(Protocol):
     positions: int  # of its decoder
     size: tuple[int, int]  # of its encoder's pixels
     against: str  # how people know `truth`
+    question: tuple[int, ...]  # what its encoder is asked when nothing else is; none where it is not asked
 
     def write(self, folder: str, settings: Settings) -> Engine:
         """Graphs, tokenizer, processor and settings; what engine.json will say but for the proof."""
@@ -58,10 +61,17 @@ class Captioner:
         self.encode, self.step = modules(whole, self.spec)
         self.size = pixel_size(model.name, self.encode.size, self.spec, any_size=self.encode.any_size)
         self.generation, self.positions = generation_of(model, whole), self.step.positions
+        ask = getattr(family_of(model.config), "question", None)
+        self.question = tuple(ask(explained_tokenizer(model), None)) if ask else ()
+        if ask and options.kind == "tensorrt":
+            raise CapcliError(
+                f"{options.model} cannot become TensorRT plans: they have one shape, and its memory grows with the question "
+                "that its encoder is asked. Export --onnx"
+            )
 
     def write(self, folder: str, settings: Settings) -> Engine:
         options, model = self.options, self.model
-        first, memory = graphs.encode_graph(self.encode, self.size, options.profile)
+        first, memory = graphs.encode_graph(self.encode, self.size, options.profile, asked=bool(self.question))
         second = graphs.step_graph(self.step, memory, DTYPES[options.dtype], options.profile)
         generation, buckets = self.generation, tuple[Bucket, ...]()
         if options.kind == "tensorrt":

@@ -114,7 +114,7 @@ def load_engine(files: ModelFiles, engine: Engine, device: torch.device) -> Mode
         generation=own_generation(files) or {},
         positions=engine.positions,
         vocabulary=engine.vocabulary,
-        question=None,
+        question=getattr(family_of(files.config), "question", None),
         spaced=puts_spaces(tokenizer),
     )
 

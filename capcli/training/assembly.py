@@ -108,7 +108,7 @@ def _go_on(name: str, options: ModelOptions, generation: GenerationOptions, quie
 
 def _specials_in_force(generation: dict[str, Any], tokenizer: Any, config: Any) -> SpecialTokens:
     """Those that a trained captioner was made with, whatever its tokenizer calls them."""
-    end = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
+    end: Any = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
     end = end[0] if isinstance(end, list) and end else end
     start = next(
         (i for i in (generation.get("decoder_start_token_id"), generation.get("bos_token_id")) if i is not None), None
