@@ -279,7 +279,7 @@ def test_only_what_an_export_wrote_goes(engine: Path, built: tuple[Path, str]) -
 def nothing_exported(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test in which no graph is made."""
 
-    def no(*_: object) -> None:
+    def no(*_: object, **__: object) -> None:
         raise AssertionError("a graph was exported")
 
     monkeypatch.setattr(graphs, "encode_graph", no)
@@ -309,7 +309,7 @@ def test_nothing_stays_of_an_export_that_was_ended(tmp_path: Path, monkeypatch: 
     killed, alive, other = (tmp_path / f".engine.building-{n}" for n in ("abcdefgh", "12345678", "backup"))
     for folder in (killed / "engine", alive, other):
         folder.mkdir(parents=True)
-    monkeypatch.setattr(graphs, "encode_graph", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(graphs, "encode_graph", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     model = ("--model", tmp_path / "captioner", "--out", tmp_path / "engine", "--threads", 1)
     with open(alive / "lock", "wb") as lock:
         assert locks.take(lock.fileno())
@@ -328,7 +328,7 @@ def test_what_cannot_be_written_is_told_and_what_cannot_be_read_is_not_called_th
     assert refused.code == 1
     assert "cannot be written" in refused.err
 
-    def unreadable(*_: object) -> None:
+    def unreadable(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, "Input/output error", "weights")
 
     monkeypatch.setattr(graphs, "encode_graph", unreadable)
