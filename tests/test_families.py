@@ -13,7 +13,7 @@ from captioners import pictures
 from families import FAMILIES, prompted, random_of_family, save_family
 from oracle import Case, agrees
 from PIL import Image
-from running import call, paint
+from running import call, change_json, paint
 
 from capcli.decoding.loop import Shapes
 from capcli.models.families import FILES
@@ -107,3 +107,11 @@ def test_a_task_that_gives_no_caption_is_told(tmp_path: Path) -> None:
     done = call("caption", photos, "--model", folder, "-o", "-", "--prompt", "<OD>")
     assert done.code == 2
     assert "<OD> is no task that captions" in done.err
+
+
+def test_a_checkpoint_with_code_of_its_own_is_told_where_its_weights_are(tmp_path: Path) -> None:
+    folder, photos = save_family(tmp_path / "it", "florence2"), paint(tmp_path / "photos", "a.png")
+    change_json(folder / "config.json", {"auto_map": {"AutoConfig": "configuration_florence2.Florence2Config"}})
+    done = call("caption", photos, "--model", folder, "-o", "-")
+    assert done.code == 1
+    assert "brings its own code, which capcli never runs. florence-community has the same weights" in done.err

@@ -51,7 +51,15 @@ def test_prepare_and_train_take_every_recipe_and_training_reads_what_prepare_wro
     assert prepare.edge >= image_size(train)
 
 
+SIZES = {
+    "Salesforce/blip-image-captioning-base": 384,
+    "florence-community/Florence-2-base": 768,
+}  # of what is gone on from
+
+
 def image_size(train: TrainOptions) -> int:
+    if train.model.model is not None:
+        return SIZES.get(train.model.model, 224)
     encoder = train.model.encoder
     return int(encoder["image_size"]) if isinstance(encoder, Mapping) else 224
 

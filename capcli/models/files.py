@@ -16,6 +16,10 @@ ENCODERS = ("vit", "deit", "beit", "swin", "swinv2")
 DECODERS = ("gpt2", "bert")
 WHOLE = {"blip": "BLIP", "git": "GIT", "florence2": "Florence-2"}  # families that are one architecture
 NOT_YET = {"blip-2": "BLIP-2"}
+# Where the weights of what brings its own code lie as transformers itself has them.
+CONVERTED = {
+    "florence2": "florence-community has the same weights for transformers itself, as Florence-2-base and so on."
+}
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -113,6 +117,8 @@ def check_architecture(name: str, config: dict[str, Any]) -> None:
     """Raise CapcliError, naming what is supported, unless capcli can caption with a model of this config."""
     kind = config.get("model_type")
     encoder, decoder = (_model_type(config.get(part)) for part in ("encoder", "decoder"))
+    if kind in CONVERTED and "auto_map" in config:
+        raise CapcliError(f"{name} brings its own code, which capcli never runs. {CONVERTED[kind]}")
     if kind in WHOLE or (kind == "vision-encoder-decoder" and encoder in ENCODERS and decoder in DECODERS):
         return
     found = str(kind or config.get("architectures") or "no model_type")
