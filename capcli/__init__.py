@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from capcli.models.registration import register_models
+
 __version__ = "0.1.0"
 __all__ = ["Captioner", "__version__"]
 
@@ -17,3 +19,6 @@ def __getattr__(name: str) -> Any:
 
         return Captioner
     raise AttributeError(f"module 'capcli' has no attribute {name!r}")
+
+
+register_models()

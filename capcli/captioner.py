@@ -27,7 +27,7 @@ from capcli.decoding import noise
 from capcli.decoding.capacity import fitting_slots, paying_slots
 from capcli.decoding.loop import Done, Job, Shapes, decode_steps
 from capcli.decoding.search import Hypothesis
-from capcli.decoding.settings import Settings, resolve
+from capcli.decoding.settings import NO_WORD, Settings, resolve
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.models.build import Model, choose_device, choose_dtype, device_of, load_model, quiet_transformers
 from capcli.models.files import ModelFiles
@@ -121,6 +121,10 @@ class Captioner:
         settings = resolve(self.model.generation, options, () if self.model.question else ids)
         if self.model.question:
             settings = replace(settings, question=tuple(ids))
+        elif self.model.tag_tokens:
+            settings = replace(
+                settings, question=(NO_WORD,) * self.model.tag_tokens
+            )  # where an image has tags, they are its own
         room = self.model.positions - len(settings.prompt) + 1  # the last token is never given back to the decoder
         if room < 1:
             raise UsageError(
@@ -152,7 +156,7 @@ class Captioner:
         named = {"the prompt": (*s.prompt, *s.question), "forced tokens": (*forced, *s.forced_eos_token_ids)}
         named |= {"suppressed tokens": (*s.suppress_tokens, *s.begin_suppress_tokens)}
         for what, ids in named.items():
-            strange = [i for i in ids if not 0 <= i < self.model.vocabulary]
+            strange = [i for i in ids if not 0 <= i < self.model.vocabulary and i != NO_WORD]
             if strange:
                 raise CapcliError(
                     f"{what} hold token {strange[0]}, and the decoder has {self.model.vocabulary}: tokenizer or "

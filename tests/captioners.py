@@ -169,9 +169,10 @@ def captions(
     shapes: Shapes = Shapes(4, 2),  # noqa: B008
     keys: Sequence[int] | None = None,
     lag: int = 0,
+    questions: Sequence[tuple[int, ...]] | None = None,
 ) -> list[list[Hypothesis]]:
     """What capcli says of each of `images`."""
-    jobs = [Job(i, image, keys[i] if keys else 0) for i, image in enumerate(images)]
+    jobs = [Job(i, image, keys[i] if keys else 0, questions[i] if questions else ()) for i, image in enumerate(images)]
     found = {}
     for done in decode(IterableFeed(jobs), eager(model, lag), settings, shapes):
         assert done.tag not in found, "captioned twice"

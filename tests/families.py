@@ -17,10 +17,16 @@ from transformers import (
     Florence2Config,
     Florence2ForConditionalGeneration,
     GenerationConfig,
+    GenerationMixin,
     GitConfig,
     GitForCausalLM,
+    GPT2Config,
+    PretrainedConfig,
     PreTrainedModel,
+    ResNetConfig,
 )
+
+from capcli.models.prefix import PrefixCaptioner, PrefixConfig
 
 PAD, START, END = VOCABULARY - 3, VOCABULARY - 2, VOCABULARY - 1
 IMAGE, IMAGE_TOKENS = VOCABULARY - 4, 17  # Florence-2's place holder
@@ -91,18 +97,67 @@ def florence2() -> PreTrainedModel:
     return model
 
 
-FAMILIES = {"blip": blip, "git": git, "florence2": florence2}
+RESNET = {"embedding_size": 16, "hidden_sizes": [16, 24, 40], "depths": [1, 1, 2], "layer_type": "bottleneck"}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+TAGS = 4  # tag words of a tagged prefix captioner at most
+
+
+class SearchedPrefix(GenerationMixin, PrefixCaptioner):
+    """The uncached forward as `generate()` searches it; what stands behind the start token is pixels and tags."""
+
+    main_input_name = "input_ids"
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, pixel_values: Any = None, tags: Any = None, **_: Any
+    ) -> dict[str, Any]:
+        return {"input_ids": input_ids, "pixel_values": pixel_values, "tags": tags}
+
+
+def prefix(encoder: PretrainedConfig | None = None, tag_tokens: int = 0) -> PreTrainedModel:
+    ids = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": PAD}
+    text = GPT2Config(**GPT2, **ids, tie_word_embeddings=False)
+    vision = encoder or ResNetConfig(**RESNET)
+    model = SearchedPrefix(PrefixConfig(vision, text, tag_tokens=tag_tokens, decoder_start_token_id=START))
+    for norm in model.modules():  # statistics as of a trained one
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+            torch.nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    return model
+
+
+def tagged() -> PreTrainedModel:
+    return prefix(tag_tokens=TAGS)
+
+
+FAMILIES = {"blip": blip, "git": git, "florence2": florence2, "prefix": prefix, "tagged": tagged}
+
+
+def random_weights(model: PreTrainedModel) -> Any:
+    """A model with large random weights in float64."""
+    model = model.eval().double()
+    for name, weight in model.named_parameters():
+        norm = "norm" in name.lower() or ".ln_" in name
+        place = "position_embedding" in name or "wpe" in name
+        torch.nn.init.normal_(weight, mean=1.0 if norm and name.endswith("weight") else 0.0, std=1.0 if place else 0.3)
+    if isinstance(model, PrefixCaptioner):
+        tell_apart(model)
+    return model
+
+
+@torch.inference_mode()
+def tell_apart(model: PrefixCaptioner) -> None:
+    """Leaves of image tokens what differs from picture to picture, as large as positions are."""
+    tokens = torch.stack([model.image(values(picture, torch.float64))[0] for picture in pictures(24, seed=99)])
+    scale = 1 / tokens.std(0).mean()
+    model.project.bias.copy_((model.project.bias - tokens.mean((0, 1))) * scale)
+    model.project.weight *= scale
 
 
 @cache
 def random_of_family(family: str, seed: int = 0, ends: float = 0.2) -> Any:
     """With large random weights in float64; `ends` is the share of steps at which greedy decoding ends."""
     torch.manual_seed(seed)
-    model = FAMILIES[family]().eval().double()
-    for name, weight in model.named_parameters():
-        norm = "norm" in name.lower()
-        place = "position_embedding" in name
-        torch.nn.init.normal_(weight, mean=1.0 if norm and name.endswith("weight") else 0.0, std=1.0 if place else 0.3)
+    model = random_weights(FAMILIES[family]())
     make_end(model, ends)
     if family == "florence2":  # whose checkpoints force the end
         model.generation_config.forced_eos_token_id = END
@@ -117,7 +172,7 @@ def make_end(model: Any, share: float) -> None:
     """
     head = (model.text_decoder if hasattr(model, "text_decoder") else model).get_output_embeddings()
     if head.bias is None:
-        norm = model.model.language_model.decoder.layers[-1].final_layer_norm
+        norm = model.decoder.transformer.ln_f if hasattr(model, "decoder") else florence2_norm(model)
         norm.weight[0], norm.bias[0], head.weight[:, 0] = 0.0, 1.0, 0.0
     pixels = torch.cat([values(picture, torch.float64) for picture in pictures(24, seed=99)])
     out = model.generate(
@@ -136,6 +191,10 @@ def make_end(model: Any, share: float) -> None:
         head.bias[END] += lead.quantile(share)
 
 
+def florence2_norm(model: Any) -> Any:
+    return model.model.language_model.decoder.layers[-1].final_layer_norm
+
+
 def question(prompt: tuple[int, ...] = ()) -> tuple[int, ...]:
     """What an encoder that reads a question is asked."""
     return (START, *(prompt or (5, 6)), END)
@@ -146,6 +205,8 @@ def prompted(model: Any, prompt: tuple[int, ...] = ()) -> dict[str, torch.Tensor
     kind = model.config.model_type
     if kind == "florence2":
         return {"input_ids": torch.tensor([[IMAGE] * IMAGE_TOKENS + list(question(prompt))])}
+    if kind == "prefix-captioner":
+        return {"input_ids": torch.tensor([[START, *prompt]])}
     if not prompt:
         return {}
     if kind == "blip":  # which puts its start token over the first and leaves the last away
@@ -164,6 +225,12 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "crop_size": {"height": SIZE, "width": SIZE},
     },
     "florence2": {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False},
+    "prefix": {
+        "image_processor_type": "ConvNextImageProcessor",
+        "size": {"shortest_edge": SIZE},
+        "crop_pct": 0.875,
+        "resample": 3,
+    },
 }
 
 
@@ -171,5 +238,6 @@ def save_family(folder: Path, family: str) -> Path:
     """A whole random captioner of a family, in float32."""
     copy.deepcopy(random_of_family(family)).float().save_pretrained(folder)
     save_words(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | PROCESSORS[family]))
+    kind = "prefix" if family == "tagged" else family
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | PROCESSORS[kind]))
     return folder

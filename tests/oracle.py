@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from capcli.decoding import noise
 from capcli.decoding.loop import Shapes
 from capcli.decoding.search import Hypothesis
-from capcli.decoding.settings import Settings, resolve
+from capcli.decoding.settings import NO_WORD, Settings, resolve
 from capcli.models.families import family_of
 from capcli.options import GenerationOptions
 
@@ -42,7 +42,8 @@ class Case:
         own = family_of(config).generation(config, self.config(model).to_dict())
         if model.config.model_type == "florence2":
             return replace(resolve(own, GenerationOptions(**self.given)), question=question(self.prompt))
-        return resolve(own, GenerationOptions(**self.given), self.prompt)
+        empty = (NO_WORD,) * getattr(model.config, "tag_tokens", 0)
+        return replace(resolve(own, GenerationOptions(**self.given), self.prompt), question=empty)
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,18 @@ def speaker(model: PreTrainedModel) -> PreTrainedModel:
     return getattr(model, "text_decoder", model)
 
 
-def truth(model: PreTrainedModel, image: np.ndarray, case: Case, key: int = 0) -> Truth:
-    """generate()'s captions; when sampling, with the noise that belongs to `key`."""
-    name = f"{id(model)} {hash(image.tobytes())} {case} {key}"  # models are never let go
+def truth(
+    model: PreTrainedModel, image: np.ndarray, case: Case, key: int = 0, tags: tuple[int, ...] | None = None
+) -> Truth:
+    """generate()'s captions; when sampling, with the noise that belongs to `key`. `tags` are words beside the image."""
+    name = f"{id(model)} {hash(image.tobytes())} {case} {key} {tags}"  # models are never let go
     if name not in _known:
-        _known[name] = ask(model, image, case, key)
+        _known[name] = ask(model, image, case, key, tags)
     return _known[name]
 
 
 @torch.inference_mode()
-def ask(model: PreTrainedModel, image: np.ndarray, case: Case, key: int) -> Truth:
+def ask(model: PreTrainedModel, image: np.ndarray, case: Case, key: int, tags: tuple[int, ...] | None = None) -> Truth:
     settings = case.settings(model)
     given = {name: value for name, value in case.given.items() if name != "seed"}
     vocabulary = modules(model)[1].vocabulary
@@ -79,8 +82,9 @@ def ask(model: PreTrainedModel, image: np.ndarray, case: Case, key: int) -> Trut
         out = model.generate(
             pixel_values=values(image, model.dtype),
             **prompted(model, case.prompt),
+            **({} if tags is None else {"tags": torch.tensor([tags])}),
             # with a cache, GIT of transformers 5.17 says other than without
-            use_cache=model.config.model_type != "git",
+            use_cache=model.config.model_type not in ("git", "prefix-captioner"),
             return_dict_in_generate=True,
             output_scores=True,
             output_logits=True,
@@ -140,10 +144,11 @@ def agrees(
     shapes: Shapes = Shapes(4, 2),  # noqa: B008
     keys: list[int] | None = None,
     lag: int = 0,
+    tags: list[tuple[int, ...]] | None = None,
 ) -> set[int]:
     """Fails unless every image's captions are generate()'s; the lengths of the captions."""
     keys = keys or [0] * len(images)
-    found = captions(model, images, case.settings(model), shapes, keys, lag)
-    for image, key, hypotheses in zip(images, keys, found, strict=True):
-        matches(hypotheses, truth(model, image, case, key))
+    found = captions(model, images, case.settings(model), shapes, keys, lag, tags)
+    for n, (image, key, hypotheses) in enumerate(zip(images, keys, found, strict=True)):
+        matches(hypotheses, truth(model, image, case, key, tags[n] if tags else None))
     return {len(h.tokens) for hypotheses in found for h in hypotheses}

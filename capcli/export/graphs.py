@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import onnx
 import onnxscript
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from capcli.engine import Memory
 from capcli.models.cache import Write, pool_cache
@@ -125,7 +125,9 @@ def encode_graph(
     heads, positions, head_size = shape[0].shape[1:]
     positions -= WORDS if asked else 0
     memory = Memory(len(shape) // 2, heads, positions, head_size, prefixed=encode.prefixed, asked=asked)
-    with attention(encode.encoder, profile):
+    with ExitStack() as attending:
+        for part in attending_parts(encode):
+            attending.enter_context(attention(part, profile))
         graph = exported(
             encode, given, profile, ["pixels", "question"][: len(given)], [f"memory_{n}" for n in memory.names], axes
         )
@@ -166,9 +168,18 @@ def step_graph(step: Step, memory: Memory, dtype: torch.dtype, profile: Profile)
         )
 
 
+def attending_parts(module: nn.Module) -> list[PreTrainedModel]:
+    """The innermost of transformers' models in a module."""
+    models = [each for each in module.modules() if isinstance(each, PreTrainedModel)]
+    return [each for each in models if sum(isinstance(part, PreTrainedModel) for part in each.modules()) == 1]
+
+
 @contextmanager
 def attention(module: Any, profile: Profile) -> Iterator[None]:
     """In it a transformers model attends as the profile has it, where it lets its attention be chosen."""
+    if not (module._supports_sdpa or module._supports_attention_backend):  # noqa: SLF001  (nothing in it attends)
+        yield
+        return
     before = module.config._attn_implementation  # noqa: SLF001
     chosen = f"capcli-{profile}" if getattr(module, "_supports_attention_backend", False) else "eager"
     module.set_attn_implementation(chosen)

@@ -43,6 +43,7 @@ class Model:
     positions: int  # the longest sequence, prompt and caption, that the decoder can hold
     vocabulary: int
     question: Callable[[Any, str | None], list[int]] | None  # a prompt's ids, where not the decoder reads it
+    tag_tokens: int  # words on an image that its encoder reads at most
     spaced: bool  # the tokenizer's decoder puts spaces between tokens, so between characters where those are the tokens
 
 
@@ -67,6 +68,7 @@ def load_model(files: ModelFiles, device: torch.device, dtype: str) -> Model:
         positions=step.positions,
         vocabulary=step.vocabulary,
         question=getattr(family_of(files.config), "question", None),
+        tag_tokens=int(files.config.get("tag_tokens") or 0),
         spaced=puts_spaces(tokenizer),
     )
 
@@ -115,6 +117,7 @@ def load_engine(files: ModelFiles, engine: Engine, device: torch.device) -> Mode
         positions=engine.positions,
         vocabulary=engine.vocabulary,
         question=getattr(family_of(files.config), "question", None),
+        tag_tokens=int(files.config.get("tag_tokens") or 0),
         spaced=puts_spaces(tokenizer),
     )
 
@@ -174,9 +177,8 @@ def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder; one that says nothing of its kind gets the decoder's own."""
     names = set(os.listdir(files.folder))
     if not names & {"tokenizer.json", "tokenizer_config.json"}:
-        kind: Any = {"gpt2": transformers.GPT2Tokenizer, "bert": transformers.BertTokenizer}[
-            files.config["decoder"]["model_type"]
-        ]
+        speaks = files.config.get("decoder") or files.config["text_config"]
+        kind: Any = {"gpt2": transformers.GPT2Tokenizer, "bert": transformers.BertTokenizer}[speaks["model_type"]]
     else:
         kind = AutoTokenizer
     tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(files.folder, local_files_only=True)

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from capcli.models.modules import Encode, Step
 
-FILES = {"vision-encoder-decoder": "vision_encoder_decoder", "blip": "blip", "git": "git", "florence2": "florence2"}
+FILES = {
+    "vision-encoder-decoder": "vision_encoder_decoder",
+    "blip": "blip",
+    "git": "git",
+    "florence2": "florence2",
+    "prefix-captioner": "prefix",
+}
 
 
 class Family(Protocol):

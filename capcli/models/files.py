@@ -15,6 +15,11 @@ from capcli.errors import CapcliError
 ENCODERS = ("vit", "deit", "beit", "swin", "swinv2")
 DECODERS = ("gpt2", "bert")
 WHOLE = {"blip": "BLIP", "git": "GIT", "florence2": "Florence-2"}  # families that are one architecture
+# Families of an encoder and a decoder: what their config calls the two, and which kinds they may be.
+JOINED = {
+    "vision-encoder-decoder": (("encoder", "decoder"), ENCODERS, DECODERS),
+    "prefix-captioner": (("vision_config", "text_config"), ("resnet", *ENCODERS), ("gpt2",)),
+}
 NOT_YET = {"blip-2": "BLIP-2"}
 # Where the weights of what brings its own code lie as transformers itself has them.
 CONVERTED = {
@@ -116,18 +121,23 @@ def gather(name: str, shelf: Shelf, revision: str | None) -> ModelFiles:
 def check_architecture(name: str, config: dict[str, Any]) -> None:
     """Raise CapcliError, naming what is supported, unless capcli can caption with a model of this config."""
     kind = config.get("model_type")
-    encoder, decoder = (_model_type(config.get(part)) for part in ("encoder", "decoder"))
     if kind in CONVERTED and "auto_map" in config:
         raise CapcliError(f"{name} brings its own code, which capcli never runs. {CONVERTED[kind]}")
-    if kind in WHOLE or (kind == "vision-encoder-decoder" and encoder in ENCODERS and decoder in DECODERS):
+    if kind in WHOLE:
+        return
+    names, encoders, decoders = JOINED.get(str(kind), JOINED["vision-encoder-decoder"])
+    encoder, decoder = (_model_type(config.get(part)) for part in names)
+    if kind in JOINED and encoder in encoders and decoder in decoders:
         return
     found = str(kind or config.get("architectures") or "no model_type")
-    if kind == "vision-encoder-decoder":
+    if kind in JOINED:
         found += f" of {encoder} and {decoder}"
-    message = (
-        f"The architecture of {name} is not supported: {found}. Supported are {', '.join(WHOLE.values())}, and"
-        f" vision-encoder-decoder with an encoder of {', '.join(ENCODERS)} and a decoder of {', '.join(DECODERS)}."
+    joined = (
+        f"{kind} with an encoder of {', '.join(sees)} and a decoder of {', '.join(says)}"
+        for kind, (_, sees, says) in JOINED.items()
     )
+    known = "; ".join((*WHOLE.values(), *joined))
+    message = f"The architecture of {name} is not supported: {found}. Supported are {known}."
     if kind in NOT_YET:
         message += f" {NOT_YET[kind]} is not supported yet."
     elif "auto_map" in config:

@@ -1,0 +1,261 @@
+"""Image tokens before the words of a GPT-2, all of it one causal sequence (Mokady et al., 2021; Eichenberg et al., 2021).
+
+The image is cut into `image_tokens` cells, each the mean of what the encoder sees there, projected to the width of the GPT-2:
+positions 0 to image_tokens - 1. Words on the image (tags) may follow, in `tag_tokens` positions of which the empty ones are
+hidden; then come the start token and the caption. Image tokens see those before them only, as everything does that a GPT-2
+was trained on: words see all of the image anyhow, and the GPT-2 stays plain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, GenerationConfig, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.modeling_outputs import CausalLMOutput
+
+from capcli.decoding.settings import NO_WORD
+from capcli.models import modules
+from capcli.models.cache import keeping_cache
+from capcli.models.registration import register
+
+LOADER = "AutoModel"
+ENCODER, DECODER = ("encoder",), ("decoder",)
+USUAL_SIZE = 224  # of images, for encoders that take any and whose config names none
+
+
+class PrefixConfig(PretrainedConfig):
+    """`vision_config` and `text_config` are those of the encoder and the GPT-2, `decoder_start_token_id` begins a caption."""
+
+    model_type = "prefix-captioner"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        vision_config: dict[str, Any] | PretrainedConfig | None = None,
+        text_config: dict[str, Any] | PretrainedConfig | None = None,
+        image_tokens: int = 10,
+        tag_tokens: int = 0,
+        decoder_start_token_id: int | None = None,
+        **others: Any,
+    ) -> None:
+        self.vision_config, self.text_config = sub_config(vision_config, "resnet"), sub_config(text_config, "gpt2")
+        self.image_tokens, self.tag_tokens = image_tokens, tag_tokens
+        self.decoder_start_token_id = decoder_start_token_id
+        ids = {name: getattr(self.text_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ties = {"tie_word_embeddings": self.text_config.tie_word_embeddings}
+        super().__init__(**ids | ties | others)
+
+
+def sub_config(given: dict[str, Any] | PretrainedConfig | None, kind: str) -> PretrainedConfig:
+    if isinstance(given, PretrainedConfig):
+        return given
+    values = dict(given or {})
+    made: PretrainedConfig = AutoConfig.for_model(values.pop("model_type", kind), **values)
+    return made
+
+
+class PrefixCaptioner(PreTrainedModel):
+    """An image encoder and a GPT-2. It takes captions and gives logits; `capcli` searches."""
+
+    config_class = PrefixConfig
+    config: PrefixConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _tied_weights_keys = {"decoder.lm_head.weight": "decoder.transformer.wte.weight"}  # noqa: RUF012
+
+    def __init__(
+        self, config: PrefixConfig, encoder: PreTrainedModel | None = None, decoder: GPT2LMHeadModel | None = None
+    ) -> None:
+        super().__init__(config)
+        self.encoder: Any = encoder or AutoModel.from_config(config.vision_config)
+        self.decoder: Any = decoder or GPT2LMHeadModel(config.text_config)
+        # what parts were given becomes what this config says of them
+        self.config.vision_config, self.config.text_config = self.encoder.config, self.decoder.config
+        self.project = nn.Linear(seen_width(self.encoder.config), self.decoder.config.n_embd)
+        self.generation_config = GenerationConfig(
+            decoder_start_token_id=config.decoder_start_token_id,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+        )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The parts begin as their own classes have them begin; only the projection is this class's."""
+        if module is self.project:
+            nn.init.normal_(module.weight, std=self.config.text_config.initializer_range)
+            nn.init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        words: nn.Module = self.decoder.get_input_embeddings()
+        return words
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.decoder.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        head: nn.Module = self.decoder.get_output_embeddings()
+        return head
+
+    def image(self, pixel_values: Tensor) -> Tensor:
+        """[E, 3, h, w] -> the image's tokens [E, image_tokens, n_embd], not yet at their positions."""
+        seen = self.encoder(pixel_values=pixel_values).last_hidden_state
+        rows, columns = grid(self.encoder.config, seen, *pixel_values.shape[2:])
+        if seen.dim() == 4:  # [E, C, h, w]
+            seen = seen.flatten(2).transpose(1, 2)
+        seen = seen[:, seen.shape[1] - rows * columns :]  # without class tokens, which come first
+        means: Tensor = seen.new_tensor(pooling(self.config.image_tokens, rows, columns))
+        tokens: Tensor = self.project(means @ seen)
+        return tokens
+
+    def prefix(self, pixel_values: Tensor, tags: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Image and tags (ids [E, tag_tokens], NO_WORD where none is) -> [E, P, n_embd], and bool [E, P]: there or hidden."""
+        image = self.image(pixel_values)
+        there = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
+        if not self.config.tag_tokens:
+            return image, there
+        if tags is None:
+            tags = torch.full((len(image), self.config.tag_tokens), NO_WORD, device=image.device)
+        words = self.get_input_embeddings()(tags.clamp(min=0))
+        return torch.cat((image, words), 1), torch.cat((there, tags >= 0), 1)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        tags: Tensor | None = None,
+        **_: Any,
+    ) -> CausalLMOutput:
+        """pixel_values [B, 3, h, w], input_ids [B, T] (the start token first), tags [B, tag_tokens] -> logits [B, T, V]."""
+        before, there = self.prefix(pixel_values, tags)
+        x = torch.cat((before, self.get_input_embeddings()(input_ids)), 1)
+        there = torch.cat((there, there.new_ones(input_ids.shape)), 1)
+        place = torch.arange(x.shape[1], device=x.device)[None]
+        out = self.decoder.transformer(
+            inputs_embeds=x, position_ids=place, attention_mask=causal(there, x.dtype), use_cache=False
+        )
+        return CausalLMOutput(logits=self.decoder.lm_head(out.last_hidden_state[:, -input_ids.shape[1] :]))
+
+
+def causal(there: Tensor, dtype: torch.dtype) -> Tensor:
+    """bool [E, N] -> the additive mask [E, 1, N, N] under which each sees what is there, up to and with itself."""
+    count = there.shape[1]
+    seen = torch.ones(count, count, dtype=torch.bool, device=there.device).tril() & there[:, None]
+    shown = torch.zeros((), dtype=dtype, device=there.device)
+    return torch.where(seen, shown, torch.full_like(shown, torch.finfo(dtype).min))[:, None]
+
+
+def seen_width(encoder: Any) -> int:
+    """Channels of an encoder's last_hidden_state."""
+    if encoder.model_type == "resnet":
+        return int(encoder.hidden_sizes[-1])
+    return int(encoder.hidden_size)
+
+
+def grid(encoder: Any, seen: Tensor, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of what an encoder leaves of an image: [E, C, h, w], or [E, M, C] in the order of reading."""
+    if seen.dim() == 4:
+        return seen.shape[2], seen.shape[3]
+    patch = encoder.patch_size
+    down, across = (patch, patch) if isinstance(patch, int) else (patch[0], patch[1])
+    if hasattr(encoder, "depths"):  # Swin pads to whole patches, and merges four into one after each stage but the last
+        merged = 2 ** (len(encoder.depths) - 1)
+        return math.ceil(height / (down * merged)), math.ceil(width / (across * merged))
+    return height // down, width // across
+
+
+@cache
+def pooling(tokens: int, rows: int, columns: int) -> list[list[float]]:
+    """The matrix [tokens, rows * columns] whose product with a grid is the mean of each of its cells.
+
+    The cells are those of adaptive average pooling: `cells` of them down and across, in the order of reading. (As a product it
+    can be exported at any size, and its gradient is the same at every run.)
+    """
+    down, across = cells(tokens, rows, columns)
+    vertical, horizontal = bands(down, rows), bands(across, columns)
+    return [[v * h for v in each for h in other] for each in vertical for other in horizontal]
+
+
+def bands(count: int, length: int) -> list[list[float]]:
+    """Means over so many bands of a length, that together cover it: count rows of `length` weights."""
+    ends = [((i * length) // count, -((-(i + 1) * length) // count)) for i in range(count)]
+    return [[1 / (end - start) if start <= x < end else 0.0 for x in range(length)] for start, end in ends]
+
+
+def cells(tokens: int, rows: int, columns: int) -> tuple[int, int]:
+    """How many cells down and across: as square as can be, and rather more across than down; 2 x 5 for 10 on a square.
+
+    A prime number makes stripes from left to right, for sides are told of more often than heights.
+    """
+    pairs = [(down, tokens // down) for down in range(1, tokens + 1) if tokens % down == 0]
+    return min(pairs, key=lambda pair: (round(abs(math.log(rows * pair[1] / (columns * pair[0]))), 9), pair[0]))
+
+
+class Encode(modules.Encode):
+    """Pixels and tags to prefix: keys and values of every layer of the GPT-2."""
+
+    prefixed = True
+    any_size = True
+
+    def __init__(self, model: nn.Module, rescale: float, mean: Sequence[float], std: Sequence[float]) -> None:
+        whole: Any = model
+        config = whole.encoder.config
+        super().__init__(whole.encoder, rescale, mean, std, size=getattr(config, "image_size", None) or USUAL_SIZE)
+        self.whole = whole
+
+    def forward(self, pixels: Tensor, question: Tensor | None = None) -> tuple[Tensor, ...]:
+        """uint8 [E, h, w, 3] and tags [E, tag_tokens] -> 2 x layers of [E, H, image_tokens + tag_tokens, D]."""
+        return self.read(*self.whole.prefix(self.normalise(pixels), question))
+
+    def read(self, x: Tensor, there: Tensor) -> tuple[Tensor, ...]:
+        reader = self.whole.decoder.transformer
+        cache = keeping_cache(len(reader.h))
+        place = torch.arange(x.shape[1], device=x.device)[None]
+        mask = causal(there, x.dtype)
+        reader(inputs_embeds=x, position_ids=place, attention_mask=mask, past_key_values=cache, use_cache=True)
+        layers: Any = cache.layers
+        return tuple(t for layer in layers for t in (layer.keys, layer.values))
+
+    def remember(self, seen: Tensor) -> tuple[Tensor, ...]:
+        """Of image tokens [E, image_tokens, n_embd] without tags."""
+        return self.read(seen, torch.ones(seen.shape[:2], dtype=torch.bool, device=seen.device))
+
+
+class Step(modules.Step):
+    """One pass of the GPT-2 over words, whose positions follow those of image and tags."""
+
+    def __init__(self, model: nn.Module) -> None:
+        whole: Any = model
+        super().__init__(whole.decoder)
+        self.before = whole.config.image_tokens + whole.config.tag_tokens
+        config = whole.config.text_config
+        self.positions, self.vocabulary = config.n_positions - self.before, config.vocab_size
+
+    def say(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: EncoderDecoderCache) -> Tensor:
+        out = self.decoder.transformer(
+            input_ids=tokens,
+            position_ids=position + self.before,
+            attention_mask=mask,
+            past_key_values=cache.self_attention_cache,
+            use_cache=True,
+        )
+        logits: Tensor = self.decoder.lm_head(out.last_hidden_state)
+        return logits
+
+
+def generation(_config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What a search goes by: the model's generation_config."""
+    return own
+
+
+register(PrefixConfig, PrefixCaptioner)
