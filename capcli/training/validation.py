@@ -145,6 +145,7 @@ def captioner_of(model: Any, tokenizer: Any, spec: PixelSpec, size: tuple[int, i
         positions=step.positions,
         vocabulary=step.vocabulary,
         question=getattr(family, "question", None),
+        tag_tokens=config.get("tag_tokens", 0),
         spaced=puts_spaces(tokenizer),
     )
     try:
