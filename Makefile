@@ -48,6 +48,10 @@ lint: $(VENV)/.installed-dev
 check: lint
 	$(BIN)/mypy
 	$(TESTS)
+	$(BENCH)
+
+# Slower than batched generate() at the same captions is a fault; how much faster a machine makes it differs too much to hold.
+BENCH := $(BIN)/capcli bench examples/scenes --model examples/demo-model --dtype float32 --against batched --at-least 1 --quick --json
 
 # Prints the interpreter that .venv would be made with.
 python:

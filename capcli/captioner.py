@@ -197,7 +197,7 @@ class Captioner:
         for ended in decode_steps(feed, self.model.runtime, settings, shapes, shrunk):
             for done in ended:
                 index, loaded = done.tag
-                give(index, self._result(loaded, done, settings, before))
+                give(index, self.result(loaded, done, settings, before))
             yield
         yield  # failures may have come after the last caption
 
@@ -214,7 +214,8 @@ class Captioner:
             (index, replace(loaded, pixels=loaded.pixels[:0])), loaded.pixels, noise.key(settings.seed, loaded.name)
         )
 
-    def _result(self, loaded: Loaded, done: Done, settings: Settings, before: tuple[int, ...]) -> Result:
+    def result(self, loaded: Loaded, done: Done, settings: Settings, before: tuple[int, ...] = ()) -> Result:
+        """What was said of an image, as text."""
         if not done.hypotheses:
             return Failure(loaded.name, "not-finite", self._overflow())
         said = tuple(Candidate(self._text(h, settings, before), h.score) for h in done.hypotheses)

@@ -9,6 +9,7 @@ import traceback
 import click
 
 from capcli import __version__
+from capcli.cli.bench import bench
 from capcli.cli.caption import caption
 from capcli.cli.doctor import doctor
 from capcli.cli.evaluate import evaluate
@@ -26,6 +27,7 @@ def cli() -> None:
     pass
 
 
+cli.add_command(bench)
 cli.add_command(caption)
 cli.add_command(doctor)
 cli.add_command(evaluate)

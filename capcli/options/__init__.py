@@ -1,5 +1,6 @@
 """What a command was asked to do: one frozen, validated dataclass per concern. No torch, no NumPy."""
 
+from capcli.options.bench import BenchOptions
 from capcli.options.caption import (
     DECODE_TIMEOUT,
     DEFAULT_MODEL,
@@ -24,6 +25,7 @@ __all__ = [
     "DECODE_TIMEOUT",
     "DEFAULT_MODEL",
     "MAX_PIXELS",
+    "BenchOptions",
     "CaptionOptions",
     "DataOptions",
     "DownloadOptions",

@@ -1,0 +1,72 @@
+"""capcli as a contestant: `python -m capcli.bench.ours TASK` captions the same files at every `go`, as `capcli caption` does."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from capcli.choices import choose_shapes, load_captioner, search_settings
+from capcli.options import CaptionOptions, GenerationOptions, SinkOptions, SourceOptions
+from capcli.pipeline import Run, wanted_entries
+from capcli.progress import Report
+from capcli.sinks import open_sink
+from capcli.sources import open_source
+
+
+def options_of(task: dict[str, Any], out: str) -> CaptionOptions:
+    """What `capcli caption` would be asked to do."""
+    return CaptionOptions(
+        source=SourceOptions(sources=tuple(task["files"])),
+        sink=SinkOptions(out=out, overwrite=True),
+        generation=GenerationOptions(**task["generation"]),
+        model=task["model"],
+        device=task["device"],
+        dtype=task["dtype"],
+        batch_size=task["batch_size"],
+        threads=task["threads"],
+        quiet=True,
+    )
+
+
+def main(task: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        out = os.path.join(folder, "captions.jsonl")
+        options = options_of(task, out)
+        began = time.perf_counter()
+        captioner = load_captioner(options, None)
+        settings = search_settings(options, captioner)
+        facts = {"load": time.perf_counter() - began, "dtype": captioner.model.dtype}
+        told: dict[str, Any] = facts
+        while True:
+            seconds, slots = caption(options, captioner, settings)
+            if told is facts:  # the first was to warm up
+                told = {**facts, "batch_size": slots}
+            else:
+                rows = [json.loads(line) for line in Path(out).read_text("utf-8").splitlines()]
+                told = {
+                    "seconds": seconds,
+                    "captions": dict(zip(task["files"], [row["text"] for row in rows], strict=True)),
+                }
+            print(json.dumps(told), flush=True)
+            if sys.stdin.readline().strip() != "go":
+                return
+
+
+def caption(options: CaptionOptions, captioner: Any, settings: Any) -> tuple[float, int]:
+    """Seconds from the first name to the last row, and the slots."""
+    began = time.perf_counter()
+    with open_sink(options.sink, lambda _: None) as sink:
+        source = open_source(options.source, lambda _: None, None)
+        report = Report()
+        shapes, wanted = choose_shapes(options, captioner, settings, wanted_entries(source, sink, report), source, None)
+        Run(options, captioner, settings, shapes, sink, report, {}).caption_all(wanted, None)
+    return time.perf_counter() - began, shapes.slots
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

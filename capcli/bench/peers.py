@@ -1,0 +1,113 @@
+"""transformers and Optimum as contestants, as good as scripts of theirs get: `python peers.py TASK`. Needs no capcli.
+
+Images are read by worker processes, as a data loader has them, and captioned by `generate()` in batches of the best size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+BATCHES = (8, 16, 32, 64)
+TRIED = 2  # batches of each size that decide which is best
+
+
+class Photos(Dataset[Any]):
+    """Photos as the processor makes them."""
+
+    def __init__(self, files: list[str], processor: Any) -> None:
+        self.files, self.processor = files, processor
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        with Image.open(self.files[index]) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        return self.processor(upright, return_tensors="pt").pixel_values[0]
+
+
+class Peer:
+    """A captioner that `generate()` runs."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        self.task = task
+        folder, how = task["model"], task["how"]
+        self.dtype = torch.bfloat16 if how in ("bfloat16", "compiled") else torch.float32
+        if how == "optimum":
+            from optimum.onnxruntime import ORTModelForVision2Seq
+
+            self.model: Any = ORTModelForVision2Seq.from_pretrained(folder, export=True)
+            self.device = torch.device("cpu")
+        else:
+            kind = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+            self.model = getattr(transformers, kind).from_pretrained(folder, dtype=self.dtype).eval()
+            self.device = torch.device(task["device"])
+            self.model.to(self.device)
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+        load: Any = transformers.AutoImageProcessor.from_pretrained
+        self.photos = Photos(task["files"], load(folder))
+        self.settings = {name: value for name, value in task["generation"].items() if value is not None}
+        if how == "compiled":
+            self.settings["cache_implementation"] = "static"
+            self.model.forward = torch.compile(self.model.forward)
+
+    def run(self, batch_size: int, count: int | None = None) -> tuple[float, dict[str, str]]:
+        """Seconds for `count` photos, all of them without, and the captions by path."""
+        began = time.perf_counter()
+        files = self.task["files"][:count]
+        photos = torch.utils.data.Subset(self.photos, range(len(files)))
+        loader = DataLoader(photos, batch_size, num_workers=min(2, len(files)), pin_memory=self.device.type == "cuda")
+        said: list[str] = []
+        with torch.inference_mode():
+            for pixels in loader:
+                ids = self.model.generate(
+                    pixel_values=pixels.to(self.device, self.dtype, non_blocking=True), **self.settings
+                )
+                said += [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return time.perf_counter() - began, dict(zip(files, said, strict=True))
+
+    def best_batch(self) -> int:
+        """The quickest of BATCHES that there are photos for, each tried warm."""
+        if self.task["how"] == "single":
+            return 1
+        count = len(self.task["files"])
+        sizes = [size for size in BATCHES if size <= count] or [count]
+        if self.task["how"] == "compiled":
+            sizes = sizes[:1]  # each size is compiled for minutes
+        rates = {}
+        for size in sizes:
+            self.run(size, size)
+            taken = min(count, TRIED * size)
+            rates[size] = taken / self.run(size, taken)[0]
+        return max(rates, key=lambda size: rates[size])
+
+
+def main(task: dict[str, Any]) -> None:
+    quiet: Any = transformers.logging.set_verbosity_error
+    quiet()
+    if task["threads"]:
+        torch.set_num_threads(task["threads"])
+    began = time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):
+        peer = Peer(task)
+        loaded = time.perf_counter() - began
+        batch_size = peer.best_batch()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    print(json.dumps({"load": loaded, "batch_size": batch_size, **versions}), flush=True)
+    while sys.stdin.readline().strip() == "go":
+        with contextlib.redirect_stdout(sys.stderr):
+            seconds, captions = peer.run(batch_size)
+        print(json.dumps({"seconds": seconds, "captions": captions}), flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

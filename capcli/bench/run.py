@@ -1,0 +1,122 @@
+"""`capcli bench` on one page: photos -> stages, ceiling, contest -> a table and a line of JSON."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+from capcli.bench import show, stages
+from capcli.bench.contest import Contestant, Told, contest, python
+from capcli.choices import load_captioner, search_settings
+from capcli.errors import CapcliError
+from capcli.models.build import choose_device
+from capcli.models.hub import find_model
+from capcli.options import BenchOptions, CaptionOptions, SinkOptions, SourceOptions
+from capcli.progress import warn
+from capcli.sources import open_source
+
+PEERS = os.path.join(os.path.dirname(__file__), "peers.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """All that a bench found; `profile` None where it was quick."""
+
+    images: int
+    profile: show.Profile | None
+    ours: Told
+    peers: list[Told]
+
+    def ratio(self, peer: Told) -> float:
+        """How many times as fast capcli is."""
+        return self.ours.rate / peer.rate
+
+
+def run(options: BenchOptions) -> int:
+    """Measure and print; the exit code: 1 where it is not so fast as `at_least` asks.
+
+    Raises UsageError for what cannot be meant, CapcliError where nothing can be measured.
+    """
+    photos = listed(options)
+    find_model(options.model)  # fetched before clocks run, and by one process
+    profile = None if options.quick else profiled(options, photos)
+    measured = contested(options, photos, profile)
+    if measured.ours.failed is not None:
+        raise CapcliError(f"capcli itself could not caption these: {measured.ours.failed}")
+    show.result(measured, options)
+    if options.at_least is None:
+        return 0
+    slow = [peer for peer in measured.peers if peer.rounds and measured.ratio(peer) < options.at_least]
+    silent = [peer for peer in measured.peers if not peer.rounds]
+    for peer in slow:
+        warn(f"{measured.ratio(peer):.2f} times as fast as {peer.name}, and {options.at_least:g} were asked for")
+    for peer in silent:
+        warn(f"{peer.name} could not be compared with")
+    return 1 if slow or silent else 0
+
+
+def listed(options: BenchOptions) -> list[str]:
+    source = open_source(SourceOptions(sources=options.photos), warn, None)
+    photos = [os.path.abspath(entry.path) for entry in islice(source, options.limit)]
+    if not photos:
+        raise CapcliError(f"there is no image in {', '.join(options.photos)}")
+    return photos
+
+
+def caption_options(options: BenchOptions, photos: list[str]) -> CaptionOptions:
+    return CaptionOptions(
+        source=SourceOptions(sources=tuple(photos)),
+        sink=SinkOptions(),
+        generation=options.generation,
+        model=options.model,
+        device=options.device,
+        dtype=options.dtype,  # type: ignore[arg-type]
+        threads=options.threads,
+        quiet=True,
+    )
+
+
+def profiled(options: BenchOptions, photos: list[str]) -> show.Profile:
+    """Stages, and the ceiling. The captioner is let go again: contestants have their own."""
+    from capcli.bench.ceiling import peak_rates, work_of
+
+    wanted = caption_options(options, photos)
+    began = time.perf_counter()
+    captioner = load_captioner(wanted, None)
+    loading = time.perf_counter() - began
+    settings = search_settings(wanted, captioner)
+    found = stages.measure(captioner, settings, photos, options.batch_size)
+    found.once = {"start-up": stages.start_up(), "load": loading}
+    if captioner.files.engine is not None:
+        return show.Profile(found, None, None, captioner.model.dtype)
+    dtype, device = captioner.model.dtype, captioner.model.runtime.device
+    work = work_of(captioner.files, captioner.model.size, settings, found.slots, dtype)
+    return show.Profile(found, work, peak_rates(device, dtype), dtype)
+
+
+def contested(options: BenchOptions, photos: list[str], profile: show.Profile | None) -> Measured:
+    task: dict[str, Any] = {
+        "files": photos,
+        "model": options.model,
+        "generation": asdict(options.generation),
+        "device": options.device,
+        "dtype": options.dtype,
+        "batch_size": options.batch_size,
+        "threads": options.threads,
+    }
+    folder, device = find_model(options.model).folder, str(choose_device(options.device))
+    search = {name: value for name, value in task["generation"].items() if name != "seed"}
+    with ExitStack() as stack:
+        ours = Contestant("capcli", [sys.executable, "-m", "capcli.bench.ours"], task)
+        everyone = [stack.enter_context(ours)]
+        for name in options.against:
+            theirs = task | {"model": folder, "how": name, "device": device, "generation": search}
+            everyone.append(stack.enter_context(Contestant(name, [python(options.peer_python), PEERS], theirs)))
+        contest(everyone, options.rounds)
+    told = [each.told for each in everyone]
+    return Measured(len(photos), profile, told[0], told[1:])
