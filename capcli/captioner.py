@@ -38,6 +38,9 @@ from capcli.records import Candidate, Caption, Failure, Loaded
 from capcli.stream import ArrivalFeed, Arrivals, Deliver, InPlace, Order, Result
 
 ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.generic]
+Questions = Callable[
+    [int, Loaded], tuple[int, ...]
+]  # the ids that an encoder reads beside an image, by its number; none: the settings' own
 # Between two of these a space is the tokenizer's, not the language's: CJK ideographs, kana, punctuation, full-width forms.
 WIDE = "[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]"
 UNSPACED = re.compile(f"(?<={WIDE}) (?={WIDE})")
@@ -121,10 +124,8 @@ class Captioner:
         settings = resolve(self.model.generation, options, () if self.model.question else ids)
         if self.model.question:
             settings = replace(settings, question=tuple(ids))
-        elif self.model.tag_tokens:
-            settings = replace(
-                settings, question=(NO_WORD,) * self.model.tag_tokens
-            )  # where an image has tags, they are its own
+        elif self.model.tag_tokens:  # of images without tags
+            settings = replace(settings, question=(NO_WORD,) * self.model.tag_tokens)
         room = self.model.positions - len(settings.prompt) + 1  # the last token is never given back to the decoder
         if room < 1:
             raise UsageError(
@@ -184,16 +185,18 @@ class Captioner:
         *,
         ordered: bool = True,
         before: tuple[int, ...] = (),
+        questions: Questions | None = None,
         stop: Callable[[], bool] = lambda: False,
         shrunk: Callable[[Shapes], None] = lambda _: None,
     ) -> Iterator[None]:
         """Caption all arrivals; `deliver(index, result)` gets each result, by index of arrival, in order if `ordered`.
 
         A generator, so that the caller keeps the reins: it yields after every step. `before` are tokens to show before each
-        caption. Once `stop` says so, no more images are taken and those under way are finished.
+        caption, `questions` says what the encoder is asked of images that are asked something of their own. Once `stop` says
+        so, no more images are taken and those under way are finished.
         """
         give = Order(deliver).put if ordered else deliver
-        feed = ArrivalFeed(arrivals, partial(self._job, settings), give, stop)
+        feed = ArrivalFeed(arrivals, partial(self._job, settings, questions or no_question), give, stop)
         for ended in decode_steps(feed, self.model.runtime, settings, shapes, shrunk):
             for done in ended:
                 index, loaded = done.tag
@@ -201,7 +204,7 @@ class Captioner:
             yield
         yield  # failures may have come after the last caption
 
-    def _job(self, settings: Settings, index: int, loaded: Loaded) -> Job:
+    def _job(self, settings: Settings, questions: Questions, index: int, loaded: Loaded) -> Job:
         """Raises ImageError for pixels of a size that the encoder does not take."""
         size, (height, width) = loaded.pixels.shape[:2], self.model.size
         if size != self.model.size:
@@ -211,7 +214,10 @@ class Captioner:
                 "preprocessor_config.json do so",
             )
         return Job(
-            (index, replace(loaded, pixels=loaded.pixels[:0])), loaded.pixels, noise.key(settings.seed, loaded.name)
+            (index, replace(loaded, pixels=loaded.pixels[:0])),
+            loaded.pixels,
+            noise.key(settings.seed, loaded.name),
+            questions(index, loaded),
         )
 
     def result(self, loaded: Loaded, done: Done, settings: Settings, before: tuple[int, ...] = ()) -> Result:
@@ -247,3 +253,7 @@ class Captioner:
             )
         rgb = pixels.to_rgb(image) if isinstance(image, Image.Image) else pixels.from_array(image)
         return Loaded(str(index), pixels.resize(rgb, self.model.spec))
+
+
+def no_question(_index: int, _loaded: Loaded) -> tuple[int, ...]:
+    return ()

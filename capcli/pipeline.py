@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
 from capcli import pixels
+from capcli.annotations.tags import TagsBeside
 from capcli.captioner import Captioner
 from capcli.choices import choose_shapes, load_captioner, own_sequences, search_settings
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
+from capcli.errors import UsageError
 from capcli.interrupts import Interrupts
 from capcli.loading import Loading, default_workers, load, usable_cpus
+from capcli.models.tags import tag_ids
 from capcli.names import printable
 from capcli.options import CaptionOptions
 from capcli.progress import Progress, Report, say, warn
 from capcli.provenance import earlier_naming, finished, make_receipt, refuse_other_settings, with_shapes
-from capcli.records import Caption, Entry, Failure
+from capcli.records import Caption, Entry, Failure, Loaded
 from capcli.sinks import ClosedPipeError, Sink, open_sink
 from capcli.sources import Source, open_source
 
@@ -40,11 +43,14 @@ def run(options: CaptionOptions) -> int:
         if options.dry_run:
             return list_only(wanted, report)
         captioner = load_captioner(options, sink.receipt)
+        tags = TagsBeside(options.tags_field) if options.tags_field else None
+        if tags and not captioner.model.tag_tokens:
+            raise UsageError(f"--tags-field {options.tags_field}: {options.model} reads no tags: leave it out")
         settings = search_settings(options, captioner)
         receipt = make_receipt(options, source, captioner, settings, sink.receipt)
         refuse_other_settings(sink.receipt, receipt, options.sink.out)
         shapes, wanted = choose_shapes(options, captioner, settings, wanted, source, sink.receipt)
-        run = Run(options, captioner, settings, shapes, sink, report, receipt)
+        run = Run(options, captioner, settings, shapes, sink, report, receipt, tags)
         try:
             return run.caption_all(wanted, counter(source, options))
         except ClosedPipeError:
@@ -62,6 +68,7 @@ class Run:
     sink: Sink
     report: Report
     receipt: dict[str, Any]
+    tags: TagsBeside | None = None
 
     def caption_all(self, wanted: Iterable[Entry], total: Callable[[], int] | None) -> int:
         """source -> pixels -> captions -> sinks; the exit code. A signal ends it once what is under way is done."""
@@ -86,6 +93,7 @@ class Run:
                 deliver,
                 ordered=self.options.order == "source",
                 before=self.settings.prompt[1:] if self.options.keep_prompt else (),
+                questions=self.questions(listed),
                 stop=interrupts.asked,
                 shrunk=self.shrink,
             ):
@@ -93,12 +101,21 @@ class Run:
         self.close(cut_short=interrupts.asked())
         return interrupts.exit_code or self.report.exit_code
 
+    def questions(self, listed: Mapping[int, Entry]) -> Callable[[int, Loaded], tuple[int, ...]] | None:
+        """What the encoder reads beside each image: its tags, of the metadata beside its file."""
+        tags, model = self.tags, self.captioner.model
+        if tags is None:
+            return None
+        return lambda index, _: tag_ids(model.tokenizer, [tags.of(listed[index].path)], model.tag_tokens)[0]
+
     def close(self, *, cut_short: bool) -> None:
         """The receipt and the closing line."""
         self.report.on_record = self.sink.failures_on_record - self.report.failed
         state = "interrupted" if cut_short else "finished"
         receipt = with_shapes(self.receipt, self.shapes, self.settings)
         self.sink.write_receipt(finished(receipt, self.report, self.sink, state))
+        if self.tags and self.report.done and not self.tags.found:
+            warn(f"no image has tags: looked for metadata with a field {self.options.tags_field} beside and above them")
         if not (self.options.quiet or cut_short or self.report.seen):
             warn(f"there is no image in {self.receipt['source']}")
         if not self.options.quiet:

@@ -42,6 +42,7 @@ def make_receipt(
             "dtype": captioner.model.dtype,
             "fields": list(options.sink.fields),
             "keep_prompt": options.keep_prompt,
+            **({} if options.tags_field is None else {"tags_field": options.tags_field}),
             "sidecar": options.sink.sidecar,
             "sidecar_dir": options.sink.sidecar_dir,
             "generation": settings.receipt(),

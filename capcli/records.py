@@ -89,10 +89,11 @@ class Annotated:
 
     `name` is what the annotations call it (COCO's `file_name`, a table's cell), and `image` where it is: a path, a row of
     a dataset on disk, or None where nothing looked for it (references). `captions` holds no empty one and may be empty
-    itself. `split` is "train", "val", "test", or None where the annotations do not say.
+    itself. `split` is "train", "val", "test", or None where the annotations do not say. `tags` are words on the image.
     """
 
     name: str
     image: str | Stored | None
     captions: tuple[str, ...]
     split: str | None = None
+    tags: str = ""

@@ -89,6 +89,9 @@ def _gathered(paths: Sequence[str], options: DataOptions, report: DataReport, *,
         raise UsageError(f"--image-root {printable(options.image_root)} is no folder")
     files = [file for path in paths for file in recognise(path, options)]
     images = gather(files, report, by_file=by_file)
+    if options.tags_column is not None and not any(image.tags for image in images):
+        read = "; ".join(map(_described, files))
+        raise UsageError(f"{read}: no image has tags in a column {options.tags_column!r}")
     if not images:
         raise CapcliError(f"{'; '.join(map(_described, files))}: there is no image in it")
     return images

@@ -116,7 +116,8 @@ def _coco(
     split = _split_reader(path, images, options)
     for image in images:
         number = str(image.get("id"))
-        yield Row(_coco_name(image, options) or number, captions.pop(number, ()), split(image))
+        said = captions.pop(number, ())
+        yield Row(_coco_name(image, options) or number, said, split(image), tags=image.get(options.tags_column or ""))
     for number, orphaned in captions.items():  # of images that are not listed: their number is all that is known
         yield Row(number, orphaned)
 
@@ -137,7 +138,8 @@ def _karpathy(path: str, images: list[dict[str, Any]], options: DataOptions) -> 
         captions = captions_of(image.get("sentences") or ())
         if options.caption_column is not None:
             captions = [each.get(options.caption_column) for each in captions if isinstance(each, dict)]
-        yield Row(named(image[column]), captions, split(image), folder=str(image.get("filepath") or ""))
+        folder, tags = str(image.get("filepath") or ""), image.get(options.tags_column or "")
+        yield Row(named(image[column]), captions, split(image), folder, tags=tags)
 
 
 def _split_reader(path: str, images: Sequence[Object], options: DataOptions) -> Callable[[Object], str | None]:
@@ -162,7 +164,8 @@ def _by_name(path: str, document: Object, options: DataOptions) -> Iterator[Row]
     for name, value in document.items():
         if isinstance(value, dict):
             column = pick(list(value), options.caption_column, CAPTION_COLUMNS)
-            yield Row(name, captions_of(value.get(str(column))), split(value))
+            tags = value.get(options.tags_column or "")
+            yield Row(name, captions_of(value.get(str(column))), split(value), tags=tags)
         else:
             yield Row(name, captions_of(value))
 
@@ -192,6 +195,8 @@ def _objects(path: str, entries: Iterable[tuple[int, Any]], options: DataOptions
         raise no_column(path, every, options.caption_column, "caption", "--caption-column")
     if layouts and options.split_column is not None and not any(columns.split for columns in layouts.values()):
         raise no_column(path, every, options.split_column, "split", "--split-column")
+    if layouts and options.tags_column is not None and not any(columns.tags for columns in layouts.values()):
+        raise no_column(path, every, options.tags_column, "tags", "--tags-column")
 
 
 def _columns(path: str, keys: Sequence[str], options: DataOptions) -> Columns:
@@ -199,4 +204,5 @@ def _columns(path: str, keys: Sequence[str], options: DataOptions) -> Columns:
     if image is None and BYTES_COLUMN not in keys:
         raise no_column(path, keys, options.image_column, "image's name", "--image-column")
     caption = pick(keys, options.caption_column, CAPTION_COLUMNS)
-    return Columns(image or BYTES_COLUMN, caption or "", pick(keys, options.split_column, SPLIT_COLUMNS))
+    split, tags = pick(keys, options.split_column, SPLIT_COLUMNS), pick(keys, options.tags_column, ())
+    return Columns(image or BYTES_COLUMN, caption or "", split, tags)

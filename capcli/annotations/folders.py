@@ -16,7 +16,7 @@ from capcli.options import DataOptions
 from capcli.sources import IMAGE_SUFFIXES
 from capcli.sources.files import walk
 
-_METADATA = tuple(f"metadata.{suffix}" for suffix in ("jsonl", "csv", "parquet"))  # Hugging Face imagefolder's
+METADATA = tuple(f"metadata.{suffix}" for suffix in ("jsonl", "csv", "parquet"))  # Hugging Face imagefolder's
 _SIDECARS = (".caption", ".txt")  # kohya's; the more telling first
 
 Reader = Callable[[str, DataOptions], Annotations]
@@ -40,7 +40,7 @@ def folder_annotations(path: str, options: DataOptions, read: Reader) -> list[An
 def _metadata(path: str) -> list[str]:
     """The metadata files of the folder and of the splits' folders in it, one of each folder."""
     folders = [path, *sorted(entry.path for entry in _entries(path) if entry.is_dir() and _split(entry.name))]
-    files = ([os.path.join(folder, name) for name in _METADATA] for folder in folders)
+    files = ([os.path.join(folder, name) for name in METADATA] for folder in folders)
     return [each for each in (next(filter(os.path.isfile, three), None) for three in files) if each is not None]
 
 
@@ -111,6 +111,6 @@ def _nothing_known(path: str) -> CapcliError:
     seen = f"; there is {', '.join(map(printable, texts[:5]))}: give that file itself" if texts else ""
     return CapcliError(
         f"{printable(path)} holds no annotations: looked for a dataset on disk (dataset_dict.json, state.json), "
-        f"{', '.join(_METADATA)} here or in train/, validation/ and the like, and images with {' or '.join(_SIDECARS)} "
+        f"{', '.join(METADATA)} here or in train/, validation/ and the like, and images with {' or '.join(_SIDECARS)} "
         f"beside them{seen}"
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from capcli.annotations.places import SAMPLE, Listings, Place
 from capcli.annotations.report import EMPTY, MISSING, WITHOUT, DataReport, counted
 from capcli.annotations.rows import Annotations, texts
+from capcli.annotations.tags import tag_text
 from capcli.errors import CapcliError
 from capcli.names import brief, printable
 from capcli.records import Annotated, Stored
@@ -29,6 +30,7 @@ class Image:
     empty: int = 0
     source: tuple[Annotations, str | None] | None = None  # the file that spoke last, and the split in it
     elsewhere: frozenset[str] = frozenset()  # captions that others say
+    tags: str = ""
 
     def add(self, file: Annotations, split: str | None, values: Sequence[object]) -> None:
         """A caption that one file says twice was said by two people, and CIDEr counts both; what a second file repeats,
@@ -65,6 +67,8 @@ def gather(files: Iterable[Annotations], report: DataReport, *, by_file: bool) -
                     torn.add(image.name)
                 image.split = max(row.split, image.split, key=_HELD_OUT.__getitem__)
             image.add(file, row.split, row.captions)
+            if row.tags is not None and not image.tags:
+                image.tags = tag_text(row.tags)
         if nameless:
             report.notes.append(
                 f"{counted(nameless, 'row')} of {printable(file.path)} without an image's name: passed over"
@@ -94,7 +98,7 @@ def annotated(
     """
     captioned = [image for image in images if _has_captions(image, report)]
     if not locate:
-        return [Annotated(image.name, None, image.captions, image.split) for image in captioned]
+        return [Annotated(image.name, None, image.captions, image.split, image.tags) for image in captioned]
     listings = Listings()
     places = _places(captioned, root, listings)
     found: dict[str, int] = {}
@@ -103,7 +107,7 @@ def annotated(
     result: list[Annotated] = []
     for image in captioned:
         if image.stored is not None:
-            result.append(Annotated(image.name, image.stored, image.captions, image.split))
+            result.append(Annotated(image.name, image.stored, image.captions, image.split, image.tags))
             continue
         place = places[image.file]
         path = place.find(image.name, image.folder, image.split)
@@ -115,7 +119,7 @@ def annotated(
             report.add(image.name, MISSING, f"{what} in {printable(place.root or os.curdir)}")
             continue
         position = found.setdefault(listings.identity(path), len(result))
-        item = Annotated(image.name, path, image.captions, image.split)
+        item = Annotated(image.name, path, image.captions, image.split, image.tags)
         if position == len(result):
             result.append(item)
         else:
@@ -137,7 +141,7 @@ def _has_captions(image: Image, report: DataReport) -> bool:
 def _joined(first: Annotated, second: Annotated) -> Annotated:
     fresh = tuple(text for text in second.captions if text not in first.captions)
     split = max(first.split, second.split, key=_HELD_OUT.__getitem__)
-    return replace(first, captions=first.captions + fresh, split=split)
+    return replace(first, captions=first.captions + fresh, split=split, tags=first.tags or second.tags)
 
 
 def _places(images: Sequence[Image], root: str | None, listings: Listings) -> dict[Annotations, Place]:

@@ -36,7 +36,8 @@ class Row(NamedTuple):
     """Captions of one image, uncleaned; several rows may be about the same image.
 
     `folder` is where below the images' folder the annotations say the image is. `image` is set where they hold the image
-    itself, and `identity` where something better than the name tells one image from another.
+    itself, and `identity` where something better than the name tells one image from another. `tags` is what the column of
+    tags holds.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Row(NamedTuple):
     folder: str = ""
     image: Stored | None = None
     identity: Hashable = None
+    tags: object = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +122,7 @@ class Columns:
     image: str
     caption: str
     split: str | None
+    tags: str | None = None
 
     @classmethod
     def among(cls, names: Sequence[str], options: DataOptions, path: str) -> Columns:
@@ -130,13 +133,20 @@ class Columns:
             raise no_column(path, names, options.image_column, "image's name", "--image-column")
         if caption is None:
             raise no_column(path, names, options.caption_column, "caption", "--caption-column")
-        return cls(image, caption, split_column(names, options, path))
+        return cls(image, caption, split_column(names, options, path), tags_column(names, options, path))
 
 
 def split_column(names: Sequence[str], options: DataOptions, path: str) -> str | None:
     found = pick(names, options.split_column, SPLIT_COLUMNS)
     if found is None and options.split_column is not None:
         raise no_column(path, names, options.split_column, "split", "--split-column")
+    return found
+
+
+def tags_column(names: Sequence[str], options: DataOptions, path: str) -> str | None:
+    found = pick(names, options.tags_column, ())
+    if found is None and options.tags_column is not None:
+        raise no_column(path, names, options.tags_column, "tags", "--tags-column")
     return found
 
 
@@ -181,4 +191,4 @@ def object_row(entry: Mapping[str, Any], columns: Columns, path: str, *, said: b
     name = raw_name(encoded, path) if encoded else named(entry.get(columns.image))
     captions = captions_of(entry[columns.caption]) if columns.caption in entry else ()
     split = split_of(entry.get(columns.split), path, said=said) if columns.split else None
-    return Row(name, captions, split)
+    return Row(name, captions, split, tags=entry.get(columns.tags) if columns.tags else None)

@@ -24,6 +24,7 @@ from capcli.annotations.rows import (
     raw_name,
     split_column,
     split_of,
+    tags_column,
 )
 from capcli.annotations.tables import arrow_errors, is_bytes
 from capcli.annotations.text import parsed, readable
@@ -83,6 +84,7 @@ class Layout:
     image: str | None
     name: str | None
     split: str | None
+    tags: str | None
     said_split: bool
 
 
@@ -105,7 +107,8 @@ def _layout(folder: str, options: DataOptions) -> Layout:
         image = files[0]
     if image is None and name is None:
         raise no_column(folder, names, options.image_column, "image", "--image-column")
-    return Layout(names, caption, image, name, split_column(names, options, folder), options.split_column is not None)
+    split, tags = split_column(names, options, folder), tags_column(names, options, folder)
+    return Layout(names, caption, image, name, split, tags, options.split_column is not None)
 
 
 def _is_prepared(path: str) -> bool:
@@ -152,7 +155,7 @@ def _choice(folder: str) -> Any:
 def _rows(folder: str, split: str | None, layout: Layout) -> Iterator[Row]:
     """The rows of one split, a batch at a time."""
     table, choice = _table(folder), _choice(folder)
-    wanted = (layout.caption, layout.name, layout.split, BYTES_COLUMN)
+    wanted = (layout.caption, layout.name, layout.split, layout.tags, BYTES_COLUMN)
     plain = table.select([name for name in layout.names if name in wanted])
     pictures = None if layout.image is None else _Pictures(folder, table.column(layout.image), layout.image)
     if pictures is not None and layout.name is None:
@@ -168,9 +171,13 @@ def _rows(folder: str, split: str | None, layout: Layout) -> Iterator[Row]:
         splits = [split_of(word, folder, said=layout.said_split) or split for word in words]
         names = _names(folder, columns, layout.name) if layout.name else [""] * count
         if pictures is None:
-            yield from map(Row, names, captions, splits)
+            rows = map(Row, names, captions, splits)
         else:
-            yield from map(pictures.row, range(start, start + count), names, captions, splits, *pictures.held(chosen))
+            rows = map(pictures.row, range(start, start + count), names, captions, splits, *pictures.held(chosen))
+        if layout.tags is None:
+            yield from rows
+        else:
+            yield from (row._replace(tags=tags) for row, tags in zip(rows, columns[layout.tags], strict=True))
 
 
 def _names(folder: str, columns: dict[str, list[Any]], name: str) -> list[str]:

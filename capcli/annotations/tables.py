@@ -112,6 +112,7 @@ def _text_rows(path: str, layout: Layout) -> Iterator[Row]:
     image = names.index(columns.image)
     captions = [n for n, name in enumerate(names) if _folded(name) == _folded(columns.caption)]  # two may bear one name
     split = None if columns.split is None else names.index(columns.split)
+    tags = None if columns.tags is None else names.index(columns.tags)
     encoded = names.index(BYTES_COLUMN) if BYTES_COLUMN in names else None
     with lines(path) as stream:
         records = _records(stream, layout, path)
@@ -122,7 +123,8 @@ def _text_rows(path: str, layout: Layout) -> Iterator[Row]:
             if encoded is not None and cells[encoded]:
                 name = raw_name(cells[encoded], path)
             word = None if split is None else split_of(cells[split], path, said=layout.said_split)
-            yield Row(name, [each for caption in captions for each in cell_captions(cells[caption])], word)
+            said = [each for caption in captions for each in cell_captions(cells[caption])]
+            yield Row(name, said, word, tags=None if tags is None else cells[tags])
 
 
 def _folded(name: str) -> str:
@@ -201,7 +203,8 @@ def parquet_table(path: str, options: DataOptions) -> Annotations:
         "Parquet with the images inside (to use them, save it with save_to_disk of datasets)" if inside else "Parquet"
     )
     wanted = [f"{columns.image}.path" if path_inside else columns.image, columns.caption]
-    wanted += [name for name in (columns.split, BYTES_COLUMN) if name in schema.names and name is not None]
+    more = (columns.split, columns.tags, BYTES_COLUMN)
+    wanted += [name for name in more if name in schema.names and name is not None and name not in wanted]
     rows = partial(_parquet_rows, path, columns, wanted, said=options.split_column is not None)
     return Annotations(path, words, rows, os.path.dirname(path), tuple(schema.names))
 

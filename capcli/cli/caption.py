@@ -93,6 +93,11 @@ source, generation, model, output, running = map(under, ("Source", "Generation",
 @generation(
     "--prompt", metavar="TEXT", help="Words given to the decoder before the caption; to Florence-2, its question."
 )
+@generation(
+    "--tags-field",
+    metavar="NAME",
+    help="Field of the images' metadata.jsonl or .csv with tags for a captioner that reads them: [dog] [bark].",
+)
 @generation("--keep-prompt", is_flag=True, help="Leave the prompt in the text.")
 @output(
     "-o",

@@ -27,6 +27,11 @@ OPTIONS = (
     option("--image-column", metavar="NAME", help="Column or key of the image's name. [default: the usual ones]"),
     option("--caption-column", metavar="NAME", help="Column or key of the caption. [default: the usual ones]"),
     option("--split-column", metavar="NAME", help="Column or key that says train, val or test."),
+    option(
+        "--tags-column",
+        metavar="NAME",
+        help="Column or key of words on the image, a text or a list: [dog] [bark]. For --join prefix.",
+    ),
     option("--train-names", metavar="FILE", type=FILE, help="Train on the images listed here, one name per line."),
     option("--val-names", metavar="FILE", type=FILE, help="Validate on the images listed here, one name per line."),
     option(

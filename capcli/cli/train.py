@@ -111,6 +111,12 @@ def from_file(ctx: click.Context, name: str) -> bool:
     help="cross: the decoder attends to the image; prefix: the image stands before the words of a GPT-2. [default: cross]",
 )
 @model("--image-tokens", metavar="K", type=click.IntRange(min=1), help="Of a prefix: cut the image so. [default: 10]")
+@model(
+    "--tag-tokens",
+    metavar="N",
+    type=click.IntRange(min=0),
+    help="Of a prefix: read so many tokens of --tags-column. [default: 16 with tags]",
+)
 @model("--model", metavar="ID|FOLDER", help="Go on from this captioner instead.")
 @model(
     "--tokenizer",

@@ -118,13 +118,17 @@ class GenerationOptions:
 
 @dataclass(frozen=True, slots=True)
 class CaptionOptions:
-    """One `capcli caption`. `None` is `auto`: what this machine, the model and the number of images ask for."""
+    """One `capcli caption`. `None` is `auto`: what this machine, the model and the number of images ask for.
+
+    `tags_field` names the field, of the metadata beside the images, with words on each that the captioner reads.
+    """
 
     source: SourceOptions
     sink: SinkOptions
     generation: GenerationOptions = GenerationOptions()
     prompt: str | None = None
     keep_prompt: bool = False
+    tags_field: str | None = None
     model: str = DEFAULT_MODEL
     revision: str | None = None
     device: str = "auto"

@@ -13,10 +13,10 @@ class DataOptions:
 
     `data` and `val_data` name annotation files or folders in any format of `capcli.annotations`; their images are
     looked for below `image_root`, or where the annotations themselves lie. `train_names` and `val_names` are files that
-    list image names, one a line; `split_column` names the column (or key) that says train, val or test; the formats
-    that state splits of their own (Karpathy's, imagefolders with split folders, prepared data) need none of these.
-    `val_fraction` draws that share of the images, by image, with `seed`. `val_limit` keeps that many validation images
-    (or, below 1, that share of them), drawn with `seed`; `train_limit` likewise.
+    list image names, one a line; `tags_column` names the column (or key) with words on an image, `split_column` the one that
+    says train, val or test; the formats that state splits of their own (Karpathy's, imagefolders with split folders, prepared
+    data) need none of these. `val_fraction` draws that share of the images, by image, with `seed`. `val_limit` keeps that many
+    validation images (or, below 1, that share of them), drawn with `seed`; `train_limit` likewise.
     """
 
     data: tuple[str, ...] = ()
@@ -25,6 +25,7 @@ class DataOptions:
     image_column: str | None = None
     caption_column: str | None = None
     split_column: str | None = None
+    tags_column: str | None = None
     train_names: str | None = None
     val_names: str | None = None
     val_fraction: float | None = None

@@ -87,5 +87,9 @@ class TrainOptions:
             value = self.data.seed if name == "seed" else getattr(self, name)
             if not (math.isfinite(value) and allowed(value)):
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be {words}")
+        if self.data.tags_column is not None and self.model.model is None and self.model.join != "prefix":
+            raise UsageError("tags_column names words that stand between image and caption: give join prefix too")
+        if self.data.tags_column is None and self.model.tag_tokens:
+            raise UsageError("tag_tokens is room for words on an image: give tags_column, which holds them")
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise UsageError(f"--warmup is {self.warmup}; it must be whole steps, or below 1 a share of them")

@@ -219,7 +219,9 @@ class Folder:
         return os.path.join(self.work, f"{shard.label}.part")
 
     def writer(self, shard: Shard, plan: Plan) -> ShardWriter:
-        return ShardWriter(os.path.join(self.work, f"{shard.label}.arrow"), features_of(odd_names=plan.odd_names))
+        return ShardWriter(
+            os.path.join(self.work, f"{shard.label}.arrow"), features_of(odd_names=plan.odd_names, tagged=plan.tagged)
+        )
 
     def settle(self, shard: Shard, writer: ShardWriter, failures: Mapping[int, Failure], *, again: bool) -> Done:
         """Put a shard that is written where it belongs; its note first, which is good only of a file of that size."""
@@ -248,7 +250,7 @@ class Folder:
                 entry |= {"failed": " ".join(map(str, each.failed))}  # a list would be a line for each
             digest = hashlib.sha256("".join(each.sha256 for each in found).encode()).hexdigest()
             splits.append(SplitFiles(name, [shard.file for shard in shards], digest))
-        describe(self.path, splits, features_of(odd_names=plan.odd_names))
+        describe(self.path, splits, features_of(odd_names=plan.odd_names, tagged=plan.tagged))
         manifest.pop("again", None)
         empty = sum(failure.error == EMPTY for failure in failures)
         self._restate(

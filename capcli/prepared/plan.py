@@ -39,12 +39,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides what is written; `odd_names` where some name is not UTF-8, so that its bytes want a column."""
+    """All that decides what is written; `odd_names` where some name is not UTF-8, so that its bytes want a column,
+    `tagged` where images may have tags.
+    """
 
     settings: Mapping[str, Any]
     source: Mapping[str, Any]
     splits: Mapping[str, Sequence[Shard]]
     odd_names: bool
+    tagged: bool = False
 
     @property
     def shards(self) -> list[Shard]:
@@ -121,7 +124,7 @@ def make_plan(options: PrepareOptions, splits: Mapping[str, Sequence[Annotated]]
         name: _cut(name, images, options.shard_size, addresses=addresses) for name, images in splits.items() if images
     }
     odd_names = not all(is_text(image.name) for images in splits.values() for image in images)
-    return Plan(settings, asked, cut, odd_names)
+    return Plan(settings, asked, cut, odd_names, tagged=options.data.tags_column is not None)
 
 
 def _cut(split: str, images: Sequence[Annotated], size: int, *, addresses: bool) -> list[Shard]:
@@ -137,5 +140,5 @@ def _listed(images: Sequence[Annotated], *, addresses: bool) -> str:
     digest = hashlib.sha256()
     for image in images:
         where = image.name if addresses or image.image is None else address_of(image.image)
-        digest.update(json.dumps([image.name, where, image.captions]).encode())
+        digest.update(json.dumps([image.name, where, image.captions, *([image.tags] if image.tags else ())]).encode())
     return digest.hexdigest()

@@ -22,8 +22,8 @@ from capcli.sinks import atomic
 ROWS, BYTES = 100, 32 << 20  # of a record batch: what is held in memory, and what a reader of one row looks up
 
 
-def features_of(*, odd_names: bool) -> datasets.Features:
-    """The columns of a copy; `odd_names` adds the bytes of names that are not UTF-8, in base64."""
+def features_of(*, odd_names: bool, tagged: bool) -> datasets.Features:
+    """The columns of a copy; `odd_names` adds the bytes of names that are not UTF-8, in base64, `tagged` the tags."""
     text, number = datasets.Value("string"), datasets.Value("int32")
     columns = {
         "file_name": text,
@@ -32,7 +32,8 @@ def features_of(*, odd_names: bool) -> datasets.Features:
         "width": number,
         "height": number,
     }
-    return datasets.Features(columns | ({"file_name_bytes": text} if odd_names else {}))
+    more = {"tags": text} if tagged else {}
+    return datasets.Features(columns | more | ({"file_name_bytes": text} if odd_names else {}))
 
 
 class ShardWriter:
@@ -42,6 +43,7 @@ class ShardWriter:
         self.rows = self.captions = 0
         self._path = path
         self._schema = features.arrow_schema
+        self._tagged = "tags" in features
         self._held: list[dict[str, Any]] = []
         self._bytes = 0
         self._file = open(path, "wb")  # noqa: SIM115
@@ -55,6 +57,8 @@ class ShardWriter:
             "width": copy.facts["width"],
             "height": copy.facts["height"],
         }
+        if self._tagged:
+            row["tags"] = as_text(image.tags)
         if not is_text(image.name):
             row["file_name_bytes"] = base64.b64encode(raw_bytes(image.name)).decode("ascii")
         self._held.append(row)

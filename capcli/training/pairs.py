@@ -93,17 +93,23 @@ class Pair:
     pixels: npt.NDArray[np.uint8] | None  # [height, width, 3]
     tokens: Tokens  # [T], no start token
     failure: Failure | None = None
-    question: Sequence[int] = ()
+    question: Sequence[int] | Tokens = ()
 
 
 class Pairs(Dataset[Pair]):
     """Every caption of every image, with its image: `tokens[i]` holds the token ids of the captions of image i.
 
-    `question` is what the encoder is asked for all of them.
+    `question` is what the encoder is asked for all of them, `tags` [images, W] what it reads with each.
     """
 
-    def __init__(self, images: Images, tokens: Sequence[Sequence[Sequence[int]]], question: Sequence[int] = ()) -> None:
-        self.images, self.question = images, question
+    def __init__(
+        self,
+        images: Images,
+        tokens: Sequence[Sequence[Sequence[int]]],
+        question: Sequence[int] = (),
+        tags: Tokens | None = None,
+    ) -> None:
+        self.images, self.question, self.tags = images, question, tags
         flat = [ids for captions in tokens for ids in captions]
         self._image = np.repeat(np.arange(len(tokens), dtype=np.int64), [len(captions) for captions in tokens])
         self._ids = np.fromiter((each for ids in flat for each in ids), np.int32)
@@ -120,10 +126,11 @@ class Pairs(Dataset[Pair]):
         return int((self._ids[self._ends[1:] - 1] != end).sum())
 
     def __getitem__(self, index: int) -> Pair:
-        loaded = self.images.loaded(int(self._image[index]))
+        image = int(self._image[index])
+        loaded, question = self.images.loaded(image), self.question if self.tags is None else self.tags[image]
         if isinstance(loaded, Failure):
-            return Pair(None, self.tokens(index), loaded, self.question)
-        return Pair(loaded.pixels, self.tokens(index), None, self.question)
+            return Pair(None, self.tokens(index), loaded, question)
+        return Pair(loaded.pixels, self.tokens(index), None, question)
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,7 +204,7 @@ def _holds_any(folder: str) -> bool:
 def digest(annotated: Sequence[Annotated]) -> str:
     whole = hashlib.sha256()
     for each in annotated:
-        whole.update(json.dumps([each.name, each.captions]).encode())
+        whole.update(json.dumps([each.name, each.captions, *([each.tags] if each.tags else ())]).encode())
     return whole.hexdigest()
 
 

@@ -76,9 +76,15 @@ class Validation:
             progress(len(said), len(mine))
 
         arrivals = Batches(self._batches(Subset(NamedImages(images), mine), list))
-        for _ in captioner.run(arrivals, settings, captioner.shapes(settings, len(mine)), deliver):
+        shapes = captioner.shapes(settings, len(mine))
+        for _ in captioner.run(arrivals, settings, shapes, deliver, questions=self.question):
             pass
         return dict(gather_object(said))
+
+    def question(self, _index: int, loaded: Loaded) -> tuple[int, ...]:
+        """An image's tags, where it has some."""
+        tags = self.pairs.tags
+        return () if tags is None else tuple(tags[int(loaded.name)].tolist())
 
     def scores(self, captions: Mapping[str, str]) -> dict[str, float]:
         """BLEU, ROUGE-L and CIDEr of captions by name; nothing where there are none."""

@@ -1,0 +1,60 @@
+"""Tags: words on an image that an annotation's column holds, as one text whatever the column looks like."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from capcli.annotations.folders import METADATA
+from capcli.annotations.recognition import file_annotations
+from capcli.annotations.rows import clean
+from capcli.annotations.tables import cell_captions
+from capcli.options import DataOptions
+
+
+def tag_text(value: object) -> str:
+    """`[dog] [bark]` as it is, and the same for a list, also one in JSON; nothing for an empty cell."""
+    if hasattr(value, "tolist"):  # NumPy's array
+        value = value.tolist()
+    if isinstance(value, str) and value.startswith("["):
+        found = cell_captions(value)
+        value = value if len(found) == 1 and found[0] == value else list(found)
+    if isinstance(value, list | tuple):
+        words = (clean(str(each)) for each in value if each is not None)
+        return " ".join(f"[{word}]" for word in words if word)
+    return "" if value is None or value != value else clean(str(value))
+
+
+class TagsBeside:
+    """The tags of images by their paths: of the `field` of the metadata file in the image's folder, or in one above it."""
+
+    def __init__(self, field: str) -> None:
+        self._field = field
+        self._known: dict[str, Mapping[str, str] | None] = {}
+        self.found = 0  # images with tags, so far
+
+    def of(self, path: str) -> str:
+        """Those of one image, nothing where it has none. Raises UsageError for metadata without the field."""
+        image, folder = os.path.normpath(path), os.path.dirname(os.path.normpath(path))
+        while True:
+            tags = self._tags(folder)
+            if tags is not None and image in tags:
+                self.found += bool(tags[image])
+                return tags[image]
+            above = os.path.dirname(folder)
+            if above == folder:
+                return ""
+            folder = above
+
+    def _tags(self, folder: str) -> Mapping[str, str] | None:
+        if folder not in self._known:
+            self._known[folder] = self._read(folder)
+        return self._known[folder]
+
+    def _read(self, folder: str) -> Mapping[str, str] | None:
+        path = next(filter(os.path.isfile, (os.path.join(folder, name) for name in METADATA)), None)
+        if path is None:
+            return None
+        # a file that captions nothing yet has no column of captions
+        rows = file_annotations(path, DataOptions(caption_column=self._field, tags_column=self._field)).rows()
+        return {os.path.normpath(os.path.join(folder, row.name)): tag_text(row.tags) for row in rows if row.name}

@@ -1,0 +1,270 @@
+"""A captioner with the image before its words: put together, trained, frozen and unfrozen, and told of tags."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from assembling import BERT, GPT2, VIT, new, save_bytes, write_json
+from captioners import values
+from families import RESNET
+from running import call, change_json, paint
+from training import paint_data
+
+from capcli import Captioner
+from capcli.annotations.tags import tag_text
+from capcli.errors import UsageError
+from capcli.models.prefix import cells, pooling
+from capcli.options import DataOptions, ModelOptions, TrainOptions
+from capcli.training import freezing
+
+RESNET_TABLE = {"model_type": "resnet", **RESNET}
+SMALL = ("--batch-size", 4, "--max-steps", 4, "--evaluate-every", 4, "--workers", 0, "--device", "cpu", "--threads", 1)
+
+
+@pytest.mark.parametrize("count", [1, 4, 7, 10, 12, 16, 100])
+@pytest.mark.parametrize("size", [(7, 7), (14, 10), (3, 5)])
+def test_image_tokens_are_means_of_cells(count: int, size: tuple[int, int]) -> None:
+    seen = torch.randn(2, 5, *size, dtype=torch.float64)
+    expected = torch.nn.functional.adaptive_avg_pool2d(seen, cells(count, *size)).flatten(2)
+    found = seen.flatten(2) @ torch.tensor(pooling(count, *size), dtype=torch.float64).T
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_ten_tokens_of_a_square_are_two_rows_of_five() -> None:
+    assert cells(10, 7, 7) == (2, 5)
+    assert cells(10, 14, 5) == (5, 2)
+    assert cells(7, 7, 7) == (1, 7)
+
+
+@pytest.mark.parametrize("encoder", [RESNET_TABLE, VIT])
+def test_joining_leaves_the_parts_as_they_were(tmp_path: Path, encoder: dict[str, Any]) -> None:
+    """The encoder and the GPT-2 are those of their folders; the seed decides the projection."""
+    torch.manual_seed(3)
+    config = transformers.AutoConfig.for_model(**encoder)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "encoder")
+    write_json(tmp_path / "encoder" / "preprocessor_config.json", {"image_processor_type": "ConvNextImageProcessor"})
+    change_json(tmp_path / "encoder" / "preprocessor_config.json", {"size": {"shortest_edge": 32}, "crop_pct": 0.875})
+    save_bytes(tmp_path / "decoder")
+    own = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**GPT2, "vocab_size": 300}))
+    own.save_pretrained(tmp_path / "decoder")
+    parts = {"encoder": str(tmp_path / "encoder"), "decoder": str(tmp_path / "decoder"), "tokenizer": None}
+    made, again = (new(**parts, join="prefix", image_tokens=6).model for _ in range(2))
+    kept = transformers.AutoModel.from_pretrained(tmp_path / "encoder")
+    for name, weight in kept.state_dict().items():
+        assert torch.equal(made.encoder.state_dict()[name], weight), name
+    for name, weight in own.state_dict().items():
+        assert torch.equal(made.decoder.state_dict()[name], weight), name
+    assert torch.equal(made.project.weight, again.project.weight)
+    assert made.project.weight.std() > 0
+    assert (made.config.image_tokens, made.config.tag_tokens) == (6, 0)
+
+
+def test_image_and_caption_share_the_positions_of_the_decoder() -> None:
+    assert new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", max_length=None).max_length == 50
+    assert new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", image_tokens=40, max_length=None).max_length == 24
+    with pytest.raises(UsageError, match="holds 24 tokens"):
+        new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", image_tokens=40, max_length=25)
+    with pytest.raises(UsageError, match="leave no room for words"):
+        new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", image_tokens=64, max_length=None)
+
+
+def test_what_does_not_go_together_is_told() -> None:
+    with pytest.raises(UsageError, match="goes before the words only: give join prefix"):
+        new(encoder=RESNET_TABLE, decoder=GPT2)
+    with pytest.raises(UsageError, match="before the words of a gpt2 only"):
+        new(encoder=RESNET_TABLE, decoder=BERT, join="prefix")
+    with pytest.raises(UsageError, match="image_tokens are of an image that stands before"):
+        ModelOptions(encoder="vit", decoder="gpt2", image_tokens=4)
+    with pytest.raises(UsageError, match="goes without join"):
+        ModelOptions(model="it", join="prefix")
+    assert ModelOptions(decoder="gpt2", join="prefix").encoder == "microsoft/resnet-101"
+    data, tagged = DataOptions(data=("a.csv",)), DataOptions(data=("a.csv",), tags_column="tags")
+    with pytest.raises(UsageError, match="give join prefix too"):
+        TrainOptions(tagged, ModelOptions(encoder="vit", decoder="gpt2"), "out")
+    with pytest.raises(UsageError, match="give tags_column"):
+        TrainOptions(data, ModelOptions(decoder="gpt2", join="prefix", tag_tokens=4), "out")
+
+
+def test_frozen_batch_norms_keep_their_statistics() -> None:
+    model: Any = new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", image_tokens=4).model
+    norm = next(each for each in model.encoder.modules() if isinstance(each, torch.nn.BatchNorm2d))
+    pixels, ids = torch.rand(4, 3, 32, 32), torch.randint(0, 100, (4, 5))
+    before = norm.running_mean.clone()
+    frozen = freezing.freeze(model, "encoder")
+    assert all(name.startswith("encoder.") for name in frozen.names)
+    freezing.train(model)
+    model(pixels, ids).logits.sum().backward()
+    assert torch.equal(norm.running_mean, before)
+    assert next(model.encoder.parameters()).grad is None
+    assert model.project.weight.grad is not None
+    freezing.unfreeze(model)
+    freezing.train(model)
+    model(pixels, ids).logits.sum().backward()
+    assert not torch.equal(norm.running_mean, before)
+    assert next(model.encoder.parameters()).grad is not None
+
+
+def test_words_count_alone_and_see_all_before_them() -> None:
+    """A word's logits hang on the image, on tags that are there and on words before it, and on nothing else."""
+    model: Any = new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", image_tokens=4, tag_tokens=3).model.double()
+    torch.nn.init.normal_(model.project.weight)
+    pixels, ids = torch.rand(1, 3, 32, 32, dtype=torch.float64), torch.tensor([[1, 7, 8, 9]])
+    with torch.inference_mode():
+        plain = model(pixels, ids, torch.tensor([[5, 6, -1]])).logits
+        later = model(pixels, torch.tensor([[1, 7, 8, 3]]), torch.tensor([[5, 6, -1]])).logits
+        others = [
+            model(pixels, ids, tags).logits for tags in (None, torch.tensor([[5, 6, 7]]), torch.tensor([[6, 5, -1]]))
+        ]
+        dark = model(pixels * 0, ids, torch.tensor([[5, 6, -1]])).logits
+    assert plain.shape[:2] == (1, 4)
+    assert torch.equal(plain[:, :3], later[:, :3])
+    for other in (*others, dark):
+        assert (plain - other).abs().amax(-1).min() > 1e-9
+
+
+def make_run(folder: Path) -> tuple[list[object], Path]:
+    """Data whose tags say the colour, and the flags of a run that learns from them with a new tokenizer."""
+    data = paint_data(folder / "data")
+    lines = Path(data).read_text().splitlines()
+    tags = {
+        line.split(",")[0]: word for line in lines[1:] for word in ("red", "green", "blue", "yellow") if word in line
+    }
+    rows = [f"{line},[{tags[line.split(',')[0]]}]" for line in lines[1:]]
+    Path(data).write_text("\n".join([f"{lines[0]},tags", *rows]) + "\n")
+    write_json(folder / "resnet.json", RESNET_TABLE)
+    write_json(folder / "gpt2.json", GPT2)
+    flags = ["--join", "prefix", "--encoder", folder / "resnet.json", "--decoder", folder / "gpt2.json"]
+    return [*flags, "--tokenizer", "new", "--vocab-size", 320, "--data", data, "--val-fraction", 0.3, *SMALL], data
+
+
+def test_a_tagged_captioner_is_trained_and_captions_by_tags(tmp_path: Path) -> None:
+    flags, data = make_run(tmp_path)
+    out = tmp_path / "out"
+    told = ("--tags-column", "tags", "--tag-tokens", 6, "--image-tokens", 4)
+    done = call("train", *flags, *told, "--learning-rate", 1e-2, "--out", out)
+    assert done.code == 0, done.err
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model_type"], config["image_tokens"], config["tag_tokens"]) == ("prefix-captioner", 4, 6)
+    further = call(
+        "train", "--model", out, "--data", data, "--tags-column", "tags", *SMALL, "--out", tmp_path / "further"
+    )
+    assert further.code == 0, further.err
+    photos = paint(tmp_path / "photos", "a.png", "sub/b.png", "c.png")
+    rows = [{"file_name": "a.png", "tags": "[red]"}, {"file_name": "sub/b.png", "tags": ["blue", "red"]}]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    same = ("--model", out, "--out", "-", "--workers", 0, "--max-new-tokens", 6, "--fields", "width")
+    plain, tagged = (call("caption", photos, *same, *more) for more in ((), ("--tags-field", "tags")))
+    assert plain.code == tagged.code == 0, tagged.err
+    by_name = [{row["file_name"]: row["score"] for row in done.rows} for done in (plain, tagged)]
+    assert by_name[0]["c.png"] == by_name[1]["c.png"]
+    assert all(by_name[0][name] != by_name[1][name] for name in ("a.png", "sub/b.png"))
+    wrong = call("caption", photos, *same, "--tags-field", "words")
+    assert wrong.code == 2
+    assert "has no column 'words'; its columns: file_name, tags" in wrong.err
+
+
+def test_tags_read_as_in_training(tmp_path: Path) -> None:
+    """What a caption run makes of a picture is what the model says of its pixels and the ids of its tags."""
+    flags, _ = make_run(tmp_path)
+    out = tmp_path / "out"
+    assert call("train", *flags, "--tags-column", "tags", "--out", out).code == 0
+    photos = paint(tmp_path / "photos", "a.png")
+    (photos / "metadata.csv").write_text("file_name,words\na.png,[red] [dot]\n")
+    same = ("--model", out, "--out", "-", "--workers", 0, "--max-new-tokens", 1, "--dtype", "float32")
+    [row] = call("caption", photos, *same, "--tags-field", "words").rows
+    captioner = Captioner.load(str(out), dtype="float32")
+    model = transformers.AutoModel.from_pretrained(out).eval()
+    [loaded] = [captioner._prepare(0, str(photos / "a.png"), 10**8)]  # noqa: SLF001
+    ids = captioner.model.tokenizer("[red] [dot]", add_special_tokens=False)["input_ids"]
+    tags = torch.tensor([[*ids, *[-1] * (16 - len(ids))]])
+    start = torch.tensor([[captioner.model.generation["decoder_start_token_id"]]])
+    with torch.inference_mode():
+        best = model(values(loaded.pixels), start, tags).logits[0, -1].log_softmax(-1).max().item()
+    assert row["score"] == pytest.approx(best, abs=1e-3)
+
+
+def test_a_model_without_tags_says_so(tmp_path: Path) -> None:
+    flags, data = make_run(tmp_path)
+    out = tmp_path / "out"
+    done = call("train", *flags, "--out", out)
+    assert done.code == 0, done.err
+    photos = paint(tmp_path / "photos", "a.png")
+    told = call("caption", photos, "--model", out, "--out", "-", "--tags-field", "tags")
+    assert told.code == 2
+    assert "reads no tags" in told.err
+    trained = call("train", "--model", out, "--data", data, "--tags-column", "tags", *SMALL, "--out", tmp_path / "more")
+    assert trained.code == 2
+    assert "reads no tags" in trained.err
+
+
+def test_tags_go_with_prepared_data(tmp_path: Path) -> None:
+    flags, data = make_run(tmp_path)
+    prepared = tmp_path / "prepared"
+    done = call(
+        "prepare", "--data", data, "--tags-column", "tags", "--out", prepared, "--workers", 0, "--val-fraction", 0.3
+    )
+    assert done.code == 0, done.err
+    flags[flags.index("--data") + 1] = prepared
+    del flags[flags.index("--val-fraction") : flags.index("--val-fraction") + 2]
+    trained = call("train", *flags, "--tags-column", "tags", "--out", tmp_path / "out")
+    assert trained.code == 0, trained.err
+    without = call("train", *flags, "--tags-column", "words", "--out", tmp_path / "other")
+    assert without.code == 2
+    assert "no column 'words'" in without.err
+
+
+@pytest.mark.parametrize(
+    ("held", "text"),
+    [
+        ("[dog] [bark]", "[dog] [bark]"),
+        (["dog", "bark"], "[dog] [bark]"),
+        ('["dog", "big bark"]', "[dog] [big bark]"),
+        ('["dog"]', "[dog]"),
+        ("dog, bark\n", "dog, bark"),
+        ([], ""),
+        (None, ""),
+        (float("nan"), ""),
+        (["", None, "dog"], "[dog]"),
+    ],
+)
+def test_tags_are_one_text(held: object, text: str) -> None:
+    assert tag_text(held) == text
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "coco.json", "karpathy.json", "rows.parquet", "captions.token"])
+def test_tags_of_every_format_that_has_columns(tmp_path: Path, name: str) -> None:
+    from capcli.annotations import read_split
+
+    paint(tmp_path, "a.png", "b.png")
+    row = {"file_name": "a.png", "caption": "a dog", "tags": ["dog"]}
+    rows = [row, {"file_name": "b.png", "caption": "a cat", "tags": None}]
+    path = tmp_path / name
+    if name == "rows.parquet":
+        from pyarrow import Table, parquet
+
+        parquet.write_table(Table.from_pylist(rows), path)
+    elif name == "captions.token":
+        path.write_text("a.png#0\ta dog\nb.png#0\ta cat\n")
+    elif name == "rows.jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif name == "coco.json":
+        images = [{"id": n, "file_name": each["file_name"], "tags": each["tags"]} for n, each in enumerate(rows)]
+        said = [{"id": n, "image_id": n, "caption": each["caption"]} for n, each in enumerate(rows)]
+        write_json(path, {"images": images, "annotations": said})
+    else:
+        images = [
+            {"filename": each["file_name"], "tags": each["tags"], "sentences": [{"raw": each["caption"]}]}
+            for each in rows
+        ]
+        write_json(path, {"images": images})
+    options = DataOptions(data=(str(path),), tags_column="tags")
+    if name == "captions.token":
+        with pytest.raises(UsageError, match="no image has tags in a column 'tags'"):
+            read_split(options)
+        return
+    assert [(each.name, each.tags) for each in read_split(options).train] == [("a.png", "[dog]"), ("b.png", "")]
