@@ -765,6 +765,17 @@ def write_side(folder: Path, seed: int, index: int, name: str) -> tuple[str, ...
     return side_captions(scene, drawn)
 
 
+def write_classes(folder: Path, count: int, seed: int, suffixes: Sequence[str] = (".jpg",)) -> None:
+    """Draws one group of each of `count` scenes into the folder of its kind: cat/scene-0001.jpg and the like."""
+    scenes = [make_scene(seed, index, ("left",)) for index in range(count)]
+    kinds = [(scene.first if index % 2 else scene.second).kind for index, scene in enumerate(scenes)]
+    for kind in sorted(set(kinds)):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    names = [f"{kind}/scene-{n:04d}{suffixes[n % len(suffixes)]}" for n, kind in enumerate(kinds)]
+    with ProcessPoolExecutor() as workers:
+        list(workers.map(partial(write_side, folder, seed), range(count), names, chunksize=100))
+
+
 def _save(picture: Image.Image, path: Path) -> None:
     picture.save(path, **({} if path.suffix == ".png" else {"quality": 88}))
 
@@ -776,9 +787,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other scenes (0)")
     parser.add_argument("--format", choices=("jpg", "png", "webp", "mixed"), default="jpg", help="of the files (jpg)")
     parser.add_argument("--sides", action="store_true", help="draw one group only, on the left or on the right")
+    parser.add_argument("--classes", action="store_true", help="draw one group only, into the folder of its kind")
     options = parser.parse_args()
     suffixes = (".jpg", ".png", ".webp") if options.format == "mixed" else (f".{options.format}",)
-    write_folder(options.folder, options.count, options.seed, suffixes, sides=options.sides)
+    if options.classes:
+        write_classes(options.folder, options.count, options.seed, suffixes)
+    else:
+        write_folder(options.folder, options.count, options.seed, suffixes, sides=options.sides)
 
 
 if __name__ == "__main__":

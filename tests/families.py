@@ -24,9 +24,14 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     ResNetConfig,
+    Swinv2Config,
+    T5Config,
+    ViTConfig,
 )
 
+from capcli.models.families import family_of
 from capcli.models.prefix import PrefixCaptioner, PrefixConfig
+from capcli.models.vision_t5 import VisionT5, VisionT5Config
 
 PAD, START, END = VOCABULARY - 3, VOCABULARY - 2, VOCABULARY - 1
 IMAGE, IMAGE_TOKENS = VOCABULARY - 4, 17  # Florence-2's place holder
@@ -129,7 +134,46 @@ def tagged() -> PreTrainedModel:
     return prefix(tag_tokens=TAGS)
 
 
-FAMILIES = {"blip": blip, "git": git, "florence2": florence2, "prefix": prefix, "tagged": tagged}
+T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 48,
+    "d_kv": 8,
+    "d_ff": 96,
+    "num_layers": 1,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 9,  # within the length of a caption
+    "decoder_start_token_id": START,
+    "eos_token_id": END,
+    "pad_token_id": PAD,
+}
+
+
+def vision_t5() -> PreTrainedModel:
+    """SwinV2, and a T5 whose head is its embeddings, so its states are scaled before it."""
+    vision = Swinv2Config(image_size=SIZE, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4)
+    return VisionT5(VisionT5Config(vision, T5Config(**T5)))
+
+
+def vision_t5_gated() -> PreTrainedModel:
+    """ViT, a T5 v1.1 (gated, with a head of its own and no scale), and a T5 encoder for the question."""
+    text = T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    reader = T5Config(**T5 | {"d_model": 32})
+    model = VisionT5(VisionT5Config(ViTConfig(**VISION), text, reader))
+    model.text_model.lm_head.weight = torch.nn.Parameter(torch.zeros(VOCABULARY, 48))
+    return model
+
+
+FAMILIES = {
+    "blip": blip,
+    "git": git,
+    "florence2": florence2,
+    "prefix": prefix,
+    "tagged": tagged,
+    "vision-t5": vision_t5,
+    "vision-t5 v1.1": vision_t5_gated,
+}
 
 
 def random_weights(model: PreTrainedModel) -> Any:
@@ -137,7 +181,7 @@ def random_weights(model: PreTrainedModel) -> Any:
     model = model.eval().double()
     for name, weight in model.named_parameters():
         norm = "norm" in name.lower() or ".ln_" in name
-        place = "position_embedding" in name or "wpe" in name
+        place = any(sign in name for sign in ("position_embedding", "wpe", "relative_attention_bias"))
         torch.nn.init.normal_(weight, mean=1.0 if norm and name.endswith("weight") else 0.0, std=1.0 if place else 0.3)
     if isinstance(model, PrefixCaptioner):
         tell_apart(model)
@@ -168,12 +212,33 @@ def random_of_family(family: str, seed: int = 0, ends: float = 0.2) -> Any:
 def make_end(model: Any, share: float) -> None:
     """Lifts the end token's logit so that it is said at this share of the steps.
 
-    A head without bias gets one: a channel of the last norm becomes constant and carries it.
+    A head without bias gets one: a channel of the last norm becomes constant and carries it. T5's last norm has none that
+    could: the end token's row becomes what states have in common, as long as it takes; twice, for a question has an end too.
     """
     head = (model.text_decoder if hasattr(model, "text_decoder") else model).get_output_embeddings()
+    if model.config.model_type == "vision-t5":
+        for _ in range(2):
+            states: list[torch.Tensor] = []
+            hook = head.register_forward_pre_hook(lambda _, given: states.append(given[0]))  # noqa: B023
+            logits = without_end(model)
+            hook.remove()
+            head.weight[END] = torch.cat(states, 1).mean((0, 1))
+            ratio = logits.amax(-1) / torch.cat([head(state)[:, -1:, END] for state in states], 1).T
+            head.weight[END] *= ratio[ratio > 0].quantile(0.75)  # beams find what does not end
+        return
     if head.bias is None:
         norm = model.decoder.transformer.ln_f if hasattr(model, "decoder") else florence2_norm(model)
         norm.weight[0], norm.bias[0], head.weight[:, 0] = 0.0, 1.0, 0.0
+    logits = without_end(model)
+    lead = logits.index_fill(-1, torch.tensor([END]), -torch.inf).amax(-1) - logits[..., END]
+    if head.bias is None:
+        head.weight[END, 0] += lead.quantile(share)
+    else:
+        head.bias[END] += lead.quantile(share)
+
+
+def without_end(model: Any) -> torch.Tensor:
+    """The logits of 12 greedy tokens for each of 24 images, none of them the end; [12, 24, V]."""
     pixels = torch.cat([values(picture, torch.float64) for picture in pictures(24, seed=99)])
     out = model.generate(
         pixel_values=pixels,
@@ -183,30 +248,33 @@ def make_end(model: Any, share: float) -> None:
         return_dict_in_generate=True,
         **{name: ids.expand(len(pixels), -1) for name, ids in prompted(model).items()},
     )
-    logits = torch.stack(out.logits)
-    lead = logits.index_fill(-1, torch.tensor([END]), -torch.inf).amax(-1) - logits[..., END]
-    if head.bias is None:
-        head.weight[END, 0] += lead.quantile(share)
-    else:
-        head.bias[END] += lead.quantile(share)
+    return torch.stack(out.logits)
 
 
 def florence2_norm(model: Any) -> Any:
     return model.model.language_model.decoder.layers[-1].final_layer_norm
 
 
-def question(prompt: tuple[int, ...] = ()) -> tuple[int, ...]:
+def question(model: Any, prompt: tuple[int, ...] = ()) -> tuple[int, ...]:
     """What an encoder that reads a question is asked."""
-    return (START, *(prompt or (5, 6)), END)
+    start = (START,) if model.config.model_type == "florence2" else ()
+    return (*start, *(prompt or (5, 6)), END)
+
+
+def asks(model: Any) -> bool:
+    """Whether its encoder reads a question."""
+    return hasattr(family_of(model.config.to_dict()), "question")
 
 
 def prompted(model: Any, prompt: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
     """A prompt as each family's `generate()` takes it; [1, W]."""
     kind = model.config.model_type
     if kind == "florence2":
-        return {"input_ids": torch.tensor([[IMAGE] * IMAGE_TOKENS + list(question(prompt))])}
+        return {"input_ids": torch.tensor([[IMAGE] * IMAGE_TOKENS + list(question(model, prompt))])}
     if kind == "prefix-captioner":
         return {"input_ids": torch.tensor([[START, *prompt]])}
+    if asks(model):
+        return {"input_ids": torch.tensor([question(model, prompt)])}
     if not prompt:
         return {}
     if kind == "blip":  # which puts its start token over the first and leaves the last away
@@ -231,6 +299,8 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "crop_pct": 0.875,
         "resample": 3,
     },
+    "vision-t5": {},
+    "vision-t5 v1.1": {},
 }
 
 

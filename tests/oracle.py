@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from captioners import captions, modules, values
-from families import prompted, question
+from families import asks, prompted, question
 from transformers import GenerationConfig, PreTrainedModel
 
 from capcli.decoding import noise
@@ -40,8 +40,8 @@ class Case:
     def settings(self, model: PreTrainedModel) -> Settings:
         config = model.config.to_dict()
         own = family_of(config).generation(config, self.config(model).to_dict())
-        if model.config.model_type == "florence2":
-            return replace(resolve(own, GenerationOptions(**self.given)), question=question(self.prompt))
+        if asks(model):
+            return replace(resolve(own, GenerationOptions(**self.given)), question=question(model, self.prompt))
         empty = (NO_WORD,) * getattr(model.config, "tag_tokens", 0)
         return replace(resolve(own, GenerationOptions(**self.given), self.prompt), question=empty)
 
@@ -83,8 +83,8 @@ def ask(model: PreTrainedModel, image: np.ndarray, case: Case, key: int, tags: t
             pixel_values=values(image, model.dtype),
             **prompted(model, case.prompt),
             **({} if tags is None else {"tags": torch.tensor([tags])}),
-            # with a cache, GIT of transformers 5.17 says other than without
-            use_cache=model.config.model_type not in ("git", "prefix-captioner"),
+            # with a cache, GIT of transformers 5.17 says other than without; of architectures of our own it would prove less
+            use_cache=model.config.model_type not in ("git", "prefix-captioner", "vision-t5"),
             return_dict_in_generate=True,
             output_scores=True,
             output_logits=True,

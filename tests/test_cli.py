@@ -123,7 +123,7 @@ def test_a_wrong_option_is_told_before_anything_heavy_is_imported():
 def every_option() -> Iterator[tuple[click.Command, click.Option]]:
     for command in cli.commands.values():
         for param in command.params:
-            if isinstance(param, click.Option):
+            if isinstance(param, click.Option) and not param.hidden:
                 yield command, param
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import END, FAMILIES, PROCESSORS, START, prompted, random_of_family
+from families import END, FAMILIES, PROCESSORS, START, asks, prompted, random_of_family
 from PIL import Image
 from running import PROCESSOR, Ended, call, paint, save_words
 from safetensors.torch import load_file
@@ -51,12 +51,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def said(folder: Path, photo: Path) -> str:
     """What plain transformers says of a photo."""
-    model: Any = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
-    model = model.from_pretrained(folder).eval()
+    kind = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, kind, transformers.AutoModel).from_pretrained(folder).eval()
     pixels = transformers.AutoImageProcessor.from_pretrained(folder)(
         Image.open(photo).convert("RGB"), return_tensors="pt"
     ).pixel_values
-    asked = prompted(model, asked_ids(folder)) if model.config.model_type == "florence2" else {}
+    asked = prompted(model, asked_ids(folder)) if asks(model) else {}
     ids = model.generate(pixel_values=pixels, max_new_tokens=9, use_cache=model.config.model_type != "git", **asked)[0]
     return str(transformers.AutoTokenizer.from_pretrained(folder).decode(ids, skip_special_tokens=True)).strip()
 

@@ -19,6 +19,7 @@ from assembling import CAPTIONS, RINNA, save_bytes, save_decoder, save_encoder, 
 from running import call, change_json, paint
 
 from capcli.options import GenerationOptions, PrepareOptions, TrainOptions
+from capcli.training.place import sources
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.toml"))
@@ -28,7 +29,7 @@ JAPANESE = ["犬が海辺を走っている", "赤い服の男の人が自転車
 # What decides neither what is learnt nor how captions are searched for, or cannot be said in words of TOML (None).
 OPTIONAL = {
     *("max_steps", "unfreeze_after", "patience", "resume", "overwrite", "device", "threads", "workers", "quiet"),
-    *("max_pixels", "decode_timeout", "data", "model", "generation"),
+    *("max_pixels", "decode_timeout", "data", "model", "generation", "task", "mask_patches"),
 }
 IDLE_WITHOUT_SAMPLING = {"temperature", "top_k", "top_p"}
 
@@ -46,7 +47,7 @@ def taken(command: str, recipe: Path) -> Any:
 def test_prepare_and_train_take_every_recipe_and_training_reads_what_prepare_wrote(recipe: Path) -> None:
     prepare: PrepareOptions = taken("prepare", recipe)
     train: TrainOptions = taken("train", recipe)
-    assert train.data.data == (prepare.out,)
+    assert prepare.out in {path for data in sources(train) for path in data.data}
     assert prepare.data.val_data or prepare.data.val_names or prepare.data.val_fraction
     assert prepare.edge >= image_size(train)
 
@@ -54,14 +55,15 @@ def test_prepare_and_train_take_every_recipe_and_training_reads_what_prepare_wro
 SIZES = {
     "Salesforce/blip-image-captioning-base": 384,
     "florence-community/Florence-2-base": 768,
-}  # of what is gone on from
+    "build/encoder": 96,
+}  # of what is gone on from, and of encoders
 
 
 def image_size(train: TrainOptions) -> int:
     if train.model.model is not None:
         return SIZES.get(train.model.model, 224)
     encoder = train.model.encoder
-    return int(encoder["image_size"]) if isinstance(encoder, Mapping) else 224
+    return int(encoder["image_size"]) if isinstance(encoder, Mapping) else SIZES.get(str(encoder), 224)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -32,6 +32,11 @@ def folder_annotations(path: str, options: DataOptions, read: Reader) -> list[An
     found = [_imagefolder(path, read(each, options)) for each in _metadata(path)]
     if found:
         return found
+    if options.label_template is not None:
+        rows = partial(_class_rows, path, options.label_template)
+        if next(rows(), None) is None:
+            raise CapcliError(f"{printable(path)} holds no folders of images, whose names would be labels")
+        return [Annotations(path, "folders of images, one a class", rows, path)]
     if next(_sidecar_rows(path, only_captioned=True), None) is not None:
         return [Annotations(path, "folder of images with text files beside them", partial(_sidecar_rows, path), path)]
     raise _nothing_known(path)
@@ -81,6 +86,15 @@ def _sidecar_rows(path: str, *, only_captioned: bool = False) -> Iterator[Row]:
             folder, level = here, []
         level.append(os.path.basename(name))
     yield from _captioned(path, folder, level, only_captioned=only_captioned)
+
+
+def _class_rows(path: str, template: str) -> Iterator[Row]:
+    """Images in folders below the folder, each captioned with the name of the one it is in; folders of splits have no label."""
+    for name in walk(path, lambda _: True, lambda name: _suffix(name) in IMAGE_SUFFIXES, lambda _: None):
+        first, *_ = folders = name.split("/")[:-1] or [""]
+        split = _split(first)
+        if label := folders[-1] if len(folders) > (split is not None) else "":
+            yield Row(name, (template.replace("{label}", label),), split)
 
 
 def _suffix(name: str) -> str:

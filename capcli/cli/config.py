@@ -73,6 +73,10 @@ def chosen(sections: dict[str, Any], command: str, path: str) -> dict[str, Any]:
     shared: dict[str, Any] = {}
     own: dict[str, Any] = {}
     for heading, values in sections.items():
+        if isinstance(values, list) and heading in everywhere:  # tables of one name: [[task]]
+            if heading in known[command]:
+                shared[heading] = values
+            continue
         if not isinstance(values, dict):
             raise UsageError(f"{path}: {heading} stands in no section; put it under one, such as [data]")
         allowed = known.get(heading, everywhere)

@@ -52,6 +52,11 @@ OPTIONS = (
         type=float,
         help="Validate on that many images, or that share below 1, at random.",
     ),
+    option(
+        "--label-template",
+        metavar="TEXT",
+        help="Folders of images are classes: caption them with this, the folder's name for {label}.",
+    ),
     option("--seed", metavar="N", type=int, default=42, show_default=True, help="Seed of everything that is drawn."),
 )
 

@@ -15,7 +15,7 @@ from capcli.cli.data import data_options, taken_data_options
 from capcli.cli.generation import generation_options, taken_generation
 from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, leave_word
 from capcli.errors import CapcliError, UsageError
-from capcli.options import DECODE_TIMEOUT, MAX_PIXELS, ModelOptions, TrainOptions
+from capcli.options import DECODE_TIMEOUT, MAX_PIXELS, ModelOptions, TrainOptions, task_of
 
 Decorator = Callable[[Any], Any]
 SETTINGS = "train.toml"  # what a run keeps its settings in
@@ -44,6 +44,17 @@ class Part(click.ParamType[Any]):
         return value
 
 
+class Tasks(click.ParamType[Any]):
+    """Tables of a TOML file, which no flag can say."""
+
+    name = "[[task]]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, list | tuple) or not all(isinstance(table, Mapping) for table in value):
+            self.fail("tasks stand in a file for --config, each in a [[task]] of its own", param, ctx)
+        return tuple(value)
+
+
 class StepsOrEpoch(click.ParamType[Any]):
     """A number of steps, or the word epoch."""
 
@@ -66,7 +77,7 @@ class StepsOrEpoch(click.ParamType[Any]):
 
 # What one option, given itself, makes of others that come from a file.
 INSTEAD = {
-    "model": ("encoder", "decoder", "tokenizer", "join", "image_tokens", "tag_tokens"),
+    "model": ("encoder", "decoder", "tokenizer", "join", "image_tokens", "tag_tokens", "question_encoder"),
     "encoder": ("model",),
     "decoder": ("model",),
     "epochs": ("max_steps",),
@@ -104,7 +115,7 @@ def from_file(ctx: click.Context, name: str) -> bool:
     help="Vision encoder: ViT, DeiT, BEiT, Swin, SwinV2, or ResNet for a prefix; a .json config gets new weights. "
     "[default of a prefix: microsoft/resnet-101]",
 )
-@model("--decoder", type=Part(), help="Text decoder: GPT-2 or BERT; a .json config gets new weights.")
+@model("--decoder", type=Part(), help="Text decoder: GPT-2, BERT or T5; a .json config gets new weights.")
 @model(
     "--join",
     type=click.Choice(["cross", "prefix"]),
@@ -117,6 +128,7 @@ def from_file(ctx: click.Context, name: str) -> bool:
     type=click.IntRange(min=0),
     help="Of a prefix: read so many tokens of --tags-column. [default: 16 with tags]",
 )
+@model("--question-encoder", type=Part(), help="With a T5: another T5, whose encoder reads the question first.")
 @model("--model", metavar="ID|FOLDER", help="Go on from this captioner instead.")
 @model(
     "--tokenizer",
@@ -136,6 +148,14 @@ def from_file(ctx: click.Context, name: str) -> bool:
     metavar="N",
     type=click.IntRange(min=2),
     help="Tokens of a caption to learn, its end included. [default: 50, or what the decoder holds]",
+)
+@model(
+    "--extra-tokens",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Tokens <loc_0>, <loc_1>, ... to add.",
 )
 @learning(
     "--epochs",
@@ -230,6 +250,15 @@ def from_file(ctx: click.Context, name: str) -> bool:
     help="What does not learn; a decoder's new cross-attention does all the same.",
 )
 @learning("--unfreeze-after", metavar="STEPS", type=click.IntRange(min=1), help="From here on it learns too.")
+@learning(
+    "--mask-patches",
+    metavar="SHARE",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Hide that share of each image's patches from the encoder.",
+)
+@learning("--task", type=Tasks(), hidden=True)
 @evaluation(
     "--evaluate-every", type=StepsOrEpoch(), default="epoch", show_default=True, help="Validate, and save, that often."
 )
@@ -310,6 +339,9 @@ def train(**given: Any) -> int:
         --data captions.txt --val-fraction 0.05 --out my-captioner
       capcli caption ./photos --model my-captioner
 
+    With a T5 for a decoder a file for --config may hold several tasks, each a [[task]] with name, data, kind (caption,
+    classify or masked), weight and question.
+
     The folder is a plain transformers model: the best checkpoint by --select, with its history, curves and model card.
     What is given under Generation is what the captioner does by itself. Ctrl-C saves and leaves; the same command with
     --resume goes on with the batches that would have come. On several GPUs: torchrun --nproc-per-node gpu -m capcli train.
@@ -339,7 +371,7 @@ def train_options(given: dict[str, Any]) -> TrainOptions:
     out = given.get("out")
     if not out:
         raise click.MissingParameter(param_hint="--out", param_type="option")
-    if given["resume"] and not given["data"] and not os.path.exists(os.path.join(out, SETTINGS)):
+    if given["resume"] and not given["data"] and not given["task"] and not os.path.exists(os.path.join(out, SETTINGS)):
         raise UsageError(f"--out {out} holds no run to go on with; to begin one, give --data and what to train too")
     generation = taken_generation({**given, "seed": None})  # the seed is the training's
     data = taken_data_options(given)
@@ -349,4 +381,6 @@ def train_options(given: dict[str, Any]) -> TrainOptions:
         return {name: given[name] for name in names if name in given}
 
     model = ModelOptions(**taken(ModelOptions))
-    return TrainOptions(**taken(TrainOptions) | {"data": data, "model": model, "generation": generation})
+    tasks = tuple(task_of(table, data.seed) for table in given["task"] or ())
+    parts = {"data": data, "model": model, "generation": generation, "task": tasks}
+    return TrainOptions(**taken(TrainOptions) | parts)

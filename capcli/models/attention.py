@@ -25,7 +25,10 @@ def attend(
 ) -> tuple[Tensor, None]:
     """query [S, H, Q, D] on keys and values [S, H, N, D] -> [S, Q, H, D]; the mask is added to the scores."""
     few = query.device.type == "cpu" and 1 < query.shape[2] <= FEW
-    if not few or kwargs.get("position_bias") is not None:
+    bias = kwargs.pop("position_bias", None)
+    if bias is not None:
+        attention_mask = bias if attention_mask is None else attention_mask + bias
+    if not few:
         out: Tensor = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, is_causal=False, **kwargs
         )[0]

@@ -16,6 +16,7 @@ FILES = {
     "git": "git",
     "florence2": "florence2",
     "prefix-captioner": "prefix",
+    "vision-t5": "vision_t5",
 }
 
 

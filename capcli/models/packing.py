@@ -30,6 +30,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())  # noqa: SLF001
         self.bias = bias
+        self.weight = None  # T5 asks for its dtype
         self.follow = ("gelu", "tanh") if gelu else ("none", "")
 
     def forward(self, x: Tensor) -> Tensor:

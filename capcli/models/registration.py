@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 AUTO = "transformers.models.auto.configuration_auto"
-OWN = ("prefix",)  # the files of this folder that hold one; each calls `register` when it has been read
+OWN = ("prefix", "vision_t5")  # the files of this folder that hold one; each calls `register` when it has been read
 
 
 def register(config: Any, model: Any) -> None:

@@ -19,6 +19,7 @@ from capcli.options.evaluate import EvaluateOptions
 from capcli.options.export import ExportOptions
 from capcli.options.model import ModelOptions
 from capcli.options.prepare import DownloadOptions, ImageFormat, PrepareOptions
+from capcli.options.task import TaskOptions, table_of, task_of
 from capcli.options.train import TrainOptions
 
 __all__ = [
@@ -40,6 +41,9 @@ __all__ = [
     "SinkOptions",
     "SourceOptions",
     "Suffix",
+    "TaskOptions",
     "TrainOptions",
     "check_device",
+    "table_of",
+    "task_of",
 ]

@@ -16,7 +16,8 @@ class DataOptions:
     list image names, one a line; `tags_column` names the column (or key) with words on an image, `split_column` the one that
     says train, val or test; the formats that state splits of their own (Karpathy's, imagefolders with split folders, prepared
     data) need none of these. `val_fraction` draws that share of the images, by image, with `seed`. `val_limit` keeps that many
-    validation images (or, below 1, that share of them), drawn with `seed`; `train_limit` likewise.
+    validation images (or, below 1, that share of them), drawn with `seed`; `train_limit` likewise. With `label_template` folders
+    of images without annotations are read as classes: the caption of an image is the template with its folder's name for {label}.
     """
 
     data: tuple[str, ...] = ()
@@ -31,11 +32,14 @@ class DataOptions:
     val_fraction: float | None = None
     val_limit: float | None = None
     train_limit: float | None = None
+    label_template: str | None = None
     seed: int = 42
 
     def __post_init__(self) -> None:
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise UsageError(f"val_fraction is {self.val_fraction}; it must be between 0 and 1")
+        if self.label_template is not None and "{label}" not in self.label_template:
+            raise UsageError(f"label_template is {self.label_template!r}; it must hold {{label}}, the folder's name")
         ways = [name for name in ("val_data", "val_names", "val_fraction") if getattr(self, name)]
         if len(ways) > 1:
             raise UsageError(f"{' and '.join(ways)} each say what validates: give one of them")

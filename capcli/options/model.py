@@ -13,8 +13,9 @@ IMAGE_TOKENS = 10  # of a prefix
 TAG_TOKENS = 16  # words on an image at most, where images have tags
 PREFIX_ENCODER = "microsoft/resnet-101"
 DEFAULT_LENGTH = 50  # tokens of a caption
+PARTS = ("encoder", "decoder", "question_encoder")
 LEAST_VOCABULARY = 259  # every byte, start, end and padding
-LEASTS = {"vocab_size": LEAST_VOCABULARY, "max_length": 2, "image_tokens": 1, "tag_tokens": 0}
+LEASTS = {"vocab_size": LEAST_VOCABULARY, "max_length": 2, "image_tokens": 1, "tag_tokens": 0, "extra_tokens": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class ModelOptions:
     `join` is how encoder and decoder come together: "cross" is cross-attention, "prefix" puts the image before the words, as
     `image_tokens` of them (None: IMAGE_TOKENS), and after it at most `tag_tokens` words on it; None is "cross". A prefix begins
     from PREFIX_ENCODER where no encoder is given.
+    `question_encoder` is a T5 whose encoder reads the question before the decoder, a T5 too, does. `extra_tokens` adds as many
+    tokens to the vocabulary: <loc_0>, <loc_1> and so on.
     """
 
     model: str | None = None
@@ -41,9 +44,11 @@ class ModelOptions:
     join: Literal["cross", "prefix"] | None = None
     image_tokens: int | None = None
     tag_tokens: int | None = None
+    question_encoder: str | Mapping[str, Any] | None = None
+    extra_tokens: int = 0
 
     def __post_init__(self) -> None:
-        names = ("encoder", "decoder", "tokenizer", "join", "image_tokens", "tag_tokens")
+        names = (*PARTS, "tokenizer", "join", "image_tokens", "tag_tokens")
         parts = [name for name in names if getattr(self, name) is not None]
         if self.model is not None and parts:
             raise UsageError(
@@ -58,7 +63,9 @@ class ModelOptions:
         if self.model is None and (self.encoder is None or self.decoder is None):
             lacks = " and ".join(name for name in ("encoder", "decoder") if getattr(self, name) is None)
             raise UsageError(f"{lacks} missing: give encoder and decoder, or model, a captioner to go on from")
-        for name in ("model", "encoder", "decoder", "tokenizer"):
+        if self.model is not None and self.extra_tokens:
+            raise UsageError("extra_tokens are of a new captioner, and model is a whole one: give encoder and decoder")
+        for name in ("model", *PARTS, "tokenizer"):
             if getattr(self, name) == "":
                 raise UsageError(f"{name} is empty; it must name a folder or a model on the hub")
         for name, least in LEASTS.items():

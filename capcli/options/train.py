@@ -11,6 +11,7 @@ from capcli.errors import UsageError
 from capcli.options.caption import DECODE_TIMEOUT, MAX_PIXELS, GenerationOptions
 from capcli.options.data import DataOptions
 from capcli.options.model import ModelOptions
+from capcli.options.task import TaskOptions
 
 Every = int | Literal["epoch"]
 Schedule = Literal[
@@ -22,7 +23,9 @@ Schedule = Literal[
 NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(("epochs", "learning_rate", "decode_timeout"), (lambda x: x > 0, "above 0")),
     **dict.fromkeys(("warmup", "weight_decay", "max_grad_norm"), (lambda x: x >= 0, "0 or more")),
-    **dict.fromkeys(("adam_beta2", "label_smoothing"), (lambda x: 0 <= x < 1, "0 or more, and below 1")),
+    **dict.fromkeys(
+        ("adam_beta2", "label_smoothing", "mask_patches"), (lambda x: 0 <= x < 1, "0 or more, and below 1")
+    ),
     "seed": (lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
 }
 
@@ -36,7 +39,8 @@ class TrainOptions:
     `save_every` count steps, or say "epoch"; None saves whenever there was an evaluation. `select` says by what the
     `keep_best` checkpoints are chosen: the validation loss, or CIDEr of captions generated for `caption_images` of the
     validation images. `patience` ends the run after so many evaluations without a better one. `unfreeze_after`
-    counts steps until what `freeze` holds still learns too.
+    counts steps until what `freeze` holds still learns too. `mask_patches` is the share of an image's patches that are hidden
+    from the encoder while it learns. `task` are several things to learn at once, each from its own data, in place of `data`.
     """
 
     data: DataOptions
@@ -58,6 +62,8 @@ class TrainOptions:
     gradient_checkpointing: bool = False
     freeze: Literal["encoder", "decoder", "none"] = "none"
     unfreeze_after: int | None = None
+    mask_patches: float = 0.0
+    task: tuple[TaskOptions, ...] = ()
     evaluate_every: Every = "epoch"
     save_every: Every | None = None
     log_every: int = 10
@@ -81,8 +87,12 @@ class TrainOptions:
             raise UsageError("resume goes on with a run and overwrite throws it away: give one of them")
         if self.select == "cider" and not self.caption_images:
             raise UsageError("select is cider, of captions, and caption_images is 0: no captions would be made")
-        if not self.data.data:
+        if not self.data.data and not self.task:
             raise UsageError("nothing to train on: give --data")
+        if self.task and (self.data.data or self.data.val_data):
+            raise UsageError("tasks name their data themselves, each its own: leave --data and --val-data out")
+        if len({task.name for task in self.task}) < len(self.task):
+            raise UsageError("two tasks have one name: give each its own")
         for name, (allowed, words) in NUMBERS.items():
             value = self.data.seed if name == "seed" else getattr(self, name)
             if not (math.isfinite(value) and allowed(value)):

@@ -20,6 +20,7 @@ from capcli.models.vision_encoder_decoder import ANY_SIZE
 from capcli.options import GenerationOptions, ModelOptions
 from capcli.options.model import DEFAULT_LENGTH, IMAGE_TOKENS, NEW
 from capcli.pixels import PixelSpec
+from capcli.training import joining_t5
 from capcli.training.embeddings import extend_embeddings, is_foreign, renew_embeddings, token_count
 from capcli.training.generation import set_generation
 from capcli.training.joining_prefix import join_prefix, refuse_decoder
@@ -82,7 +83,8 @@ def assemble(
         raise UsageError(f"{encoder.title} is a {encoder.kind}, which goes before the words only: give join prefix")
     processor, notes = _processor(encoder)
     spec = _pixels(encoder.title, processor, config_of(encoder), any_size=prefixed or encoder.kind in ANY_SIZE)
-    holds = config_of(decoder).max_position_embeddings - (image + tags if prefixed else 0)
+    holds = getattr(config_of(decoder), "max_position_embeddings", joining_t5.POSITIONS)
+    holds -= image + tags if prefixed else 0
     max_length = _length(decoder.title, holds, options.max_length)
     own = None if options.tokenizer == NEW else _own_tokenizer(decoder)
     tokenizer = _tokenizer(options, decoder, own, captions, quiet)
@@ -90,12 +92,22 @@ def assemble(
     if tokenizer.pad_token_id is None:  # as GPT-2's: the folder says the same in all its files
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(specials.pad)
     foreign = options.tokenizer == NEW or is_foreign(tokenizer, own, config_of(decoder).vocab_size)
-    speaking, new = _decoder(decoder, tokenizer, specials, seed, foreign=foreign, cross=not prefixed)
-    seeing = make_part(encoder, seed)
-    if prefixed:
-        model: Any = join_prefix(seeing.model, speaking.model, image, tags, seed)
+    if options.extra_tokens:
+        tokenizer.add_tokens([f"<loc_{number}>" for number in range(options.extra_tokens)])
+    model: Any
+    if decoder.kind == "t5":
+        reading = options.question_encoder
+        reader = None if reading is None else find_part("question-encoder", reading, quiet=quiet)
+        model, specials, new = joining_t5.join(encoder, decoder, reader, tokenizer, specials, seed, foreign=foreign)
     else:
-        model = _join(seeing.model, speaking.model, seed)
+        if options.question_encoder is not None:
+            raise UsageError(f"question_encoder reads a question, and {decoder.title}, a {decoder.kind}, is asked none")
+        speaking, new = _decoder(decoder, tokenizer, specials, seed, foreign=foreign, cross=not prefixed)
+        seeing = make_part(encoder, seed)
+        if prefixed:
+            model = join_prefix(seeing.model, speaking.model, image, tags, seed)
+        else:
+            model = _join(seeing.model, speaking.model, seed)
     leave_idle(model)
     if encoder.files is None:
         new["encoder"] = "the encoder has new random weights"

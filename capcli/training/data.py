@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from capcli.annotations import DataReport, check_images, read_split
+from capcli.annotations import DataReport, Split, check_images, read_split
 from capcli.errors import CapcliError, UsageError
 from capcli.options import TrainOptions
 from capcli.progress import Progress
 from capcli.records import Annotated, Failure
-from capcli.training.place import LEFT_OUT, Place, digest
+from capcli.training.place import LEFT_OUT, Place, digest, sources
 
 Facts = dict[str, Any]  # for run.json
+Part = tuple[list[Annotated], list[Annotated]]
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run learns from and is held against; `report` says what was left out."""
+    """What a run learns from and is held against; `report` says what was left out.
+
+    `parts` are the same by where they come from, in the order of `place.sources`: each what to learn from, and what validates.
+    """
 
     train: list[Annotated]
     val: list[Annotated]
     report: DataReport
+    parts: Sequence[Part] = ()
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], report: DataReport) -> Data:
+        train, val = ([image for part in parts for image in part[which]] for which in (0, 1))
+        return cls(train, val, report, parts)
+
+    def only(self, kept: Container[int]) -> Data:
+        """The images whose `id` is among `kept`."""
+        parts = [
+            ([image for image in train if id(image) in kept], [image for image in val if id(image) in kept])
+            for train, val in self.parts
+        ]
+        return Data.of(parts, self.report)
 
 
 @dataclass(slots=True)
@@ -49,8 +67,7 @@ def read_data(options: TrainOptions, place: Place, arguments: Any) -> tuple[Data
     Raises CapcliError for an empty or broken set, and where a run that goes on finds other data than it began with.
     """
     with arguments.main_process_first(local=False):
-        split = read_split(options.data)
-    data = Data(split.train, split.val, split.report)
+        data = _together([read_split(each) for each in sources(options)])
     if place.checkpoint is None:
         looked = _looked_at(options, data) if arguments.process_index == 0 else None
         if looked is not None:
@@ -75,6 +92,23 @@ def read_data(options: TrainOptions, place: Place, arguments: Any) -> tuple[Data
     return data, known
 
 
+def _together(splits: Sequence[Split]) -> Data:
+    """Several splits as one: what validates in one of them is learnt from in none."""
+    if len(splits) == 1:
+        [split] = splits
+        return Data.of([(split.train, split.val)], split.report)
+    report = DataReport()
+    for each in splits:
+        report.failures += each.report.failures
+        report.notes += each.report.notes
+    held_out = {image.image for split in splits for image in split.val}
+    parts = [([image for image in split.train if image.image not in held_out], split.val) for split in splits]
+    data = Data.of(parts, report)
+    report.count(data.train)
+    report.count(data.val)
+    return data
+
+
 def _looked_at(options: TrainOptions, data: Data) -> tuple[Data, Facts]:
     looked = Looked()
     count, before = len(data.train) + len(data.val), len(data.report.failures)
@@ -95,7 +129,7 @@ def _looked_at(options: TrainOptions, data: Data) -> tuple[Data, Facts]:
     kept = {id(each) for each in good}
     broken = [number for number, each in enumerate((*data.train, *data.val)) if id(each) not in kept]
     told = [[each.name, each.error, each.message] for each in data.report.failures[before:]]
-    data = Data([x for x in data.train if id(x) in kept], [x for x in data.val if id(x) in kept], data.report)
+    data = data.only(kept)
     if not data.train:
         raise CapcliError(f"no image is left to train on: {data.report.line()}")
     return data, {
@@ -111,10 +145,7 @@ def _without(broken: set[int], data: Data) -> Data:
     """The data without images that were found broken before; names would not do, for two folders may share them."""
     every = [*data.train, *data.val]
     data.report.count((every[number] for number in broken if number < len(every)), -1)
-    first = len(data.train)
-    train = [each for number, each in enumerate(data.train) if number not in broken]
-    val = [each for number, each in enumerate(data.val, first) if number not in broken]
-    return Data(train, val, data.report)
+    return data.only({id(each) for number, each in enumerate(every) if number not in broken})
 
 
 def refuse_unvalidated(options: TrainOptions, data: Data) -> None:

@@ -30,7 +30,8 @@ def is_foreign(tokenizer: Any, own: Any, held: int) -> bool:
 
 def renew_embeddings(decoder: Any, count: int, seed: int) -> None:
     """Gives a decoder `count` embeddings as a new model's, and the output layer's, where those are not the same."""
-    std = decoder.config.initializer_range
+    config = decoder.config
+    std = getattr(config, "initializer_range", None) or config.initializer_factor  # T5 has the latter
     with seeded(seed, "embeddings"), quiet_transformers():
         decoder.resize_token_embeddings(count, mean_resizing=False)
         put_in, taken_out = decoder.get_input_embeddings(), decoder.get_output_embeddings()

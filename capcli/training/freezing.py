@@ -75,9 +75,10 @@ def refuse_freezing(what: What, new: Collection[str]) -> None:
 
 
 def _parts(model: Any) -> dict[str, tuple[str, ...]]:
-    """The names of the sub-modules that see and of those that speak."""
-    family = family_of(model.config.to_dict())
-    return {"encoder": family.ENCODER, "decoder": family.DECODER}
+    """The names of the sub-modules that see and of those that speak; some need not be there."""
+    family, there = family_of(model.config.to_dict()), {name for name, _ in model.named_modules()}
+    parts = {"encoder": family.ENCODER, "decoder": family.DECODER}
+    return {what: tuple(name for name in names if name in there) for what, names in parts.items()}
 
 
 def _learnable(model: Any) -> Iterator[tuple[str, nn.Parameter]]:

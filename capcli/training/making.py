@@ -17,15 +17,19 @@ from capcli.metrics import Scorer
 from capcli.models.build import modules, pixel_size
 from capcli.models.families import family_of
 from capcli.models.tags import tag_ids
-from capcli.options import ModelOptions, TrainOptions
+from capcli.options import ModelOptions, TaskOptions, TrainOptions
 from capcli.options.model import TAG_TOKENS
 from capcli.records import Annotated
 from capcli.training.arguments import loader_workers
 from capcli.training.assembly import Untrained, assemble
 from capcli.training.data import Data
+from capcli.training.masking import MaskedPairs, encode_words, gaps_of
+from capcli.training.mixing import Mixed
 from capcli.training.pairs import Collate, Images, Pairs, Tokens
+from capcli.training.place import sources
 from capcli.training.trainer import CaptionTrainer
 from capcli.training.validation import Validation
+from capcli.training.validations import CAPTION, MASKED, Validations
 from capcli.training.vocabulary import encode_captions
 
 
@@ -56,19 +60,26 @@ def make_trainer(
     size = pixel_size(name, encode.size, made.spec, any_size=encode.any_size)
     collate = Collate(size, made.specials.start, made.specials.pad)
     pairs = partial(make_pairs, options=options, made=made, size=size)
+    train: Pairs | Mixed
+    validation: Validation | Validations | None
+    if options.task:
+        train, validation = make_tasks(options, made, data, size, collate)
+    else:
+        train = pairs(data.train)
+        validation = make_validation(options, pairs(data.val), collate, data.val) if data.val else None
     if options.gradient_checkpointing:
         model: Any = made.model  # under its new name, where it has that
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    validation = make_validation(options, pairs(data.val), collate, data.val) if data.val else None
     trainer = CaptionTrainer(
         made,
         arguments,
-        pairs(data.train),
+        train,
         collate,
         validation,
         label_smoothing=options.label_smoothing,
         freezes=options.freeze != "none",
+        mask_patches=options.mask_patches,
     )
     trainer.remove_callback(DefaultFlowCallback)
     trainer.remove_callback(PrinterCallback)
@@ -76,13 +87,19 @@ def make_trainer(
 
 
 def make_pairs(
-    annotated: Sequence[Annotated], *, options: TrainOptions, made: Untrained, size: tuple[int, int]
+    annotated: Sequence[Annotated],
+    *,
+    options: TrainOptions,
+    made: Untrained,
+    size: tuple[int, int],
+    asked: str | None = None,
 ) -> Pairs:
+    """Pairs with the question that is asked, None for the one that the model is asked by itself."""
     flat = [text for each in annotated for text in each.captions]
     labels = iter(encode_captions(made.tokenizer, flat, made.specials, made.max_length))
     images = Images(annotated, made.spec, size, options.max_pixels)
     tokens = [[next(labels) for _ in each.captions] for each in annotated]
-    return Pairs(images, tokens, question(made), tags_of(annotated, made))
+    return Pairs(images, tokens, question(made, asked), tags_of(annotated, made))
 
 
 def tags_of(annotated: Sequence[Annotated], made: Untrained) -> Tokens | None:
@@ -91,10 +108,65 @@ def tags_of(annotated: Sequence[Annotated], made: Untrained) -> Tokens | None:
     return np.array(tag_ids(made.tokenizer, [each.tags for each in annotated], room), np.int32) if room else None
 
 
-def question(made: Untrained) -> Sequence[int]:
-    """What the encoder is asked when nothing else is, in a family whose encoder is asked."""
+def question(made: Untrained, asked: str | None) -> Sequence[int]:
+    """What the encoder is asked, in a family whose encoder is asked."""
     ask = getattr(family_of(made.model.config.to_dict()), "question", None)
-    return ask(made.tokenizer, None) if ask else ()
+    return ask(made.tokenizer, asked) if ask else ()
+
+
+def make_tasks(
+    options: TrainOptions, made: Untrained, data: Data, size: tuple[int, int], collate: Collate
+) -> tuple[Mixed, Validations | None]:
+    """The pairs of all tasks, and what validates each. Raises UsageError for a model that cannot learn one of them."""
+    ask = getattr(family_of(made.model.config.to_dict()), "question", None)
+    if ask is None:
+        raise UsageError(
+            f"a {made.model.config.model_type} is asked nothing, so it learns one task: give a T5 for a decoder"
+        )
+    where = dict(zip(sources(options), data.parts, strict=True))
+    learnt, held = [], {}
+    for task in options.task:
+        train, val = where[task.data]
+        if not train:
+            raise UsageError(f"task {task.name}: no image is left to train on")
+        make = partial(make_task_pairs, task=task, options=options, made=made, size=size)
+        learnt.append(make(train))
+        if val:
+            held[task.name] = make_task_validation(options, task, made, make(val), collate, val)
+    weights = [task.weight for task in options.task]
+    validating = Mixed([each.pairs for each in held.values()], [1.0] * len(held)) if held else None
+    kinds = {task.name: task.kind for task in options.task}
+    return Mixed(learnt, weights), None if validating is None else Validations(validating, collate, held, kinds)
+
+
+def make_task_pairs(
+    annotated: Sequence[Annotated], *, task: TaskOptions, options: TrainOptions, made: Untrained, size: tuple[int, int]
+) -> Pairs:
+    if task.kind != MASKED:
+        return make_pairs(annotated, options=options, made=made, size=size, asked=task.question)
+    flat = [text for each in annotated for text in each.captions]
+    words = iter(encode_words(made.tokenizer, flat, made.specials))
+    images = Images(annotated, made.spec, size, options.max_pixels)
+    return MaskedPairs(
+        images,
+        [[next(words) for _ in each.captions] for each in annotated],
+        gaps_of(made.tokenizer),
+        made.specials.end,
+        made.max_length,
+        options.data.seed,
+    )
+
+
+def make_task_validation(
+    options: TrainOptions, task: TaskOptions, made: Untrained, pairs: Pairs, collate: Collate, val: Sequence[Annotated]
+) -> Validation:
+    """As `make_validation`; what is masked in a caption is the same at every evaluation."""
+    held = make_validation(options, pairs, collate, val)
+    if not isinstance(pairs, MaskedPairs):
+        return replace(held, question=task.question, scorer=held.scorer if task.kind == CAPTION else None)
+    masked = {str(number): pairs.masked(pairs.first(number)) for number in held.captioned}
+    answers = {n: [made.tokenizer.decode(a, skip_special_tokens=True)] for n, (_, a) in masked.items()}
+    return replace(held, scorer=None, references=answers, questions={n: tuple(q) for n, (q, _) in masked.items()})
 
 
 def make_validation(
@@ -108,6 +180,7 @@ def make_validation(
         pairs,
         collate,
         captioned,
+        references,
         Scorer(references) if references else None,
         options.batch_size,
         loader_workers(options),

@@ -125,8 +125,20 @@ class Pairs(Dataset[Pair]):
         """How many captions do not end: they were longer than the labels may be."""
         return int((self._ids[self._ends[1:] - 1] != end).sum())
 
+    def image(self, index: int) -> int:
+        """The number of the image that a pair is of."""
+        return int(self._image[index])
+
+    def first(self, image: int) -> int:
+        """The number of an image's first pair."""
+        return int(np.searchsorted(self._image, image))
+
     def __getitem__(self, index: int) -> Pair:
-        image = int(self._image[index])
+        return self.pair(index)
+
+    def pair(self, index: int, draw: int = 0) -> Pair:  # noqa: ARG002
+        """A pair; the same whenever it is drawn."""
+        image = self.image(index)
         loaded, question = self.images.loaded(image), self.question if self.tags is None else self.tags[image]
         if isinstance(loaded, Failure):
             return Pair(None, self.tokens(index), loaded, question)

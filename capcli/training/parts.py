@@ -40,8 +40,14 @@ CLASSES: Mapping[str, str] = {
     "resnet": "ResNetModel",
     "gpt2": "GPT2LMHeadModel",
     "bert": "BertLMHeadModel",
+    "t5": "T5ForConditionalGeneration",
+    "t5-encoder": "T5EncoderModel",
 }
-KINDS: Mapping[str, tuple[str, ...]] = {"encoder": (*ENCODERS, "resnet"), "decoder": DECODERS}
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "encoder": (*ENCODERS, "resnet"),
+    "decoder": (*DECODERS, "t5"),
+    "question-encoder": ("t5",),
+}
 CROSS_ATTENTION = ("crossattention", "ln_cross_attn")
 HEADS = ("lm_head.", "cls.")
 POOLER = "pooler."

@@ -17,7 +17,7 @@ from typing import Any
 from capcli.errors import CapcliError, UsageError
 from capcli.models import files
 from capcli.names import is_text, printable
-from capcli.options import TrainOptions
+from capcli.options import DataOptions, TrainOptions, table_of
 from capcli.options.model import NEW
 from capcli.records import Annotated
 from capcli.sinks import atomic
@@ -37,7 +37,7 @@ FREE = {
     *("out", "resume", "overwrite", "quiet", "device", "threads", "workers", "decode_timeout"),
     *("epochs", "max_steps", "log_every", "evaluate_every", "save_every", "keep_best", "select", "patience"),
 }
-UNSAVED = ("out", "resume", "overwrite", "quiet", "data", "model", "generation")
+UNSAVED = ("out", "resume", "overwrite", "quiet", "data", "model", "generation", "task")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Place:
         settings, and when beginning anew would remove what the run is to read.
         """
         folder = options.out
-        for path in (folder, *options.data.data, *options.data.val_data):
+        for path in (folder, *(path for data in sources(options) for path in (*data.data, *data.val_data))):
             if not is_text(path):
                 raise UsageError(
                     f"{printable(path)} is no UTF-8, and train.toml can say nothing else: rename or link it"
@@ -160,13 +160,20 @@ class Place:
 
 def inputs(options: TrainOptions) -> Iterator[tuple[str, str, bool]]:
     """What a run reads, where that may be a path: the option, its value, and whether it is a captioner or a part of one."""
-    model, data = options.model, options.data
+    model = options.model
     parts = {"model": model.model, "encoder": model.encoder, "decoder": model.decoder, "tokenizer": model.tokenizer}
+    parts |= {"question-encoder": model.question_encoder}
     yield from ((name, value, True) for name, value in parts.items() if isinstance(value, str) and value != NEW)
-    read = {"data": data.data, "val-data": data.val_data}
-    single = {"image-root": data.image_root, "train-names": data.train_names, "val-names": data.val_names}
-    for name, values in (read | {name: (value,) for name, value in single.items() if value}).items():
-        yield from ((name, value, False) for value in values)
+    for data in sources(options):
+        read = {"data": data.data, "val-data": data.val_data}
+        single = {"image-root": data.image_root, "train-names": data.train_names, "val-names": data.val_names}
+        for name, values in (read | {name: (value,) for name, value in single.items() if value}).items():
+            yield from ((name, value, False) for value in values)
+
+
+def sources(options: TrainOptions) -> list[DataOptions]:
+    """All that a run's data are read from, each once: several tasks may learn from the same."""
+    return list(dict.fromkeys(task.data for task in options.task)) or [options.data]
 
 
 def parents(path: str) -> Iterator[str]:
@@ -219,8 +226,11 @@ def as_toml(options: TrainOptions) -> str:
         "generation": asdict(options.generation),
     }
     written = {name: {k: v for k, v in values.items() if v not in (None, ())} for name, values in sections.items()}
-    return tomli_w.dumps({name: values for name, values in written.items() if values})
+    tasks = {"task": [table_of(task) for task in options.task]} if options.task else {}
+    return tomli_w.dumps({name: values for name, values in written.items() if values} | tasks)
 
 
-def flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {name: value for values in sections.values() for name, value in values.items()}
+def flat(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name; tables of one name, as of tasks, are one setting."""
+    tables = {name: values for name, values in sections.items() if isinstance(values, list)}
+    return {k: v for name in sections.keys() - tables.keys() for k, v in sections[name].items()} | tables

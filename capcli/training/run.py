@@ -152,8 +152,7 @@ def show(trainer: CaptionTrainer, options: TrainOptions, place: Place, data: Dat
     trainer.evaluating, trainer.failed = view.evaluating, Lost(place, data.report, view.say)
 
     def samples() -> Sequence[Sample]:
-        shown = trainer.validation.captioned[:SHOWN] if trainer.validation else ()
-        said = [(data.val[index], trainer.captions.get(str(index), "")) for index in shown]
-        return [Sample(each.name, text, each.captions[0]) for each, text in said]
+        shown = trainer.validation.samples(trainer.captions, SHOWN) if trainer.validation else ()
+        return [Sample(*each) for each in shown]
 
     return Showing(view, History(place.folder, points), events, options.select, samples)

@@ -28,8 +28,11 @@ from capcli.training.assembly import Untrained
 from capcli.training.checkpoints import MARK
 from capcli.training.folder import save_captioner
 from capcli.training.loss import token_loss
+from capcli.training.mixing import Drawn, Mixed
 from capcli.training.pairs import Collate, Pairs
+from capcli.training.patches import hide_patches, patch_size
 from capcli.training.validation import Validation, captioner_of
+from capcli.training.validations import Validations
 
 
 @dataclass
@@ -76,12 +79,13 @@ class CaptionTrainer(Seq2SeqTrainer):
         self,
         made: Untrained,
         args: Seq2SeqTrainingArguments,
-        train: Pairs,
+        train: Pairs | Mixed,
         collate: Collate,
-        validation: Validation | None,
+        validation: Validation | Validations | None,
         *,
         label_smoothing: float = 0.0,
         freezes: bool = False,
+        mask_patches: float = 0.0,
         evaluating: Callable[[int, int], None] = lambda _done, _total: None,
         failed: Callable[[Failure], None] = lambda _: None,
     ) -> None:
@@ -94,14 +98,20 @@ class CaptionTrainer(Seq2SeqTrainer):
             compute_loss_func=partial(token_loss, label_smoothing=label_smoothing),
         )
         self.model_accepts_loss_kwargs = False  # the loss is ours: the model need not hear of the number of tokens
-        self.pairs, self.collate, self.freezes = train, collate, freezes
+        self.pairs, self.collate, self.freezes, self.mask_patches = train, collate, freezes, mask_patches
         self.made, self.validation, self.evaluating, self.failed = made, validation, evaluating, failed
         self.meter = Meter()
         self.captions: dict[str, str] = {}
-        self._normalise = modules(made.model, made.spec)[0].normalise
+        encode, _ = modules(made.model, made.spec)
+        self._normalise, self._seeing = encode.normalise, encode.encoder.config
         self._family = family_of(made.model.config.to_dict())
 
     # Batches
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        if isinstance(self.pairs, Mixed):
+            return Drawn(self.pairs, self.args.data_seed or 0)
+        return super()._get_train_sampler()
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         began = time.monotonic()
@@ -128,6 +138,9 @@ class CaptionTrainer(Seq2SeqTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *given: Any, **named: Any) -> Any:
         if self.freezes:
             freezing.train(self.model)  # the Trainer has just put all of it into training mode
+        if self.mask_patches and model.training:
+            hidden = hide_patches(inputs["pixel_values"], patch_size(self._seeing), self.mask_patches)
+            inputs = {**inputs, "pixel_values": hidden}
         given_labels = {"labels": inputs["labels"]}
         return super().compute_loss(model, self._family.inputs(self.model, inputs) | given_labels, *given, **named)
 
@@ -176,7 +189,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         held, made = self.validation, self.made
         training = self.model.training
         self.model.eval()
-        metrics = {"eval_loss": held.loss(self.model, self._prepare_inputs, self.accelerator)}
+        losses = held.losses(self.model, self._prepare_inputs, self.accelerator)
+        metrics = {f"eval_{name}": value for name, value in losses.items()}
         if held.captioned:
             with captioner_of(self.model, made.tokenizer, made.spec, held.collate.size) as captioner:
                 self.captions = held.captions(captioner, self.accelerator, self.evaluating)

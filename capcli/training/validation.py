@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,20 +33,31 @@ Prepare = Callable[[dict[str, Any]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Validation:
-    """What is held out: `pairs` for the loss; `captioned`, numbers of images, for captions that `scorer` judges."""
+    """What is held out: `pairs` for the loss; `captioned`, numbers of images, for captions that `scorer` judges.
+
+    `references` are the captions that people gave of those images, by number in words. `question` None is the one that the model
+    is asked by itself; `questions` are those of images that are asked each something else, by number in words.
+    """
 
     pairs: Pairs
     collate: Collate
     captioned: Sequence[int]
+    references: Mapping[str, Sequence[str]]
     scorer: Scorer | None
     batch_size: int
     workers: int
+    question: str | None = None
+    questions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def loss(self, model: Any, prepare: Prepare, accelerator: Accelerator) -> float:
+    def losses(self, model: Any, prepare: Prepare, accelerator: Accelerator) -> dict[str, float]:
         """The mean cross-entropy over every token of every validation caption, each counted once whatever the processes.
 
         Raises CapcliError when no image can be loaded.
         """
+        return {"loss": mean_loss(*self.sums(model, prepare, accelerator))}
+
+    def sums(self, model: Any, prepare: Prepare, accelerator: Accelerator) -> tuple[float, float]:
+        """The cross-entropy summed over those tokens, and how many there are."""
         mine = range(accelerator.process_index, len(self.pairs), accelerator.num_processes)
         family = family_of(model.config.to_dict())
         sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
@@ -57,17 +68,14 @@ class Validation:
                 logits = last_logits(model(**family.inputs(model, inputs)), labels.shape[1])
             sums += torch.stack([token_sum(logits, labels).double(), (labels != IGNORED).sum().double()]).to(sums)
         total, count = accelerator.reduce(sums).tolist()
-        if not count:
-            raise CapcliError("none of the images to validate with can be loaded any more: bring the data back")
-        return float(total / count)
+        return float(total), float(count)
 
     def captions(
         self, captioner: Captioner, accelerator: Accelerator, progress: Callable[[int, int], None]
     ) -> dict[str, str]:
         """A caption for each of `captioned` that could be loaded, by its number in words; all of them on every process."""
         mine = self.captioned[accelerator.process_index :: accelerator.num_processes]
-        images = self.pairs.images
-        settings = captioner.settings(GenerationOptions(num_return_sequences=1))
+        settings = captioner.settings(GenerationOptions(num_return_sequences=1), self.question)
         said: list[tuple[str, str]] = []
 
         def deliver(_: int, result: Caption | Failure) -> None:
@@ -75,16 +83,31 @@ class Validation:
                 said.append((result.name, result.text))
             progress(len(said), len(mine))
 
-        arrivals = Batches(self._batches(Subset(NamedImages(images), mine), list))
-        shapes = captioner.shapes(settings, len(mine))
-        for _ in captioner.run(arrivals, settings, shapes, deliver, questions=self.question):
-            pass
+        for alike in self._by_length(mine):
+            arrivals = Batches(self._batches(Subset(NamedImages(self.pairs.images), alike), list))
+            asked = replace(settings, question=self.questions.get(str(alike[0]), settings.question))
+            shapes = captioner.shapes(asked, len(alike))
+            for _ in captioner.run(arrivals, asked, shapes, deliver, questions=self.own_question):
+                pass
         return dict(gather_object(said))
 
-    def question(self, _index: int, loaded: Loaded) -> tuple[int, ...]:
-        """An image's tags, where it has some."""
-        tags = self.pairs.tags
-        return () if tags is None else tuple(tags[int(loaded.name)].tolist())
+    def own_question(self, _index: int, loaded: Loaded) -> tuple[int, ...]:
+        """What one image's encoder is asked, where each is asked its own, or its tags."""
+        if self.pairs.tags is not None:
+            return tuple(self.pairs.tags[int(loaded.name)].tolist())
+        return self.questions.get(loaded.name, ())
+
+    def _by_length(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Images that are asked questions of one length go together: a run has one shape."""
+        lengths: dict[int, list[int]] = {}
+        for number in numbers:
+            lengths.setdefault(len(self.questions.get(str(number), ())), []).append(number)
+        return list(lengths.values())
+
+    def samples(self, captions: Mapping[str, str], count: int) -> list[tuple[str, str, str]]:
+        """Of the first few images the name, the caption made of it, and one that a person gave."""
+        shown = self.captioned[:count]
+        return [(self.pairs.images.name(n), captions.get(str(n), ""), self.references[str(n)][0]) for n in shown]
 
     def scores(self, captions: Mapping[str, str]) -> dict[str, float]:
         """BLEU, ROUGE-L and CIDEr of captions by name; nothing where there are none."""
@@ -102,6 +125,12 @@ class Validation:
                 pin_memory=torch.cuda.is_available(),
             )
         )
+
+
+def mean_loss(total: float, count: float) -> float:
+    if not count:
+        raise CapcliError("none of the images to validate with can be loaded any more: bring the data back")
+    return total / count
 
 
 class NamedImages(torch.utils.data.Dataset[Loaded | Failure]):

@@ -1,0 +1,288 @@
+"""Text and image to text: an image encoder and a question, both read by the encoder of a T5, whose decoder says the answer.
+
+What the image encoder sees and the words of the question each go through a linear projection to the T5's width, and one after
+the other into the T5's encoder. The question's words are the T5's own embeddings: its encoder reads them, with the image in
+sight. A second T5 encoder that reads the question before (`question_config`) is possible; for a question of a few words, the
+same at every image, it is a third of the weights for nothing new.
+
+T5 counts positions of its own where it is given a cache, so its decoder's layers are called one by one, with the relative bias
+of each row's own ancestors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+from capcli.models import modules
+from capcli.models.modules import split_heads
+from capcli.models.registration import register
+
+LOADER = "AutoModel"
+ENCODER, DECODER = ("encoder", "question_encoder"), ("text_model",)
+QUESTION = "What does the image describe?"
+ANY_SIZE = ("swin", "swinv2")  # encoders that take images of other sizes than they were trained on
+POSITIONS = 512  # tokens of a caption: a T5 itself knows no end of them
+
+
+class VisionT5Config(PretrainedConfig):  # type: ignore[no-untyped-call]
+    """`vision_config` and `text_config` are those of the image encoder and the T5; `question_config` that of a T5 encoder that
+    reads the question first, None for none.
+    """
+
+    model_type = "vision-t5"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "question_config": AutoConfig}  # noqa: RUF012
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        vision_config: dict[str, Any] | PretrainedConfig | None = None,
+        text_config: dict[str, Any] | PretrainedConfig | None = None,
+        question_config: dict[str, Any] | PretrainedConfig | None = None,
+        **others: Any,
+    ) -> None:
+        self.vision_config, self.text_config = sub_config(vision_config, "swinv2"), sub_config(text_config, "t5")
+        self.question_config = None if question_config is None else sub_config(question_config, "t5")
+        pad = self.text_config.pad_token_id
+        start = getattr(self.text_config, "decoder_start_token_id", None)
+        ids = {
+            "pad_token_id": pad,
+            "eos_token_id": self.text_config.eos_token_id,
+            "decoder_start_token_id": pad if start is None else start,  # T5 begins with its padding
+            "is_encoder_decoder": True,
+            "tie_word_embeddings": True,  # of this class; whether the T5's own are tied its config and its weights say
+        }
+        super().__init__(**ids | others)
+
+
+def sub_config(given: dict[str, Any] | PretrainedConfig | None, kind: str) -> PretrainedConfig:
+    if isinstance(given, PretrainedConfig):
+        return given
+    values = dict(given or {})
+    made: PretrainedConfig = AutoConfig.for_model(values.pop("model_type", kind), **values)
+    return made
+
+
+class VisionT5(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+    """An image encoder and a T5. `generate(pixel_values=..., input_ids=...)` answers a question with transformers alone."""
+
+    config_class = VisionT5Config
+    config: VisionT5Config
+    main_input_name = "pixel_values"
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _keep_in_fp32_modules = ["wo"]  # noqa: RUF012  (as T5 itself: half precision overflows there)
+    _tied_weights_keys = {  # noqa: RUF012
+        f"text_model.{name}.weight": "text_model.shared.weight"
+        for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+    }
+
+    def __init__(
+        self,
+        config: VisionT5Config,
+        encoder: PreTrainedModel | None = None,
+        text_model: T5ForConditionalGeneration | None = None,
+        question_encoder: T5EncoderModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        auto, t5, reader = (cast("Any", each) for each in (AutoModel, T5ForConditionalGeneration, T5EncoderModel))
+        self.encoder: Any = encoder or auto.from_config(config.vision_config)
+        self.text_model: Any = text_model or t5(config.text_config)
+        self.question_encoder: Any = question_encoder
+        if question_encoder is None and config.question_config is not None:
+            self.question_encoder = reader(config.question_config)
+        # what parts were given becomes what this config says of them
+        config.vision_config, config.text_config = self.encoder.config, self.text_model.config
+        reads = self.text_model.config
+        if self.question_encoder is not None:
+            reads = config.question_config = self.question_encoder.config
+        width = config.text_config.d_model
+        self.image_projection = nn.Linear(config.vision_config.hidden_size, width)
+        self.question_projection = nn.Linear(reads.d_model, width)
+        head = self.text_model.lm_head.weight
+        self.post_init()  # type: ignore[no-untyped-call]
+        if text_model is not None:  # whose head may be its own, as in T5 v1.1, where transformers ties it all the same
+            text_model.lm_head.weight = head
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The parts begin as their own classes have them begin; only the projections are this class's.
+
+        The image's goes to where T5 begins its embeddings, to deviation 1; the question's leaves a T5's own words as they are.
+        """
+        if module is self.image_projection:
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            nn.init.zeros_(module.bias)
+        elif module is self.question_projection:
+            nn.init.eye_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        words: nn.Module = self.text_model.get_input_embeddings()
+        return words
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        head: nn.Module = self.text_model.get_output_embeddings()
+        return head
+
+    def read_question(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """A question's ids [E, W] -> its words in the T5's width [E, W, d_model]."""
+        if self.question_encoder is None:
+            words = self.get_input_embeddings()(input_ids)
+        else:
+            words = self.question_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        projected: Tensor = self.question_projection(words)
+        return projected
+
+    def read(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Images [E, 3, h, w] and questions [E, W] -> what the T5's encoder makes of both, and the mask [E, M + W] of it."""
+        image = self.image_projection(self.encoder(pixel_values=pixel_values).last_hidden_state)
+        x = torch.cat((image, self.read_question(input_ids, attention_mask)), 1)
+        if attention_mask is not None:
+            attention_mask = torch.cat((attention_mask.new_ones(image.shape[:2]), attention_mask), 1)
+        return self.text_model.encoder(inputs_embeds=x, attention_mask=attention_mask).last_hidden_state, attention_mask
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        encoder_outputs: Any = None,
+        **others: Any,
+    ) -> Seq2SeqLMOutput:
+        """Images [B, 3, h, w], questions [B, W] and their mask, decoder_input_ids [B, T] (start token first) -> logits [B, T, V].
+
+        With `encoder_outputs`, what `read` gave before, the mask is that of image and question together.
+        """
+        if encoder_outputs is None:
+            assert pixel_values is not None
+            assert input_ids is not None
+            seen, attention_mask = self.read(pixel_values, input_ids, attention_mask)
+            encoder_outputs = BaseModelOutput(last_hidden_state=seen)
+        out: Seq2SeqLMOutput = self.text_model(
+            encoder_outputs=encoder_outputs,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            **others,
+        )
+        return out
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any
+    ) -> Any:
+        """transformers' generate() of answers to questions [E, W] about images [E, 3, h, w]; the rest is passed on."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        seen, mask = self.read(pixel_values, input_ids, attention_mask)
+        outputs = BaseModelOutput(last_hidden_state=seen)
+        if others.get("use_cache") is not False:  # else generate() makes one of as many layers as the T5's encoder has
+            others.setdefault("past_key_values", EncoderDecoderCache(DynamicCache(), DynamicCache()))
+        search: Any = super().generate  # type: ignore[misc]
+        return search(encoder_outputs=outputs, attention_mask=mask, **others)
+
+
+class Encode(modules.Encode):
+    """Pixels and a question, in the T5's encoder together, to memory."""
+
+    def __init__(self, model: nn.Module, rescale: float, mean: Sequence[float], std: Sequence[float]) -> None:
+        whole: Any = model
+        super().__init__(whole.encoder, rescale, mean, std)
+        self.any_size = whole.encoder.config.model_type in ANY_SIZE
+        self.whole = whole
+
+    def forward(self, pixels: Tensor, question: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """uint8 [E, h, w, 3] and the questions' ids [E, W] -> 2 x layers of [E, H, image tokens + W, D]."""
+        return self.remember(self.whole.read(self.normalise(pixels), question)[0])
+
+    def remember(self, seen: Tensor) -> tuple[Tensor, ...]:
+        layers = [block.layer[1].EncDecAttention for block in self.whole.text_model.decoder.block]
+        return tuple(split_heads(project(seen), layer.n_heads) for layer in layers for project in (layer.k, layer.v))
+
+
+class Step(modules.Step):
+    """One pass of the T5's decoder."""
+
+    def __init__(self, model: nn.Module) -> None:
+        whole: Any = model
+        super().__init__(whole.text_model.decoder)
+        config = whole.config.text_config
+        self.head: nn.Module = whole.text_model.lm_head
+        self.scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
+        self.positions, self.vocabulary = getattr(config, "n_positions", POSITIONS), config.vocab_size
+        self.bias = nn.Buffer(bias_by_distance(self.decoder), persistent=False)  # [distances, H]
+
+    def decode(self, tokens: Tensor, position: Tensor, visible: Tensor, cache: EncoderDecoderCache) -> Tensor:
+        """What a row sees stands in the pool in the order of its positions, so counting it gives each entry's position."""
+        entry = visible.long().cumsum(-1) - 1  # [S, Q, N]
+        away = (position[..., None] - entry).clamp(0, len(self.bias) - 1)
+        bias = nn.functional.embedding(away, self.bias).permute(0, 3, 1, 2)  # [S, H, Q, N]
+        hidden = bias.new_full((), torch.finfo(bias.dtype).min)
+        return self.say(tokens, position, torch.where(visible[:, None], bias, hidden), cache)
+
+    def say(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: EncoderDecoderCache) -> Tensor:  # noqa: ARG002
+        """Here the mask is [S, H, Q, N], the relative bias in it."""
+        decoder: Any = self.decoder
+        cross: Any = cache.cross_attention_cache.layers[0]
+        x = decoder.embed_tokens(tokens)
+        none = x.new_zeros(1, 1, 1, 1)  # in place of the bias that every layer would make for itself
+        for block in decoder.block:
+            # filled: of the cross layers' keys only the presence counts
+            x = block(x, mask, none, cross.keys[:, 0], None, none, past_key_values=cache)[0]
+        logits: Tensor = self.head(decoder.final_layer_norm(x) * self.scale)
+        return logits
+
+
+@torch.no_grad()
+def bias_by_distance(decoder: Any) -> Tensor:
+    """A decoder's relative bias for keys 0, 1, ... positions back [distances, H]; from the last on it stays the same."""
+    attention = decoder.block[0].layer[0].SelfAttention
+    weight: Tensor = attention.relative_attention_bias.weight
+    back = torch.arange(attention.relative_attention_max_distance + 1, device=weight.device)
+    bucket = attention._relative_position_bucket(  # noqa: SLF001
+        -back,
+        bidirectional=False,
+        num_buckets=attention.relative_attention_num_buckets,
+        max_distance=attention.relative_attention_max_distance,
+    )
+    return weight[bucket].clone()
+
+
+def inputs(_model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """What the model learns from."""
+    asked = batch["question"]
+    read = {"input_ids": asked.clamp(min=0), "attention_mask": (asked >= 0).long()}
+    said = {"decoder_input_ids": batch["decoder_input_ids"], "use_cache": False}
+    return {"pixel_values": batch["pixel_values"], **read, **said}
+
+
+def generation(_config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What `generate()` goes by: the model's generation_config."""
+    return own
+
+
+def question(tokenizer: Any, prompt: str | None) -> list[int]:
+    """The ids of what the encoder is asked, its end as T5 reads it; `<extra_id_0>` and the like are the gaps to fill."""
+    ids: list[int] = tokenizer(prompt or QUESTION, add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]
+
+
+register(VisionT5Config, VisionT5)

@@ -1,0 +1,68 @@
+"""An image encoder and a T5 -> an untrained VisionT5, the tokens for gaps in a text in its vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from capcli.models.build import quiet_transformers
+from capcli.models.vision_t5 import POSITIONS as POSITIONS
+from capcli.models.vision_t5 import VisionT5, VisionT5Config
+from capcli.training.embeddings import extend_embeddings, renew_embeddings, token_count
+from capcli.training.parts import Config, make_part, seeded
+from capcli.training.vocabulary import SpecialTokens
+
+GAPS = 100  # tokens <extra_id_0> to <extra_id_99>, each the place of words that are to be found
+
+
+def join(
+    encoder: Config,
+    decoder: Config,
+    reader: Config | None,
+    tokenizer: Any,
+    specials: SpecialTokens,
+    seed: int,
+    *,
+    foreign: bool,
+) -> tuple[VisionT5, SpecialTokens, dict[str, str]]:
+    """The model, its special tokens, and what of it is random, with a line on it. The tokenizer gets what T5 needs.
+
+    `reader` is a T5 whose encoder reads the question first; `foreign` says that the tokens are not the T5's own.
+    """
+    add_gaps(tokenizer)
+    specials = replace(specials, start=specials.pad)  # every T5 begins so
+    count = token_count(tokenizer)
+    ids = {"eos_token_id": specials.end, "pad_token_id": specials.pad, "decoder_start_token_id": specials.start}
+    new: dict[str, str] = {}
+    if decoder.files is None:
+        speaking = make_part(decoder, seed, **ids, vocab_size=count).model
+        new["decoder"] = "the decoder has new random weights"
+    else:
+        speaking = make_part(decoder, seed).model
+        if foreign:
+            renew_embeddings(speaking, count, seed)
+            new["embeddings"] = f"the decoder's embeddings are new, {count:,} of them: the tokenizer is not its own"
+        extend_embeddings(speaking, count, seed)
+    asked = None
+    if reader is not None:
+        changes = {"vocab_size": count} if reader.files is None else {}
+        asked = make_part(replace(reader, kind="t5-encoder"), seed, **changes).model
+        extend_embeddings(asked, count, seed)
+    seeing = make_part(encoder, seed).model
+    for part in (seeing, speaking, asked):
+        if part is not None:
+            part.config.dtype = torch.float32
+    with seeded(seed, "projection"), quiet_transformers():
+        config = VisionT5Config(seeing.config, speaking.config, None if asked is None else asked.config, **ids)
+        return VisionT5(config, seeing, speaking, asked), specials, new
+
+
+def add_gaps(tokenizer: Any) -> None:
+    """The tokens <extra_id_n> where a tokenizer lacks them, as T5's own numbers them: the last first."""
+    known = tokenizer.get_vocab()
+    names = [f"<extra_id_{number}>" for number in reversed(range(GAPS))]
+    lacking = [name for name in names if name not in known]
+    if lacking:
+        tokenizer.add_special_tokens({"additional_special_tokens": lacking}, replace_extra_special_tokens=False)
