@@ -131,7 +131,11 @@ class Run:
         """Decoder processes at work on `entries`."""
         options, device = self.options, self.captioner.model.runtime.device
         decode = partial(
-            pixels.load, spec=self.captioner.model.spec, max_pixels=options.max_pixels, facts=options.sink.fields
+            pixels.load,
+            spec=self.captioner.model.spec,
+            max_pixels=options.max_pixels,
+            facts=options.sink.fields,
+            fast=options.fast_decode,
         )
         workers = options.workers
         if workers is None:

@@ -46,6 +46,7 @@ def make_receipt(
             "sidecar": options.sink.sidecar,
             "sidecar_dir": options.sink.sidecar_dir,
             "generation": settings.receipt(),
+            **({"fast_decode": True} if options.fast_decode else {}),
         },
         "images": {"max_pixels": options.max_pixels, "decode_timeout": options.decode_timeout, "order": options.order},
         "batch_size": options.batch_size,

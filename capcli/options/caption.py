@@ -138,6 +138,7 @@ class CaptionOptions:
     threads: int | None = None
     max_pixels: int = MAX_PIXELS
     decode_timeout: float = DECODE_TIMEOUT
+    fast_decode: bool = False
     order: Literal["source", "done"] = "source"
     limit: int | None = None
     dry_run: bool = False

@@ -18,11 +18,12 @@ from collections.abc import Collection, Iterator
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
 
 from capcli.errors import ImageError
 from capcli.pixels.opening import identify, open_image
 from capcli.pixels.processor import PixelSpec
-from capcli.pixels.rgb import array_rgb, upright_rgb
+from capcli.pixels.rgb import array_rgb, stands, upright_rgb
 from capcli.records import FACTS
 
 __all__ = ["FACTS", "PixelSpec", "from_array", "load", "read", "resize", "to_rgb"]
@@ -30,33 +31,36 @@ __all__ = ["FACTS", "PixelSpec", "from_array", "load", "read", "resize", "to_rgb
 WHOLE_RESIZE = 1 << 24  # pixels of a resized image up to which it is made whole before it is cropped
 LONGEST_EDGE = 1 << 21  # of a resized image; Pillow's filter table alone takes some 50 bytes for each of its pixels
 LARGEST_OUTPUT = 1 << 26  # pixels of a resized image that is not cropped
+SPARE = 2  # times the edges of the resized image that a shrunk one keeps, for the filter to choose from
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Python prints what plugins log about damaged files
 _one_at_a_time = threading.RLock()
 
 
 def load(
-    source: str | bytes, spec: PixelSpec, *, max_pixels: int, facts: Collection[str] = ()
+    source: str | bytes, spec: PixelSpec, *, max_pixels: int, facts: Collection[str] = (), fast: bool = False
 ) -> tuple[npt.NDArray[np.uint8], dict[str, str | int]]:
     """`read`, then `resize`: the pixels uint8 [height, width, 3] of the image, and its `facts`.
 
-    `source` is a file's path, or the bytes of one.
+    `source` is a file's path, or the bytes of one. `fast` lets libjpeg decode a large JPEG at a half, a quarter or an
+    eighth of its size: sooner, and the pixels are a little other ones.
 
     Raises:
         ImageError: whatever went wrong, in decoding or in memory.
     """
     with _failures():
-        image, found = read(source, max_pixels=max_pixels, facts=facts)
+        image, found = read(source, max_pixels=max_pixels, facts=facts, shrink_for=spec if fast else None)
         return resize(image, spec), found
 
 
 def read(
-    source: str | bytes, *, max_pixels: int, facts: Collection[str] = ()
+    source: str | bytes, *, max_pixels: int, facts: Collection[str] = (), shrink_for: PixelSpec | None = None
 ) -> tuple[Image.Image, dict[str, str | int]]:
     """Open an image, by its path or its file's bytes: upright RGB, the first frame of several; and the `FACTS` asked for.
 
     Width and height are those of the upright image; format and mode are Pillow's names for what the file holds. An
-    image of more than `max_pixels` is refused before it is decoded.
+    image of more than `max_pixels` is refused before it is decoded. With `shrink_for` a JPEG may come smaller, but no
+    smaller than SPARE times what that processor resizes it to.
 
     Raises:
         ImageError: it is no regular file, no image, truncated, too large, or anything else was wrong with it.
@@ -69,10 +73,28 @@ def read(
         image = identify(stream)
         _refuse_large(image.size, max_pixels)
         found |= {"format": image.format or "", "mode": image.mode}
+        whole = None if shrink_for is None else shrink(image, shrink_for)
         rgb = upright_rgb(image)
         _refuse_large(rgb.size, max_pixels)  # some containers hold other sizes than their headers say
-        found |= {"width": rgb.width, "height": rgb.height}
+        width, height = whole or rgb.size
+        found |= {"width": width, "height": height}
         return rgb, {name: found[name] for name in facts}
+
+
+def shrink(image: Image.Image, spec: PixelSpec) -> tuple[int, int] | None:
+    """Lets libjpeg decode at a part of the size; width and height of the whole upright image, None where nothing changes.
+
+    The scaling happens in its discrete cosine transform (Pillow's `draft`), of which most of the time goes.
+    """
+    if not isinstance(image, JpegImageFile):
+        return None
+    upright = stands(image)
+    width, height = image.size if upright else image.size[::-1]
+    rows, columns = spec.resized(height, width)
+    wanted = (SPARE * columns, SPARE * rows)
+    before = image.size
+    image.draft(None, wanted if upright else wanted[::-1])
+    return None if image.size == before else (width, height)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -94,6 +94,11 @@ def _eight_bits(array: Array) -> Bytes:
     )
 
 
+def stands(image: Image.Image) -> bool:
+    """Whether it keeps its width and height when it is turned upright."""
+    return _orientation(image) not in (5, 6, 7, 8)
+
+
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
