@@ -2,7 +2,8 @@
 
     python examples/measure_demo.py build/demo/captioner
 
-As a user would: picture files of a seed that was used for nothing else, greedy, through plain transformers.
+As a user would: picture files of a seed that was used for nothing else, greedy, through plain transformers, or through capcli
+where transformers alone does not search.
 """
 
 from __future__ import annotations
@@ -10,13 +11,22 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import scenes
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, VisionEncoderDecoderModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+)
+
+from capcli import Captioner
 
 SUFFIXES = (".jpg", ".png", ".webp")
 MEASURING_SEED, PICTURES_SEED = 3, 4  # demo.toml has 1, 2 and 5
@@ -24,7 +34,10 @@ MEASURING_SEED, PICTURES_SEED = 3, 4  # demo.toml has 1, 2 and 5
 
 @dataclass(slots=True)
 class Tally:
-    """How many captions are right in each respect; `right` is all of them at once, and a true word on the weather."""
+    """How many captions are right in each respect; `right` is all of them at once, and a true word on the weather.
+
+    `ended` counts those that an end token ended, where that is told.
+    """
 
     scenes: int = 0
     object: int = 0
@@ -45,23 +58,37 @@ class Tally:
         self.ended += ended
 
     def shares(self) -> dict[str, str]:
-        return {name: f"{value / self.scenes:.1%}" for name, value in asdict(self).items() if name != "scenes"}
+        told = {name: value for name, value in asdict(self).items() if name != "scenes" and (value or name != "ended")}
+        return {name: f"{value / self.scenes:.1%}" for name, value in told.items()}
 
 
-@torch.inference_mode()
 def measure(folder: Path, seed: int, count: int) -> Tally:
-    """Captions so many new scenes, one at a time."""
-    model = VisionEncoderDecoderModel.from_pretrained(folder).eval()
-    tokenizer, processor = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+    """Captions so many new scenes."""
+    plain = AutoConfig.from_pretrained(folder).model_type == VisionEncoderDecoderConfig.model_type
     tally = Tally()
     with tempfile.TemporaryDirectory() as pictures:
         scenes.write_folder(Path(pictures), count, seed, SUFFIXES)
-        for index, name in enumerate(sorted(name for name in os.listdir(pictures) if name != "metadata.jsonl")):
-            with Image.open(Path(pictures, name)) as picture:
-                ids = model.generate(**processor(picture.convert("RGB"), return_tensors="pt"))[0]
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            tally.add(text, scenes.make_scene(seed, index), ended=tokenizer.eos_token_id in ids)
+        paths = sorted(Path(pictures, name) for name in os.listdir(pictures) if name != "metadata.jsonl")
+        for index, (text, ended) in enumerate(by_transformers(folder, paths) if plain else by_capcli(folder, paths)):
+            tally.add(text, scenes.make_scene(seed, index), ended=ended)
     return tally
+
+
+@torch.inference_mode()
+def by_transformers(folder: Path, paths: Sequence[Path]) -> Iterator[tuple[str, bool]]:
+    """The caption of each picture, one at a time, and whether it ended."""
+    model = VisionEncoderDecoderModel.from_pretrained(folder).eval()
+    tokenizer, processor = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+    for path in paths:
+        with Image.open(path) as picture:
+            ids = model.generate(**processor(picture.convert("RGB"), return_tensors="pt"))[0]
+        yield tokenizer.decode(ids, skip_special_tokens=True), tokenizer.eos_token_id in ids
+
+
+def by_capcli(folder: Path, paths: Sequence[Path]) -> Iterator[tuple[str, bool]]:
+    captioner = Captioner.load(str(folder), device="cpu", dtype="float32")
+    for result in captioner.caption(paths, num_beams=1, do_sample=False):
+        yield getattr(result, "text", ""), False
 
 
 CARD = """---
@@ -95,7 +122,7 @@ Of the {pictures.scenes} pictures in `examples/scenes/`, {pictures.right} are ca
 
 
 def card(folder: Path, held_out: Tally, pictures: Tally) -> str:
-    config = VisionEncoderDecoderModel.config_class.from_pretrained(folder)
+    config = VisionEncoderDecoderConfig.from_pretrained(folder)
     *kinds, last_kind = (kind.many for kind in scenes.KINDS.values())
     return CARD.format(
         encoder=config.encoder,

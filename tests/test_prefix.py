@@ -150,6 +150,10 @@ def test_a_tagged_captioner_is_trained_and_captions_by_tags(tmp_path: Path) -> N
     assert done.code == 0, done.err
     config = json.loads((out / "config.json").read_text())
     assert (config["model_type"], config["image_tokens"], config["tag_tokens"]) == ("prefix-captioner", 4, 6)
+    card = (out / "README.md").read_text()
+    assert "from capcli import Captioner" in card
+    assert "VisionEncoderDecoderModel" not in card
+    assert "- prefix-captioner\n" in card
     further = call(
         "train", "--model", out, "--data", data, "--tags-column", "tags", *SMALL, "--out", tmp_path / "further"
     )

@@ -23,7 +23,7 @@ from capcli.training.place import sources
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.toml"))
-SYSTEMS = ("japanese", "flickr8k", "chinese")
+SYSTEMS = ("japanese", "flickr8k", "chinese", "lowcost")
 ENGLISH = [caption for caption in dict.fromkeys(CAPTIONS) if caption.isascii()]
 JAPANESE = ["犬が海辺を走っている", "赤い服の男の人が自転車に乗る", "公園で遊ぶ子供たち", "水たまりを飛びこえる女の子"]
 # What decides neither what is learnt nor how captions are searched for, or cannot be said in words of TOML (None).
@@ -139,6 +139,25 @@ def test_the_chinese_recipe_is_system_3() -> None:
     )
 
 
+def test_the_low_cost_recipe_is_system_5() -> None:
+    prepare, train = taken("prepare", EXAMPLES / "lowcost.toml"), taken("train", EXAMPLES / "lowcost.toml")
+    assert prepare.data.data == ("coco/captions_train2017.json",)
+    assert prepare.data.val_data == ("coco/captions_val2017.json",)
+    assert (train.model.encoder, train.model.decoder, train.model.join) == ("microsoft/resnet-101", "gpt2", "prefix")
+    assert (train.model.image_tokens, train.model.max_length, train.model.tokenizer) == (10, 20, None)
+    assert train.freeze == "encoder"
+    assert train.unfreeze_after is not None
+    assert (train.schedule, train.dtype) == ("reduce_lr_on_plateau", "float16")
+    assert train.generation == GenerationOptions(
+        num_beams=5,
+        do_sample=False,
+        no_repeat_ngram_size=0,
+        num_return_sequences=1,
+        max_new_tokens=20,
+        **neutral(),
+    )
+
+
 def neutral(**but: Any) -> dict[str, Any]:
     return {"length_penalty": 1.0, "early_stopping": False, "repetition_penalty": 1.0, "min_new_tokens": 0} | but
 
@@ -152,9 +171,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_recipe(system: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def run_recipe(
+    recipe: Path, *more: object, loader: Any = transformers.VisionEncoderDecoderModel
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The recipe's commands on what lies in the folder: the captioner's generation_config, and rows of captions."""
-    recipe = EXAMPLES / f"{system}.toml"
     out = taken("train", recipe).out
     prepared = call("prepare", "--config", recipe, "--workers", 0)
     assert prepared.code == 0, prepared.err
@@ -162,11 +182,11 @@ def run_recipe(system: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     small = ("--max-steps", 2, "--evaluate-every", 2, "--save-every", 2, "--workers", 0, "--caption-images", 1)
     trained = call("train", "--config", recipe, *parts, *small)
     assert trained.code == 0, trained.err
-    captioned = caption(out)
+    captioned = caption(out, *more)
     generation = json.loads(Path(out, "generation_config.json").read_text())
     said = tomllib.loads(recipe.read_text(encoding="utf-8"))["generation"]
     assert {name: generation[name] for name in said} == said
-    transformers.VisionEncoderDecoderModel.from_pretrained(out)
+    loader.from_pretrained(out)
     return generation, captioned
 
 
@@ -188,7 +208,7 @@ def test_the_japanese_recipe_runs_and_gives_five_captions(place: Path) -> None:
         (place / "decoder" / "spiece.model").write_bytes(pieces.read_bytes())
     else:
         save_pieces(place / "decoder", JAPANESE * 8, character_coverage=1.0)
-    _, rows = run_recipe("japanese")
+    _, rows = run_recipe(EXAMPLES / "japanese.toml")
     for row in rows:
         assert len(row["candidates"]) == 5
         assert row["text"] == row["candidates"][0]["text"]
@@ -210,7 +230,7 @@ def test_the_flickr8k_recipe_runs_and_samples_when_asked_to(place: Path) -> None
     (place / "flickr8k" / "captions.txt").write_text("\n".join(["image,caption", *rows]) + "\n")
     save_bytes(place / "decoder")
     save_decoder(place / "decoder", vocabulary=300)
-    generation, rows = run_recipe("flickr8k")
+    generation, rows = run_recipe(EXAMPLES / "flickr8k.toml")
     assert generation["eos_token_id"] == generation["pad_token_id"]
     assert all("candidates" not in row for row in rows)
     drawn = ("--num-beams", 1, "--do-sample", "--top-k", 1000, "--top-p", 0.95)
@@ -245,7 +265,37 @@ def test_the_chinese_recipe_runs_from_addresses_and_writes_no_spaces(place: Path
     (place / "decoder" / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     save_decoder(place / "decoder", vocabulary=len(vocabulary))
     change_json(place / "decoder" / "config.json", {"bos_token_id": 50256, "eos_token_id": 50256})  # as published
-    generation, rows = run_recipe("chinese")
+    generation, rows = run_recipe(EXAMPLES / "chinese.toml")
     assert vocabulary[generation["eos_token_id"]] == "[SEP]"
     assert all(row["text"] for row in rows)
     assert not any(" " in row["text"] for row in rows)
+
+
+@pytest.mark.parametrize("tagged", [False, True], ids=["as it is", "with tags and a vocabulary of its own"])
+def test_the_low_cost_recipe_runs(place: Path, tagged: bool) -> None:
+    """The second time with the lines in force that it has as comments."""
+    kind = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 2], "layer_type": "bottleneck"}
+    transformers.ResNetForImageClassification(transformers.ResNetConfig(**kind)).save_pretrained(place / "encoder")
+    processor = {"feature_extractor_type": "ConvNextFeatureExtractor", "crop_pct": 0.875, "size": 32, "resample": 3}
+    write_json(place / "encoder" / "preprocessor_config.json", processor)
+    save_bytes(place / "decoder")
+    save_decoder(place / "decoder", vocabulary=300)
+    for split, count in (("train", 6), ("val", 3)):
+        names = [f"{number:012}.jpg" for number in range(count)]
+        paint(place / "coco" / f"{split}2017", *names, seed=count)
+        images = [{"id": n, "file_name": name, "tags": ["dog", "bark"][: n % 3]} for n, name in enumerate(names)]
+        said = [{"id": n, "image_id": n % count, "caption": ENGLISH[n % len(ENGLISH)]} for n in range(2 * count)]
+        write_json(place / "coco" / f"captions_{split}2017.json", {"images": images, "annotations": said})
+    recipe, more = EXAMPLES / "lowcost.toml", ()
+    if tagged:
+        text = recipe.read_text(encoding="utf-8")
+        for line in ('tags_column = "tags"', "tag_tokens = 16", 'tokenizer = "new"', "vocab_size = 15000"):
+            assert f"\n# {line}" in text
+            text = text.replace(f"\n# {line}", f"\n{line}")
+        recipe, more = place / "tagged.toml", ("--tags-field", "tags")
+        recipe.write_text(text, encoding="utf-8")
+        (place / "photos" / "metadata.jsonl").write_text('{"file_name": "one.png", "tags": "[dog] [bark]"}\n')
+    generation, _ = run_recipe(recipe, *more, loader=transformers.AutoModel)
+    config = json.loads((place / "lowcost-captioner" / "config.json").read_text())
+    assert (config["image_tokens"], config["tag_tokens"]) == (10, 16 if tagged else 0)
+    assert generation["max_new_tokens"] == 20

@@ -20,7 +20,7 @@ from capcli.training.markdown import code, fenced, prose, table, yaml_string
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-TAGS = ("image-captioning", "image-to-text", "vision-encoder-decoder", "capcli")
+TAGS = ("image-captioning", "image-to-text")
 # Between two of these a space is the tokenizer's and not the language's, as `capcli caption` has it.
 WIDE = r"[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]"
 
@@ -43,8 +43,9 @@ class CardFacts:
     `validation_images` is how many images `scores` are of, at `step` of the weights that were kept, captioned with
     `generation`; the validation loss is of all there are in `splits`. `moved_ends` are the steps at which the run was gone
     on with to another end, with the end before and after. `processor` is the image processor's class in transformers, which
-    it may also find itself. `spaced` says that the tokenizer puts spaces between characters. `base_models` are hub IDs; what
-    cannot be one is not named.
+    it may also find itself. `architecture` is the model_type, `loader` transformers' class for it, or None for one of capcli's
+    own, which capcli alone searches with. `spaced` says that the tokenizer puts spaces between characters. `base_models` are hub
+    IDs; what cannot be one is not named.
     """
 
     name: str
@@ -65,6 +66,8 @@ class CardFacts:
     moved_ends: Sequence[tuple[int, int, int]] = ()
     generation: Mapping[str, object] = field(default_factory=dict)
     processor: str = "AutoImageProcessor"
+    architecture: str = "vision-encoder-decoder"
+    loader: str | None = "VisionEncoderDecoderModel"
     spaced: bool = False
     base_models: Sequence[str] = ()
     languages: Sequence[str] = ()  # codes: en, zh, ...
@@ -101,7 +104,7 @@ def write_text(facts: CardFacts, *, curves: bool) -> str:
 def front_matter(facts: CardFacts) -> str:
     lists = {
         "language": facts.languages,
-        "tags": TAGS,
+        "tags": (*TAGS, facts.architecture, "capcli"),
         "base_model": [name for name in facts.base_models if HUB_ID.fullmatch(name)],
     }
     lines = ["---", "library_name: transformers", "pipeline_tag: image-to-text"]
@@ -168,20 +171,41 @@ def measured_on(facts: CardFacts) -> str:
 
 def use(facts: CardFacts) -> str:
     folder = as_text(last_part(facts.name))
-    literal = json.dumps(folder, ensure_ascii=False) if folder.isprintable() else ascii(folder)
+    shell = f"capcli caption photos --model {shell_word(folder)} --out captions.jsonl"
+    photo = f"One photo, with {'capcli' if facts.loader is None else 'transformers alone'}"
+    lines = by_capcli(folder) if facts.loader is None else by_transformers(facts, facts.loader)
+    return f"A folder of photos, fast:\n\n{fenced('sh', [shell])}\n\n{photo}:\n\n{fenced('python', lines)}"
+
+
+def by_capcli(folder: str) -> list[str]:
+    return [
+        "from capcli import Captioner",
+        "",
+        f"captioner = Captioner.load({literal(folder)})  # this folder, or its name on the hub",
+        '[caption] = captioner.caption(["photo.jpg"])',
+        "print(caption.text)",
+    ]
+
+
+def literal(folder: str) -> str:
+    return json.dumps(folder, ensure_ascii=False) if folder.isprintable() else ascii(folder)
+
+
+def by_transformers(facts: CardFacts, loader: str) -> list[str]:
+    folder = as_text(last_part(facts.name))
     processor = (
         facts.processor if facts.processor.isidentifier() and facts.processor.isascii() else "AutoImageProcessor"
     )
-    names = sorted((processor, "AutoTokenizer", "VisionEncoderDecoderModel"))
+    names = sorted((processor, "AutoTokenizer", loader))
     lines = [
         *(["import re", ""] if facts.spaced else []),
         "from PIL import Image, ImageOps",
         f"from transformers import {', '.join(names)}",
         "",
-        f"folder = {literal}  # this folder, or its name on the hub",
+        f"folder = {literal(folder)}  # this folder, or its name on the hub",
         f"processor = {processor}.from_pretrained(folder)",
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        "model = VisionEncoderDecoderModel.from_pretrained(folder).eval()",
+        f"model = {loader}.from_pretrained(folder).eval()",
         "",
         'image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")',
         'pixels = processor(image, return_tensors="pt").pixel_values',
@@ -190,11 +214,7 @@ def use(facts: CardFacts) -> str:
     ]
     if facts.spaced:
         lines += [f'wide = "{WIDE}"', 'caption = re.sub(f"(?<={wide}) (?={wide})", "", caption)']
-    shell = f"capcli caption photos --model {shell_word(folder)} --out captions.jsonl"
-    return (
-        f"A folder of photos, fast:\n\n{fenced('sh', [shell])}\n\n"
-        f"One photo, with transformers alone:\n\n{fenced('python', [*lines, 'print(caption)'])}"
-    )
+    return [*lines, "print(caption)"]
 
 
 def limits(facts: CardFacts) -> str:

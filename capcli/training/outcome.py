@@ -10,6 +10,7 @@ from typing import Any
 
 from capcli.models import files
 from capcli.models.build import modules, puts_spaces
+from capcli.models.families import family_of
 from capcli.options import TrainOptions
 from capcli.records import Annotated
 from capcli.training import checkpoints
@@ -95,6 +96,8 @@ def card_facts(
         scores=scores,
         validation_images=len(trainer.validation.captioned) if trainer.validation else None,
         generation={k: v for k, v in model.generation_config.to_dict().items() if k in SEARCH and v is not None},
+        architecture=model.config.model_type,
+        loader=family_of(model.config.to_dict()).LOADER if model.can_generate() else None,
         spaced=puts_spaces(made.tokenizer),
         base_models=[name for name in named if not os.path.exists(name)],
     )
