@@ -25,7 +25,7 @@ fi
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: demo test gpu-test check lint python
+.PHONY: demo test gpu-test gpu-bench check lint python
 
 demo: $(VENV)/.installed
 	$(BIN)/capcli caption examples/scenes --model examples/demo-model --out captions.jsonl
@@ -40,6 +40,12 @@ test: $(VENV)/.installed-dev
 # What needs a CUDA device; skipped, with the reason, where there is none.
 gpu-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m gpu -rs
+
+# The decode loop beside batched generate() on one GPU, greedy and with 4 beams: a random model of real size, a few minutes.
+gpu-bench: $(VENV)/.installed-dev
+	for beams in 1 4; do \
+	  $(BIN)/python examples/compare_with_generate.py --device cuda --num-beams $$beams --batch 128 --images 2048 || exit 1; \
+	done
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,0 +1,155 @@
+"""Whether an image costs the same among a million as among a thousand: the real source, loop and sink, and no model.
+
+    python examples/measure_scale.py --count 1000000
+
+Empty files in a thousand folders are listed, "captioned" by a runtime that says one word at once, and written to a file; after
+nine tenths of them the run ends, and another process goes on with it. Prints microseconds per image and the memory of the
+process as the count grows, and how long it takes until the first new row of the second process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from capcli.captioner import Captioner
+from capcli.choices import choose_shapes, search_settings
+from capcli.decoding.loop import Shapes
+from capcli.loading import Loading, load
+from capcli.options import CaptionOptions, GenerationOptions, SinkOptions, SourceOptions
+from capcli.pipeline import Run, wanted_entries
+from capcli.progress import Report
+from capcli.provenance import earlier_naming, make_receipt
+from capcli.records import Caption, Entry, Failure
+from capcli.sinks import open_sink
+from capcli.sources import open_source
+
+MODEL = os.path.join(os.path.dirname(__file__), "demo-model")
+FOLDERS = 1000
+SLOTS = 64
+
+
+class OneWord:
+    """A runtime that ends every caption with its second token, whatever the image."""
+
+    device, lag = torch.device("cpu"), 0
+
+    def __init__(self, vocabulary: int, end: int) -> None:
+        self._first, self._last = (torch.zeros(SLOTS, 1, vocabulary) for _ in range(2))
+        self._first[..., end - 1] = 9.0
+        self._last[..., end] = 9.0
+
+    def shapes(self, *_: Any) -> Shapes:
+        return Shapes.of(SLOTS)
+
+    def slot_bytes(self, *_: Any) -> int:
+        return 1
+
+    def allocate(self, *_: Any) -> None:
+        """Nothing to make room for."""
+
+    def admit(self, _pixels: Any, seats: Sequence[int], _questions: Any) -> torch.Tensor:
+        return torch.ones(len(seats), dtype=torch.bool)
+
+    def step(self, _tokens: Any, position: torch.Tensor, _visible: Any) -> torch.Tensor:
+        return torch.where((position == 0)[:, None, None], self._first, self._last)
+
+    def repeated(self, turn: Any) -> Any:
+        return turn
+
+
+class Undecoded(Run):
+    """A run that decodes nothing."""
+
+    def pixels(self, entries: Iterable[Entry]) -> Loading:
+        height, width = self.captioner.model.size
+        blank = np.zeros((height, width, 3), np.uint8)
+        return load(entries, lambda _: (blank, {}), workers=0)
+
+
+class Marks(Report):
+    """Counts, and prints at every power of ten."""
+
+    def add(self, result: Caption | Failure) -> None:
+        super().add(result)
+        if self.done == 1:
+            self.first = self.then = time.perf_counter()
+            self.since = 1
+        if self.done >= 1000 and self.done == 10 ** (len(str(self.done)) - 1):
+            self.tell()
+
+    def tell(self) -> None:
+        now = time.perf_counter()
+        each = (now - self.then) / max(self.done - self.since, 1)
+        print(
+            f"{self.done:>9,} images: {each * 1e6:6.0f} us each since the mark before, {memory():6.1f} MB", flush=True
+        )
+        self.then, self.since = now, self.done
+
+
+def memory() -> float:
+    """Resident megabytes of this process."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def caption(folder: str, out: str, limit: int | None) -> None:
+    began = time.perf_counter()
+    loaded = Captioner.load(MODEL, device="cpu", dtype="float32")
+    end = int(loaded.model.generation["eos_token_id"])
+    captioner = Captioner(replace(loaded.model, runtime=OneWord(loaded.model.vocabulary, end)), loaded.files)  # type: ignore[arg-type]
+    options = CaptionOptions(
+        source=SourceOptions(sources=(folder,)),
+        sink=SinkOptions(out=out),
+        generation=GenerationOptions(num_beams=1, max_new_tokens=2),
+        limit=limit,
+        quiet=True,
+    )
+    ready = time.perf_counter()
+    with open_sink(options.sink, print) as sink:
+        source = open_source(options.source, print, earlier_naming(sink.receipt))
+        report = Marks()
+        wanted = islice(wanted_entries(source, sink, report), limit)
+        settings = search_settings(options, captioner)
+        receipt = make_receipt(options, source, captioner, settings, sink.receipt)
+        shapes, wanted = choose_shapes(options, captioner, settings, wanted, source, sink.receipt)
+        Undecoded(options, captioner, settings, shapes, sink, report, receipt).caption_all(wanted, None)
+    report.tell()
+    print(f"the model took {ready - began:.1f} s; the first row came {report.first - ready:.2f} s after it", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=1_000_000, help="images, a multiple of 10,000")
+    parser.add_argument("--part", nargs=3, help=argparse.SUPPRESS)  # what a process of this script is to do
+    given = parser.parse_args()
+    if given.part:
+        folder, out, limit = given.part
+        caption(folder, out, int(limit) or None)
+        return
+    with tempfile.TemporaryDirectory() as place:
+        folder, out = os.path.join(place, "photos"), os.path.join(place, "captions.jsonl")
+        for number in range(FOLDERS):
+            os.makedirs(os.path.join(folder, f"{number:04}"))
+            for n in range(given.count // FOLDERS):
+                open(os.path.join(folder, f"{number:04}", f"{n:06}.jpg"), "x").close()
+        for limit in (given.count * 9 // 10, 0):
+            command = [sys.executable, __file__, "--part", folder, out, str(limit)]
+            subprocess.run(command, check=True)
+        with open(out, "rb") as rows:
+            print(f"{sum(1 for _ in rows):,} rows, {os.path.getsize(out) / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
