@@ -18,6 +18,7 @@ import transformers
 from assembling import CAPTIONS, RINNA, save_bytes, save_decoder, save_encoder, save_pieces, write_json
 from running import call, change_json, paint
 
+from capcli.models.vision_t5 import QUESTION
 from capcli.options import GenerationOptions, PrepareOptions, TrainOptions
 from capcli.training.place import sources
 
@@ -56,6 +57,7 @@ SIZES = {
     "Salesforce/blip-image-captioning-base": 384,
     "florence-community/Florence-2-base": 768,
     "build/encoder": 96,
+    "microsoft/swinv2-base-patch4-window8-256": 256,
 }  # of what is gone on from, and of encoders
 
 
@@ -156,6 +158,26 @@ def test_the_low_cost_recipe_is_system_5() -> None:
         max_new_tokens=20,
         **neutral(),
     )
+
+
+def test_the_multitask_recipe_is_system_4() -> None:
+    train = taken("train", EXAMPLES / "multitask.toml")
+    assert (train.model.encoder, train.model.decoder) == (
+        "microsoft/swinv2-base-patch4-window8-256",
+        "google-t5/t5-base",
+    )
+    assert (train.learning_rate, train.freeze, train.mask_patches, train.model.extra_tokens) == (
+        1e-3,
+        "encoder",
+        0,
+        1000,
+    )
+    assert train.accumulation > 1
+    assert train.save_every
+    tasks = {task.name: task for task in train.task}
+    assert [task.kind for task in tasks.values()] == ["caption", "caption", "classify", "masked"]
+    assert tasks["caption"].question == QUESTION
+    assert tasks["classify"].data.label_template == "a photo of {label}"
 
 
 def neutral(**but: Any) -> dict[str, Any]:

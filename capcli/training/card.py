@@ -235,6 +235,9 @@ def flat(settings: Mapping[str, object], above: str = "") -> Iterable[tuple[str,
     for name, value in settings.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{above}{name}.")
+        elif isinstance(value, list) and all(isinstance(item, Mapping) for item in value):  # tables of one name
+            for number, item in enumerate(value, 1):
+                yield from flat(item, f"{above}{name}.{number}.")
         else:
             yield f"{above}{name}", value
 

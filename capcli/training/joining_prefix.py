@@ -35,5 +35,5 @@ def join_prefix(encoder: Any, decoder: Any, image_tokens: int, tag_tokens: int, 
     for part in (encoder, decoder):
         part.config.dtype = torch.float32
     with seeded(seed, "projection"), quiet_transformers():
-        config = PrefixConfig(encoder.config, decoder.config, image_tokens, tag_tokens)
+        config = PrefixConfig(encoder.config.to_dict(), decoder.config.to_dict(), image_tokens, tag_tokens)
         return PrefixCaptioner(config, encoder, decoder)

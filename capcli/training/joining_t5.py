@@ -55,7 +55,9 @@ def join(
         if part is not None:
             part.config.dtype = torch.float32
     with seeded(seed, "projection"), quiet_transformers():
-        config = VisionT5Config(seeing.config, speaking.config, None if asked is None else asked.config, **ids)
+        # copies: what becomes a model's config loses how its parts attend
+        configs: list[Any] = [None if part is None else part.config.to_dict() for part in (seeing, speaking, asked)]
+        config = VisionT5Config(*configs, **ids)
         return VisionT5(config, seeing, speaking, asked), specials, new
 
 

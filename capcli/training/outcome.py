@@ -17,7 +17,7 @@ from capcli.training import checkpoints
 from capcli.training.assembly import Untrained
 from capcli.training.card import CARD, CardFacts, Split, shell_word, write_card
 from capcli.training.data import Data
-from capcli.training.place import Place
+from capcli.training.place import Place, sources
 from capcli.training.showing import point_of
 from capcli.training.trainer import CaptionTrainer
 
@@ -86,7 +86,7 @@ def card_facts(
             role: (str(made.tokenizer.convert_ids_to_tokens(i)), i)
             for role, i in (("start", tokens.start), ("end", tokens.end), ("pad", tokens.pad))
         },
-        data_files=[*options.data.data, *options.data.val_data],
+        data_files=[path for data in sources(options) for path in (*data.data, *data.val_data)],
         splits={"train": split(data.train)} | ({"val": split(data.val)} if data.val else {}),
         left_out=Counter(failure.error for failure in data.report.failures),
         settings=place.settings(),

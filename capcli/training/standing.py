@@ -8,6 +8,8 @@ from capcli.progress import duration
 from capcli.training.history import Point
 from capcli.training.trail import Trail
 
+TOLD = ("_accuracy", "_restored", "_CIDEr")  # of what several tasks measure
+
 
 @dataclass(slots=True)
 class Standing:
@@ -47,6 +49,7 @@ def evaluation_line(now: Standing, point: Point, best: bool) -> str:
     measured = [] if point.val_loss is None else [f"validation loss {figure(point.val_loss)}"]
     if "CIDEr" in point.scores:
         measured.append(f"CIDEr {point.scores['CIDEr']:.3f}")
+    measured += [f"{name} {value:.3f}" for name, value in point.scores.items() if name.endswith(TOLD)]
     if best:
         measured[-1:] = [f"{measured[-1]} (best so far)"] if measured else ["best so far"]
     return f"step {point.step}/{now.total}: {', '.join([*facts, *measured]) or 'evaluated'}"

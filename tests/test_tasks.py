@@ -1,0 +1,355 @@
+"""Several tasks in one run: what each learns from, how they are drawn, and that a run that goes on gets the same batches."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from assembling import CAPTIONS, GPT2, VIT, new, save_encoder, save_pieces, write_json
+from PIL import Image
+from running import Ended, call, paint
+from training import COLOURS, ENCODER, SHAPES, history, paint_data, weights
+from transformers import AutoModel, T5Config, T5ForConditionalGeneration
+
+from capcli.annotations import read_split
+from capcli.options import DataOptions
+from capcli.training.masking import SHARE, MaskedPairs, encode_words, gaps_of
+from capcli.training.mixing import Drawn, Mixed, shares
+from capcli.training.pairs import Pairs
+from capcli.training.patches import hide_patches, patch_size
+from capcli.training.vocabulary import SpecialTokens, encode_captions
+
+T5: dict[str, Any] = {
+    "model_type": "t5",
+    "d_model": 24,
+    "d_kv": 12,
+    "d_ff": 48,
+    "num_layers": 1,
+    "num_decoder_layers": 2,
+    "num_heads": 2,
+}
+GAPS, END = (900, 901, 902, 903), 1
+
+
+def masked(words: Sequence[Sequence[int]], seed: int = 7, **more: Any) -> MaskedPairs:
+    settings = {"gaps": GAPS, "end": END, "max_length": 99, "seed": seed} | more
+    return MaskedPairs(None, [[words]], **settings)  # type: ignore[arg-type]
+
+
+def restored(question: Sequence[int], answer: Sequence[int]) -> list[int]:
+    """The caption, with the answer's words in the question's gaps."""
+    found: dict[int, list[int]] = {}
+    for token in answer:
+        found.setdefault(token, []) if token in GAPS else found[list(found)[-1]].append(token)
+    return [i for token in question for i in (found[token] if token in GAPS else [token])]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 13, 40])
+def test_the_answer_holds_what_the_question_lacks(count: int) -> None:
+    words = [[10 * n + k for k in range(2, 3 + n % 3)] for n in range(count)]
+    pairs = masked(words)
+    for draw in range(20):
+        question, answer = pairs.masked(0, draw)
+        assert question[-1] == answer[-1] == END
+        assert restored(question[:-1], answer[:-1].tolist()) == [i for word in words for i in word]
+        gone = sum(words[n][0] not in question for n in range(count))
+        assert gone == min(max(1, round(SHARE * count)), len(GAPS) - 1)
+        assert answer[-2] == GAPS[sum(gap in question for gap in GAPS)], "the last gap closes the answer"
+
+
+def test_masks_differ_by_draw_and_by_seed_and_are_the_same_again() -> None:
+    words = [[n] for n in range(2, 30)]
+
+    def drawn(seed: int) -> list[tuple[int, ...]]:
+        return [tuple(masked(words, seed).masked(0, draw)[1]) for draw in range(9)]
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+    assert len(set(drawn(1))) > 5
+
+
+def test_words_are_a_captions_tokens(tmp_path: Path) -> None:
+    made = new(vocab_size=320)
+    specials = made.specials
+    for text, words in zip(CAPTIONS, encode_words(made.tokenizer, CAPTIONS, specials), strict=True):
+        [label] = encode_captions(made.tokenizer, [text], specials, 999)
+        assert [i for word in words for i in word] == label[:-1]
+        assert len(words) == (len(text.split()) if " " in text else len(label) - 1)
+    save_pieces(tmp_path)
+    from capcli.training.vocabulary import load_tokenizer
+
+    pieces = load_tokenizer(str(tmp_path))
+    [words] = encode_words(pieces, ["the brown dog"], SpecialTokens(1, 2, 2))
+    assert [pieces.decode(word) for word in words] == ["the", "brown", "dog"]
+
+
+class Numbers(Pairs):
+    """Pairs that are only told apart."""
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name, self.size = name, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def pair(self, index: int, draw: int = 0) -> Any:
+        return self.name, index, draw
+
+
+def epoch(mixed: Mixed, number: int, seed: int = 3) -> list[Any]:
+    drawn = Drawn(mixed, seed)
+    drawn.set_epoch(number)
+    serials = list(drawn)
+    assert len(serials) == len(drawn) == len(mixed)
+    return [mixed[serial] for serial in serials]
+
+
+def test_tasks_are_drawn_by_weight_and_none_of_a_tasks_pairs_before_its_turn() -> None:
+    mixed = Mixed([Numbers("a", 100), Numbers("b", 10), Numbers("c", 90)], [1, 1, 2])
+    for number in range(3):
+        drawn = epoch(mixed, number)
+        assert Counter(name for name, _, _ in drawn) == {"a": 50, "b": 50, "c": 100}
+        assert set(Counter(index for name, index, _ in drawn if name == "b").values()) == {5}
+        assert set(Counter(index for name, index, _ in drawn if name == "c").values()) == {1, 2}
+    every = [pair for number in range(3) for pair in epoch(mixed, number)]
+    assert len(set(every)) == len(every), "a pair that comes again is drawn anew"
+    assert epoch(mixed, 1) == epoch(mixed, 1)
+    assert [pair[:2] for pair in epoch(mixed, 1)] != [pair[:2] for pair in epoch(mixed, 2)]
+    assert epoch(mixed, 1, seed=4) != epoch(mixed, 1)
+
+
+def test_shares_add_up() -> None:
+    assert shares(10, [1, 1, 1]) == [3, 4, 3]
+    assert sum(shares(1001, [0.3, 7, 0.01])) == 1001
+
+
+def test_patches_are_hidden_whole_and_as_many_in_every_image() -> None:
+    torch.manual_seed(1)
+    hidden = hide_patches(torch.ones(5, 3, 30, 40), 8, 0.75)
+    patches = torch.nn.functional.pad(hidden, (0, 0, 0, 2)).unfold(2, 8, 8).unfold(3, 8, 8)
+    seen = patches[:, 0, :3].flatten(3).amin(-1)  # the lowest row is cut
+    assert torch.equal(seen, patches[:, 0, :3].flatten(3).amax(-1))
+    cells = hidden[:, 0, ::8, ::8]
+    assert cells.shape[1:] == (4, 5)
+    assert (cells == 0).flatten(1).sum(1).tolist() == [15] * 5
+    assert len({tuple(image.flatten().tolist()) for image in cells}) > 1
+    assert patch_size(T5Config()) == 16
+    assert patch_size(new(encoder=VIT).model.config.encoder) == 8
+
+
+def class_folders(folder: Path, count: int = 4) -> Path:
+    for number, (colour, rgb) in enumerate(COLOURS.items()):
+        for n in range(count):
+            pixels = np.random.default_rng((number, n)).integers(90, 130, (32, 32, 3), dtype=np.uint8)
+            pixels[list(SHAPES.values())[n % len(SHAPES)]] = rgb
+            path = folder / ("val" if n == 0 else "train") / f"deep {colour}" / f"{n}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return folder
+
+
+def test_folders_of_images_are_classes(tmp_path: Path) -> None:
+    paint(tmp_path / "all", "train/a dog/1.png", "train/a dog/more/2.png", "val/тест/3.jpg", "train/4.png", "5.png")
+    split = read_split(DataOptions(data=(str(tmp_path / "all"),), label_template="a photo of {label}"))
+    said = {each.name: each.captions for each in (*split.train, *split.val)}
+    assert said == {
+        "train/a dog/1.png": ("a photo of a dog",),
+        "train/a dog/more/2.png": ("a photo of more",),
+        "val/тест/3.jpg": ("a photo of тест",),
+    }
+    assert [each.name for each in split.val] == ["val/тест/3.jpg"]
+
+
+def test_prepare_stores_labels(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "classes")
+    flags = ("--label-template", "this is {label}", "--out", tmp_path / "copy", "--workers", 0)
+    done = call("prepare", "--data", folder, *flags)
+    assert done.code == 0, done.err
+    split = read_split(DataOptions(data=(str(tmp_path / "copy"),)))
+    assert len(split.train) == 12
+    assert {each.captions for each in split.val} == {(f"this is deep {colour}",) for colour in COLOURS}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with pictures that have captions, and others in class folders."""
+    paint_data(tmp_path / "pictures")
+    class_folders(tmp_path / "classes")
+    return tmp_path
+
+
+def recipe(place: Path, **train: Any) -> Path:
+    captions = str(place / "pictures" / "captions.txt")
+    settings = {
+        "max_steps": 6,
+        "batch_size": 4,
+        "learning_rate": 2e-3,
+        "evaluate_every": 3,
+        "caption_images": 2,
+        "log_every": 1,
+        "device": "cpu",
+        "threads": 1,
+        "workers": 0,
+    }
+    sections = {
+        "model": {"tokenizer": "new", "vocab_size": 300, "encoder": ENCODER, "decoder": T5, "extra_tokens": 3},
+        "train": settings | train,
+        "task": [
+            {"name": "say", "data": captions, "val_fraction": 0.25, "weight": 2},
+            {"name": "sort", "kind": "classify", "data": str(place / "classes"), "question": "which colour?"},
+            {"name": "fill", "kind": "masked", "data": captions, "val_fraction": 0.25},
+        ],
+        "generation": {"max_new_tokens": 6},
+    }
+    path = place / "tasks.toml"
+    path.write_text(tomli_w.dumps(sections))
+    return path
+
+
+def train(place: Path, out: str, *flags: object, **settings: Any) -> Ended:
+    return call("train", "--config", recipe(place, **settings), "--out", place / out, *flags)
+
+
+def test_a_run_of_tasks_tells_of_each_and_goes_on_with_the_same_batches(place: Path) -> None:
+    whole = train(place, "whole")
+    assert whole.code == 0, whole.err
+    assert "21 images to train on, 7 to validate" in whole.err
+    rows = history(place / "whole")
+    figures = {"say_loss", "sort_loss", "fill_loss", "CIDEr", "sort_accuracy", "fill_restored"}
+    assert all(rows[step][name] for step in (2, 5) for name in figures)
+    assert "sort_accuracy" in whole.err
+    assert "(reference: a photo of deep " in whole.err
+    card = (place / "whole" / "README.md").read_text()
+    assert "| fill\\_restored |" in card
+    assert "`task.2.question` | `which colour?`" in card
+    settings = tomllib.loads((place / "whole" / "train.toml").read_text())
+    assert [task["name"] for task in settings["task"]] == ["say", "sort", "fill"]
+
+    steady = {"schedule": "constant", "batch_size": 12, "evaluate_every": 3}  # 4 steps are an epoch
+    one = train(place, "one", max_steps=9, **steady)
+    two = train(place, "two", max_steps=6, **steady)
+    assert (one.code, two.code) == (0, 0), two.err
+    on = call("train", "--resume", "--out", place / "two", "--max-steps", 9)
+    assert on.code == 0, on.err
+    assert weights(place / "one") == weights(place / "two")
+    assert [row["loss"] for row in history(place / "one")] == [row["loss"] for row in history(place / "two")]
+    changed = call("train", "--config", recipe(place), "--out", place / "two", "--resume", "--learning-rate", 1)
+    assert changed.code == 2
+
+
+def test_the_folder_captions_answers_and_fills_gaps(place: Path) -> None:
+    done = train(place, "out", mask_patches=0.5, max_steps=2)
+    assert done.code == 0, done.err
+    photos = place / "classes" / "val" / "deep red"
+    for prompt in ((), ("--prompt", "which colour?"), ("--prompt", "a <extra_id_0> on grey")):
+        told = call("caption", photos, "--model", place / "out", "-o", "-", "--device", "cpu", *prompt)
+        assert told.code == 0, told.err
+    model = AutoModel.from_pretrained(place / "out")
+    assert type(model).__name__ == "VisionT5"
+    vocabulary = json.loads((place / "out" / "tokenizer.json").read_text())
+    added = {token["content"]: token for token in vocabulary["added_tokens"]}
+    assert {"<loc_0>", "<loc_2>", "<extra_id_0>", "<extra_id_99>"} <= added.keys()
+    assert not added["<loc_0>"]["special"], "what a caption says of places stays in it"
+    assert model.config.text_config.vocab_size > max(token["id"] for token in added.values())
+
+
+def told(place: Path, tasks: Any, **model: Any) -> Ended:
+    path = recipe(place)
+    sections = tomllib.loads(path.read_text())
+    sections["task"], sections["model"] = tasks, sections["model"] | model
+    path.write_text(tomli_w.dumps(sections))
+    return call("train", "--config", path, "--out", place / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"wieght": 2}, "did you mean weight"),
+        ({"kind": "caption it"}, "it must be caption, classify, masked"),
+        ({"weight": -1}, "it must be a number above 0"),
+        ({"kind": "masked", "question": "what?"}, "leave question out"),
+        ({"label_template": "a photo"}, "it must hold {label}"),
+        ({"data": []}, "nothing to train on"),
+        ({"name": ""}, "it must be a text"),
+    ],
+)
+def test_a_task_that_cannot_be_is_told(place: Path, changes: dict[str, Any], words: str) -> None:
+    done = told(place, [{"name": "say", "data": str(place / "pictures" / "captions.txt")} | changes])
+    assert done.code == 2
+    assert words in done.err
+    assert not (place / "out").exists()
+
+
+def test_tasks_that_do_not_go_together_are_told(place: Path) -> None:
+    task = {"name": "say", "data": str(place / "pictures" / "captions.txt")}
+    assert "two tasks have one name" in told(place, [task, task]).err
+    assert "a task has no name" in told(place, [{"data": "x"}]).err
+    assert "is asked nothing, so it learns one task" in told(place, [task], decoder=GPT2, extra_tokens=0).err
+    assert "stand in a file for --config" in call("train", "--task", "x", "--out", place / "out").err
+    both = call("train", "--config", recipe(place), "--data", place / "pictures", "--out", place / "out")
+    assert "tasks name their data themselves" in both.err
+
+
+def save_t5(folder: Path, *, gated: bool) -> T5ForConditionalGeneration:
+    """A T5 with a SentencePiece tokenizer; gated, with a head of its own, as v1.1 is."""
+    save_pieces(folder)
+    torch.manual_seed(5)
+    style = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} if gated else {}
+    values = {name: value for name, value in T5.items() if name != "model_type"} | style
+    model = T5ForConditionalGeneration(T5Config(vocab_size=260, **values))
+    if gated:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(260, 24))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_t5_keeps_its_weights_and_gets_what_it_lacks(tmp_path: Path, gated: bool) -> None:
+    theirs = save_t5(tmp_path / "t5", gated=gated)
+    seeing = save_encoder(tmp_path / "seeing", "swinv2")
+    parts = {
+        "encoder": str(tmp_path / "seeing"),
+        "decoder": str(tmp_path / "t5"),
+        "tokenizer": None,
+        "vocab_size": 15000,
+    }
+    made = new(**parts, extra_tokens=40, question_encoder=str(tmp_path / "t5"))
+    model: Any = made.model
+    assert "decoder" not in made.new
+    assert made.specials.start == made.specials.pad == model.generation_config.decoder_start_token_id
+    ours = model.text_model
+    assert torch.equal(ours.shared.weight[:260], theirs.shared.weight)
+    assert torch.equal(ours.lm_head.weight[:260], theirs.lm_head.weight)
+    assert (ours.lm_head.weight is ours.shared.weight) == (not gated)
+    assert ours.config.scale_decoder_outputs == (not gated)
+    assert torch.equal(
+        model.question_encoder.encoder.block[0].layer[0].SelfAttention.q.weight,
+        (theirs.encoder.block[0].layer[0].SelfAttention.q.weight),
+    )
+    assert torch.equal(model.encoder.embeddings.norm.weight, seeing.swinv2.embeddings.norm.weight)
+    assert len(gaps_of(made.tokenizer)) == 100
+    ids = made.tokenizer("a <loc_39> dog", add_special_tokens=False)["input_ids"]
+    assert made.tokenizer.decode(ids) == "a <loc_39> dog"
+    assert ours.shared.num_embeddings > max(ids)
+    model.save_pretrained(tmp_path / "whole")
+    again = AutoModel.from_pretrained(tmp_path / "whole")
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_question_encoder_is_for_a_t5(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "t5.json", T5)
+    paint_data(tmp_path / "pictures")
+    parts = ("--encoder", write_json(tmp_path / "vit.json", VIT), "--decoder", write_json(tmp_path / "gpt2.json", GPT2))
+    data = ("--data", tmp_path / "pictures" / "captions.txt", "--out", tmp_path / "out", "--tokenizer", "new")
+    done = call("train", *parts, *data, "--question-encoder", path)
+    assert done.code == 2
+    assert "is asked none" in done.err
