@@ -34,7 +34,11 @@ def join(
     add_gaps(tokenizer)
     specials = replace(specials, start=specials.pad)  # every T5 begins so
     count = token_count(tokenizer)
-    ids = {"eos_token_id": specials.end, "pad_token_id": specials.pad, "decoder_start_token_id": specials.start}
+    ids: dict[str, Any] = {
+        "eos_token_id": specials.end,
+        "pad_token_id": specials.pad,
+        "decoder_start_token_id": specials.start,
+    }
     new: dict[str, str] = {}
     if decoder.files is None:
         speaking = make_part(decoder, seed, **ids, vocab_size=count).model
