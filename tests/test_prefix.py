@@ -11,7 +11,7 @@ import torch
 import transformers
 from assembling import BERT, GPT2, VIT, new, save_bytes, write_json
 from captioners import values
-from families import RESNET
+from families import RESNET, save_family
 from running import call, change_json, paint
 from training import paint_data
 
@@ -190,6 +190,28 @@ def test_tags_read_as_in_training(tmp_path: Path) -> None:
     with torch.inference_mode():
         best = model(values(loaded.pixels), start, tags).logits[0, -1].log_softmax(-1).max().item()
     assert row["score"] == pytest.approx(best, abs=1e-3)
+
+
+@pytest.mark.parametrize("profile", ["fused", "portable"])
+def test_an_engine_reads_tags_too(tmp_path: Path, profile: str) -> None:
+    folder, engine = save_family(tmp_path / "tagged", "tagged"), tmp_path / "engine"
+    photos = paint(tmp_path / "photos", *(f"{n}.png" for n in range(4)))
+    rows = [{"file_name": f"{n}.png", "tags": " ".join(f"word{9 + n + k}" for k in range(n))} for n in range(4)]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    done = call("export", "--onnx", "--model", folder, "--out", engine, "--profile", profile, "--device", "cpu")
+    assert done.code == 0, done.err
+    same = ("--out", "-", "--max-new-tokens", 8, "--dtype", "float32", "--workers", 0)
+    for search in (
+        (),
+        ("--num-beams", 3, "--tags-field", "tags"),
+        ("--tags-field", "tags", "--prompt", "word9 word11"),
+    ):
+        ours, theirs = (call("caption", photos, "--model", name, *same, *search) for name in (engine, folder))
+        assert ours.code == theirs.code == 0, ours.err
+        assert [row["text"] for row in ours.rows] == [row["text"] for row in theirs.rows]
+    planned = call("export", "--trt", "--model", folder, "--out", tmp_path / "plans")
+    assert planned.code == 1
+    assert "reads tags too" in planned.err
 
 
 def test_a_model_without_tags_says_so(tmp_path: Path) -> None:

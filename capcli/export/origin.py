@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from capcli import __version__
-from capcli.decoding.settings import Settings
+from capcli.decoding.settings import NO_WORD, Settings
 from capcli.engine import ENCODE, STEP, Bucket, Engine
 from capcli.errors import CapcliError
 from capcli.export import graphs
@@ -40,7 +40,7 @@ class Origin(Protocol):
     positions: int  # of its decoder
     size: tuple[int, int]  # of its encoder's pixels
     against: str  # how people know `truth`
-    question: tuple[int, ...]  # what its encoder is asked when nothing else is; none where it is not asked
+    question: tuple[int, ...]  # what its encoder is asked in the proof; none where it reads nothing beside the image
 
     def write(self, folder: str, settings: Settings) -> Engine:
         """Graphs, tokenizer, processor and settings; what engine.json will say but for the proof."""
@@ -62,7 +62,11 @@ class Captioner:
         self.size = pixel_size(model.name, self.encode.size, self.spec, any_size=self.encode.any_size)
         self.generation, self.positions = generation_of(model, whole), self.step.positions
         ask = getattr(family_of(model.config), "question", None)
-        self.question = tuple(ask(explained_tokenizer(model), None)) if ask else ()
+        self.question = tuple(ask(explained_tokenizer(model), None)) if ask else tags(model.config)
+        if self.question and not ask and options.kind == "tensorrt":
+            raise CapcliError(
+                f"{options.model} cannot become TensorRT plans: these take an image alone, and it reads tags too. Export --onnx"
+            )
         if ask and options.kind == "tensorrt":
             raise CapcliError(
                 f"{options.model} cannot become TensorRT plans: they have one shape, and its memory grows with the question "
@@ -113,6 +117,13 @@ class Captioner:
         encode, step = modules(load_weights(self.model, "float32", device), self.spec)
         use_attention(step.decoder)
         return Eager(encode, step, device, prefixed=encode.prefixed)
+
+
+def tags(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Any words for half of the places that a captioner of tagged images has for them, and none for the others."""
+    room = int(config.get("tag_tokens") or 0)
+    words = room - room // 2
+    return (*range(words), *(NO_WORD,) * (room - words))
 
 
 def built_in(generation: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
