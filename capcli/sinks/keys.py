@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable
 from hashlib import blake2b
 
@@ -28,11 +29,11 @@ class Keys:
         if item in self._loose:
             return True
         known = self._sorted  # another thread may be adding
-        position = int(np.searchsorted(known, np.uint64(item)))
-        return position < known.size and int(known[position]) == item
+        position = bisect_left(known, item)
+        return position < len(known) and known[position] == item
 
     def __len__(self) -> int:
-        return self._sorted.size + len(self._loose)
+        return len(self._sorted) + len(self._loose)
 
     def add(self, item: int) -> None:
         if item in self:
@@ -40,13 +41,9 @@ class Keys:
         self._loose.add(item)
         if len(self._loose) >= _LOOSE:
             fresh = np.fromiter(self._loose, np.uint64, len(self._loose))
-            self._sorted = _unique(np.concatenate([self._sorted, fresh]))
+            self._sorted = _unique(np.concatenate([np.frombuffer(self._sorted, np.uint64), fresh]))
             self._loose = set()
 
 
-def _unique(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    ordered = np.sort(keys)
-    if ordered.size:
-        first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
-        ordered = ordered if first.all() else ordered[first]
-    return ordered
+def _unique(keys: npt.NDArray[np.uint64]) -> array[int]:
+    return array("Q", np.unique(keys).tobytes())
