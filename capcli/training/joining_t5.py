@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from tokenizers import AddedToken
 
 from capcli.models.build import quiet_transformers
 from capcli.models.vision_t5 import POSITIONS as POSITIONS
@@ -71,4 +72,6 @@ def add_gaps(tokenizer: Any) -> None:
     names = [f"<extra_id_{number}>" for number in reversed(range(GAPS))]
     lacking = [name for name in names if name not in known]
     if lacking:
-        tokenizer.add_special_tokens({"additional_special_tokens": lacking}, replace_extra_special_tokens=False)
+        # the space before one is no word of a prompt's
+        tokens = [AddedToken(name, lstrip=True, normalized=False, special=True) for name in lacking]
+        tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
