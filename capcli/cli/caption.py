@@ -94,7 +94,9 @@ source, generation, model, output, running = map(under, ("Source", "Generation",
 @generation_options
 @generation("--seed", metavar="N", type=int, help="With sampling: other noise; the same seed gives the same captions.")
 @generation(
-    "--prompt", metavar="TEXT", help="Words given to the decoder before the caption; to Florence-2, its question."
+    "--prompt",
+    metavar="TEXT",
+    help="Words given to the decoder before the caption; to Florence-2 and a T5, the question.",
 )
 @generation(
     "--tags-field",
