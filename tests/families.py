@@ -17,7 +17,6 @@ from transformers import (
     Florence2Config,
     Florence2ForConditionalGeneration,
     GenerationConfig,
-    GenerationMixin,
     GitConfig,
     GitForCausalLM,
     GPT2Config,
@@ -107,22 +106,11 @@ GPT2 = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_po
 TAGS = 4  # tag words of a tagged prefix captioner at most
 
 
-class SearchedPrefix(GenerationMixin, PrefixCaptioner):
-    """The uncached forward as `generate()` searches it; what stands behind the start token is pixels and tags."""
-
-    main_input_name = "input_ids"
-
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, pixel_values: Any = None, tags: Any = None, **_: Any
-    ) -> dict[str, Any]:
-        return {"input_ids": input_ids, "pixel_values": pixel_values, "tags": tags}
-
-
 def prefix(encoder: PretrainedConfig | None = None, tag_tokens: int = 0) -> PreTrainedModel:
     ids = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": PAD}
     text = GPT2Config(**GPT2, **ids, tie_word_embeddings=False)
     vision = encoder or ResNetConfig(**RESNET)
-    model = SearchedPrefix(PrefixConfig(vision, text, tag_tokens=tag_tokens, decoder_start_token_id=START))
+    model = PrefixCaptioner(PrefixConfig(vision, text, tag_tokens=tag_tokens, decoder_start_token_id=START))
     for norm in model.modules():  # statistics as of a trained one
         if isinstance(norm, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(norm.running_mean, -0.5, 0.5)

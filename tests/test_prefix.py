@@ -145,7 +145,7 @@ def make_run(folder: Path) -> tuple[list[object], Path]:
 def test_a_tagged_captioner_is_trained_and_captions_by_tags(tmp_path: Path) -> None:
     flags, data = make_run(tmp_path)
     out = tmp_path / "out"
-    told = ("--tags-column", "tags", "--tag-tokens", 6, "--image-tokens", 4)
+    told = ("--tags-column", "tags", "--tag-tokens", 6, "--image-tokens", 4, "--num-beams", 2)
     done = call("train", *flags, *told, "--learning-rate", 1e-2, "--out", out)
     assert done.code == 0, done.err
     config = json.loads((out / "config.json").read_text())
@@ -158,6 +158,8 @@ def test_a_tagged_captioner_is_trained_and_captions_by_tags(tmp_path: Path) -> N
         "train", "--model", out, "--data", data, "--tags-column", "tags", *SMALL, "--out", tmp_path / "further"
     )
     assert further.code == 0, further.err
+    kept = [json.loads((each / "generation_config.json").read_text()) for each in (out, tmp_path / "further")]
+    assert kept[0]["num_beams"] == kept[1]["num_beams"] == 2
     photos = paint(tmp_path / "photos", "a.png", "sub/b.png", "c.png")
     rows = [{"file_name": "a.png", "tags": "[red]"}, {"file_name": "sub/b.png", "tags": ["blue", "red"]}]
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")

@@ -116,6 +116,24 @@ def test_convnext_crops_below_384(edge: int, crop_pct: dict[str, float], tmp_pat
     assert_same(config, [noise(*shape) for shape in SHAPES[4:]], tmp_path)
 
 
+def test_the_processor_of_resnet(tmp_path: Path) -> None:
+    """As microsoft/resnet-101 has it: resized to 256 and cropped to 224, by ImageNet's mean and deviation."""
+    config = {
+        "crop_pct": 0.875,
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "ConvNextFeatureExtractor",
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "resample": 3,
+        "size": 224,
+    }
+    images = [noise(*shape) for shape in SHAPES[4:]]
+    assert_same(config, [*images, noise(640, 427), noise(300, 500)], tmp_path)
+    spec = PixelSpec.from_config(config)
+    assert (spec.size, spec.crop, spec.mean) == ((256, 256), (224, 224), (0.485, 0.456, 0.406))
+
+
 @pytest.mark.parametrize("resample", range(6))
 @pytest.mark.parametrize("shape", [(1, 700), (700, 1), (2, 1001), (313, 3), (40, 640), (640, 40)])
 def test_long_images_are_cropped_without_being_made(

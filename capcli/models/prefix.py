@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, GenerationConfig, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, GenerationMixin, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -61,12 +61,11 @@ def sub_config(given: dict[str, Any] | PretrainedConfig | None, kind: str) -> Pr
     return made
 
 
-class PrefixCaptioner(PreTrainedModel):  # type: ignore[no-untyped-call]
-    """An image encoder and a GPT-2. It takes captions and gives logits; `capcli` searches."""
+class PrefixCaptioner(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+    """An image encoder and a GPT-2. `generate(pixel_values)` captions with transformers alone, without a cache."""
 
     config_class = PrefixConfig
     config: PrefixConfig
-    main_input_name = "pixel_values"
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -78,19 +77,12 @@ class PrefixCaptioner(PreTrainedModel):  # type: ignore[no-untyped-call]
     ) -> None:
         super().__init__(config)
         see: Any = AutoModel
-        settings: Any = GenerationConfig
         text: Any = config.text_config
         self.encoder: Any = encoder or see.from_config(config.vision_config)
         self.decoder: Any = decoder or GPT2LMHeadModel(text)
         # what parts were given becomes what this config says of them
         self.config.vision_config, self.config.text_config = self.encoder.config, self.decoder.config
         self.project = nn.Linear(seen_width(self.encoder.config), self.decoder.config.n_embd)
-        self.generation_config = settings(
-            decoder_start_token_id=config.decoder_start_token_id,
-            bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
-        )
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -148,6 +140,23 @@ class PrefixCaptioner(PreTrainedModel):  # type: ignore[no-untyped-call]
             inputs_embeds=x, position_ids=place, attention_mask=causal(there, x.dtype), use_cache=False
         )
         return CausalLMOutput(logits=self.decoder.lm_head(out.last_hidden_state[:, -input_ids.shape[1] :]))
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self, pixel_values: Tensor, input_ids: Tensor | None = None, tags: Tensor | None = None, **search: Any
+    ) -> Any:
+        """Captions [B, ...] as transformers searches for them, behind the start token or what input_ids [B, T] begin with."""
+        if input_ids is None:
+            input_ids = pixel_values.new_full(
+                (len(pixel_values), 1), int(self.config.decoder_start_token_id or 0), dtype=torch.long
+            )
+        given: dict[str, Any] = {"pixel_values": pixel_values} | ({} if tags is None else {"tags": tags})
+        return super().generate(input_ids, **search | given | {"use_cache": False})  # type: ignore[misc]
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, pixel_values: Tensor, tags: Tensor | None = None, **_: Any
+    ) -> dict[str, Any]:
+        return {"input_ids": input_ids, "pixel_values": pixel_values, "tags": tags}
 
 
 def causal(there: Tensor, dtype: torch.dtype) -> Tensor:

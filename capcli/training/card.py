@@ -43,9 +43,9 @@ class CardFacts:
     `validation_images` is how many images `scores` are of, at `step` of the weights that were kept, captioned with
     `generation`; the validation loss is of all there are in `splits`. `moved_ends` are the steps at which the run was gone
     on with to another end, with the end before and after. `processor` is the image processor's class in transformers, which
-    it may also find itself. `architecture` is the model_type, `loader` transformers' class for it, or None for one of capcli's
-    own, which capcli alone searches with. `spaced` says that the tokenizer puts spaces between characters. `base_models` are hub
-    IDs; what cannot be one is not named.
+    it may also find itself. `architecture` is the model_type, `loader` transformers' class for it, or None where it takes more
+    than that to caption a photo: for capcli's own, and where a question is asked. `spaced` says that the tokenizer puts spaces
+    between characters. `base_models` are hub IDs; what cannot be one is not named.
     """
 
     name: str

@@ -26,7 +26,6 @@ def save_captioner(folder: str | os.PathLike[str], model: Any, tokenizer: Any, p
         os.makedirs(place, exist_ok=True)
         with quiet_transformers():
             model.save_pretrained(place)
-            model.generation_config.save_pretrained(place)  # which transformers does where a model has generate() only
             tokenizer.save_pretrained(place)
         text = json.dumps(dict(processor), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         replace(os.path.join(place, PROCESSOR), [text.encode()])

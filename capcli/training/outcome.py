@@ -72,7 +72,7 @@ def card_facts(
     scores: Mapping[str, float],
 ) -> CardFacts:
     model, (encode, speak) = made.model, modules(made.model, made.spec)
-    tokens = made.specials
+    tokens, family = made.specials, family_of(model.config.to_dict())
     given = options.model
     named = [part for part in (given.model, given.encoder, given.decoder) if isinstance(part, str)]
     return CardFacts(
@@ -97,7 +97,7 @@ def card_facts(
         validation_images=len(trainer.validation.captioned) if trainer.validation else None,
         generation={k: v for k, v in model.generation_config.to_dict().items() if k in SEARCH and v is not None},
         architecture=model.config.model_type,
-        loader=family_of(model.config.to_dict()).LOADER if model.can_generate() else None,
+        loader=None if family.LOADER == "AutoModel" or hasattr(family, "question") else family.LOADER,
         spaced=puts_spaces(made.tokenizer),
         base_models=[name for name in named if not os.path.exists(name)],
     )
