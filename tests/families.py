@@ -138,10 +138,10 @@ T5 = {
 }
 
 
-def vision_t5() -> PreTrainedModel:
+def vision_t5(encoder: PretrainedConfig | None = None) -> PreTrainedModel:
     """SwinV2, and a T5 whose head is its embeddings, so its states are scaled before it."""
-    vision = Swinv2Config(image_size=SIZE, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4)
-    return VisionT5(VisionT5Config(vision, T5Config(**T5)))
+    swin = Swinv2Config(image_size=SIZE, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4)
+    return VisionT5(VisionT5Config(encoder or swin, T5Config(**T5)))
 
 
 def vision_t5_gated() -> PreTrainedModel:

@@ -10,8 +10,20 @@ import pytest
 import torch
 import transformers
 from captioners import captions, encoder_config, pictures
-from families import FAMILIES, TAGS, asks, make_end, prefix, prompted, random_of_family, random_weights, save_family
-from oracle import Case, agrees
+from families import (
+    FAMILIES,
+    TAGS,
+    asks,
+    make_end,
+    prefix,
+    prompted,
+    question,
+    random_of_family,
+    random_weights,
+    save_family,
+    vision_t5,
+)
+from oracle import Case, agrees, matches, truth
 from PIL import Image
 from running import call, change_json, paint
 
@@ -56,6 +68,25 @@ def test_tags_are_of_each_image(search: str) -> None:
     agrees(model, same, case, lag=1, tags=tags)
     said = {h[0].tokens for h in captions(model, same, case.settings(model), questions=tags)}
     assert len(said) > 1
+
+
+@pytest.mark.parametrize("search", ["greedy", "beams"])
+def test_questions_are_of_each_image(search: str) -> None:
+    model, case = random_of_family("vision-t5"), SEARCHES[search]
+    case = replace(case, given={"max_new_tokens": 12, **case.given})
+    same, prompts = pictures(1)[0], [(n, 3 * n + 2, 7) for n in range(9)]
+    questions = [question(model, prompt) for prompt in prompts]
+    found = captions(model, [same] * 9, case.settings(model), lag=1, questions=questions)
+    for prompt, hypotheses in zip(prompts, found, strict=True):
+        matches(hypotheses, truth(model, same, replace(case, prompt=prompt)))
+    assert len({h[0].tokens for h in found}) > 1
+
+
+@pytest.mark.parametrize("kind", ["vit", "deit", "beit", "swin"])
+def test_a_t5_reads_any_encoder(kind: str) -> None:
+    model = random_weights(vision_t5(encoder_config(kind)))
+    make_end(model, 0.2)
+    agrees(model, pictures(5), Case({"max_new_tokens": 12}))
 
 
 @pytest.mark.parametrize("kind", ["vit", "deit", "beit", "swin", "swinv2"])

@@ -353,3 +353,31 @@ def test_a_question_encoder_is_for_a_t5(tmp_path: Path) -> None:
     done = call("train", *parts, *data, "--question-encoder", path)
     assert done.code == 2
     assert "is asked none" in done.err
+
+
+def test_one_task_by_flags_with_a_question_encoder(tmp_path: Path) -> None:
+    data = paint_data(tmp_path / "pictures")
+    parts = {"encoder": ENCODER, "decoder": T5, "question-encoder": T5 | {"d_model": 12, "d_kv": 6}}
+    given = [
+        each for name, part in parts.items() for each in (f"--{name}", write_json(tmp_path / f"{name}.json", part))
+    ]
+    flags = (
+        "--tokenizer",
+        "new",
+        "--max-steps",
+        2,
+        "--device",
+        "cpu",
+        "--threads",
+        1,
+        "--workers",
+        0,
+        "--freeze",
+        "none",
+    )
+    done = call("train", *given, "--data", data, "--val-fraction", 0.25, "--out", tmp_path / "out", *flags)
+    assert done.code == 0, done.err
+    assert AutoModel.from_pretrained(tmp_path / "out").question_encoder.config.d_model == 12
+    told = call("caption", tmp_path / "pictures", "--model", tmp_path / "out", "-o", "-", "--max-new-tokens", 4)
+    assert told.code == 0, told.err
+    assert len(told.rows) == 12
