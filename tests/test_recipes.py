@@ -17,6 +17,7 @@ import pytest
 import transformers
 from assembling import CAPTIONS, RINNA, save_bytes, save_decoder, save_encoder, save_pieces, write_json
 from running import call, change_json, paint
+from training import history
 
 from capcli.models.vision_t5 import QUESTION
 from capcli.options import GenerationOptions, PrepareOptions, TrainOptions
@@ -237,10 +238,10 @@ def test_the_japanese_recipe_runs_and_gives_five_captions(place: Path) -> None:
     assert rows == caption("japanese")  # drawn with a seed
 
 
-def stair(names: list[str]) -> dict[str, Any]:
+def stair(names: list[str], captions: list[str] = JAPANESE) -> dict[str, Any]:
     """Annotations in the layout of STAIR Captions, five to an image."""
     images = [{"id": number, "file_name": name} for number, name in enumerate(names, 1)]
-    texts = [(image["id"], JAPANESE[(int(image["id"]) + n) % len(JAPANESE)]) for image in images for n in range(5)]
+    texts = [(image["id"], captions[(int(image["id"]) + n) % len(captions)]) for image in images for n in range(5)]
     annotations = [{"id": n, "image_id": image, "caption": text} for n, (image, text) in enumerate(texts)]
     return {"info": {}, "images": images, "annotations": annotations, "licenses": []}
 
@@ -321,3 +322,24 @@ def test_the_low_cost_recipe_runs(place: Path, tagged: bool) -> None:
     config = json.loads((place / "lowcost-captioner" / "config.json").read_text())
     assert (config["image_tokens"], config["tag_tokens"]) == (10, 16 if tagged else 0)
     assert generation["max_new_tokens"] == 20
+
+
+def test_the_multitask_recipe_runs(place: Path) -> None:
+    for split in ("train", "val"):
+        names = [f"COCO_{split}2014_{number:012}.jpg" for number in range(1, 5)]
+        paint(place / "coco" / f"{split}2014", *names)
+        write_json(place / "coco" / f"captions_{split}2014.json", stair(names, ENGLISH))
+        paint(place / "sun397", *(f"{split}/{label}/{n}.jpg" for label in ("abbey", "sea cliff") for n in range(2)))
+    paint(place / "reddit", *(f"{n}.png" for n in range(4)))
+    (place / "redcaps.csv").write_text("".join(["image,caption\n", *(f"reddit/{n}.png,a cat {n}\n" for n in range(4))]))
+    prepared = call("prepare", "--data", "redcaps.csv", "--val-fraction", 0.25, "--out", "redcaps-prepared")
+    assert prepared.code == 0, prepared.err
+    save_pieces(place / "decoder", ENGLISH * 8)
+    small = {"d_model": 24, "d_kv": 12, "d_ff": 48, "num_layers": 1, "num_heads": 2}
+    transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=300, **small)).save_pretrained("decoder")
+    run_recipe(
+        EXAMPLES / "multitask.toml", "--prompt", "a dog <extra_id_0> on the <extra_id_1>", loader=transformers.AutoModel
+    )
+    last = history(Path("multitask"))[-1]
+    assert all(last[f"{task}_loss"] for task in ("caption", "redcaps", "classify", "masked"))
+    assert last["classify_accuracy"]
