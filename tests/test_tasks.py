@@ -279,6 +279,9 @@ def told(place: Path, tasks: Any, **model: Any) -> Ended:
         ({"label_template": "a photo"}, "it must hold {label}"),
         ({"data": []}, "nothing to train on"),
         ({"name": ""}, "it must be a text"),
+        ({"data": 5}, "a task's data is 5; it must be a text in quotes, or a list of them"),
+        ({"val_fraction": "half"}, "it must be a number"),
+        ({"image_root": 1}, "it must be a text in quotes"),
     ],
 )
 def test_a_task_that_cannot_be_is_told(place: Path, changes: dict[str, Any], words: str) -> None:
@@ -294,6 +297,9 @@ def test_tasks_that_do_not_go_together_are_told(place: Path) -> None:
     assert "a task has no name" in told(place, [{"data": "x"}]).err
     assert "is asked nothing, so it learns one task" in told(place, [task], decoder=GPT2, extra_tokens=0).err
     assert "stand in a file for --config" in call("train", "--task", "x", "--out", place / "out").err
+    path = recipe(place, select="cider")
+    path.write_text(path.read_text().replace('name = "say"', 'name = "say"\nkind = "masked"'))
+    assert "no task is to caption" in call("train", "--config", path, "--out", place / "out").err
     both = call("train", "--config", recipe(place), "--data", place / "pictures", "--out", place / "out")
     assert "tasks name their data themselves" in both.err
 
@@ -375,6 +381,7 @@ def test_one_task_by_flags_with_a_question_encoder(tmp_path: Path) -> None:
         "--freeze",
         "none",
     )
+    flags = (*flags, "--gradient-checkpointing")
     done = call("train", *given, "--data", data, "--val-fraction", 0.25, "--out", tmp_path / "out", *flags)
     assert done.code == 0, done.err
     assert AutoModel.from_pretrained(tmp_path / "out").question_encoder.config.d_model == 12

@@ -15,6 +15,7 @@ Kind = Literal["caption", "classify", "masked"]
 TEMPLATE = "a photo of {label}"
 OWN = ("name", "kind", "weight", "question")  # what of a task's table is not about its data
 LISTS = ("data", "val_data")
+NUMBERS = ("val_fraction", "val_limit", "train_limit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class TaskOptions:
 def task_of(table: Mapping[str, Any], seed: int) -> TaskOptions:
     """A task from its table; its data are drawn with the run's seed. Raises UsageError."""
     values = {name.replace("-", "_"): value for name, value in table.items()}
-    about_data = {field.name for field in fields(DataOptions)} - {"seed"}
+    about_data = {field.name for field in fields(DataOptions)} - {"seed", "tags_column"}
     for name in values:
         if name not in about_data and name not in OWN:
             near = difflib.get_close_matches(name, (*about_data, *OWN), 1)
@@ -61,13 +62,25 @@ def task_of(table: Mapping[str, Any], seed: int) -> TaskOptions:
     if "name" not in values:
         raise UsageError("a task has no name: give each [[task]] one")
     given = {name: value for name, value in values.items() if name in about_data}
-    for name in LISTS:
-        if name in given:
-            given[name] = tuple([given[name]] if isinstance(given[name], str) else given[name])
+    for name, value in given.items():
+        given[name] = typed(name, value)
     if values.get("kind") == "classify":
         given.setdefault("label_template", TEMPLATE)
     data = replace(DataOptions(**given), seed=seed)
     return TaskOptions(data=data, **{name: value for name, value in values.items() if name in OWN})
+
+
+def typed(name: str, value: Any) -> Any:
+    """A value of a task's data as DataOptions has it. Raises UsageError for one of another kind."""
+    if name in LISTS:
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not all(isinstance(each, str) for each in values):
+            raise UsageError(f"a task's {name} is {value!r}; it must be a text in quotes, or a list of them")
+        return tuple(values)
+    kinds, words = ((int, float), "a number") if name in NUMBERS else ((str,), "a text in quotes")
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise UsageError(f"a task's {name} is {value!r}; it must be {words}")
+    return value
 
 
 def table_of(task: TaskOptions) -> dict[str, Any]:

@@ -87,12 +87,9 @@ class TrainOptions:
             raise UsageError("resume goes on with a run and overwrite throws it away: give one of them")
         if self.select == "cider" and not self.caption_images:
             raise UsageError("select is cider, of captions, and caption_images is 0: no captions would be made")
-        if not self.data.data and not self.task:
-            raise UsageError("nothing to train on: give --data")
-        if self.task and (self.data.data or self.data.val_data):
-            raise UsageError("tasks name their data themselves, each its own: leave --data and --val-data out")
-        if len({task.name for task in self.task}) < len(self.task):
-            raise UsageError("two tasks have one name: give each its own")
+        refuse_data(self.data, self.task)
+        if self.select == "cider" and self.task and all(task.kind != "caption" for task in self.task):
+            raise UsageError("select is cider, of captions, and no task is to caption: select by loss")
         for name, (allowed, words) in NUMBERS.items():
             value = self.data.seed if name == "seed" else getattr(self, name)
             if not (math.isfinite(value) and allowed(value)):
@@ -103,3 +100,13 @@ class TrainOptions:
             raise UsageError("tag_tokens is room for words on an image: give tags_column, which holds them")
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise UsageError(f"--warmup is {self.warmup}; it must be whole steps, or below 1 a share of them")
+
+
+def refuse_data(data: DataOptions, tasks: tuple[TaskOptions, ...]) -> None:
+    """Raises UsageError for nothing to train on, and for tasks that do not go together."""
+    if not data.data and not tasks:
+        raise UsageError("nothing to train on: give --data")
+    if tasks and (data.data or data.val_data):
+        raise UsageError("tasks name their data themselves, each its own: leave --data and --val-data out")
+    if len({task.name for task in tasks}) < len(tasks):
+        raise UsageError("two tasks have one name: give each its own")

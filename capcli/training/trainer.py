@@ -108,10 +108,10 @@ class CaptionTrainer(Seq2SeqTrainer):
 
     # Batches
 
-    def _get_train_sampler(self, *_: Any) -> Any:
+    def _get_train_sampler(self, *given: Any) -> Any:
         if isinstance(self.pairs, Mixed):
             return Drawn(self.pairs, self.args.data_seed or 0)
-        return super()._get_train_sampler()
+        return super()._get_train_sampler(*given)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         began = time.monotonic()
