@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ from training import paint_data
 
 from capcli import Captioner
 from capcli.annotations.tags import tag_text
-from capcli.errors import UsageError
+from capcli.errors import CapcliError, UsageError
 from capcli.models.prefix import cells, pooling
 from capcli.options import DataOptions, ModelOptions, TrainOptions
 from capcli.training import freezing
+from capcli.training.trainer import CaptionTrainer
 
 RESNET_TABLE = {"model_type": "resnet", **RESNET}
 SMALL = ("--batch-size", 4, "--max-steps", 4, "--evaluate-every", 4, "--workers", 0, "--device", "cpu", "--threads", 1)
@@ -296,3 +298,25 @@ def test_tags_of_every_format_that_has_columns(tmp_path: Path, name: str) -> Non
             read_split(options)
         return
     assert [(each.name, each.tags) for each in read_split(options).train] == [("a.png", "[dog]"), ("b.png", "")]
+
+
+def test_a_broken_run_goes_on_as_if_unbroken(tmp_path: Path) -> None:
+    """From a step before its encoder learns, with the statistics of its batch norms."""
+    flags, _ = make_run(tmp_path)
+    flags += ["--tags-column", "tags", "--freeze", "encoder", "--unfreeze-after", 3, "--save-every", 1]
+    save = CaptionTrainer._save_checkpoint  # noqa: SLF001
+
+    def break_after_two(trainer: CaptionTrainer, *given: Any) -> None:
+        save(trainer, *given)
+        if trainer.state.global_step == 2:
+            raise CapcliError("broken")
+
+    assert call("train", *flags, "--out", tmp_path / "whole").code == 0
+    with mock.patch.object(CaptionTrainer, "_save_checkpoint", break_after_two):
+        assert call("train", *flags, "--out", tmp_path / "broken").code == 1
+    gone_on = call("train", "--out", tmp_path / "broken", "--resume")
+    assert gone_on.code == 0, gone_on.err
+    assert "going on from checkpoint-2" in gone_on.err
+    whole, parts = (transformers.AutoModel.from_pretrained(tmp_path / out).state_dict() for out in ("whole", "broken"))
+    assert all(torch.equal(weight, parts[name]) for name, weight in whole.items())
+    assert any("running_mean" in name and weight.abs().max() > 0 for name, weight in whole.items())
