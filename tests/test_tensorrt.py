@@ -96,7 +96,8 @@ WAYS = {
     "two sets in turn": ("gpt2", "fused", False),
     "portable": ("gpt2", "portable", False),
     "bert": ("bert", "fused", True),
-    "prefix": ("git", "portable", False),
+    "git": ("git", "portable", False),
+    "prefix": ("prefix", "fused", True),
 }
 
 
