@@ -20,8 +20,9 @@ from training import COLOURS, ENCODER, SHAPES, history, paint_data, weights
 from transformers import AutoModel, T5Config, T5ForConditionalGeneration
 
 from capcli.annotations import read_split
+from capcli.models.vision_t5 import question
 from capcli.options import DataOptions
-from capcli.training.masking import SHARE, MaskedPairs, encode_words, gaps_of
+from capcli.training.masking import SHARE, MaskedPairs, choose, encode_words, gaps_of
 from capcli.training.mixing import Drawn, Mixed, shares
 from capcli.training.pairs import Pairs
 from capcli.training.patches import hide_patches, patch_size
@@ -89,6 +90,22 @@ def test_words_are_a_captions_tokens(tmp_path: Path) -> None:
     pieces = load_tokenizer(str(tmp_path))
     [words] = encode_words(pieces, ["the brown dog"], SpecialTokens(1, 2, 2))
     assert [pieces.decode(word) for word in words] == ["the", "brown", "dog"]
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_a_prompt_with_gaps_is_what_was_learnt_from(tmp_path: Path, pieces: bool) -> None:
+    if pieces:
+        save_t5(tmp_path, gated=False)
+    tokenizer = new(decoder=str(tmp_path), tokenizer=None).tokenizer if pieces else new(decoder=T5).tokenizer
+    specials = SpecialTokens(tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    text = "two dogs are running on the sand"
+    [words] = encode_words(tokenizer, [text], specials)
+    pairs = masked(words, gaps=gaps_of(tokenizer), end=specials.end)
+    for draw in range(9):
+        asked, _ = pairs.masked(0, draw)
+        lost = choose(len(words), np.random.default_rng((7, 0, draw)), 9).index(True)
+        prompt = " ".join("<extra_id_0>" if n == lost else word for n, word in enumerate(text.split()))
+        assert question(tokenizer, prompt) == asked
 
 
 class Numbers(Pairs):
