@@ -95,9 +95,10 @@ def encode_words(tokenizer: Any, captions: Sequence[str], specials: SpecialToken
             for text, ids, places in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
                 starts = [match.start() for match in WORD.finditer(text)]
                 words: dict[int, list[int]] = {}
-                for at, (token, (_, end)) in enumerate(zip(ids, places, strict=True)):
-                    if token not in never:
-                        word = at if len(starts) < 2 else bisect_right(starts, max(end - 1, starts[0]))
+                for at, (token, (begin, end)) in enumerate(zip(ids, places, strict=True)):
+                    if token not in never:  # and a space by itself is of the word behind it
+                        last = end - 1 if text[begin:end].strip() else end
+                        word = at if len(starts) < 2 else bisect_right(starts, max(last, starts[0]))
                         words.setdefault(word, []).append(token)
                 found.append(list(words.values()))
     return found
