@@ -19,6 +19,7 @@ import scenes
 from capcli import Captioner
 from capcli.records import Caption
 from capcli.training.masking import choose
+from capcli.training.validations import restored
 
 SCENES_SEED, CLASSES_SEED = 3, 8
 QUESTION = "What is in the image?"
@@ -40,9 +41,9 @@ def classes_right(captioner: Captioner, folder: Path) -> list[bool]:
     return [text == f"a photo of {path.parent.name}" for path, text in zip(pictures, said, strict=True)]
 
 
-def gaps_right(captioner: Captioner, folder: Path, count: int, away: int) -> list[bool]:
-    """Of scenes' first captions; the picture is that of the scene `away` from it."""
-    right = []
+def words_restored(captioner: Captioner, folder: Path, count: int, away: int) -> list[bool]:
+    """Of scenes' first captions, word by masked word; the picture is that of the scene `away` from it."""
+    right: list[bool] = []
     for n in range(count):
         words = scenes.captions(scenes.make_scene(SCENES_SEED, n))[0].split()
         gone = choose(len(words), np.random.default_rng(n), 99)
@@ -54,7 +55,7 @@ def gaps_right(captioner: Captioner, folder: Path, count: int, away: int) -> lis
                 text += f"<extra_id_{number}>"
                 number += 1
         [said] = answers(captioner, [folder / f"scene-{(n + away) % count:04d}.jpg"], text.strip())
-        right.append(said.split() == [word for word, lost in zip(words, gone, strict=True) if lost])
+        right += restored(said, " ".join(word for word, lost in zip(words, gone, strict=True) if lost))
     return right
 
 
@@ -73,8 +74,8 @@ def main() -> None:
         for name, right in (
             ("captions right", captions_right(captioner, drawn, options.count)),
             ("labels right", classes_right(captioner, classes)),
-            ("gaps restored", gaps_right(captioner, drawn, half, 0)),
-            ("gaps restored before another picture", gaps_right(captioner, drawn, half, 1)),
+            ("masked words restored", words_restored(captioner, drawn, half, 0)),
+            ("masked words restored before another picture", words_restored(captioner, drawn, half, 1)),
         ):
             print(f"{name}: {sum(right) / len(right):.1%} of {len(right):,}")
 

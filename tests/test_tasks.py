@@ -26,6 +26,8 @@ from capcli.training.masking import SHARE, MaskedPairs, choose, encode_words, ga
 from capcli.training.mixing import Drawn, Mixed, shares
 from capcli.training.pairs import Pairs
 from capcli.training.patches import hide_patches, patch_size
+from capcli.training.validations import restored as words_restored
+from capcli.training.validations import right
 from capcli.training.vocabulary import SpecialTokens, encode_captions
 
 T5: dict[str, Any] = {
@@ -106,6 +108,13 @@ def test_a_prompt_with_gaps_is_what_was_learnt_from(tmp_path: Path, pieces: bool
         lost = choose(len(words), np.random.default_rng((7, 0, draw)), 9).index(True)
         prompt = " ".join("<extra_id_0>" if n == lost else word for n, word in enumerate(text.split()))
         assert question(tokenizer, prompt) == asked
+
+
+def test_what_is_told_of_answers() -> None:
+    assert right("a photo  of cat", ("a photo of dog", "a photo of cat"))
+    assert not right("a photo of ca", ("a photo of cat",))
+    assert words_restored("two left of it", "two right of") == [True, False, True]
+    assert words_restored("", "red dog") == [False, False]
 
 
 class Numbers(Pairs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from accelerate import Accelerator
@@ -14,7 +15,6 @@ from capcli.training.pairs import Collate
 from capcli.training.validation import Prepare, Validation, mean_loss
 
 CAPTION, CLASSIFY, MASKED = "caption", "classify", "masked"
-SHARES = {CLASSIFY: "accuracy", MASKED: "restored"}  # of images whose answer is right to the letter
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Validations:
         return said
 
     def scores(self, captions: Mapping[str, str]) -> dict[str, float]:
-        """Captions are scored as ever; of labels and of masked words the share that is right is told."""
+        """Captions are scored as ever; of labels the share that is right is told, and of words that were masked."""
         return dict(self._scores(captions))
 
     def _scores(self, captions: Mapping[str, str]) -> Iterator[tuple[str, float]]:
@@ -61,8 +61,11 @@ class Validations:
             said = {str(n): captions[key] for n in each.captioned if (key := f"{name} {n}") in captions}
             if not said:
                 continue
-            if figure := SHARES.get(self.kinds[name]):
-                yield f"{name}_{figure}", sum(right(said[n], each.references[n]) for n in said) / len(said)
+            if self.kinds[name] == CLASSIFY:
+                yield f"{name}_accuracy", sum(right(said[n], each.references[n]) for n in said) / len(said)
+            elif self.kinds[name] == MASKED:
+                words = [found for n in said for found in restored(said[n], each.references[n][0])]
+                yield f"{name}_restored", sum(words) / max(len(words), 1)
             else:
                 yield from ((n if usual else f"{name}_{n}", value) for n, value in each.scores(said).items())
                 usual = False
@@ -79,3 +82,9 @@ class Validations:
 def right(said: str, references: Any) -> bool:
     """Whether an answer is one of those that are right; how it is spaced is the tokenizer's affair."""
     return "".join(said.split()) in {"".join(text.split()) for text in references}
+
+
+def restored(said: str, reference: str) -> list[bool]:
+    """Of each word that was masked, whether it came back in its place."""
+    words = reference.split()
+    return [word == other for word, other in zip_longest(words, said.split()[: len(words)])]
