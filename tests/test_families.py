@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from captioners import captions, encoder_config, pictures
+from captioners import SIZE, captions, encoder_config, pictures
 from families import (
     FAMILIES,
     TAGS,
@@ -80,6 +80,22 @@ def test_questions_are_of_each_image(search: str) -> None:
     for prompt, hypotheses in zip(prompts, found, strict=True):
         matches(hypotheses, truth(model, same, replace(case, prompt=prompt)))
     assert len({h[0].tokens for h in found}) > 1
+
+
+@pytest.mark.parametrize(("kind", "rows", "first"), [("vit", 4, 1), ("deit", 4, 2), ("swinv2", 4, 0)])
+def test_image_tokens_say_where_they_stand(kind: str, rows: int, first: int) -> None:
+    model, given = vision_t5(encoder_config(kind)), []
+    torch.nn.init.zeros_(model.image_projection.weight)
+    model.text_model.encoder.register_forward_pre_hook(lambda *call: given.append(call[2]), with_kwargs=True)
+    model.read(torch.zeros(1, 3, SIZE, SIZE), torch.tensor([[5]]))
+    image = given[0]["inputs_embeds"][0, :-1]
+    assert len(image) == first + rows * rows
+    assert not image[:first].any()
+    grid = image[first:].view(rows, rows, -1)
+    column, row = grid.split(24, 2)
+    assert all(torch.equal(column[0], each) for each in column)
+    assert all(torch.equal(row[:, 0], each) for each in row.unbind(1))
+    assert len({tuple(place.tolist()) for place in image[first:]}) == rows * rows
 
 
 @pytest.mark.parametrize("kind", ["vit", "deit", "beit", "swin"])

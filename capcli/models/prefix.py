@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from capcli.decoding.settings import NO_WORD
 from capcli.models import modules
 from capcli.models.cache import keeping_cache
+from capcli.models.places import grid
 from capcli.models.registration import register
 
 LOADER = "AutoModel"
@@ -172,18 +173,6 @@ def seen_width(encoder: Any) -> int:
     if encoder.model_type == "resnet":
         return int(encoder.hidden_sizes[-1])
     return int(encoder.hidden_size)
-
-
-def grid(encoder: Any, seen: Tensor, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of what an encoder leaves of an image: [E, C, h, w], or [E, M, C] in the order of reading."""
-    if seen.dim() == 4:
-        return seen.shape[2], seen.shape[3]
-    patch = encoder.patch_size
-    down, across = (patch, patch) if isinstance(patch, int) else (patch[0], patch[1])
-    if hasattr(encoder, "depths"):  # Swin pads to whole patches, and merges four into one after each stage but the last
-        merged = 2 ** (len(encoder.depths) - 1)
-        return math.ceil(height / (down * merged)), math.ceil(width / (across * merged))
-    return height // down, width // across
 
 
 @cache

@@ -1,9 +1,11 @@
 """Text and image to text: an image encoder and a question, both read by the encoder of a T5, whose decoder says the answer.
 
 What the image encoder sees and the words of the question each go through a linear projection to the T5's width, and one after
-the other into the T5's encoder. The question's words are the T5's own embeddings: its encoder reads them, with the image in
-sight. A second T5 encoder that reads the question before (`question_config`) is possible; for a question of a few words, the
-same at every image, it is a third of the weights for nothing new.
+the other into the T5's encoder. That counts positions in one direction only, so image tokens get sines and cosines of their row
+and column besides: without them a small one takes long to tell left from right. The question's words are the T5's own
+embeddings: its encoder reads them, with the image in sight. A second T5 encoder that reads the question before
+(`question_config`) is possible; for a question of a few words, the same at every image, it is a third of the weights for
+nothing new.
 
 T5 counts positions of its own where it is given a cache, so its decoder's layers are called one by one, with the relative bias
 of each row's own ancestors.
@@ -30,6 +32,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from capcli.models import modules
 from capcli.models.modules import split_heads
+from capcli.models.places import places
 from capcli.models.registration import register
 
 LOADER = "AutoModel"
@@ -154,6 +157,7 @@ class VisionT5(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-cal
     def read(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Any]:
         """Images [E, 3, h, w] and questions [E, W] -> what the T5's encoder makes of both, and the mask [E, M + W] of it."""
         image = self.image_projection(self.encoder(pixel_values=pixel_values).last_hidden_state)
+        image = image + places(self.config.vision_config, image, *pixel_values.shape[2:])
         x = torch.cat((image, self.read_question(input_ids, attention_mask)), 1)
         if attention_mask is not None:
             attention_mask = torch.cat((attention_mask.new_ones(image.shape[:2]), attention_mask), 1)

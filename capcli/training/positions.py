@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WAVES = 10_000.0  # the longest wave over the shortest
+from capcli.models.places import waves
 
 
 @torch.no_grad()
@@ -34,11 +34,3 @@ def set_positions(encoder: Any) -> None:
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def waves(height: int, width: int, channels: int) -> Tensor:
-    """[height * width, channels]: a quarter each of the column's sines and cosines, and the row's."""
-    rate = WAVES ** -torch.linspace(0, 1, channels // 4)
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    row, column = rows.flatten()[:, None] * rate, columns.flatten()[:, None] * rate
-    return torch.cat((column.sin(), column.cos(), row.sin(), row.cos()), 1)
