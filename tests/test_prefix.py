@@ -17,7 +17,7 @@ from running import call, change_json, paint
 from training import paint_data
 
 from capcli import Captioner
-from capcli.annotations.tags import tag_text
+from capcli.annotations.tags import TagsBeside, tag_text
 from capcli.errors import CapcliError, UsageError
 from capcli.models.prefix import cells, pooling
 from capcli.options import DataOptions, ModelOptions, TrainOptions
@@ -216,6 +216,21 @@ def test_an_engine_reads_tags_too(tmp_path: Path, profile: str) -> None:
     planned = call("export", "--trt", "--model", folder, "--out", tmp_path / "plans")
     assert planned.code == 1
     assert "reads tags too" in planned.err
+
+
+def test_tags_come_from_the_nearest_metadata_that_names_the_image(tmp_path: Path) -> None:
+    below = tmp_path / "all" / "some"
+    below.mkdir(parents=True)
+    (below / "metadata.csv").write_text("file_name,tags\na.png,near\nempty.png,\n")
+    (tmp_path / "all" / "metadata.jsonl").write_text(
+        '{"file_name": "some/a.png", "tags": "far"}\n{"file_name": "some/b.png", "tags": ["far", "off"]}\n'
+    )
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "all/some/c.png", "text": "of something else"}\n')
+    tags = TagsBeside("tags")
+    assert [tags.of(str(below / f"{name}.png")) for name in ("a", "b", "c", "empty")] == ["near", "[far] [off]", "", ""]
+    assert tags.found == 2
+    with pytest.raises(UsageError, match="has no column 'tags'; its columns: file_name, text"):
+        TagsBeside("tags").of(str(tmp_path / "a.png"))
 
 
 def test_a_model_without_tags_says_so(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from capcli.annotations.folders import METADATA
 from capcli.annotations.recognition import file_annotations
 from capcli.annotations.rows import clean
 from capcli.annotations.tables import cell_captions
+from capcli.errors import UsageError
 from capcli.options import DataOptions
 
 
@@ -26,7 +27,10 @@ def tag_text(value: object) -> str:
 
 
 class TagsBeside:
-    """The tags of images by their paths: of the `field` of the metadata file in the image's folder, or in one above it."""
+    """The tags of images by their paths: of the `field` of the metadata file in the image's folder, or in one above it.
+
+    Files without the field are passed over once one has been found that has it.
+    """
 
     def __init__(self, field: str) -> None:
         self._field = field
@@ -56,5 +60,11 @@ class TagsBeside:
         if path is None:
             return None
         # a file that captions nothing yet has no column of captions
-        rows = file_annotations(path, DataOptions(caption_column=self._field, tags_column=self._field)).rows()
-        return {os.path.normpath(os.path.join(folder, row.name)): tag_text(row.tags) for row in rows if row.name}
+        options = DataOptions(caption_column=self._field, tags_column=self._field)
+        try:
+            named = [row for row in file_annotations(path, options).rows() if row.name]
+        except UsageError:
+            if any(self._known.values()):  # of something else, in a folder far above
+                return None
+            raise
+        return {os.path.normpath(os.path.join(folder, row.name)): tag_text(row.tags) for row in named}
