@@ -9,22 +9,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, VisionEncoderDecoderConfig, VisionEncoderDecoderModel
+from transformers import PreTrainedModel
 
 from capcli.errors import CapcliError, UsageError
-from capcli.models.build import generation_of, load_weights, modules, pixel_size, quiet_transformers
-from capcli.models.files import ENCODERS, PROCESSOR
+from capcli.models.build import generation_of, load_weights, modules, pixel_size
+from capcli.models.files import PROCESSOR
 from capcli.models.hub import find_model
 from capcli.models.prefix import USUAL_SIZE
-from capcli.models.vision_encoder_decoder import ANY_SIZE
 from capcli.options import GenerationOptions, ModelOptions
-from capcli.options.model import DEFAULT_LENGTH, IMAGE_TOKENS, NEW
+from capcli.options.model import DEFAULT_LENGTH, NEW
 from capcli.pixels import PixelSpec
-from capcli.training import joining_t5
-from capcli.training.embeddings import extend_embeddings, is_foreign, renew_embeddings, token_count
+from capcli.training.embeddings import is_foreign
 from capcli.training.generation import set_generation
-from capcli.training.joining_prefix import join_prefix, refuse_decoder
-from capcli.training.parts import CROSS_ATTENTION, HEADS, POOLER, Config, Part, config_of, find_part, make_part, seeded
+from capcli.training.joining import Parts, joining_of
+from capcli.training.parts import POOLER, Config, config_of, find_part
 from capcli.training.vocabulary import (
     SpecialTokens,
     has_tokenizer,
@@ -76,16 +74,10 @@ def assemble(
         return _go_on(options.model, options, generation, quiet)
     encoder = find_part("encoder", _given(options.encoder), quiet=quiet)
     decoder = find_part("decoder", _given(options.decoder), quiet=quiet)
-    image, tags, prefixed = options.image_tokens or IMAGE_TOKENS, options.tag_tokens or 0, options.join == "prefix"
-    if prefixed:
-        refuse_decoder(decoder)
-    elif encoder.kind not in ENCODERS:
-        raise UsageError(f"{encoder.title} is a {encoder.kind}, which goes before the words only: give join prefix")
+    way = joining_of(options, encoder, decoder)
     processor, notes = _processor(encoder)
-    spec = _pixels(encoder.title, processor, config_of(encoder), any_size=prefixed or encoder.kind in ANY_SIZE)
-    holds = getattr(config_of(decoder), "max_position_embeddings", joining_t5.POSITIONS)
-    holds -= image + tags if prefixed else 0
-    max_length = _length(decoder.title, holds, options.max_length)
+    spec = _pixels(encoder.title, processor, config_of(encoder), any_size=way.any_size(encoder))
+    max_length = _length(decoder.title, way.room(decoder, options), options.max_length)
     own = None if options.tokenizer == NEW else _own_tokenizer(decoder)
     tokenizer = _tokenizer(options, decoder, own, captions, quiet)
     specials = special_tokens(tokenizer, config_of(decoder))
@@ -94,20 +86,10 @@ def assemble(
     foreign = options.tokenizer == NEW or is_foreign(tokenizer, own, config_of(decoder).vocab_size)
     if options.extra_tokens:
         tokenizer.add_tokens([f"<loc_{number}>" for number in range(options.extra_tokens)])
-    model: Any
-    if decoder.kind == "t5":
-        reading = options.question_encoder
-        reader = None if reading is None else find_part("question-encoder", reading, quiet=quiet)
-        model, specials, new = joining_t5.join(encoder, decoder, reader, tokenizer, specials, seed, foreign=foreign)
-    else:
-        if options.question_encoder is not None:
-            raise UsageError(f"question_encoder reads a question, and {decoder.title}, a {decoder.kind}, is asked none")
-        speaking, new = _decoder(decoder, tokenizer, specials, seed, foreign=foreign, cross=not prefixed)
-        seeing = make_part(encoder, seed)
-        if prefixed:
-            model = join_prefix(seeing.model, speaking.model, image, tags, seed)
-        else:
-            model = _join(seeing.model, speaking.model, seed)
+    asked = options.question_encoder
+    reader = None if asked is None else find_part("question-encoder", asked, quiet=quiet)
+    joined = way.join(Parts(encoder, decoder, reader, tokenizer, specials, options, seed, foreign))
+    model, specials, new = joined.model, joined.specials, dict(joined.new)
     leave_idle(model)
     if encoder.files is None:
         new["encoder"] = "the encoder has new random weights"
@@ -216,42 +198,6 @@ def _tokenizer(
     if own is None:
         raise UsageError(f"{decoder.title} has no tokenizer: give tokenizer, a name, a folder, or {NEW}")
     return own
-
-
-def _decoder(
-    decoder: Config, tokenizer: Any, specials: SpecialTokens, seed: int, *, foreign: bool, cross: bool
-) -> tuple[Part, dict[str, str]]:
-    """The decoder with an embedding for every token, and cross-attention or none; what of it is random, with a line on it."""
-    changes: dict[str, Any] = {"is_decoder": True, "add_cross_attention": cross, "cross_attention_hidden_size": None}
-    count = token_count(tokenizer)
-    if decoder.files is None:
-        ids = {"bos_token_id": specials.start, "eos_token_id": specials.end, "pad_token_id": specials.pad}
-        part = make_part(decoder, seed, **changes, **ids, vocab_size=count)
-        return part, {"decoder": "the decoder has new random weights"}
-    part = make_part(decoder, seed, **changes)
-    new: dict[str, str] = {}
-    if _lacks(part, CROSS_ATTENTION):
-        new["cross-attention"] = ""  # as ever, unless it was a captioner's
-    if _lacks(part, HEADS):
-        new["embeddings"] = "the decoder's output layer is new: its weights have none"
-    if foreign:
-        renew_embeddings(part.model, count, seed)
-        new["embeddings"] = f"the decoder's embeddings are new, {count:,} of them: the tokenizer is not its own"
-    else:
-        extend_embeddings(part.model, count, seed)
-    return part, new
-
-
-def _lacks(part: Part, signs: tuple[str, ...]) -> bool:
-    return any(sign in name for name in part.missing for sign in signs)
-
-
-def _join(encoder: Any, decoder: Any, seed: int) -> VisionEncoderDecoderModel:
-    for part in (encoder, decoder):
-        part.config.dtype = torch.float32
-    with seeded(seed, "projection"), quiet_transformers():
-        config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder.config)
-        return VisionEncoderDecoderModel(config=config, encoder=encoder, decoder=decoder)
 
 
 def leave_idle(model: Any) -> None:

@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from capcli.errors import UsageError
 from capcli.models.build import quiet_transformers
-from capcli.models.files import JOINED
 from capcli.models.prefix import PrefixCaptioner, PrefixConfig
-from capcli.training.parts import Config, seeded
+from capcli.options import ModelOptions
+from capcli.options.model import IMAGE_TOKENS
+from capcli.training.joining import Joined, Parts
+from capcli.training.joining_cross import speaking_part
+from capcli.training.parts import Config, config_of, make_part, seeded
+
+FAMILY, ASKED = PrefixConfig.model_type, False
 
 
-def refuse_decoder(decoder: Config) -> None:
-    """Raises UsageError for one that takes no prefix."""
-    _, _, decoders = JOINED[PrefixConfig.model_type]
-    if decoder.kind not in decoders:
-        raise UsageError(
-            f"{decoder.title} is a {decoder.kind}; an image is put before the words of a {' or '.join(decoders)} only"
-        )
+def any_size(encoder: Config) -> bool:  # noqa: ARG001
+    return True
 
 
-def join_prefix(encoder: Any, decoder: Any, image_tokens: int, tag_tokens: int, seed: int) -> PrefixCaptioner:
-    """The captioner of the two parts; its projection is new, and the seed decides its weights.
+def room(decoder: Config, options: ModelOptions) -> int:
+    """Raises UsageError where image and tags leave none for words."""
+    holds: int = config_of(decoder).n_positions
+    image, tags = before(options)
+    if image + tags >= holds:
+        raise UsageError(f"{image} image tokens and {tags} of tags leave no room for words: the decoder holds {holds}")
+    return holds - image - tags
 
-    Raises UsageError where image and tags leave no room for words.
-    """
-    holds = decoder.config.n_positions
-    if image_tokens + tag_tokens >= holds:
-        raise UsageError(
-            f"{image_tokens} image tokens and {tag_tokens} of tags leave no room for words: the decoder holds {holds}"
-        )
+
+def before(options: ModelOptions) -> tuple[int, int]:
+    """How many tokens of the image and of tags stand before the words."""
+    return options.image_tokens or IMAGE_TOKENS, options.tag_tokens or 0
+
+
+def join(parts: Parts) -> Joined:
+    speaking, new = speaking_part(parts, cross=False)
+    encoder, decoder = make_part(parts.encoder, parts.seed).model, speaking.model
     for part in (encoder, decoder):
         part.config.dtype = torch.float32
-    with seeded(seed, "projection"), quiet_transformers():
-        config = PrefixConfig(encoder.config.to_dict(), decoder.config.to_dict(), image_tokens, tag_tokens)
-        return PrefixCaptioner(config, encoder, decoder)
+    with seeded(parts.seed, "projection"), quiet_transformers():
+        config = PrefixConfig(encoder.config.to_dict(), decoder.config.to_dict(), *before(parts.options))
+        return Joined(PrefixCaptioner(config, encoder, decoder), parts.specials, new)

@@ -9,31 +9,28 @@ import torch
 from tokenizers import AddedToken
 
 from capcli.models.build import quiet_transformers
-from capcli.models.vision_t5 import POSITIONS as POSITIONS
-from capcli.models.vision_t5 import VisionT5, VisionT5Config
+from capcli.models.vision_t5 import ANY_SIZE, POSITIONS, VisionT5, VisionT5Config
+from capcli.options import ModelOptions
 from capcli.training.embeddings import extend_embeddings, renew_embeddings, token_count
+from capcli.training.joining import Joined, Parts
 from capcli.training.parts import Config, make_part, seeded
-from capcli.training.vocabulary import SpecialTokens
 
+FAMILY, ASKED = VisionT5Config.model_type, True
 GAPS = 100  # tokens <extra_id_0> to <extra_id_99>, each the place of words that are to be found
 
 
-def join(
-    encoder: Config,
-    decoder: Config,
-    reader: Config | None,
-    tokenizer: Any,
-    specials: SpecialTokens,
-    seed: int,
-    *,
-    foreign: bool,
-) -> tuple[VisionT5, SpecialTokens, dict[str, str]]:
-    """The model, its special tokens, and what of it is random, with a line on it. The tokenizer gets what T5 needs.
+def any_size(encoder: Config) -> bool:
+    return encoder.kind in ANY_SIZE
 
-    `reader` is a T5 whose encoder reads the question first; `foreign` says that the tokens are not the T5's own.
-    """
+
+def room(decoder: Config, options: ModelOptions) -> int:  # noqa: ARG001
+    return POSITIONS
+
+
+def join(parts: Parts) -> Joined:
+    decoder, reader, tokenizer, seed = parts.decoder, parts.reader, parts.tokenizer, parts.seed
     add_gaps(tokenizer)
-    specials = replace(specials, start=specials.pad)  # every T5 begins so
+    specials = replace(parts.specials, start=parts.specials.pad)  # every T5 begins so
     count = token_count(tokenizer)
     ids: dict[str, Any] = {
         "eos_token_id": specials.end,
@@ -46,7 +43,7 @@ def join(
         new["decoder"] = "the decoder has new random weights"
     else:
         speaking = make_part(decoder, seed).model
-        if foreign:
+        if parts.foreign:
             renew_embeddings(speaking, count, seed)
             new["embeddings"] = f"the decoder's embeddings are new, {count:,} of them: the tokenizer is not its own"
         extend_embeddings(speaking, count, seed)
@@ -55,7 +52,7 @@ def join(
         changes = {"vocab_size": count} if reader.files is None else {}
         asked = make_part(replace(reader, kind="t5-encoder"), seed, **changes).model
         extend_embeddings(asked, count, seed)
-    seeing = make_part(encoder, seed).model
+    seeing = make_part(parts.encoder, seed).model
     for part in (seeing, speaking, asked):
         if part is not None:
             part.config.dtype = torch.float32
@@ -63,7 +60,7 @@ def join(
         # copies: what becomes a model's config loses how its parts attend
         configs: list[Any] = [None if part is None else part.config.to_dict() for part in (seeing, speaking, asked)]
         config = VisionT5Config(*configs, **ids)
-        return VisionT5(config, seeing, speaking, asked), specials, new
+        return Joined(VisionT5(config, seeing, speaking, asked), specials, new)
 
 
 def add_gaps(tokenizer: Any) -> None:
