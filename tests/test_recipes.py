@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import re
+import shlex
 import threading
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -36,11 +38,11 @@ OPTIONAL = {
 IDLE_WITHOUT_SAMPLING = {"temperature", "top_k", "top_p"}
 
 
-def taken(command: str, recipe: Path) -> Any:
+def taken(command: str, recipe: Path, *more: str) -> Any:
     """What the real command makes of a recipe, instead of doing it."""
     where = {"prepare": "capcli.prepared.prepare.run", "train": "capcli.training.run.run"}[command]
     with mock.patch(where, return_value=0) as run:
-        result = call(command, "--config", recipe)
+        result = call(command, "--config", recipe, *more)
     assert result.code == 0, result.err
     return run.call_args.args[0]
 
@@ -74,6 +76,15 @@ def test_a_recipe_names_the_command_lines_it_is_for(recipe: Path) -> None:
     text = recipe.read_text(encoding="utf-8")
     for command in ("prepare", "train"):
         assert f"#   capcli {command} --config examples/{recipe.name}\n" in text
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_goes_on_from_a_captioner_and_takes_what_its_header_says(recipe: Path) -> None:
+    model = taken("train", recipe, "--model", "captioner").model
+    assert (model.model, model.encoder, model.decoder, model.extra_tokens) == ("captioner", None, None, 0)
+    text = recipe.read_text(encoding="utf-8")
+    for command, more in re.findall(rf"(?m)^# .*capcli (train|prepare) --config examples/{recipe.name}(.*)$", text):
+        taken(command, recipe, *shlex.split(more, comments=True))
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

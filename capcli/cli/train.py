@@ -16,6 +16,7 @@ from capcli.cli.generation import generation_options, taken_generation
 from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, leave_word
 from capcli.errors import CapcliError, UsageError
 from capcli.options import DECODE_TIMEOUT, MAX_PIXELS, ModelOptions, TrainOptions, task_of
+from capcli.options.model import PARTS
 
 Decorator = Callable[[Any], Any]
 SETTINGS = "train.toml"  # what a run keeps its settings in
@@ -77,11 +78,12 @@ class StepsOrEpoch(click.ParamType[Any]):
 
 # What one option, given itself, makes of others that come from a file.
 INSTEAD = {
-    "model": ("encoder", "decoder", "tokenizer", "join", "image_tokens", "tag_tokens", "question_encoder"),
+    "model": (*PARTS, "tokenizer", "join", "image_tokens", "tag_tokens", "extra_tokens"),
     "encoder": ("model",),
     "decoder": ("model",),
     "epochs": ("max_steps",),
 }
+NOTHING = {"extra_tokens": 0}  # what says nothing, where that is not None
 
 
 class TrainCommand(SectionedCommand):
@@ -98,7 +100,7 @@ class TrainCommand(SectionedCommand):
         for name, others in INSTEAD.items():
             for other in others:
                 if from_file(ctx, other) and not from_file(ctx, name) and ctx.params.get(name) is not None:
-                    ctx.params[other] = None
+                    ctx.params[other] = NOTHING.get(other)
         return rest
 
 
