@@ -290,12 +290,12 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "vision-t5": {},
     "vision-t5 v1.1": {},
 }
+PROCESSORS["tagged"] = PROCESSORS["prefix"]
 
 
 def save_family(folder: Path, family: str) -> Path:
     """A whole random captioner of a family, in float32."""
     copy.deepcopy(random_of_family(family)).float().save_pretrained(folder)
     save_words(folder)
-    kind = "prefix" if family == "tagged" else family
-    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | PROCESSORS[kind]))
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | PROCESSORS[family]))
     return folder
