@@ -20,8 +20,10 @@ from training import COLOURS, ENCODER, SHAPES, history, paint_data, weights
 from transformers import AutoModel, T5Config, T5ForConditionalGeneration
 
 from capcli.annotations import read_split
+from capcli.errors import UsageError
 from capcli.models.vision_t5 import question
 from capcli.options import DataOptions
+from capcli.training.freezing import refuse_freezing
 from capcli.training.masking import SHARE, MaskedPairs, choose, encode_words, gaps_of
 from capcli.training.mixing import Drawn, Mixed, shares
 from capcli.training.pairs import Pairs
@@ -330,15 +332,15 @@ def test_tasks_that_do_not_go_together_are_told(place: Path) -> None:
     assert "tasks name their data themselves" in both.err
 
 
-def save_t5(folder: Path, *, gated: bool) -> T5ForConditionalGeneration:
+def save_t5(folder: Path, *, gated: bool, vocabulary: int = 260) -> T5ForConditionalGeneration:
     """A T5 with a SentencePiece tokenizer; gated, with a head of its own, as v1.1 is."""
     save_pieces(folder)
     torch.manual_seed(5)
     style = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} if gated else {}
     values = {name: value for name, value in T5.items() if name != "model_type"} | style
-    model = T5ForConditionalGeneration(T5Config(vocab_size=260, **values))
+    model = T5ForConditionalGeneration(T5Config(vocab_size=vocabulary, **values))
     if gated:
-        model.lm_head.weight = torch.nn.Parameter(torch.randn(260, 24))
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(vocabulary, 24))
     model.save_pretrained(folder)
     return model
 
@@ -385,6 +387,35 @@ def test_a_question_encoder_is_for_a_t5(tmp_path: Path) -> None:
     done = call("train", *parts, *data, "--question-encoder", path)
     assert done.code == 2
     assert "is asked none" in done.err
+
+
+def test_a_question_encoder_shares_the_vocabulary_or_gets_embeddings_of_its_own(tmp_path: Path) -> None:
+    save_t5(tmp_path / "t5", gated=False)
+    save_t5(tmp_path / "other", gated=False)
+    save_pieces(tmp_path / "other", CAPTIONS[:3], vocab_size=60)
+    save_t5(tmp_path / "mute", gated=False, vocabulary=900)
+    (tmp_path / "mute" / "spiece.model").unlink()
+    parts = {"decoder": str(tmp_path / "t5"), "tokenizer": None, "vocab_size": 15000}
+    for reader in ("other", "mute"):
+        with pytest.raises(UsageError, match=rf"{reader} has another vocabulary than .*t5: give one that shares it"):
+            new(**parts, question_encoder=str(tmp_path / reader))
+    theirs = T5ForConditionalGeneration.from_pretrained(tmp_path / "other")
+    renewed = new(decoder=str(tmp_path / "t5"), question_encoder=str(tmp_path / "other"))
+    reader: Any = renewed.model.question_encoder
+    words = reader.get_input_embeddings().weight
+    assert words is reader.encoder.embed_tokens.weight
+    assert len(words) >= len(renewed.tokenizer)
+    assert not any(torch.equal(words[i], theirs.shared.weight[i]) for i in range(260))
+    assert renewed.new == {"encoder", "embeddings", "question-embeddings"}
+    assert any("the question encoder's embeddings are new" in note for note in renewed.notes)
+    kept = new(decoder=T5, tokenizer=str(tmp_path / "other"), question_encoder=str(tmp_path / "other"))
+    assert torch.equal(kept.model.question_encoder.shared.weight[:260], theirs.shared.weight)
+    fresh = new(decoder=str(tmp_path / "t5"), question_encoder=T5)
+    assert "the question encoder has new random weights" in fresh.notes
+    for made in (renewed, fresh):
+        with pytest.raises(UsageError, match="freeze is encoder, but the question encoder"):
+            refuse_freezing("encoder", made.new - {"encoder"})
+        refuse_freezing("decoder", made.new)
 
 
 def test_one_task_by_flags_with_a_question_encoder(tmp_path: Path) -> None:

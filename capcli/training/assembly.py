@@ -39,8 +39,9 @@ class Untrained:
 
     `processor` is the preprocessor_config.json to write beside it and `spec` the same as it is carried out. `new` names what
     has random weights: "encoder", "decoder" or, in a decoder with weights, "embeddings" (with the output layer) and
-    "cross-attention". `max_length` is how many tokens of a caption are learned from: as asked, or as many as the decoder holds,
-    at most DEFAULT_LENGTH. `notes` are lines to say at the start.
+    "cross-attention"; also "question-encoder", or "question-embeddings" of one with weights. `max_length` is how many
+    tokens of a caption are learned from: as asked, or as many as the decoder holds, at most DEFAULT_LENGTH. `notes` are
+    lines to say at the start.
     """
 
     model: PreTrainedModel
@@ -84,11 +85,12 @@ def assemble(
     if tokenizer.pad_token_id is None:  # as GPT-2's: the folder says the same in all its files
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(specials.pad)
     foreign = options.tokenizer == NEW or is_foreign(tokenizer, own, config_of(decoder).vocab_size)
-    if options.extra_tokens:
-        tokenizer.add_tokens([f"<loc_{number}>" for number in range(options.extra_tokens)])
     asked = options.question_encoder
     reader = None if asked is None else find_part("question-encoder", asked, quiet=quiet)
-    joined = way.join(Parts(encoder, decoder, reader, tokenizer, specials, options, seed, foreign))
+    estranged = reader is not None and _reads_others(reader, tokenizer, decoder, foreign=foreign)
+    if options.extra_tokens:
+        tokenizer.add_tokens([f"<loc_{number}>" for number in range(options.extra_tokens)])
+    joined = way.join(Parts(encoder, decoder, reader, tokenizer, specials, options, seed, foreign, estranged))
     model, specials, new = joined.model, joined.specials, dict(joined.new)
     leave_idle(model)
     if encoder.files is None:
@@ -186,6 +188,19 @@ def _own_tokenizer(decoder: Config) -> Any:
     if decoder.folder is None or not has_tokenizer(os.listdir(decoder.folder)):
         return None
     return read_tokenizer(decoder.tokenizer_files)
+
+
+def _reads_others(reader: Config, tokenizer: Any, decoder: Config, *, foreign: bool) -> bool:
+    """Whether a question encoder's embeddings mean other tokens. Raises UsageError where the decoder's mean the tokenizer's."""
+    if reader.files is None:
+        return False
+    others = is_foreign(tokenizer, _own_tokenizer(reader), config_of(reader).vocab_size)
+    if others and not foreign:
+        raise UsageError(
+            f"question_encoder {reader.title} has another vocabulary than {decoder.title}: give one that shares it, or tokenizer "
+            f"{NEW}, with which both get new embeddings"
+        )
+    return others
 
 
 def _tokenizer(

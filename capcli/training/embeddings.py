@@ -36,6 +36,8 @@ def renew_embeddings(decoder: Any, count: int, seed: int) -> None:
         decoder.resize_token_embeddings(count, mean_resizing=False)
         put_in, taken_out = decoder.get_input_embeddings(), decoder.get_output_embeddings()
         nn.init.normal_(put_in.weight, std=std)
+        if taken_out is None:  # of an encoder
+            return
         if taken_out.weight is not put_in.weight:
             nn.init.normal_(taken_out.weight, std=std)
         if taken_out.bias is not None:

@@ -13,6 +13,15 @@ from capcli.models.families import family_of
 from capcli.training.parts import CROSS_ATTENTION, HEADS
 
 What = Literal["encoder", "decoder", "none"]
+# What of a part may be new as a whole, or where nothing lets it learn all the same.
+NEW_WITHIN = {
+    "encoder": {
+        "encoder": "encoder is",
+        "question-encoder": "question encoder is",
+        "question-embeddings": "question encoder's embeddings are",
+    },
+    "decoder": {"decoder": "decoder is"},
+}
 POOLER = ".pooler."  # rests always: no caption sees it
 
 
@@ -70,8 +79,9 @@ def train(model: Any) -> None:
 
 def refuse_freezing(what: What, new: Collection[str]) -> None:
     """Raises UsageError for a part that is new: frozen, it would stay random."""
-    if what in new:
-        raise UsageError(f"freeze is {what}, but the {what} is new: its random weights would never be learnt")
+    for name, words in NEW_WITHIN.get(what, {}).items():
+        if name in new:
+            raise UsageError(f"freeze is {what}, but the {words} new: random weights would never be learnt")
 
 
 def _parts(model: Any) -> dict[str, tuple[str, ...]]:

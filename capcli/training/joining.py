@@ -20,7 +20,9 @@ BY_DECODER, PREFIX = ("joining_cross", "joining_t5"), ("joining_prefix",)  # fil
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What is joined. `reader` is a T5 whose encoder reads the question first; `foreign`: the tokenizer is not the decoder's."""
+    """What is joined. `reader` is a T5 whose encoder reads the question first; `foreign`: the tokenizer is not the decoder's,
+    and `estranged`: it is not the reader's.
+    """
 
     encoder: Config
     decoder: Config
@@ -30,6 +32,7 @@ class Parts:
     options: ModelOptions
     seed: int
     foreign: bool
+    estranged: bool = False
 
 
 @dataclass(frozen=True, slots=True)

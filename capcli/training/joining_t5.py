@@ -49,9 +49,8 @@ def join(parts: Parts) -> Joined:
         extend_embeddings(speaking, count, seed)
     asked = None
     if reader is not None:
-        changes = {"vocab_size": count} if reader.files is None else {}
-        asked = make_part(replace(reader, kind="t5-encoder"), seed, **changes).model
-        extend_embeddings(asked, count, seed)
+        asked, fresh = asking_part(reader, count, seed, estranged=parts.estranged)
+        new |= fresh
     seeing = make_part(parts.encoder, seed).model
     for part in (seeing, speaking, asked):
         if part is not None:
@@ -61,6 +60,20 @@ def join(parts: Parts) -> Joined:
         configs: list[Any] = [None if part is None else part.config.to_dict() for part in (seeing, speaking, asked)]
         config = VisionT5Config(*configs, **ids)
         return Joined(VisionT5(config, seeing, speaking, asked), specials, new)
+
+
+def asking_part(reader: Config, count: int, seed: int, *, estranged: bool) -> tuple[Any, dict[str, str]]:
+    """What reads the question first, with an embedding for every token; what of it is random, with a line on it."""
+    reader = replace(reader, kind="t5-encoder")
+    if reader.files is None:
+        lines = {"question-encoder": "the question encoder has new random weights"}
+        return make_part(reader, seed, vocab_size=count).model, lines
+    model, lines = make_part(reader, seed).model, {}
+    if estranged:
+        renew_embeddings(model, count, seed)
+        lines["question-embeddings"] = f"the question encoder's embeddings are new, {count:,} of them"
+    extend_embeddings(model, count, seed)
+    return model, lines
 
 
 def add_gaps(tokenizer: Any) -> None:
