@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,7 +67,10 @@ def asked_ids(folder: Path) -> tuple[int, ...]:
     return tuple(tokenizer("What does the image describe?", add_special_tokens=False)["input_ids"])
 
 
-def test_a_family_says_what_it_was_taught(untrained: Path) -> None:
+def test_a_family_says_what_it_was_taught(
+    untrained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the command, to plain transformers, and to whoever runs the code on its card."""
     done = train(untrained, "--max-steps", 90, "--batch-size", 4, "--learning-rate", 4e-3)
     assert done.code == 0, done.err
     photos, out = untrained.parent / "photos", untrained.parent / "out"
@@ -73,6 +78,11 @@ def test_a_family_says_what_it_was_taught(untrained: Path) -> None:
     assert told.code == 0, told.err
     assert {row["file_name"]: row["text"] for row in told.rows} == SAID
     assert {name: said(out, photos / name) for name in SAID} == SAID
+    monkeypatch.chdir(untrained.parent)  # where the card's code finds the folder
+    shutil.copyfile(photos / "b.png", "photo.jpg")
+    [code] = re.findall("```python\n(.*?)```", (out / "README.md").read_text("utf-8"), re.DOTALL)
+    exec(compile(code, "card", "exec"), {"__name__": "card"})
+    assert capsys.readouterr().out.strip() == SAID["b.png"]
 
 
 @pytest.mark.parametrize("what", ["encoder", "decoder"])

@@ -209,7 +209,7 @@ def by_transformers(facts: CardFacts, loader: str) -> list[str]:
         "",
         'image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")',
         'pixels = processor(image, return_tensors="pt").pixel_values',
-        "tokens = model.generate(pixels)[0]",
+        "tokens = model.generate(pixel_values=pixels)[0]",
         "caption = tokenizer.decode(tokens, skip_special_tokens=True).strip()",
     ]
     if facts.spaced:
