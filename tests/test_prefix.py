@@ -233,6 +233,23 @@ def test_tags_come_from_the_nearest_metadata_that_names_the_image(tmp_path: Path
         TagsBeside("tags").of(str(tmp_path / "a.png"))
 
 
+def test_tags_are_found_wherever_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_family(tmp_path / "tagged", "tagged")
+    photos = paint(tmp_path / "photos", "sub/a.png")
+    (photos / "metadata.jsonl").write_text(json.dumps({"file_name": "sub/a.png", "tags": "word9 word11"}))
+    (photos / "sub" / "names.txt").write_text("a.png\n")
+    same = ("--model", folder, "--out", "-", "--workers", 0, "--max-new-tokens", 4, "--dtype", "float32")
+    tagged = (*same, "--tags-field", "tags")
+    plain, *scores = (call("caption", photos, *flags).rows[0]["score"] for flags in (same, tagged))
+    monkeypatch.chdir(photos / "sub")
+    for given in ((".",), ("a.png",), ("--from-file", "names.txt")):
+        [row] = call("caption", *given, *tagged).rows
+        scores.append(row["score"])
+    assert plain not in scores
+    assert len(scores) == 4
+    assert len(set(scores)) == 1
+
+
 def test_a_model_without_tags_says_so(tmp_path: Path) -> None:
     flags, data = make_run(tmp_path)
     out = tmp_path / "out"

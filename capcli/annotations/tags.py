@@ -39,7 +39,8 @@ class TagsBeside:
 
     def of(self, path: str) -> str:
         """Those of one image, nothing where it has none. Raises UsageError for metadata without the field."""
-        image, folder = os.path.normpath(path), os.path.dirname(os.path.normpath(path))
+        image = os.path.abspath(path)  # as typed it may end below the folder that holds the metadata
+        folder = os.path.dirname(image)
         while True:
             tags = self._tags(folder)
             if tags is not None and image in tags:
