@@ -56,6 +56,9 @@ class Captioner:
 
     def __init__(self, options: ExportOptions, model: ModelFiles, out: str) -> None:
         self.options, self.model, self.out = options, model, out
+        refused = plans_refused(model.config) if options.kind == "tensorrt" else None
+        if refused:
+            raise CapcliError(f"{options.model} cannot become TensorRT plans: {refused}. Export --onnx")
         self.spec = PixelSpec.from_config(model.processor)
         whole = load_weights(model, options.dtype, torch.device("cpu"))
         self.encode, self.step = modules(whole, self.spec)
@@ -63,15 +66,6 @@ class Captioner:
         self.generation, self.positions = generation_of(model, whole), self.step.positions
         ask = getattr(family_of(model.config), "question", None)
         self.question = tuple(ask(explained_tokenizer(model), None)) if ask else tags(model.config)
-        if self.question and not ask and options.kind == "tensorrt":
-            raise CapcliError(
-                f"{options.model} cannot become TensorRT plans: these take an image alone, and it reads tags too. Export --onnx"
-            )
-        if ask and options.kind == "tensorrt":
-            raise CapcliError(
-                f"{options.model} cannot become TensorRT plans: they have one shape, and its memory grows with the question "
-                "that its encoder is asked. Export --onnx"
-            )
 
     def write(self, folder: str, settings: Settings) -> Engine:
         options, model = self.options, self.model
@@ -117,6 +111,15 @@ class Captioner:
         encode, step = modules(load_weights(self.model, "float32", device), self.spec)
         use_attention(step.decoder)
         return Eager(encode, step, device, prefixed=encode.prefixed)
+
+
+def plans_refused(config: Mapping[str, Any]) -> str | None:
+    """Why a captioner with this config.json cannot become TensorRT plans; None where it can."""
+    if hasattr(family_of(config), "question"):
+        return "they have one shape, and its memory grows with the question that its encoder is asked"
+    if config.get("tag_tokens"):
+        return "these take an image alone, and it reads tags too"
+    return None
 
 
 def tags(config: Mapping[str, Any]) -> tuple[int, ...]:
