@@ -29,6 +29,7 @@ from capcli.decoding.loop import Done, Job, Shapes, decode_steps
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import NO_WORD, Settings, resolve
 from capcli.errors import CapcliError, ImageError, UsageError
+from capcli.gaps import gap_names, with_gaps
 from capcli.models.build import Model, choose_device, choose_dtype, device_of, load_model, quiet_transformers
 from capcli.models.files import ModelFiles
 from capcli.models.hub import find_model
@@ -51,6 +52,7 @@ class Captioner:
 
     def __init__(self, model: Model, files: ModelFiles) -> None:
         self.model, self.files = model, files
+        self._gaps = gap_names(model.tokenizer) if model.question else {}
 
     @classmethod
     def load(
@@ -229,7 +231,10 @@ class Captioner:
 
     def _text(self, hypothesis: Hypothesis, settings: Settings, before: tuple[int, ...]) -> str:
         ids = [*before, *(t for t in hypothesis.tokens if t not in settings.eos_token_ids)]
-        text = str(self.model.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        if self._gaps.keys() & set(settings.question):
+            text = with_gaps(self.model.tokenizer, ids, self._gaps)
+        else:
+            text = str(self.model.tokenizer.decode(ids, skip_special_tokens=True)).strip()
         return UNSPACED.sub("", text) if self.model.spaced else text
 
     def _bytes_per_slot(self, settings: Settings) -> int:

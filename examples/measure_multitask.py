@@ -3,8 +3,8 @@
     python examples/measure_multitask.py build/multitask
 
 Scenes are of seeds that were used for nothing else, read from picture files. A caption is right as `scenes.judge` has it, a label
-when it is the label to the letter (of twelve), gaps when all their words come back; beside it, how many come back when the
-picture is another scene's: what can be guessed from the words alone.
+when it is the label to the letter (of twelve), a gap when exactly its words come back; beside it, how many do when the picture
+is another scene's: what can be guessed from the words alone.
 """
 
 from __future__ import annotations
@@ -41,21 +41,24 @@ def classes_right(captioner: Captioner, folder: Path) -> list[bool]:
     return [text == f"a photo of {path.parent.name}" for path, text in zip(pictures, said, strict=True)]
 
 
-def words_restored(captioner: Captioner, folder: Path, count: int, away: int) -> list[bool]:
-    """Of scenes' first captions, word by masked word; the picture is that of the scene `away` from it."""
+def gaps_restored(captioner: Captioner, folder: Path, count: int, away: int) -> list[bool]:
+    """Of scenes' first captions, gap by gap; the picture is that of the scene `away` from it."""
     right: list[bool] = []
     for n in range(count):
         words = scenes.captions(scenes.make_scene(SCENES_SEED, n))[0].split()
         gone = choose(len(words), np.random.default_rng(n), 99)
-        text, number = "", 0
+        text, answer, number = "", "", 0
         for at, word in enumerate(words):
-            if not gone[at]:
-                text += f" {word}"
-            elif not (at and gone[at - 1]):
+            if gone[at] and not (at and gone[at - 1]):
                 text += f"<extra_id_{number}>"
+                answer += f" <extra_id_{number}>"
                 number += 1
+            if gone[at]:
+                answer += f" {word}"
+            else:
+                text += f" {word}"
         [said] = answers(captioner, [folder / f"scene-{(n + away) % count:04d}.jpg"], text.strip())
-        right += restored(said, " ".join(word for word, lost in zip(words, gone, strict=True) if lost))
+        right += restored(said, answer)
     return right
 
 
@@ -74,8 +77,8 @@ def main() -> None:
         for name, right in (
             ("captions right", captions_right(captioner, drawn, options.count)),
             ("labels right", classes_right(captioner, classes)),
-            ("masked words restored", words_restored(captioner, drawn, half, 0)),
-            ("masked words restored before another picture", words_restored(captioner, drawn, half, 1)),
+            ("gaps restored", gaps_restored(captioner, drawn, half, 0)),
+            ("gaps restored before another picture", gaps_restored(captioner, drawn, half, 1)),
         ):
             print(f"{name}: {sum(right) / len(right):.1%} of {len(right):,}")
 

@@ -19,16 +19,21 @@ from running import Ended, call, paint
 from training import COLOURS, ENCODER, SHAPES, history, paint_data, weights
 from transformers import AutoModel, T5Config, T5ForConditionalGeneration
 
+from capcli import Captioner
 from capcli.annotations import read_split
+from capcli.decoding.loop import Done
+from capcli.decoding.search import Hypothesis
 from capcli.errors import UsageError
 from capcli.models.vision_t5 import question
-from capcli.options import DataOptions
+from capcli.options import DataOptions, GenerationOptions
+from capcli.records import Caption, Loaded
+from capcli.training.folder import save_captioner
 from capcli.training.freezing import refuse_freezing
 from capcli.training.masking import SHARE, MaskedPairs, choose, encode_words, gaps_of
 from capcli.training.mixing import Drawn, Mixed, shares
 from capcli.training.pairs import Pairs
 from capcli.training.patches import hide_patches, patch_size
-from capcli.training.validations import restored as words_restored
+from capcli.training.validations import restored as gaps_restored
 from capcli.training.validations import right
 from capcli.training.vocabulary import SpecialTokens, encode_captions
 
@@ -115,8 +120,42 @@ def test_a_prompt_with_gaps_is_what_was_learnt_from(tmp_path: Path, pieces: bool
 def test_what_is_told_of_answers() -> None:
     assert right("a photo  of cat", ("a photo of dog", "a photo of cat"))
     assert not right("a photo of ca", ("a photo of cat",))
-    assert words_restored("two left of it", "two right of") == [True, False, True]
-    assert words_restored("", "red dog") == [False, False]
+    answer = "<extra_id_0> two <extra_id_1> right of <extra_id_2>"
+    assert gaps_restored(answer, answer) == [True, True]
+    assert gaps_restored("<extra_id_0> two <extra_id_1> right", answer) == [True, False]
+    assert gaps_restored("<extra_id_0> <extra_id_1>right of<extra_id_2> two", answer) == [False, True]
+    assert gaps_restored("two right of", answer) == gaps_restored("", answer) == [False, False]
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_the_answer_to_gaps_names_them_and_other_answers_do_not(tmp_path: Path, pieces: bool) -> None:
+    if pieces:
+        save_t5(tmp_path / "t5", gated=False)
+    made = new(decoder=str(tmp_path / "t5") if pieces else T5, tokenizer=None if pieces else "new")
+    save_captioner(str(tmp_path / "out"), made.model, made.tokenizer, made.processor)
+    captioner = Captioner.load(str(tmp_path / "out"), device="cpu")
+    text = "<extra_id_0> two dogs <extra_id_1> sand <extra_id_2>"
+    said = [made.specials.pad, *made.tokenizer(text, add_special_tokens=False)["input_ids"], made.specials.end]
+    done = Done((0, None), [Hypothesis(tuple(said), 0.0, 0.0)])
+    loaded = Loaded("one.png", np.zeros((0, 8, 3), np.uint8))
+    asked = captioner.settings(GenerationOptions(), "a <extra_id_0> on <extra_id_1>")
+    filled = captioner.result(loaded, done, asked)
+    assert isinstance(filled, Caption)
+    assert gaps_restored(filled.text, text) == [True, True]
+    assert filled.text.startswith("<extra_id_0> two")
+    assert filled.text.endswith(" sand <extra_id_2>")
+    plain = captioner.result(loaded, done, captioner.settings(GenerationOptions(), "what is it?"))
+    assert isinstance(plain, Caption)
+    assert "extra_id" not in plain.text
+
+
+def test_answers_that_are_cut_are_counted() -> None:
+    words = [[2], [3, 4, 5], [6]]
+    assert masked(words, max_length=8).cut(END) == 0
+    for most in range(2, 9):
+        pairs = masked(words, max_length=most)
+        assert pairs.cut(END) == (pairs.masked(0)[1][-1] != END)
+    assert masked(words, max_length=3).cut(END) == 1
 
 
 class Numbers(Pairs):
@@ -157,6 +196,8 @@ def test_tasks_are_drawn_by_weight_and_none_of_a_tasks_pairs_before_its_turn() -
 def test_shares_add_up() -> None:
     assert shares(10, [1, 1, 1]) == [3, 4, 3]
     assert sum(shares(1001, [0.3, 7, 0.01])) == 1001
+    assert shares(10, [1e308, 1e308]) == [5, 5]
+    assert shares(10, [1e308, 1e-308]) == [10, 0]
 
 
 def test_patches_are_hidden_whole_and_as_many_in_every_image() -> None:
@@ -273,6 +314,22 @@ def test_a_run_of_tasks_tells_of_each_and_goes_on_with_the_same_batches(place: P
     assert changed.code == 2
 
 
+def test_what_tasks_lack_is_told_at_the_start(place: Path) -> None:
+    path = recipe(place, max_steps=1)
+    sections = tomllib.loads(path.read_text())
+    for table in sections["task"]:
+        table.pop("val_fraction", None)
+    sections["task"][1] |= {"weight": 1e-308, "data": str(place / "classes" / "train")}
+    sections["task"][2]["weight"] = 1e308
+    sections["model"]["max_length"] = 4
+    path.write_text(tomli_w.dumps(sections))
+    done = call("train", "--config", path, "--out", place / "out")
+    assert done.code == 0, done.err
+    assert "task sort is drawn 0 times in an epoch of " in done.err
+    assert "nothing validates (give a [[task]] val_fraction or val_data)" in done.err
+    assert "captions and answers are longer than 4 tokens" in done.err
+
+
 def test_the_folder_captions_answers_and_fills_gaps(place: Path) -> None:
     done = train(place, "out", mask_patches=0.5, max_steps=2)
     assert done.code == 0, done.err
@@ -328,6 +385,17 @@ def test_tasks_that_do_not_go_together_are_told(place: Path) -> None:
     path = recipe(place, select="cider")
     path.write_text(path.read_text().replace('name = "say"', 'name = "say"\nkind = "masked"'))
     assert "no task is to caption" in call("train", "--config", path, "--out", place / "out").err
+    for flags, words in (
+        (("--val-fraction", 0.1), "val_fraction is given for the whole run"),
+        (("--label-template", "{label}"), "label_template is given for the whole run"),
+        (("--train-limit", 3), "put it into each [[task]] it is of"),
+        (("--tags-column", "tags"), "tasks read no tags: leave it out"),
+    ):
+        passed_over = call("train", "--config", recipe(place), "--out", place / "out", *flags)
+        assert (passed_over.code, words in passed_over.err) == (2, True), passed_over.err
+    path = recipe(place, schedule="reduce_lr_on_plateau")
+    path.write_text(path.read_text().replace("val_fraction = 0.25", "").replace("classes", "classes/train"))
+    assert "give a [[task]] val_fraction or val_data" in call("train", "--config", path, "--out", place / "out").err
     both = call("train", "--config", recipe(place), "--data", place / "pictures", "--out", place / "out")
     assert "tasks name their data themselves" in both.err
 

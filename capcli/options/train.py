@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from capcli.errors import UsageError
 from capcli.options.caption import DECODE_TIMEOUT, MAX_PIXELS, GenerationOptions
 from capcli.options.data import DataOptions
 from capcli.options.model import ModelOptions
-from capcli.options.task import TaskOptions
+from capcli.options.task import LISTS, TaskOptions
 
 Every = int | Literal["epoch"]
 Schedule = Literal[
@@ -108,5 +108,11 @@ def refuse_data(data: DataOptions, tasks: tuple[TaskOptions, ...]) -> None:
         raise UsageError("nothing to train on: give --data")
     if tasks and (data.data or data.val_data):
         raise UsageError("tasks name their data themselves, each its own: leave --data and --val-data out")
+    whole = [each.name for each in fields(data) if each.name != "seed" and getattr(data, each.name) is not None]
+    if tasks and (beside := [name for name in whole if name not in LISTS]):
+        where = (
+            "tasks read no tags: leave it out" if beside[0] == "tags_column" else "put it into each [[task]] it is of"
+        )
+        raise UsageError(f"{beside[0]} is given for the whole run, and tasks read their data each its own way: {where}")
     if len({task.name for task in tasks}) < len(tasks):
         raise UsageError("two tasks have one name: give each its own")

@@ -155,7 +155,12 @@ def refuse_unvalidated(options: TrainOptions, data: Data) -> None:
     plateau = options.schedule == "reduce_lr_on_plateau"
     for name, given in (("patience", options.patience is not None), ("schedule reduce_lr_on_plateau", plateau)):
         if given:
-            raise UsageError(f"{name} goes by validation, and nothing validates: give --val-fraction or --val-data")
+            raise UsageError(f"{name} goes by validation, and nothing validates: give {validating(options)}")
+
+
+def validating(options: TrainOptions) -> str:
+    """What to give so that something validates."""
+    return "a [[task]] val_fraction or val_data" if options.task else "--val-fraction or --val-data"
 
 
 class Lost:

@@ -13,6 +13,7 @@ from transformers import Seq2SeqTrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 
 from capcli.errors import UsageError
+from capcli.gaps import gap_names, with_gaps
 from capcli.metrics import Scorer
 from capcli.models.build import modules, pixel_size
 from capcli.models.families import family_of
@@ -165,7 +166,8 @@ def make_task_validation(
     if not isinstance(pairs, MaskedPairs):
         return replace(held, question=task.question, scorer=held.scorer if task.kind == CAPTION else None)
     masked = {str(number): pairs.masked(pairs.first(number)) for number in held.captioned}
-    answers = {n: [made.tokenizer.decode(a, skip_special_tokens=True)] for n, (_, a) in masked.items()}
+    names = gap_names(made.tokenizer)
+    answers = {n: [with_gaps(made.tokenizer, answer.tolist(), names)] for n, (_, answer) in masked.items()}
     return replace(held, scorer=None, references=answers, questions={n: tuple(q) for n, (q, _) in masked.items()})
 
 

@@ -41,8 +41,12 @@ class MaskedPairs(Pairs):
         self._words = np.cumsum([0, *map(len, flat)])
         self._gaps, self._end, self._most, self._seed = tuple(gaps), end, max_length, seed
 
-    def cut(self, end: int) -> int:  # noqa: ARG002
-        return 0
+    def cut(self, end: int) -> int:
+        """How many answers do not end, as they are drawn first. Few captions are so long that this can be."""
+        counts = np.diff(self._words)
+        gone = np.clip(np.round(SHARE * counts), 1, len(self._gaps) - 1)
+        long = np.flatnonzero(np.diff(self._ends) + gone + 2 > self._most)
+        return sum(int(self.masked(int(index))[1][-1] != end) for index in long)
 
     def pair(self, index: int, draw: int = 0) -> Pair:
         """A caption as it is masked when it is drawn for the `draw`th time."""

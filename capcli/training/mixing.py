@@ -64,5 +64,6 @@ class Drawn(Sampler[int]):
 
 def shares(whole: int, weights: Sequence[float]) -> list[int]:
     """`whole` in parts by weight."""
-    ends = [round(whole * part / sum(weights)) for part in accumulate(weights)]
+    parts = list(accumulate(weight / max(weights) for weight in weights))  # whose sum is finite whatever they are
+    ends = [round(whole * part / parts[-1]) for part in parts]
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]

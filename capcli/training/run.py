@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,12 +16,14 @@ from capcli.models.build import quiet_transformers
 from capcli.options import TrainOptions
 from capcli.training.arguments import total_steps, training_arguments
 from capcli.training.assembly import Untrained
-from capcli.training.data import Data, Facts, Lost, read_data, refuse_unvalidated
+from capcli.training.data import Data, Facts, Lost, read_data, refuse_unvalidated, validating
 from capcli.training.flow import Flow, finished
 from capcli.training.freezing import Frozen, freeze, refuse_freezing
 from capcli.training.history import History
 from capcli.training.making import assembled, make_trainer
+from capcli.training.mixing import Mixed, shares
 from capcli.training.outcome import leave_captioner
+from capcli.training.pairs import Pairs
 from capcli.training.place import EVENTS, LEFT_OUT, Place
 from capcli.training.showing import Showing, earlier_points, state_at
 from capcli.training.trainer import CaptionTrainer
@@ -60,7 +62,7 @@ def run(options: TrainOptions, place: Place) -> int:
                 data.report.write(place.path(LEFT_OUT))
         spare = Interrupts(quiet=options.quiet or not main, grace=LAUNCHER if arguments.world_size > 1 else 0.0)
         with spare as interrupts, View(steps, quiet=options.quiet or not main) as view:
-            describe(view, made, data, trainer, frozen)
+            describe(options, view, made, data, trainer, frozen)
             flow = Flow(options, hold, validates=bool(data.val), stop=interrupts.asked, say=view.say)
             trainer.add_callback(flow)
             if main:
@@ -122,7 +124,9 @@ def freezer(options: TrainOptions, new: frozenset[str]) -> Callable[[Any], Froze
     )
 
 
-def describe(view: View, made: Untrained, data: Data, trainer: CaptionTrainer, frozen: Frozen | None) -> None:
+def describe(
+    options: TrainOptions, view: View, made: Untrained, data: Data, trainer: CaptionTrainer, frozen: Frozen | None
+) -> None:
     """What is about to learn from what."""
     view.say(f"{data.report.line()}; {len(data.train):,} images to train on, {len(data.val):,} to validate")
     view.say(made.specials.line(made.tokenizer))
@@ -131,15 +135,26 @@ def describe(view: View, made: Untrained, data: Data, trainer: CaptionTrainer, f
     if frozen:
         view.say(frozen.line())
     if cut := trainer.pairs.cut(made.specials.end):
+        what = "captions and answers" if options.task else "captions"
         view.say(
-            f"{cut:,} captions are longer than {made.max_length} tokens and are cut (--max-length): these teach no end"
+            f"{cut:,} {what} are longer than {made.max_length} tokens and are cut (--max-length): these teach no end"
         )
+    for line in never_drawn(options, trainer.pairs):
+        view.say(line)
     if not data.val:
-        view.say("nothing validates (see --val-fraction): the last checkpoint is taken for the best")
+        view.say(f"nothing validates (give {validating(options)}): the last checkpoint is taken for the best")
     if torch.cuda.is_available() and (count := torch.cuda.device_count()) > trainer.args.world_size:
         view.say(
             f"{trainer.args.world_size} of {count} GPUs in use; all: torchrun --nproc-per-node gpu -m capcli train ..."
         )
+
+
+def never_drawn(options: TrainOptions, pairs: Pairs | Mixed) -> Iterator[str]:
+    """A line on each task whose weight is too small for a single draw."""
+    if isinstance(pairs, Mixed):
+        counts = shares(len(pairs), pairs.weights)
+        for name in (task.name for task, count in zip(options.task, counts, strict=True) if not count):
+            yield f"task {name} is drawn 0 times in an epoch of {len(pairs):,} pairs: give it more weight"
 
 
 def show(trainer: CaptionTrainer, options: TrainOptions, place: Place, data: Data, view: View) -> Showing:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 from accelerate import Accelerator
 
 from capcli.captioner import Captioner
+from capcli.gaps import fillings
 from capcli.training.mixing import Mixed
 from capcli.training.pairs import Collate
 from capcli.training.validation import Prepare, Validation, mean_loss
@@ -52,7 +52,7 @@ class Validations:
         return said
 
     def scores(self, captions: Mapping[str, str]) -> dict[str, float]:
-        """Captions are scored as ever; of labels the share that is right is told, and of words that were masked."""
+        """Captions are scored as ever; of labels the share that is right is told, and of gaps."""
         return dict(self._scores(captions))
 
     def _scores(self, captions: Mapping[str, str]) -> Iterator[tuple[str, float]]:
@@ -64,8 +64,8 @@ class Validations:
             if self.kinds[name] == CLASSIFY:
                 yield f"{name}_accuracy", sum(right(said[n], each.references[n]) for n in said) / len(said)
             elif self.kinds[name] == MASKED:
-                words = [found for n in said for found in restored(said[n], each.references[n][0])]
-                yield f"{name}_restored", sum(words) / max(len(words), 1)
+                gaps = [found for n in said for found in restored(said[n], each.references[n][0])]
+                yield f"{name}_restored", sum(gaps) / max(len(gaps), 1)
             else:
                 yield from ((n if usual else f"{name}_{n}", value) for n, value in each.scores(said).items())
                 usual = False
@@ -85,6 +85,6 @@ def right(said: str, references: Any) -> bool:
 
 
 def restored(said: str, reference: str) -> list[bool]:
-    """Of each word that was masked, whether it came back in its place."""
-    words = reference.split()
-    return [word == other for word, other in zip_longest(words, said.split()[: len(words)])]
+    """Of each gap, whether exactly its words came back. Behind the last words the right answer has one gap more, of none."""
+    found = fillings(said)
+    return [right(found.get(gap, ""), (words,)) for gap, words in fillings(reference).items() if words]
