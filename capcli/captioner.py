@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from capcli import pixels
+from capcli.annotations.tags import tag_text
 from capcli.decoding import noise
 from capcli.decoding.capacity import fitting_slots, paying_slots
 from capcli.decoding.loop import Done, Job, Shapes, decode_steps
@@ -33,6 +34,7 @@ from capcli.gaps import gap_names, with_gaps
 from capcli.models.build import Model, choose_device, choose_dtype, device_of, load_model, quiet_transformers
 from capcli.models.files import ModelFiles
 from capcli.models.hub import find_model
+from capcli.models.tags import tag_ids
 from capcli.names import is_text, printable
 from capcli.options import DEFAULT_MODEL, MAX_PIXELS, GenerationOptions
 from capcli.records import Candidate, Caption, Failure, Loaded
@@ -79,6 +81,7 @@ class Captioner:
         *,
         prompt: str | None = None,
         keep_prompt: bool = False,
+        tags: Sequence[str | None] | None = None,
         batch_size: int | None = None,
         max_pixels: int = MAX_PIXELS,
         **generation: Any,
@@ -90,9 +93,12 @@ class Captioner:
         Yields one `Caption` or `Failure` per image, in order; a bad image never raises. A path's `name` is the path, any other
         image's its index. `generation` takes transformers' names: num_beams, max_new_tokens, min_new_tokens, length_penalty,
         early_stopping, no_repeat_ngram_size, repetition_penalty, do_sample, temperature, top_k, top_p,
-        num_return_sequences, seed. `batch_size` is how many images are decoded at once; None: as many as pay.
-        Images are taken as they are needed. Raises, at once, TypeError for a name that is none of these and for one image
-        alone, UsageError for settings that cannot be.
+        num_return_sequences, seed. `tags` are of a captioner that reads them: a text per image, such as `[dog] [beach]`, None
+        for an image without; images that have some come in a list. `batch_size` is how many images are decoded at once; None:
+        as many as pay.
+        Images are taken as they are needed. Raises, at once, TypeError for a name that is none of these, for one image alone
+        and for tags that are no texts, UsageError for settings that cannot be, and for tags that are not one for each image
+        or that the captioner does not read.
         """
         if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
             raise TypeError("caption() takes several images: put one into a list")
@@ -103,20 +109,45 @@ class Captioner:
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
         settings = self.settings(GenerationOptions(**generation), prompt)
-        return self._captions(images, settings, settings.prompt[1:] if keep_prompt else (), batch_size, max_pixels)
+        questions = None if tags is None else self._questions(tags, images)
+        before = settings.prompt[1:] if keep_prompt else ()
+        return self._captions(images, settings, before, questions, batch_size, max_pixels)
+
+    def _questions(self, tags: Sequence[str | None], images: Iterable[ImageLike]) -> Questions:
+        """What the encoder reads beside each image: its tags."""
+        if isinstance(tags, str) or not isinstance(tags, Sequence):
+            raise TypeError("tags are a list, with a text or None for each image")
+        strange = [each for each in tags if not isinstance(each, str | None)]
+        if strange:
+            raise TypeError(f"tags hold a {type(strange[0]).__name__}: each is a text, or None")
+        if not isinstance(images, Sized):
+            raise TypeError("tags are one for each image: put the images into a list")
+        if not self.model.tag_tokens:
+            raise UsageError(f"{self.files.name} reads no tags: leave them out")
+        if len(tags) != len(images):
+            raise UsageError(f"there are {len(tags)} tags and {len(images)} images: give a text, or None, for each")
+        if wrong := [each for each in tags if each and not is_text(each)]:
+            raise UsageError(f"the tags {printable(wrong[0])} are not UTF-8")
+        ids = tag_ids(self.model.tokenizer, [tag_text(each) for each in tags], self.model.tag_tokens)
+        return lambda index, _: ids[index]
 
     def _captions(
         self,
         images: Iterable[ImageLike],
         settings: Settings,
         before: tuple[int, ...],
+        questions: Questions | None,
         batch_size: int | None,
         max_pixels: int,
     ) -> Iterator[Result]:
         shapes = self.shapes(settings, len(images) if isinstance(images, Sized) else None, batch_size)
         arrivals = InPlace(images, partial(self._prepare, max_pixels=max_pixels))
         ready: deque[Result] = deque()
-        for _ in self.run(arrivals, settings, shapes, lambda _, result: ready.append(result), before=before):
+
+        def deliver(_index: int, result: Result) -> None:
+            ready.append(result)
+
+        for _ in self.run(arrivals, settings, shapes, deliver, before=before, questions=questions):
             while ready:
                 yield ready.popleft()
 

@@ -14,9 +14,10 @@ from capcli.captioner import Captioner
 from capcli.decoding.capacity import paying_slots
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings, idle, resolve
-from capcli.errors import CapcliError
+from capcli.errors import CapcliError, UsageError
 from capcli.loading import usable_cpus
 from capcli.models.build import choose_device, choose_dtype, device_of, load_model, own_generation
+from capcli.models.families import family_of
 from capcli.models.hub import find_model
 from capcli.models.packing import keep_memory_mapped
 from capcli.options import CaptionOptions
@@ -33,6 +34,7 @@ def load_captioner(options: CaptionOptions, receipt: dict[str, Any] | None) -> C
     if device.type == "cpu":
         keep_memory_mapped()
     files = find_model(options.model, options.revision, quiet=options.quiet)
+    refuse_unread(options, files.config)
     device = device_of(options.device, files.engine)
     own = own_generation(files)
     if own is not None:
@@ -44,6 +46,15 @@ def load_captioner(options: CaptionOptions, receipt: dict[str, Any] | None) -> C
     most = usable_cpus()
     torch.set_num_threads(options.threads or min(earlier.get("threads") or torch.get_num_threads(), most))
     return Captioner(load_model(files, device, dtype), files)
+
+
+def refuse_unread(options: CaptionOptions, config: Mapping[str, Any]) -> None:
+    """Raises UsageError for tags and tasks that a captioner with this config.json does not know."""
+    if options.tags_field and not config.get("tag_tokens"):
+        raise UsageError(f"--tags-field {options.tags_field}: {options.model} reads no tags: leave it out")
+    refuse = getattr(family_of(config), "refuse_prompt", None)
+    if refuse and options.prompt:
+        refuse(options.prompt)
 
 
 def own_sequences(model: str) -> int:
@@ -60,6 +71,8 @@ def search_settings(options: CaptionOptions, captioner: Captioner) -> Settings:
     settings = captioner.settings(options.generation, options.prompt)
     for line in idle(options.generation, settings):
         warn(line)
+    if options.keep_prompt and captioner.model.question:
+        warn("--keep-prompt has no effect: the prompt is asked of the encoder, and no caption begins with it")
     if settings.num_return_sequences > 1 and not options.sink.candidates:
         n = settings.num_return_sequences
         raise CapcliError(

@@ -16,7 +16,6 @@ from capcli.captioner import Captioner
 from capcli.choices import choose_shapes, load_captioner, own_sequences, search_settings
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
-from capcli.errors import UsageError
 from capcli.interrupts import Interrupts
 from capcli.loading import Loading, default_workers, load, usable_cpus
 from capcli.models.tags import tag_ids
@@ -44,8 +43,6 @@ def run(options: CaptionOptions) -> int:
             return list_only(wanted, report)
         captioner = load_captioner(options, sink.receipt)
         tags = TagsBeside(options.tags_field) if options.tags_field else None
-        if tags and not captioner.model.tag_tokens:
-            raise UsageError(f"--tags-field {options.tags_field}: {options.model} reads no tags: leave it out")
         settings = search_settings(options, captioner)
         receipt = make_receipt(options, source, captioner, settings, sink.receipt)
         refuse_other_settings(sink.receipt, receipt, options.sink.out)

@@ -177,8 +177,12 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path) -> None:
     assert not (tmp_path / "engine").exists()
 
 
-def test_a_task_that_gives_no_caption_is_told(tmp_path: Path) -> None:
+def test_what_a_question_cannot_be_is_told(tmp_path: Path) -> None:
     folder, photos = save_family(tmp_path / "it", "florence2"), paint(tmp_path / "photos", "a.png")
+    kept = call("caption", photos, "--model", folder, "-o", "-", "--prompt", "<CAPTION>", "--keep-prompt")
+    assert kept.code == 0
+    assert "--keep-prompt has no effect" in kept.err
+    (folder / "model.safetensors").write_bytes(b"nothing")  # nobody reads it
     done = call("caption", photos, "--model", folder, "-o", "-", "--prompt", "<OD>")
     assert done.code == 2
     assert "<OD> is no task that captions" in done.err

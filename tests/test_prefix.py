@@ -153,7 +153,7 @@ def test_a_tagged_captioner_is_trained_and_captions_by_tags(tmp_path: Path) -> N
     config = json.loads((out / "config.json").read_text())
     assert (config["model_type"], config["image_tokens"], config["tag_tokens"]) == ("prefix-captioner", 4, 6)
     card = (out / "README.md").read_text()
-    assert "from capcli import Captioner" in card
+    assert 'captioner.caption(["photo.jpg"], tags=["[dog] [beach]"])' in card
     assert "VisionEncoderDecoderModel" not in card
     assert "- prefix-captioner\n" in card
     further = call(
@@ -250,18 +250,47 @@ def test_tags_are_found_wherever_one_stands(tmp_path: Path, monkeypatch: pytest.
     assert len(set(scores)) == 1
 
 
+def test_tags_go_with_a_list_of_images(tmp_path: Path) -> None:
+    folder = save_family(tmp_path / "tagged", "tagged")
+    photos = paint(tmp_path / "photos", "a.png", "b.png", "c.png")
+    rows = [{"file_name": "a.png", "tags": ["word9", "word11"]}, {"file_name": "c.png", "tags": "word12"}]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    same = ("--model", folder, "--out", "-", "--workers", 0, "--dtype", "float32", "--max-new-tokens", 6)
+    told = {row["file_name"]: row["score"] for row in call("caption", photos, *same, "--tags-field", "tags").rows}
+    captioner, names = Captioner.load(str(folder), dtype="float32"), ("a.png", "b.png", "c.png")
+    images = [str(photos / name) for name in names]
+    found = list(captioner.caption(images, tags=["[word9] [word11]", None, "word12"], max_new_tokens=6))
+    assert [each.score for each in found] == pytest.approx([told[name] for name in names], abs=1e-4)
+    plain = [each.score for each in captioner.caption(images, max_new_tokens=6)]
+    assert [mine == other for mine, other in zip(plain, [each.score for each in found], strict=True)] == [0, 1, 0]
+    with pytest.raises(UsageError, match="2 tags and 3 images"):
+        captioner.caption(images, tags=["[dog]", None])
+    with pytest.raises(UsageError, match="not UTF-8"):
+        captioner.caption(images[:1], tags=["\udcff"])
+    for strange, given in (("[dog]", images), ([["dog"]], images[:1]), (["[dog]"], iter(images[:1]))):
+        with pytest.raises(TypeError, match="tags"):
+            captioner.caption(given, tags=strange)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="reads no tags"):
+        Captioner.load(str(save_family(tmp_path / "git", "git"))).caption(images, tags=[None] * 3)
+
+
 def test_a_model_without_tags_says_so(tmp_path: Path) -> None:
-    flags, data = make_run(tmp_path)
-    out = tmp_path / "out"
-    done = call("train", *flags, "--out", out)
-    assert done.code == 0, done.err
-    photos = paint(tmp_path / "photos", "a.png")
-    told = call("caption", photos, "--model", out, "--out", "-", "--tags-field", "tags")
+    """Before its weights are read, which are damaged here."""
+    folder, photos = save_family(tmp_path / "git", "git"), paint(tmp_path / "photos", "a.png")
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    told = call("caption", photos, "--model", folder, "--out", "-", "--tags-field", "tags")
     assert told.code == 2
     assert "reads no tags" in told.err
-    trained = call("train", "--model", out, "--data", data, "--tags-column", "tags", *SMALL, "--out", tmp_path / "more")
+    flags, data = make_run(tmp_path)
+    trained = call(
+        "train", "--model", folder, "--data", data, "--tags-column", "tags", *SMALL, "--out", tmp_path / "it"
+    )
     assert trained.code == 2
     assert "reads no tags" in trained.err
+    cramped = call("train", *flags, "--tags-column", "tags", "--tag-tokens", 0, "--out", tmp_path / "it")
+    assert cramped.code == 2
+    assert "no room for tags" in cramped.err
+    assert not (tmp_path / "it").exists()
 
 
 def test_tags_go_with_prepared_data(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ class Family(Protocol):
         A batch holds pixel_values, decoder_input_ids [B, T] and, where there is one, question [B, W], IGNORED where no word is.
         """
 
-    # `question(tokenizer, prompt)`, the ids that a prompt becomes, is there where the encoder is asked, not the decoder.
+    # `question(tokenizer, prompt)`, the ids that a prompt becomes, is there where the encoder is asked, not the decoder, and
+    # `refuse_prompt(prompt)` where it says before any weights are read that one cannot be.
 
 
 IGNORED = -100  # where a batch holds no word

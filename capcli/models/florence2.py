@@ -85,13 +85,19 @@ def question(tokenizer: Any, prompt: str | None) -> list[int]:
 
     Raises UsageError for a task that gives no caption.
     """
-    if prompt and TASK.fullmatch(prompt) and prompt not in TASKS:
-        raise UsageError(f"--prompt {prompt} is no task that captions; these are: {', '.join(TASKS)}")
+    if prompt:
+        refuse_prompt(prompt)
     words = TASKS.get(prompt or "<CAPTION>", prompt)
     ids: list[int] = tokenizer(f"{tokenizer.bos_token}{words}{tokenizer.eos_token}", add_special_tokens=False)[
         "input_ids"
     ]
     return ids
+
+
+def refuse_prompt(prompt: str) -> None:
+    """Raises UsageError for a task that gives no caption."""
+    if TASK.fullmatch(prompt) and prompt not in TASKS:
+        raise UsageError(f"--prompt {prompt} is no task that captions; these are: {', '.join(TASKS)}")
 
 
 def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:

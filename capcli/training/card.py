@@ -45,7 +45,8 @@ class CardFacts:
     on with to another end, with the end before and after. `processor` is the image processor's class in transformers, which
     it may also find itself. `architecture` is the model_type, `loader` transformers' class for it, or None where it takes more
     than that to caption a photo: for capcli's own, and where a question is asked. `spaced` says that the tokenizer puts spaces
-    between characters. `base_models` are hub IDs; what cannot be one is not named.
+    between characters, `tagged` that the captioner reads tags beside an image. `base_models` are hub IDs; what cannot be one
+    is not named.
     """
 
     name: str
@@ -69,6 +70,7 @@ class CardFacts:
     architecture: str = "vision-encoder-decoder"
     loader: str | None = "VisionEncoderDecoderModel"
     spaced: bool = False
+    tagged: bool = False
     base_models: Sequence[str] = ()
     languages: Sequence[str] = ()  # codes: en, zh, ...
 
@@ -173,16 +175,17 @@ def use(facts: CardFacts) -> str:
     folder = as_text(last_part(facts.name))
     shell = f"capcli caption photos --model {shell_word(folder)} --out captions.jsonl"
     photo = f"One photo, with {'capcli' if facts.loader is None else 'transformers alone'}"
-    lines = by_capcli(folder) if facts.loader is None else by_transformers(facts, facts.loader)
+    lines = by_capcli(folder, tagged=facts.tagged) if facts.loader is None else by_transformers(facts, facts.loader)
     return f"A folder of photos, fast:\n\n{fenced('sh', [shell])}\n\n{photo}:\n\n{fenced('python', lines)}"
 
 
-def by_capcli(folder: str) -> list[str]:
+def by_capcli(folder: str, *, tagged: bool) -> list[str]:
+    asked = ', tags=["[dog] [beach]"])  # words on each photo; None: none' if tagged else ")"
     return [
         "from capcli import Captioner",
         "",
         f"captioner = Captioner.load({literal(folder)})  # this folder, or its name on the hub",
-        '[caption] = captioner.caption(["photo.jpg"])',
+        f'[caption] = captioner.caption(["photo.jpg"]{asked}',
         "print(caption.text)",
     ]
 

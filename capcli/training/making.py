@@ -17,6 +17,7 @@ from capcli.gaps import gap_names, with_gaps
 from capcli.metrics import Scorer
 from capcli.models.build import modules, pixel_size
 from capcli.models.families import family_of
+from capcli.models.hub import find_model
 from capcli.models.tags import tag_ids
 from capcli.options import ModelOptions, TaskOptions, TrainOptions
 from capcli.options.model import TAG_TOKENS
@@ -41,16 +42,24 @@ def assembled(options: TrainOptions, checkpoint: str | None, data: Data, *, quie
         wanted = replace(wanted, tag_tokens=TAG_TOKENS)
     if checkpoint is not None:
         wanted = ModelOptions(model=checkpoint, max_length=wanted.max_length)
-    made = assemble(
+    return assemble(
         wanted,
         lambda: (text for each in data.train for text in (*each.captions, *([each.tags] if each.tags else ()))),
         options.generation,
         options.data.seed,
         quiet=quiet,
     )
-    if options.data.tags_column is not None and not getattr(made.model.config, "tag_tokens", 0):
-        raise UsageError(f"tags_column is {options.data.tags_column}, but {wanted.model} reads no tags: leave it out")
-    return made
+
+
+def refuse_unread(options: TrainOptions, *, quiet: bool) -> None:
+    """Raises UsageError for tags that the captioner would not read; of one that is gone on from its config.json says so."""
+    column, model = options.data.tags_column, options.model.model
+    if column is not None and options.model.tag_tokens == 0:
+        raise UsageError(f"tags_column is {column}, but tag_tokens is 0, which leaves no room for tags: leave one out")
+    if column is None or model is None:
+        return
+    if not find_model(model, quiet=quiet).config.get("tag_tokens"):
+        raise UsageError(f"tags_column is {column}, but {model} reads no tags: leave it out")
 
 
 def make_trainer(

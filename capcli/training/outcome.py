@@ -99,6 +99,7 @@ def card_facts(
         architecture=model.config.model_type,
         loader=None if family.LOADER == "AutoModel" or hasattr(family, "question") else family.LOADER,
         spaced=puts_spaces(made.tokenizer),
+        tagged=bool(getattr(model.config, "tag_tokens", 0)),
         base_models=[name for name in named if not os.path.exists(name)],
     )
 

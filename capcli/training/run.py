@@ -20,7 +20,7 @@ from capcli.training.data import Data, Facts, Lost, read_data, refuse_unvalidate
 from capcli.training.flow import Flow, finished
 from capcli.training.freezing import Frozen, freeze, refuse_freezing
 from capcli.training.history import History
-from capcli.training.making import assembled, make_trainer
+from capcli.training.making import assembled, make_trainer, refuse_unread
 from capcli.training.mixing import Mixed, shares
 from capcli.training.outcome import leave_captioner
 from capcli.training.pairs import Pairs
@@ -43,6 +43,8 @@ def run(options: TrainOptions, place: Place) -> int:
     arguments = training_arguments(options, place.checkpoints)
     main = arguments.process_index == 0
     with quiet_transformers():
+        if place.checkpoint is None:
+            refuse_unread(options, quiet=options.quiet or not main)
         data, facts = read_data(options, place, arguments)
         refuse_unvalidated(options, data)
         made = assembled(options, place.checkpoint, data, quiet=options.quiet or not main)
