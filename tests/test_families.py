@@ -11,6 +11,7 @@ import transformers
 from captioners import SIZE, captions, encoder_config, pictures
 from families import (
     FAMILIES,
+    RESNET,
     TAGS,
     asks,
     make_end,
@@ -25,6 +26,7 @@ from families import (
 from oracle import Case, agrees, matches, truth
 from PIL import Image
 from running import call, change_json, paint
+from transformers import ResNetConfig
 
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import NO_WORD
@@ -82,9 +84,10 @@ def test_questions_are_of_each_image(search: str) -> None:
     assert len({h[0].tokens for h in found}) > 1
 
 
-@pytest.mark.parametrize(("kind", "rows", "first"), [("vit", 4, 1), ("deit", 4, 2), ("swinv2", 4, 0)])
+@pytest.mark.parametrize(("kind", "rows", "first"), [("vit", 4, 1), ("deit", 4, 2), ("swinv2", 4, 0), ("resnet", 2, 0)])
 def test_image_tokens_say_where_they_stand(kind: str, rows: int, first: int) -> None:
-    model, given = vision_t5(encoder_config(kind)), []
+    seeing = ResNetConfig(**RESNET) if kind == "resnet" else encoder_config(kind)
+    model, given = vision_t5(seeing), []
     torch.nn.init.zeros_(model.image_projection.weight)
     model.text_model.encoder.register_forward_pre_hook(lambda *call: given.append(call[2]), with_kwargs=True)
     model.read(torch.zeros(1, 3, SIZE, SIZE), torch.tensor([[5]]))
@@ -98,9 +101,10 @@ def test_image_tokens_say_where_they_stand(kind: str, rows: int, first: int) -> 
     assert len({tuple(place.tolist()) for place in image[first:]}) == rows * rows
 
 
-@pytest.mark.parametrize("kind", ["vit", "deit", "beit", "swin"])
+@pytest.mark.parametrize("kind", ["vit", "deit", "beit", "swin", "resnet"])
 def test_a_t5_reads_any_encoder(kind: str) -> None:
-    model = random_weights(vision_t5(encoder_config(kind)))
+    seeing = ResNetConfig(**RESNET) if kind == "resnet" else encoder_config(kind)
+    model = random_weights(vision_t5(seeing))
     make_end(model, 0.2)
     agrees(model, pictures(5), Case({"max_new_tokens": 12}))
 

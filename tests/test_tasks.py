@@ -486,6 +486,20 @@ def test_a_question_encoder_shares_the_vocabulary_or_gets_embeddings_of_its_own(
         refuse_freezing("decoder", made.new)
 
 
+def test_a_t5_learns_from_a_resnet_of_any_image_size(tmp_path: Path) -> None:
+    seeing = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
+    data = paint_data(tmp_path / "pictures")
+    parts = ("--encoder", write_json(tmp_path / "r.json", seeing), "--decoder", write_json(tmp_path / "t.json", T5))
+    more = ("--tokenizer", "new", "--max-steps", 2, "--device", "cpu", "--threads", 1, "--workers", 0)
+    done = call("train", *parts, "--data", data, "--val-fraction", 0.25, "--out", tmp_path / "out", *more)
+    assert done.code == 0, done.err
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    assert model.image_projection.in_features == 32
+    told = call("caption", tmp_path / "pictures", "--model", tmp_path / "out", "-o", "-", "--max-new-tokens", 4)
+    assert told.code == 0, told.err
+    assert len(told.rows) == 12
+
+
 def test_one_task_by_flags_with_a_question_encoder(tmp_path: Path) -> None:
     data = paint_data(tmp_path / "pictures")
     parts = {"encoder": ENCODER, "decoder": T5, "question-encoder": T5 | {"d_model": 12, "d_kv": 6}}

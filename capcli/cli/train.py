@@ -114,7 +114,7 @@ def from_file(ctx: click.Context, name: str) -> bool:
 @model(
     "--encoder",
     type=Part(),
-    help="Vision encoder: ViT, DeiT, BEiT, Swin, SwinV2, or ResNet for a prefix; a .json config gets new weights. "
+    help="Vision encoder: ViT, DeiT, BEiT, Swin, SwinV2, or ResNet for a prefix or a T5; a .json config gets new weights. "
     "[default of a prefix: microsoft/resnet-101]",
 )
 @model("--decoder", type=Part(), help="Text decoder: GPT-2, BERT or T5; a .json config gets new weights.")

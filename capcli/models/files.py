@@ -19,7 +19,7 @@ WHOLE = {"blip": "BLIP", "git": "GIT", "florence2": "Florence-2"}  # families th
 JOINED = {
     "vision-encoder-decoder": (("encoder", "decoder"), ENCODERS, DECODERS),
     "prefix-captioner": (("vision_config", "text_config"), ("resnet", *ENCODERS), ("gpt2",)),
-    "vision-t5": (("vision_config", "text_config"), ENCODERS, ("t5",)),
+    "vision-t5": (("vision_config", "text_config"), ("resnet", *ENCODERS), ("t5",)),
 }
 NOT_YET = {"blip-2": "BLIP-2"}
 # Where the weights of what brings its own code lie as transformers itself has them.

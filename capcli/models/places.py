@@ -19,12 +19,11 @@ def waves(height: int, width: int, channels: int) -> Tensor:
     return torch.cat((column.sin(), column.cos(), row.sin(), row.cos()), 1)
 
 
-def places(encoder: Any, seen: Tensor, height: int, width: int) -> Tensor:
-    """For each token of an encoder's [E, M, C] sines and cosines of its row and column [M, C]; 0 for what has no place.
+def places(seen: Tensor, rows: int, columns: int) -> Tensor:
+    """For each token of an image's [E, M, C] sines and cosines of its row and column [M, C]; 0 for what has no place.
 
-    `height` and `width` are the image's, in pixels. An odd C has none.
+    An odd C has none.
     """
-    rows, columns = grid(encoder, seen, height, width)
     others = seen.shape[1] - rows * columns  # of the class token, which comes first
     if seen.shape[2] % 4 or others < 0:
         return seen.new_zeros(())

@@ -22,12 +22,12 @@ from transformers.modeling_outputs import CausalLMOutput
 from capcli.decoding.settings import NO_WORD
 from capcli.models import modules
 from capcli.models.cache import keeping_cache
+from capcli.models.encoders import in_reading_order, seen_size, seen_width, sub_config
 from capcli.models.places import grid
 from capcli.models.registration import register
 
 LOADER = "AutoModel"
 ENCODER, DECODER = ("encoder",), ("decoder",)
-USUAL_SIZE = 224  # of images, for encoders that take any and whose config names none
 
 
 class PrefixConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
@@ -52,14 +52,6 @@ class PrefixConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
         ids = {name: getattr(self.text_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         ties = {"tie_word_embeddings": self.text_config.tie_word_embeddings}
         super().__init__(**ids | ties | others)
-
-
-def sub_config(given: dict[str, Any] | PretrainedConfig | None, kind: str) -> PretrainedConfig:
-    if isinstance(given, PretrainedConfig):
-        return given
-    values = dict(given or {})
-    made: PretrainedConfig = AutoConfig.for_model(values.pop("model_type", kind), **values)
-    return made
 
 
 class PrefixCaptioner(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
@@ -107,8 +99,7 @@ class PrefixCaptioner(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         """[E, 3, h, w] -> the image's tokens [E, image_tokens, n_embd], not yet at their positions."""
         seen = self.encoder(pixel_values=pixel_values).last_hidden_state
         rows, columns = grid(self.encoder.config, seen, *pixel_values.shape[2:])
-        if seen.dim() == 4:  # [E, C, h, w]
-            seen = seen.flatten(2).transpose(1, 2)
+        seen = in_reading_order(seen)
         seen = seen[:, seen.shape[1] - rows * columns :]  # without class tokens, which come first
         means: Tensor = seen.new_tensor(pooling(self.config.image_tokens, rows, columns))
         tokens: Tensor = self.project(means @ seen)
@@ -168,13 +159,6 @@ def causal(there: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(seen, shown, torch.full_like(shown, torch.finfo(dtype).min))[:, None]
 
 
-def seen_width(encoder: Any) -> int:
-    """Channels of an encoder's last_hidden_state."""
-    if encoder.model_type == "resnet":
-        return int(encoder.hidden_sizes[-1])
-    return int(encoder.hidden_size)
-
-
 @cache
 def pooling(tokens: int, rows: int, columns: int) -> list[list[float]]:
     """The matrix [tokens, rows * columns] whose product with a grid is the mean of each of its cells.
@@ -210,8 +194,7 @@ class Encode(modules.Encode):
 
     def __init__(self, model: nn.Module, rescale: float, mean: Sequence[float], std: Sequence[float]) -> None:
         whole: Any = model
-        config = whole.encoder.config
-        super().__init__(whole.encoder, rescale, mean, std, size=getattr(config, "image_size", None) or USUAL_SIZE)
+        super().__init__(whole.encoder, rescale, mean, std, size=seen_size(whole.encoder.config))
         self.whole = whole
 
     def forward(self, pixels: Tensor, question: Tensor | None = None) -> tuple[Tensor, ...]:

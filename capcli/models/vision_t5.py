@@ -31,14 +31,15 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from capcli.models import modules
+from capcli.models.encoders import in_reading_order, seen_size, seen_width, sub_config
 from capcli.models.modules import split_heads
-from capcli.models.places import places
+from capcli.models.places import grid, places
 from capcli.models.registration import register
 
 LOADER = "AutoModel"
 ENCODER, DECODER = ("encoder", "question_encoder"), ("text_model",)
 QUESTION = "What does the image describe?"
-ANY_SIZE = ("swin", "swinv2")  # encoders that take images of other sizes than they were trained on
+ANY_SIZE = ("resnet", "swin", "swinv2")  # encoders that take images of other sizes than they were trained on
 POSITIONS = 512  # tokens of a caption: a T5 itself knows no end of them
 
 
@@ -70,14 +71,6 @@ class VisionT5Config(PretrainedConfig):  # type: ignore[no-untyped-call]
             "tie_word_embeddings": True,  # of this class; whether the T5's own are tied its config and its weights say
         }
         super().__init__(**ids | others)
-
-
-def sub_config(given: dict[str, Any] | PretrainedConfig | None, kind: str) -> PretrainedConfig:
-    if isinstance(given, PretrainedConfig):
-        return given
-    values = dict(given or {})
-    made: PretrainedConfig = AutoConfig.for_model(values.pop("model_type", kind), **values)
-    return made
 
 
 class VisionT5(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
@@ -115,7 +108,7 @@ class VisionT5(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-cal
         if self.question_encoder is not None:
             reads = config.question_config = self.question_encoder.config
         width = config.text_config.d_model
-        self.image_projection = nn.Linear(config.vision_config.hidden_size, width)
+        self.image_projection = nn.Linear(seen_width(config.vision_config), width)
         self.question_projection = nn.Linear(reads.d_model, width)
         head = self.text_model.lm_head.weight
         self.post_init()  # type: ignore[no-untyped-call]
@@ -156,8 +149,10 @@ class VisionT5(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-cal
 
     def read(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Any]:
         """Images [E, 3, h, w] and questions [E, W] -> what the T5's encoder makes of both, and the mask [E, M + W] of it."""
-        image = self.image_projection(self.encoder(pixel_values=pixel_values).last_hidden_state)
-        image = image + places(self.config.vision_config, image, *pixel_values.shape[2:])
+        seen = self.encoder(pixel_values=pixel_values).last_hidden_state
+        rows, columns = grid(self.config.vision_config, seen, *pixel_values.shape[2:])
+        image = self.image_projection(in_reading_order(seen))
+        image = image + places(image, rows, columns)
         x = torch.cat((image, self.read_question(input_ids, attention_mask)), 1)
         if attention_mask is not None:
             attention_mask = torch.cat((attention_mask.new_ones(image.shape[:2]), attention_mask), 1)
@@ -209,7 +204,7 @@ class Encode(modules.Encode):
 
     def __init__(self, model: nn.Module, rescale: float, mean: Sequence[float], std: Sequence[float]) -> None:
         whole: Any = model
-        super().__init__(whole.encoder, rescale, mean, std)
+        super().__init__(whole.encoder, rescale, mean, std, size=seen_size(whole.encoder.config))
         self.any_size = whole.encoder.config.model_type in ANY_SIZE
         self.whole = whole
 

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from capcli.errors import CapcliError, UsageError
 from capcli.models.build import generation_of, load_weights, modules, pixel_size
+from capcli.models.encoders import seen_size
 from capcli.models.files import PROCESSOR
 from capcli.models.hub import find_model
-from capcli.models.prefix import USUAL_SIZE
 from capcli.options import GenerationOptions, ModelOptions
 from capcli.options.model import DEFAULT_LENGTH, NEW
 from capcli.pixels import PixelSpec
@@ -137,7 +137,7 @@ def _processor(encoder: Config) -> tuple[dict[str, Any], list[str]]:
     """The encoder's own image processor, else ViT's at its size, and a line when weights came without one."""
     if encoder.files is not None and encoder.files.processor:
         return dict(encoder.files.processor), []
-    size = getattr(config_of(encoder), "image_size", None) or USUAL_SIZE
+    size = seen_size(config_of(encoder))
     height, width = (size, size) if isinstance(size, int) else size
     made = {
         "image_processor_type": "ViTImageProcessor",
@@ -161,7 +161,7 @@ def _processor(encoder: Config) -> tuple[dict[str, Any], list[str]]:
 def _pixels(title: str, processor: dict[str, Any], encoder: Any, *, any_size: bool) -> PixelSpec:
     """Raises CapcliError unless the processor makes the size that the encoder takes, of every image."""
     spec = PixelSpec.from_config(processor)
-    _refuse_unequal(title, getattr(encoder, "image_size", None) or USUAL_SIZE, spec, any_size=any_size)
+    _refuse_unequal(title, seen_size(encoder), spec, any_size=any_size)
     return spec
 
 
