@@ -85,11 +85,13 @@ def test_a_family_says_what_it_was_taught(
     assert capsys.readouterr().out.strip() == SAID["b.png"]
 
 
-@pytest.mark.parametrize("what", ["encoder", "decoder"])
-def test_what_is_frozen_stays_and_all_else_learns(untrained: Path, what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "more"), [("encoder", ()), ("decoder", ()), ("decoder", ("--gradient-checkpointing",))]
+)
+def test_what_is_frozen_stays_and_all_else_learns(untrained: Path, what: str, more: tuple[str, ...]) -> None:
     large = copy.deepcopy(random_of_family(untrained.name)).float()  # small ones get next to no gradient at first
     large.save_pretrained(untrained)
-    done = train(untrained, "--max-steps", 2, "--learning-rate", 1e-2, "--freeze", what, "--batch-size", 4)
+    done = train(untrained, "--max-steps", 2, "--learning-rate", 1e-2, "--freeze", what, "--batch-size", 4, *more)
     assert done.code == 0, done.err
     before, after = weights(untrained), weights(untrained.parent / "out")
     assert before.keys() == after.keys()

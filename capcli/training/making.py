@@ -81,6 +81,8 @@ def make_trainer(
         model: Any = made.model  # under its new name, where it has that
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+        # which has frozen embeddings give gradients, for the reentrant kind; a model that adds to them in place then fails
+        model.disable_input_require_grads()
     trainer = CaptionTrainer(
         made,
         arguments,
