@@ -35,6 +35,7 @@ from transformers import AutoTokenizer, VisionEncoderDecoderModel
 
 from capcli import Captioner
 from capcli.errors import CapcliError, UsageError
+from capcli.models.families import FILES
 from capcli.models.files import DECODERS, ENCODERS
 from capcli.options import GenerationOptions, ModelOptions
 from capcli.training import folder as folders
@@ -388,8 +389,13 @@ def test_folders_that_are_no_encoder_are_told(tmp_path: Path) -> None:
     (place / "model.safetensors").unlink()
     with pytest.raises(CapcliError, match=r"lacks its weights"):
         new(encoder=str(place))
-    with pytest.raises(UsageError, match=r"It is a whole captioner: --model goes on from it"):
-        new(encoder=str(save_captioner(tmp_path / "whole")))
+    for kind in FILES:
+        write_json(tmp_path / kind / "config.json", {"model_type": kind})
+        for part in ("encoder", "decoder"):
+            with pytest.raises(
+                UsageError, match=f"of the kind {kind}.* It is a whole captioner: --model goes on from it"
+            ):
+                new(**{part: str(tmp_path / kind)})
     (place / "config.json").write_text("{")
     with pytest.raises(CapcliError, match=r"config\.json of .*enc is not JSON"):
         new(encoder=str(place))

@@ -69,7 +69,9 @@ def test_joining_leaves_the_parts_as_they_were(tmp_path: Path, encoder: dict[str
 def test_image_and_caption_share_the_positions_of_the_decoder() -> None:
     assert new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", max_length=None).max_length == 50
     assert new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", image_tokens=40, max_length=None).max_length == 24
-    with pytest.raises(UsageError, match="holds 24 tokens"):
+    with pytest.raises(
+        UsageError, match="holds 64 tokens, and 40 image tokens and 0 of tags leave 24: give max_length 24"
+    ):
         new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", image_tokens=40, max_length=25)
     with pytest.raises(UsageError, match="leave no room for words"):
         new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", image_tokens=64, max_length=None)

@@ -21,12 +21,18 @@ def any_size(encoder: Config) -> bool:  # noqa: ARG001
 
 
 def room(decoder: Config, options: ModelOptions) -> int:
-    """Raises UsageError where image and tags leave none for words."""
+    """Raises UsageError where image and tags leave none for words, or not as many as were asked for."""
     holds: int = config_of(decoder).n_positions
     image, tags = before(options)
     if image + tags >= holds:
         raise UsageError(f"{image} image tokens and {tags} of tags leave no room for words: the decoder holds {holds}")
-    return holds - image - tags
+    left = holds - image - tags
+    if options.max_length is not None and options.max_length > left:
+        raise UsageError(
+            f"max_length is {options.max_length}, but {decoder.title} holds {holds} tokens, and {image} image tokens and {tags} "
+            f"of tags leave {left}: give max_length {left} or less, or fewer of those"
+        )
+    return left
 
 
 def before(options: ModelOptions) -> tuple[int, int]:

@@ -21,6 +21,8 @@ from capcli.models.files import (
     CONFIG,
     DECODERS,
     ENCODERS,
+    JOINED,
+    WHOLE,
     IncompleteError,
     ModelFiles,
     Shelf,
@@ -172,7 +174,7 @@ def _kind(role: str, title: str, values: Mapping[str, Any]) -> tuple[str, dict[s
         return kind, {name: value for name, value in values.items() if name != "model_type"}
     message = f"{title} is of the kind {kind}" if kind else f"{title} has no model_type"
     message += f"; supported as {role} are {', '.join(KINDS[role])}."
-    if kind == "vision-encoder-decoder":
+    if kind in (*JOINED, *WHOLE):
         message += " It is a whole captioner: --model goes on from it."
     elif "auto_map" in values:
         message += " It brings its own code, which capcli never runs."
