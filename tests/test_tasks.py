@@ -24,7 +24,7 @@ from capcli.annotations import read_split
 from capcli.decoding.loop import Done
 from capcli.decoding.search import Hypothesis
 from capcli.errors import UsageError
-from capcli.models.vision_t5 import question
+from capcli.models.vision_t5 import QUESTION, question
 from capcli.options import DataOptions, GenerationOptions
 from capcli.records import Caption, Loaded
 from capcli.training.folder import save_captioner
@@ -114,7 +114,7 @@ def test_a_prompt_with_gaps_is_what_was_learnt_from(tmp_path: Path, pieces: bool
         asked, _ = pairs.masked(0, draw)
         lost = choose(len(words), np.random.default_rng((7, 0, draw)), 9).index(True)
         prompt = " ".join("<extra_id_0>" if n == lost else word for n, word in enumerate(text.split()))
-        assert question(tokenizer, prompt) == asked
+        assert question({}, tokenizer, prompt) == asked
 
 
 def test_what_is_told_of_answers() -> None:
@@ -299,6 +299,13 @@ def test_a_run_of_tasks_tells_of_each_and_goes_on_with_the_same_batches(place: P
     card = (place / "whole" / "README.md").read_text()
     assert "| fill\\_restored |" in card
     assert "`task.2.question` | `which colour?`" in card
+    assert "On 7 validation images, with 6 answers (the loss is of all)" in card
+    for row in (
+        f"| say | `{QUESTION}` |",
+        "| sort | `which colour?` |",
+        "| fill | `a <extra_id_0> on the <extra_id_1>` |",
+    ):
+        assert row in card
     settings = tomllib.loads((place / "whole" / "train.toml").read_text())
     assert [task["name"] for task in settings["task"]] == ["say", "sort", "fill"]
 
@@ -312,6 +319,23 @@ def test_a_run_of_tasks_tells_of_each_and_goes_on_with_the_same_batches(place: P
     assert [row["loss"] for row in history(place / "one")] == [row["loss"] for row in history(place / "two")]
     changed = call("train", "--config", recipe(place), "--out", place / "two", "--resume", "--learning-rate", 1)
     assert changed.code == 2
+
+
+def test_the_question_of_the_first_captioning_task_is_kept(place: Path) -> None:
+    path = recipe(place, max_steps=3)
+    sections = tomllib.loads(path.read_text())
+    say, sort, fill = sections["task"]
+    sections["task"] = [sort, say | {"question": "what is here?"}, fill, say | {"name": "more"}]
+    path.write_text(tomli_w.dumps(sections))
+    done = call("train", "--config", path, "--out", place / "out")
+    assert done.code == 0, done.err
+    assert json.loads((place / "out" / "config.json").read_text())["question"] == "what is here?"
+    assert "| more | `what is here?` |" in (place / "out" / "README.md").read_text()
+    captioner = Captioner.load(str(place / "out"), device="cpu")
+    by_itself, asked, other = (
+        captioner.settings(GenerationOptions(), prompt).question for prompt in (None, "what is here?", QUESTION)
+    )
+    assert by_itself == asked != other
 
 
 def test_what_tasks_lack_is_told_at_the_start(place: Path) -> None:

@@ -23,7 +23,7 @@ from capcli.export.quantize import quantize
 from capcli.export.tidy import share_weights
 from capcli.models.attention import use_attention
 from capcli.models.build import explained_tokenizer, generation_of, load_weights, modules, pixel_size
-from capcli.models.families import family_of
+from capcli.models.families import family_of, question_of
 from capcli.models.files import GENERATION, ModelFiles, fingerprint, setting_files, shelf_of
 from capcli.options import ExportOptions
 from capcli.pixels import PixelSpec
@@ -64,7 +64,7 @@ class Captioner:
         self.encode, self.step = modules(whole, self.spec)
         self.size = pixel_size(model.name, self.encode.size, self.spec, any_size=self.encode.any_size)
         self.generation, self.positions = generation_of(model, whole), self.step.positions
-        ask = getattr(family_of(model.config), "question", None)
+        ask = question_of(model.config)
         self.question = tuple(ask(explained_tokenizer(model), None)) if ask else tags(model.config)
 
     def write(self, folder: str, settings: Settings) -> Engine:

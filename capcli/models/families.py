@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any, Protocol, cast
 
@@ -38,8 +39,8 @@ class Family(Protocol):
         A batch holds pixel_values, decoder_input_ids [B, T] and, where there is one, question [B, W], IGNORED where no word is.
         """
 
-    # `question(tokenizer, prompt)`, the ids that a prompt becomes, is there where the encoder is asked, not the decoder, and
-    # `refuse_prompt(prompt)` where it says before any weights are read that one cannot be.
+    # `question(config, tokenizer, prompt)`, the ids that a prompt becomes, is there where the encoder is asked, not the decoder,
+    # and `refuse_prompt(prompt)` where it says before any weights are read that one cannot be.
 
 
 IGNORED = -100  # where a batch holds no word
@@ -49,6 +50,12 @@ def last_logits(out: Any, count: int) -> Tensor:
     """The logits [B, count, V] of a caption's tokens: an image's may stand before them."""
     logits: Tensor = out.logits[:, -count:]
     return logits
+
+
+def question_of(config: Mapping[str, Any]) -> Callable[[Any, str | None], list[int]] | None:
+    """How a tokenizer makes ids of what the encoder is asked: a prompt, or its own question. None: it is asked nothing."""
+    ask = getattr(family_of(config), "question", None)
+    return None if ask is None else partial(ask, config)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

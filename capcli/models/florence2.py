@@ -6,7 +6,7 @@ BART's decoder passes over the positions that it is handed and counts its own, s
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ def generation(config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:  
     return own
 
 
-def question(tokenizer: Any, prompt: str | None) -> list[int]:
+def question(_config: Mapping[str, Any], tokenizer: Any, prompt: str | None) -> list[int]:
     """The ids of what the encoder is asked: a task such as <CAPTION>, which is asked where nothing is, or words of one's own.
 
     Raises UsageError for a task that gives no caption.

@@ -13,7 +13,7 @@ of each row's own ancestors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -45,7 +45,7 @@ POSITIONS = 512  # tokens of a caption: a T5 itself knows no end of them
 
 class VisionT5Config(PretrainedConfig):  # type: ignore[no-untyped-call]
     """`vision_config` and `text_config` are those of the image encoder and the T5; `question_config` that of a T5 encoder that
-    reads the question first, None for none.
+    reads the question first, None for none. `question` is what is asked where nothing else is.
     """
 
     model_type = "vision-t5"
@@ -57,10 +57,12 @@ class VisionT5Config(PretrainedConfig):  # type: ignore[no-untyped-call]
         vision_config: dict[str, Any] | PretrainedConfig | None = None,
         text_config: dict[str, Any] | PretrainedConfig | None = None,
         question_config: dict[str, Any] | PretrainedConfig | None = None,
+        question: str = QUESTION,
         **others: Any,
     ) -> None:
         self.vision_config, self.text_config = sub_config(vision_config, "swinv2"), sub_config(text_config, "t5")
         self.question_config = None if question_config is None else sub_config(question_config, "t5")
+        self.question = question
         pad = self.text_config.pad_token_id
         start = getattr(self.text_config, "decoder_start_token_id", None)
         ids = {
@@ -278,9 +280,9 @@ def generation(_config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return own
 
 
-def question(tokenizer: Any, prompt: str | None) -> list[int]:
+def question(config: Mapping[str, Any], tokenizer: Any, prompt: str | None) -> list[int]:
     """The ids of what the encoder is asked, its end as T5 reads it; `<extra_id_0>` and the like are the gaps to fill."""
-    ids: list[int] = tokenizer(prompt or QUESTION, add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(prompt or config.get("question") or QUESTION, add_special_tokens=False)["input_ids"]
     return [*ids, tokenizer.eos_token_id]
 
 

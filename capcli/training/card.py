@@ -41,8 +41,9 @@ class CardFacts:
     `special_tokens` are roles (start, end, pad) with the token and its id. `splits` go by name, what was learnt from
     first. `left_out` counts by reason. `settings` are the resolved options by name; a table within becomes `table.name`.
     `validation_images` is how many images `scores` are of, at `step` of the weights that were kept, captioned with
-    `generation`; the validation loss is of all there are in `splits`. `moved_ends` are the steps at which the run was gone
-    on with to another end, with the end before and after. `processor` is the image processor's class in transformers, which
+    `generation`; the validation loss is of all there are in `splits`. `prompts` are what each of
+    several tasks asks, by its name: then `validation_images` counts answers. `moved_ends` are the steps at which the run was
+    gone on with to another end, with the end before and after. `processor` is the image processor's class in transformers, which
     it may also find itself. `architecture` is the model_type, `loader` transformers' class for it, or None where it takes more
     than that to caption a photo: for capcli's own, and where a question is asked. `spaced` says that the tokenizer puts spaces
     between characters, `tagged` that the captioner reads tags beside an image. `base_models` are hub IDs; what cannot be one
@@ -64,6 +65,7 @@ class CardFacts:
     validation_loss: float | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
     validation_images: int | None = None
+    prompts: Mapping[str, str] = field(default_factory=dict)
     moved_ends: Sequence[tuple[int, int, int]] = ()
     generation: Mapping[str, object] = field(default_factory=dict)
     processor: str = "AutoImageProcessor"
@@ -155,13 +157,15 @@ def measured(facts: CardFacts) -> str:
     said = f"On {measured_on(facts)}{at}."
     if facts.scores and facts.generation:
         chosen = ", ".join(code(f"{name}={shown(value)}") for name, value in flat(facts.generation))
-        said += f" The captions were generated with {chosen}."
+        said += f" The {'answers' if facts.prompts else 'captions'} were generated with {chosen}."
     return f"{said}\n\n{table(('measure', 'value'), rows)}"
 
 
 def measured_on(facts: CardFacts) -> str:
     """The validation images: all of them for the loss, and how many were captioned where these are fewer."""
     every = facts.splits["val"].images if "val" in facts.splits else None
+    if facts.prompts and every is not None and facts.scores and facts.validation_images is not None:
+        return f"{every:,} validation images, with {facts.validation_images:,} answers (the loss is of all)"
     captioned = facts.validation_images if facts.scores else every
     if every is None or captioned is None or every == captioned:
         count = every if captioned is None else captioned
@@ -176,7 +180,11 @@ def use(facts: CardFacts) -> str:
     shell = f"capcli caption photos --model {shell_word(folder)} --out captions.jsonl"
     photo = f"One photo, with {'capcli' if facts.loader is None else 'transformers alone'}"
     lines = by_capcli(folder, tagged=facts.tagged) if facts.loader is None else by_transformers(facts, facts.loader)
-    return f"A folder of photos, fast:\n\n{fenced('sh', [shell])}\n\n{photo}:\n\n{fenced('python', lines)}"
+    parts = ["A folder of photos, fast:", fenced("sh", [shell]), f"{photo}:", fenced("python", lines)]
+    if facts.prompts:
+        rows = [(prose(name), code(prompt)) for name, prompt in facts.prompts.items()]
+        parts += ["It has learnt several tasks; `--prompt` says which:", table(("task", "--prompt"), rows)]
+    return "\n\n".join(parts)
 
 
 def by_capcli(folder: str, *, tagged: bool) -> list[str]:

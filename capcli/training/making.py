@@ -16,7 +16,7 @@ from capcli.errors import UsageError
 from capcli.gaps import gap_names, with_gaps
 from capcli.metrics import Scorer
 from capcli.models.build import modules, pixel_size
-from capcli.models.families import family_of
+from capcli.models.families import question_of
 from capcli.models.hub import find_model
 from capcli.models.tags import tag_ids
 from capcli.options import ModelOptions, TaskOptions, TrainOptions
@@ -122,7 +122,7 @@ def tags_of(annotated: Sequence[Annotated], made: Untrained) -> Tokens | None:
 
 def question(made: Untrained, asked: str | None) -> Sequence[int]:
     """What the encoder is asked, in a family whose encoder is asked."""
-    ask = getattr(family_of(made.model.config.to_dict()), "question", None)
+    ask = question_of(made.model.config.to_dict())
     return ask(made.tokenizer, asked) if ask else ()
 
 
@@ -130,11 +130,12 @@ def make_tasks(
     options: TrainOptions, made: Untrained, data: Data, size: tuple[int, int], collate: Collate
 ) -> tuple[Mixed, Validations | None]:
     """The pairs of all tasks, and what validates each. Raises UsageError for a model that cannot learn one of them."""
-    ask = getattr(family_of(made.model.config.to_dict()), "question", None)
+    ask = question_of(made.model.config.to_dict())
     if ask is None:
         raise UsageError(
             f"a {made.model.config.model_type} is asked nothing, so it learns one task: give a T5 for a decoder"
         )
+    keep_question(made.model.config, options.task)
     where = dict(zip(sources(options), data.parts, strict=True))
     learnt, held = [], {}
     for task in options.task:
@@ -149,6 +150,13 @@ def make_tasks(
     validating = Mixed([each.pairs for each in held.values()], [1.0] * len(held)) if held else None
     kinds = {task.name: task.kind for task in options.task}
     return Mixed(learnt, weights), None if validating is None else Validations(validating, collate, held, kinds)
+
+
+def keep_question(config: Any, tasks: Sequence[TaskOptions]) -> None:
+    """Makes what the first captioning task asks what the captioner is asked by itself, where its config holds that."""
+    first = next((task.question for task in tasks if task.kind == CAPTION), None)
+    if first is not None and hasattr(config, "question"):
+        config.question = first
 
 
 def make_task_pairs(

@@ -11,7 +11,7 @@ from typing import Any
 from capcli.models import files
 from capcli.models.build import modules, puts_spaces
 from capcli.models.families import family_of
-from capcli.options import TrainOptions
+from capcli.options import TaskOptions, TrainOptions
 from capcli.records import Annotated
 from capcli.training import checkpoints
 from capcli.training.assembly import Untrained
@@ -20,6 +20,7 @@ from capcli.training.data import Data
 from capcli.training.place import Place, sources
 from capcli.training.showing import point_of
 from capcli.training.trainer import CaptionTrainer
+from capcli.training.validations import MASKED
 
 # What a card tells of how captions are searched for: those of a generation_config that a reader can do something with.
 SEARCH = {
@@ -90,6 +91,7 @@ def card_facts(
         splits={"train": split(data.train)} | ({"val": split(data.val)} if data.val else {}),
         left_out=Counter(failure.error for failure in data.report.failures),
         settings=place.settings(),
+        prompts={task.name: prompt_of(task, model.config) for task in options.task},
         moved_ends=[(at, before, after) for at, before, after in place.recall().get("moved", ())],
         step=step,
         validation_loss=loss,
@@ -102,6 +104,13 @@ def card_facts(
         tagged=bool(getattr(model.config, "tag_tokens", 0)),
         base_models=[name for name in named if not os.path.exists(name)],
     )
+
+
+def prompt_of(task: TaskOptions, config: Any) -> str:
+    """What asks for a task; of masked captions an example."""
+    if task.kind == MASKED:
+        return "a <extra_id_0> on the <extra_id_1>"
+    return task.question or getattr(config, "question", None) or ""
 
 
 def split(annotated: Sequence[Annotated]) -> Split:

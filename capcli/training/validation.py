@@ -18,7 +18,7 @@ from capcli.errors import CapcliError
 from capcli.metrics import Scorer
 from capcli.models.attention import use_attention
 from capcli.models.build import Model, modules, puts_spaces
-from capcli.models.families import IGNORED, family_of, last_logits
+from capcli.models.families import IGNORED, family_of, last_logits, question_of
 from capcli.models.files import ModelFiles
 from capcli.options import GenerationOptions
 from capcli.pixels import PixelSpec
@@ -179,7 +179,7 @@ def captioner_of(model: Any, tokenizer: Any, spec: PixelSpec, size: tuple[int, i
         generation=family.generation(config, model.generation_config.to_dict()),
         positions=step.positions,
         vocabulary=step.vocabulary,
-        question=getattr(family, "question", None),
+        question=question_of(config),
         tag_tokens=config.get("tag_tokens", 0),
         spaced=puts_spaces(tokenizer),
     )
