@@ -137,11 +137,12 @@ def test_a_folder_captions_as_plain_transformers_does(tmp_path: Path, family: st
     assert len({row["text"] for row in told.rows}) > 1
 
 
+# Each in both profiles: the T5s are one family, and the tagged are in test_prefix.py, whose engines read tags.
 @pytest.mark.parametrize(
     ("family", "profile"),
     [
-        *(("blip", "fused"), ("git", "portable"), ("florence2", "fused"), ("florence2", "portable")),
-        *(("prefix", "fused"), ("prefix", "portable"), ("vision-t5", "fused"), ("vision-t5 v1.1", "portable")),
+        *((family, profile) for family in ("blip", "git", "florence2", "prefix") for profile in ("fused", "portable")),
+        *(("vision-t5", "fused"), ("vision-t5 v1.1", "portable")),
     ],
 )
 def test_an_engine_says_the_same(tmp_path: Path, family: str, profile: str) -> None:

@@ -16,6 +16,7 @@ from capcli.models.modules import split_heads
 
 LOADER = "BlipForConditionalGeneration"
 ENCODER, DECODER = ("vision_model",), ("text_decoder",)
+inputs = modules.image_and_words
 
 
 class Encode(modules.Encode):
@@ -50,8 +51,3 @@ def generation(config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:  
     text = BlipTextConfig(**config.get("text_config") or {})
     ids = {"bos_token_id": text.bos_token_id, "eos_token_id": text.sep_token_id, "pad_token_id": text.pad_token_id}
     return GenerationConfig.from_model_config(text).to_dict() | ids | {"decoder_start_token_id": text.bos_token_id}
-
-
-def inputs(_model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """What the model learns from."""
-    return {"pixel_values": batch["pixel_values"], "input_ids": batch["decoder_input_ids"], "use_cache": False}

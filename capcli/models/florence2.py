@@ -19,6 +19,7 @@ from capcli.models.modules import split_heads
 
 LOADER = "Florence2ForConditionalGeneration"
 ENCODER, DECODER = ("model.vision_tower",), ("model.language_model",)
+generation = modules.own_generation
 # The questions that its tasks without a region stand for, as transformers' Florence2Processor has them.
 TASKS = {
     "<CAPTION>": "What does the image describe?",
@@ -73,11 +74,6 @@ class Step(modules.Step):
             x = layer(x, mask, cross.keys[:, 0], past_key_values=cache)  # filled: only the presence of keys counts
         logits: Tensor = self.head(x)
         return logits
-
-
-def generation(config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
-    """What `generate()` goes by: the model's generation_config."""
-    return own
 
 
 def question(_config: Mapping[str, Any], tokenizer: Any, prompt: str | None) -> list[int]:

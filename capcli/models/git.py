@@ -16,6 +16,8 @@ from capcli.models.cache import keeping_cache
 
 LOADER = "GitForCausalLM"
 ENCODER, DECODER = ("git.image_encoder",), ("git.embeddings", "git.encoder", "output")
+generation = modules.own_generation
+inputs = modules.image_and_words
 
 
 class Encode(modules.Encode):
@@ -50,13 +52,3 @@ class Step(modules.Step):
         out = git.encoder(words, attention_mask=mask, past_key_values=cache.self_attention_cache, use_cache=True)
         logits: Tensor = self.decoder.output(out.last_hidden_state)
         return logits
-
-
-def generation(config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
-    """What `generate()` goes by: the model's generation_config; a caption starts with bos."""
-    return own
-
-
-def inputs(_model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """What the model learns from."""
-    return {"pixel_values": batch["pixel_values"], "input_ids": batch["decoder_input_ids"], "use_cache": False}

@@ -125,6 +125,16 @@ class CrossStep(Step):
         return logits
 
 
+def own_generation(_config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What `generate()` of most families goes by, as `Family.generation` says it: the model's generation_config."""
+    return own
+
+
+def image_and_words(_model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """What a model of one stream of words learns from, as `Family.inputs` says it."""
+    return {"pixel_values": batch["pixel_values"], "input_ids": batch["decoder_input_ids"], "use_cache": False}
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[E, M, H * D] -> [E, H, M, D]."""
     parts: Tensor = x.unflatten(-1, (heads, -1))  # type: ignore[no-untyped-call]

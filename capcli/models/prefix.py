@@ -28,6 +28,7 @@ from capcli.models.registration import register
 
 LOADER = "AutoModel"
 ENCODER, DECODER = ("encoder",), ("decoder",)
+generation = modules.own_generation
 
 
 class PrefixConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
@@ -235,11 +236,6 @@ class Step(modules.Step):
         )
         logits: Tensor = self.decoder.lm_head(out.last_hidden_state)
         return logits
-
-
-def generation(_config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """What a search goes by: the model's generation_config."""
-    return own
 
 
 def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:

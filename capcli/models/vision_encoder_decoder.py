@@ -16,6 +16,7 @@ from capcli.models.modules import split_heads
 
 LOADER = "VisionEncoderDecoderModel"
 ENCODER, DECODER = ("encoder",), ("decoder",)
+generation = modules.own_generation
 ANY_SIZE = ("swin", "swinv2")  # encoders that take images of other sizes than they were trained on
 
 
@@ -41,11 +42,6 @@ class Step(modules.CrossStep):
         super().__init__(whole.decoder)
         config = whole.config.decoder
         self.positions, self.vocabulary = config.max_position_embeddings, config.vocab_size
-
-
-def generation(_config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """What `generate()` goes by: the model's generation_config."""
-    return own
 
 
 def inputs(_model: Any, batch: dict[str, Any]) -> dict[str, Any]:
