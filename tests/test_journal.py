@@ -56,6 +56,17 @@ def test_a_file_cut_anywhere_becomes_the_whole_one(tmp_path: Path, suffix: str) 
             assert out.read_bytes() == whole, (length, tail)
 
 
+@pytest.mark.parametrize("name", [b"\r,,\n", b"\n,,\n", b"\na,,\n"])
+def test_a_name_with_commas_between_its_lines_is_no_row(tmp_path: Path, name: bytes) -> None:
+    out, names = tmp_path / "captions.csv", [os.fsdecode(name)]
+    run(names, SinkOptions(str(out)))
+    whole = out.read_bytes()
+    for length in range(len(whole)):
+        out.write_bytes(whole[:length])
+        run(names, SinkOptions(str(out)))
+        assert out.read_bytes() == whole, length
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     suffix=st.sampled_from(["jsonl", "csv"]),

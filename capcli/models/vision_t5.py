@@ -38,6 +38,7 @@ from capcli.models.registration import register
 
 LOADER = "AutoModel"
 ENCODER, DECODER = ("encoder", "question_encoder"), ("text_model",)
+generation = modules.own_generation
 QUESTION = "What does the image describe?"
 ANY_SIZE = ("resnet", "swin", "swinv2")  # encoders that take images of other sizes than they were trained on
 POSITIONS = 512  # tokens of a caption: a T5 itself knows no end of them
@@ -273,11 +274,6 @@ def inputs(_model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     read = {"input_ids": asked.clamp(min=0), "attention_mask": (asked >= 0).long()}
     said = {"decoder_input_ids": batch["decoder_input_ids"], "use_cache": False}
     return {"pixel_values": batch["pixel_values"], **read, **said}
-
-
-def generation(_config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """What `generate()` goes by: the model's generation_config."""
-    return own
 
 
 def question(config: Mapping[str, Any], tokenizer: Any, prompt: str | None) -> list[int]:

@@ -193,7 +193,12 @@ class Csv:
 
     def may_be_torn(self, record: bytes) -> bool:
         """A quote that is never closed swallows what follows: a whole row in it was not part of one torn row."""
-        return not any(self._record.fullmatch(line) for line in record.splitlines(keepends=True)[1:])
+        return not any(self._is_row(line + b"\n") for line in record.split(b"\n")[1:-1])
+
+    def _is_row(self, line: bytes) -> bool:
+        """Whether it has a name and says something of it; commas alone may be part of an odd name."""
+        found = self._record.fullmatch(line)
+        return found is not None and bool(found[1]) and bool(line[len(found[1]) :].strip(b",\n"))
 
     def line(self, caption: Caption) -> bytes:
         values = self.columns.values(caption)
