@@ -41,9 +41,6 @@ from capcli.records import Candidate, Caption, Failure, Loaded
 from capcli.stream import ArrivalFeed, Arrivals, Deliver, InPlace, Order, Result
 
 ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.generic]
-Questions = Callable[
-    [int, Loaded], tuple[int, ...]
-]  # the ids that an encoder reads beside an image, by its number; none: the settings' own
 # Between two of these a space is the tokenizer's, not the language's: CJK ideographs, kana, punctuation, full-width forms.
 WIDE = "[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]"
 UNSPACED = re.compile(f"(?<={WIDE}) (?={WIDE})")
@@ -109,12 +106,15 @@ class Captioner:
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
         settings = self.settings(GenerationOptions(**generation), prompt)
-        questions = None if tags is None else self._questions(tags, images)
+        questions = self._questions(tags, images)
         before = settings.prompt[1:] if keep_prompt else ()
-        return self._captions(images, settings, before, questions, batch_size, max_pixels)
+        prepare = partial(self._prepare, max_pixels=max_pixels, questions=questions)
+        return self._captions(images, settings, before, prepare, batch_size)
 
-    def _questions(self, tags: Sequence[str | None], images: Iterable[ImageLike]) -> Questions:
-        """What the encoder reads beside each image: its tags."""
+    def _questions(self, tags: Sequence[str | None] | None, images: Iterable[ImageLike]) -> list[tuple[int, ...]]:
+        """What the encoder reads beside each image: its tags; nothing where there are none."""
+        if tags is None:
+            return []
         if isinstance(tags, str) or not isinstance(tags, Sequence):
             raise TypeError("tags are a list, with a text or None for each image")
         strange = [each for each in tags if not isinstance(each, str | None)]
@@ -128,26 +128,20 @@ class Captioner:
             raise UsageError(f"there are {len(tags)} tags and {len(images)} images: give a text, or None, for each")
         if wrong := [each for each in tags if each and not is_text(each)]:
             raise UsageError(f"the tags {printable(wrong[0])} are not UTF-8")
-        ids = tag_ids(self.model.tokenizer, [tag_text(each) for each in tags], self.model.tag_tokens)
-        return lambda index, _: ids[index]
+        return tag_ids(self.model.tokenizer, [tag_text(each) for each in tags], self.model.tag_tokens)
 
     def _captions(
         self,
         images: Iterable[ImageLike],
         settings: Settings,
         before: tuple[int, ...],
-        questions: Questions | None,
+        prepare: Callable[[int, ImageLike], Loaded],
         batch_size: int | None,
-        max_pixels: int,
     ) -> Iterator[Result]:
         shapes = self.shapes(settings, len(images) if isinstance(images, Sized) else None, batch_size)
-        arrivals = InPlace(images, partial(self._prepare, max_pixels=max_pixels))
+        arrivals = InPlace(images, prepare)
         ready: deque[Result] = deque()
-
-        def deliver(_index: int, result: Result) -> None:
-            ready.append(result)
-
-        for _ in self.run(arrivals, settings, shapes, deliver, before=before, questions=questions):
+        for _ in self.run(arrivals, settings, shapes, lambda _, result: ready.append(result), before=before):
             while ready:
                 yield ready.popleft()
 
@@ -218,18 +212,16 @@ class Captioner:
         *,
         ordered: bool = True,
         before: tuple[int, ...] = (),
-        questions: Questions | None = None,
         stop: Callable[[], bool] = lambda: False,
         shrunk: Callable[[Shapes], None] = lambda _: None,
     ) -> Iterator[None]:
         """Caption all arrivals; `deliver(index, result)` gets each result, by index of arrival, in order if `ordered`.
 
         A generator, so that the caller keeps the reins: it yields after every step. `before` are tokens to show before each
-        caption, `questions` says what the encoder is asked of images that are asked something of their own. Once `stop` says
-        so, no more images are taken and those under way are finished.
+        caption. Once `stop` says so, no more images are taken and those under way are finished.
         """
         give = Order(deliver).put if ordered else deliver
-        feed = ArrivalFeed(arrivals, partial(self._job, settings, questions or no_question), give, stop)
+        feed = ArrivalFeed(arrivals, partial(self._job, settings), give, stop)
         for ended in decode_steps(feed, self.model.runtime, settings, shapes, shrunk):
             for done in ended:
                 index, loaded = done.tag
@@ -237,7 +229,7 @@ class Captioner:
             yield
         yield  # failures may have come after the last caption
 
-    def _job(self, settings: Settings, questions: Questions, index: int, loaded: Loaded) -> Job:
+    def _job(self, settings: Settings, index: int, loaded: Loaded) -> Job:
         """Raises ImageError for pixels of a size that the encoder does not take."""
         size, (height, width) = loaded.pixels.shape[:2], self.model.size
         if size != self.model.size:
@@ -250,7 +242,7 @@ class Captioner:
             (index, replace(loaded, pixels=loaded.pixels[:0])),
             loaded.pixels,
             noise.key(settings.seed, loaded.name),
-            questions(index, loaded),
+            loaded.question,
         )
 
     def result(self, loaded: Loaded, done: Done, settings: Settings, before: tuple[int, ...] = ()) -> Result:
@@ -279,17 +271,14 @@ class Captioner:
         cure = "its weights may be damaged" if self.model.dtype == "float32" else "try --dtype float32"
         return f"its numbers overflow in the model (NaN or infinity); {cure}"
 
-    def _prepare(self, index: int, image: ImageLike, max_pixels: int) -> Loaded:
+    def _prepare(self, index: int, image: ImageLike, max_pixels: int, questions: Sequence[tuple[int, ...]]) -> Loaded:
+        question = questions[index] if questions else ()
         if isinstance(image, str | os.PathLike):
             path = os.fsdecode(image)
-            return Loaded(path, pixels.load(path, self.model.spec, max_pixels=max_pixels)[0])
+            return Loaded(path, pixels.load(path, self.model.spec, max_pixels=max_pixels)[0], question=question)
         if not isinstance(image, Image.Image | np.ndarray):
             raise ImageError(
                 "unreadable", f"a {type(image).__name__} is no image: a path, a PIL image or an array is one"
             )
         rgb = pixels.to_rgb(image) if isinstance(image, Image.Image) else pixels.from_array(image)
-        return Loaded(str(index), pixels.resize(rgb, self.model.spec))
-
-
-def no_question(_index: int, _loaded: Loaded) -> tuple[int, ...]:
-    return ()
+        return Loaded(str(index), pixels.resize(rgb, self.model.spec), question=question)

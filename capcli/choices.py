@@ -17,7 +17,7 @@ from capcli.decoding.settings import Settings, idle, resolve
 from capcli.errors import CapcliError, UsageError
 from capcli.loading import usable_cpus
 from capcli.models.build import choose_device, choose_dtype, device_of, load_model, own_generation
-from capcli.models.families import family_of
+from capcli.models.families import family_of, tag_room
 from capcli.models.hub import find_model
 from capcli.models.packing import keep_memory_mapped
 from capcli.options import CaptionOptions
@@ -50,7 +50,7 @@ def load_captioner(options: CaptionOptions, receipt: dict[str, Any] | None) -> C
 
 def refuse_unread(options: CaptionOptions, config: Mapping[str, Any]) -> None:
     """Raises UsageError for tags and tasks that a captioner with this config.json does not know."""
-    if options.tags_field and not config.get("tag_tokens"):
+    if options.tags_field and not tag_room(config):
         raise UsageError(f"--tags-field {options.tags_field}: {options.model} reads no tags: leave it out")
     refuse = getattr(family_of(config), "refuse_prompt", None)
     if refuse and options.prompt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -23,7 +23,7 @@ from capcli.names import printable
 from capcli.options import CaptionOptions
 from capcli.progress import Progress, Report, say, warn
 from capcli.provenance import earlier_naming, finished, make_receipt, refuse_other_settings, with_shapes
-from capcli.records import Caption, Entry, Failure, Loaded
+from capcli.records import Caption, Entry, Failure
 from capcli.sinks import ClosedPipeError, Sink, open_sink
 from capcli.sources import Source, open_source
 
@@ -81,7 +81,7 @@ class Run:
         with (
             Interrupts(quiet=self.options.quiet) as interrupts,
             Progress(self.report, shown=self.shows_progress, total=total) as progress,
-            self.pixels(numbered(wanted, listed)) as arrivals,
+            self.pixels(numbered(self.with_tags(wanted), listed)) as arrivals,
         ):
             for _ in self.captioner.run(
                 arrivals,
@@ -90,7 +90,6 @@ class Run:
                 deliver,
                 ordered=self.options.order == "source",
                 before=self.settings.prompt[1:] if self.options.keep_prompt else (),
-                questions=self.questions(listed),
                 stop=interrupts.asked,
                 shrunk=self.shrink,
             ):
@@ -98,12 +97,13 @@ class Run:
         self.close(cut_short=interrupts.asked())
         return interrupts.exit_code or self.report.exit_code
 
-    def questions(self, listed: Mapping[int, Entry]) -> Callable[[int, Loaded], tuple[int, ...]] | None:
-        """What the encoder reads beside each image: its tags, of the metadata beside its file."""
+    def with_tags(self, entries: Iterable[Entry]) -> Iterable[Entry]:
+        """The entries, each with what the encoder reads beside it: its tags, of the metadata beside its file."""
         tags, model = self.tags, self.captioner.model
         if tags is None:
-            return None
-        return lambda index, _: tag_ids(model.tokenizer, [tags.of(listed[index].path)], model.tag_tokens)[0]
+            return entries
+        ids = partial(tag_ids, model.tokenizer, count=model.tag_tokens)
+        return (replace(entry, question=ids([tags.of(entry.path)])[0]) for entry in entries)
 
     def close(self, *, cut_short: bool) -> None:
         """The receipt and the closing line."""

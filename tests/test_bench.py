@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from running import call, paint, save_captioner
+from families import FAMILIES, save_family
+from running import VOCABULARY, call, paint, save_captioner
 
+from capcli import Captioner
 from capcli.bench.ceiling import Rates, Work, work_of
 from capcli.decoding.settings import resolve
 from capcli.models.files import gather, shelf_of
@@ -21,7 +23,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("bench")
     save_captioner(place / "captioner")
     paint(place / "photos", *(f"{n}.png" for n in range(6)))
-    (place / "photos" / "broken.txt").write_text("no photo")
+    (place / "photos" / "broken.jpg").write_text("no photo")
     return place
 
 
@@ -34,6 +36,7 @@ def bench(place: Path, *flags: object) -> tuple[int, list[str], str]:
 def test_stages_ceiling_and_peers_are_told(place: Path) -> None:
     code, lines, err = bench(place, "--against", "single,batched,optimum", "--rounds", 2, "--num-beams", 2)
     assert code == 0, err
+    assert f"1 cannot be captioned and is left out, such as {place / 'photos' / 'broken.jpg'}" in err
     told = json.loads(lines[-1])
     assert told["images"] == 6
     assert told["stages"]["each"].keys() == STAGES
@@ -100,6 +103,17 @@ def test_work_is_what_the_matrices_are(place: Path) -> None:
     dense = layers * (4 * width * width + 2 * width * width + 2 * width * inner) + width * vocabulary
     attended = layers * 2 * width * (entries + positions)
     assert work.step_flops == 2 * 5 * rows * (dense + attended)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_ceiling(family: str, tmp_path: Path) -> None:
+    captioner = Captioner.load(str(save_family(tmp_path, family)), device="cpu", dtype="float32")
+    settings = captioner.settings(GenerationOptions(max_new_tokens=8, num_beams=3))
+    work = work_of(captioner.files, captioner.model.size, settings, 5, "float32")
+    said = 2 * 5 * 3 * VOCABULARY * 48  # the head alone; all decoders are 48 wide
+    assert said < work.step_flops < 200 * said
+    assert work.encode_flops > 1e6
+    assert work.step_bytes > 4 * VOCABULARY * 48
 
 
 def test_a_step_is_bound_by_products_or_by_bytes() -> None:

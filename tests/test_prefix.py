@@ -16,7 +16,7 @@ from families import RESNET, save_family
 from running import call, change_json, paint
 from training import paint_data
 
-from capcli import Captioner
+from capcli import Captioner, pixels
 from capcli.annotations.tags import TagsBeside, tag_text
 from capcli.errors import CapcliError, UsageError
 from capcli.models.prefix import cells, pooling
@@ -189,12 +189,12 @@ def test_tags_read_as_in_training(tmp_path: Path) -> None:
     [row] = call("caption", photos, *same, "--tags-field", "words").rows
     captioner = Captioner.load(str(out), dtype="float32")
     model = transformers.AutoModel.from_pretrained(out).eval()
-    [loaded] = [captioner._prepare(0, str(photos / "a.png"), 10**8)]  # noqa: SLF001
+    image, _ = pixels.load(str(photos / "a.png"), captioner.model.spec, max_pixels=10**8)
     ids = captioner.model.tokenizer("[red] [dot]", add_special_tokens=False)["input_ids"]
     tags = torch.tensor([[*ids, *[-1] * (16 - len(ids))]])
     start = torch.tensor([[captioner.model.generation["decoder_start_token_id"]]])
     with torch.inference_mode():
-        best = model(values(loaded.pixels), start, tags).logits[0, -1].log_softmax(-1).max().item()
+        best = model(values(image), start, tags).logits[0, -1].log_softmax(-1).max().item()
     assert row["score"] == pytest.approx(best, abs=1e-3)
 
 

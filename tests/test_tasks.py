@@ -16,7 +16,7 @@ import torch
 from assembling import CAPTIONS, GPT2, VIT, new, save_encoder, save_pieces, write_json
 from PIL import Image
 from running import Ended, call, paint
-from training import COLOURS, ENCODER, SHAPES, history, paint_data, weights
+from training import BRIEF, COLOURS, ENCODER, SHAPES, history, paint_data, weights
 from transformers import AutoModel, T5Config, T5ForConditionalGeneration
 
 from capcli import Captioner
@@ -257,20 +257,9 @@ def place(tmp_path: Path) -> Path:
 
 def recipe(place: Path, **train: Any) -> Path:
     captions = str(place / "pictures" / "captions.txt")
-    settings = {
-        "max_steps": 6,
-        "batch_size": 4,
-        "learning_rate": 2e-3,
-        "evaluate_every": 3,
-        "caption_images": 2,
-        "log_every": 1,
-        "device": "cpu",
-        "threads": 1,
-        "workers": 0,
-    }
     sections = {
         "model": {"tokenizer": "new", "vocab_size": 300, "encoder": ENCODER, "decoder": T5, "extra_tokens": 3},
-        "train": settings | train,
+        "train": BRIEF | train,
         "task": [
             {"name": "say", "data": captions, "val_fraction": 0.25, "weight": 2},
             {"name": "sort", "kind": "classify", "data": str(place / "classes"), "question": "which colour?"},

@@ -24,6 +24,17 @@ ENCODER = {
     "hidden_dropout_prob": 0.1,
 }
 DECODER = {"model_type": "gpt2", "n_positions": 64, "n_embd": 24, "n_layer": 1, "n_head": 2}  # its dropout is 0.1
+BRIEF = {
+    "max_steps": 6,
+    "batch_size": 4,
+    "learning_rate": 2e-3,
+    "evaluate_every": 3,
+    "caption_images": 2,
+    "log_every": 1,
+    "device": "cpu",
+    "threads": 1,
+    "workers": 0,
+}
 MACHINE = "images_per_second"  # the column of history.csv that no two runs share
 
 
@@ -44,21 +55,10 @@ def paint_data(folder: Path, count: int = 12) -> Path:
 
 def recipe(path: Path, data: Path, **train: Any) -> Path:
     """A TOML file that trains a tiny captioner on `data`, with its own tokenizer and with dropout."""
-    settings = {
-        "max_steps": 6,
-        "batch_size": 4,
-        "learning_rate": 2e-3,
-        "evaluate_every": 3,
-        "caption_images": 2,
-        "log_every": 1,
-        "device": "cpu",
-        "threads": 1,
-        "workers": 0,
-    }
     sections = {
         "data": {"data": str(data), "val_fraction": 0.25},
         "model": {"tokenizer": "new", "vocab_size": 300, "max_length": 24, "encoder": ENCODER, "decoder": DECODER},
-        "train": settings | train,
+        "train": BRIEF | train,
         "generation": {"max_new_tokens": 6},
     }
     path.write_text(tomli_w.dumps(sections))

@@ -76,10 +76,8 @@ def fastest(do: Callable[[], Any], device: torch.device) -> float:
 
 def work_of(files: ModelFiles, size: tuple[int, int], settings: Settings, slots: int, dtype: str) -> Work:
     """Counted on the captioner's modules without weights, at half of the longest caption's entries."""
-    family = family_of(files.config)
-    kind: Any = getattr(transformers, family.LOADER)
     with torch.device("meta"), quiet_transformers():
-        whole = kind(kind.config_class.from_dict(files.config)).to(DTYPES[dtype]).eval()
+        whole = unfilled(files.config).to(DTYPES[dtype]).eval()
         whole.set_attn_implementation("eager")  # whose products are counted on any device
     encode, step = modules(whole, PixelSpec.from_config(files.processor))
     question = (torch.zeros(1, len(settings.question), dtype=torch.long, device="meta"),) if settings.question else ()
@@ -93,6 +91,13 @@ def work_of(files: ModelFiles, size: tuple[int, int], settings: Settings, slots:
         step(tokens, tokens, tokens[:, 0], visible, memory, pool)
     moved = sum(_size(x) for x in (*memory, *pool)) + weight_bytes(step)
     return Work(float(encoding.get_total_flops()), float(stepping.get_total_flops()), float(moved), slots)
+
+
+def unfilled(config: dict[str, Any]) -> Any:
+    """transformers' model of a config.json, its weights as they begin."""
+    read = transformers.AutoConfig.for_model(**config)
+    loader = getattr(transformers, family_of(config).LOADER)
+    return loader.from_config(read) if hasattr(loader, "from_config") else loader(read)
 
 
 def weight_bytes(step: nn.Module) -> int:

@@ -6,7 +6,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,8 +108,3 @@ def equal_share(ours: Round, theirs: Round) -> float:
     """The share of captions that are the same, of images that both captioned."""
     both = ours.captions.keys() & theirs.captions.keys()
     return sum(ours.captions[name] == theirs.captions[name] for name in both) / max(len(both), 1)
-
-
-def python(peer: str | None) -> str:
-    """The interpreter of a contestant."""
-    return peer or sys.executable

@@ -40,21 +40,17 @@ def main(task: dict[str, Any]) -> None:
         began = time.perf_counter()
         captioner = load_captioner(options, None)
         settings = search_settings(options, captioner)
-        facts = {"load": time.perf_counter() - began, "dtype": captioner.model.dtype}
-        told: dict[str, Any] = facts
-        while True:
-            seconds, slots = caption(options, captioner, settings)
-            if told is facts:  # the first was to warm up
-                told = {**facts, "batch_size": slots}
-            else:
-                rows = [json.loads(line) for line in Path(out).read_text("utf-8").splitlines()]
-                told = {
-                    "seconds": seconds,
-                    "captions": dict(zip(task["files"], [row["text"] for row in rows], strict=True)),
-                }
-            print(json.dumps(told), flush=True)
-            if sys.stdin.readline().strip() != "go":
-                return
+        loaded = time.perf_counter() - began
+        _, slots = caption(options, captioner, settings)  # to warm up
+        tell({"load": loaded, "dtype": captioner.model.dtype, "batch_size": slots})
+        while sys.stdin.readline().strip() == "go":
+            seconds, _ = caption(options, captioner, settings)
+            rows = map(json.loads, Path(out).read_text("utf-8").splitlines())
+            tell({"seconds": seconds, "captions": {row["file_name"]: row["text"] for row in rows}})
+
+
+def tell(what: dict[str, Any]) -> None:
+    print(json.dumps(what), flush=True)
 
 
 def caption(options: CaptionOptions, captioner: Any, settings: Any) -> tuple[float, int]:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
+from capcli import pixels
 from capcli.bench import show, stages
-from capcli.bench.contest import Contestant, Told, contest, python
+from capcli.bench.contest import Contestant, Told, contest
 from capcli.choices import load_captioner, search_settings
-from capcli.errors import CapcliError
+from capcli.errors import CapcliError, ImageError
 from capcli.models.build import choose_device
 from capcli.models.hub import find_model
-from capcli.options import BenchOptions, CaptionOptions, SinkOptions, SourceOptions
+from capcli.names import printable
+from capcli.options import MAX_PIXELS, BenchOptions, CaptionOptions, SinkOptions, SourceOptions
 from capcli.progress import warn
 from capcli.sources import open_source
 
@@ -61,11 +64,29 @@ def run(options: BenchOptions) -> int:
 
 
 def listed(options: BenchOptions) -> list[str]:
+    """The photos, without those that cannot be used: a contest is over the same images for all."""
     source = open_source(SourceOptions(sources=options.photos), warn, None)
-    photos = [os.path.abspath(entry.path) for entry in islice(source, options.limit)]
+    bad: list[str] = []
+    photos = list(islice(usable((os.path.abspath(entry.path) for entry in source), bad), options.limit))
+    if bad:
+        warn(
+            f"{len(bad)} cannot be captioned and {'is' if len(bad) == 1 else 'are'} left out, such as {printable(bad[0])}"
+        )
     if not photos:
         raise CapcliError(f"there is no image in {', '.join(options.photos)}")
     return photos
+
+
+def usable(paths: Iterable[str], bad: list[str]) -> Iterator[str]:
+    """Those that can be decoded; the others go to `bad`."""
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                pixels.read(file.read(), max_pixels=MAX_PIXELS)
+        except (ImageError, OSError):
+            bad.append(path)
+        else:
+            yield path
 
 
 def caption_options(options: BenchOptions, photos: list[str]) -> CaptionOptions:
@@ -116,7 +137,9 @@ def contested(options: BenchOptions, photos: list[str], profile: show.Profile | 
         everyone = [stack.enter_context(ours)]
         for name in options.against:
             theirs = task | {"model": folder, "how": name, "device": device, "generation": search}
-            everyone.append(stack.enter_context(Contestant(name, [python(options.peer_python), PEERS], theirs)))
+            everyone.append(
+                stack.enter_context(Contestant(name, [options.peer_python or sys.executable, PEERS], theirs))
+            )
         contest(everyone, options.rounds)
     told = [each.told for each in everyone]
     return Measured(len(photos), profile, told[0], told[1:])

@@ -8,29 +8,19 @@ from typing import Any
 import click
 
 from capcli.cli.generation import generation_options, taken_generation
-from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, comma_separated, leave_word
-from capcli.options import DEFAULT_MODEL, BenchOptions
+from capcli.cli.model import model_options
+from capcli.cli.sections import SectionedCommand, SectionedOption, comma_separated, leave_word
+from capcli.options import BenchOptions
 from capcli.options.bench import LEAST_ROUNDS, PEERS
 
-model, contest, running = (
-    partial(click.option, cls=SectionedOption, section=section, show_envvar=False)
-    for section in ("Model", "Contest", "Running")
+contest, running = (
+    partial(click.option, cls=SectionedOption, section=section, show_envvar=False) for section in ("Contest", "Running")
 )
 
 
 @click.command(cls=SectionedCommand, short_help="Measure how fast captions are made, and where the time goes.")
 @click.argument("photos", nargs=-1, required=True, type=click.Path())
-@model(
-    "-m", "--model", metavar="ID|FOLDER", default=DEFAULT_MODEL, show_default=True, help="The captioner, or an engine."
-)
-@model("--device", metavar="auto|cpu|cuda[:N]", default="auto", show_default=True, help="Where to compute.")
-@model(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="What capcli computes in; peers have their own.",
-)
+@model_options
 @contest(
     "--against",
     metavar="PEER,...",
@@ -54,12 +44,6 @@ model, contest, running = (
 )
 @contest("--at-least", metavar="X", type=click.FloatRange(min=0), help="Fail unless X times as fast as every peer.")
 @generation_options
-@running(
-    "--batch-size", type=AutoOrNumber(1), default="auto", show_default=True, help="Images decoded at once, by capcli."
-)
-@running(
-    "--threads", metavar="N", type=click.IntRange(min=1), help="CPU threads of each contestant. [default: all cores]"
-)
 @running("--limit", metavar="N", type=click.IntRange(min=1), help="Take the first N photos only.")
 @running("--quick", is_flag=True, help="The contest only: no stages, no ceiling.")
 @running("--json", is_flag=True, help="The line of JSON only.")

@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from capcli.cli.generation import generation_options, taken_generation
+from capcli.cli.model import model_options
 from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, comma_separated, leave_word
 from capcli.options import (
     DECODE_TIMEOUT,
-    DEFAULT_MODEL,
     MAX_PIXELS,
     CaptionOptions,
     SinkOptions,
@@ -66,31 +66,8 @@ source, generation, model, output, running = map(under, ("Source", "Generation",
 @source(
     "--fast-decode", is_flag=True, help="Decode large JPEGs at a part of their size: sooner, and not exactly the same."
 )
-@model(
-    "-m",
-    "--model",
-    metavar="ID|FOLDER",
-    default=DEFAULT_MODEL,
-    show_default=True,
-    help="The captioner: a name on the hub, or a folder.",
-)
+@model_options
 @model("--revision", metavar="REV", help="Branch, tag or commit of a model on the hub.")
-@model("--device", metavar="auto|cpu|cuda[:N]", default="auto", show_default=True, help="Where to compute.")
-@model(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Precision; auto is bfloat16 where the hardware computes in it, else float32.",
-)
-@model(
-    "--batch-size",
-    type=AutoOrNumber(1),
-    default="auto",
-    show_default=True,
-    help="Images decoded at a time (slots); auto fits the device's memory and the number of images.",
-)
-@model("--threads", metavar="N", type=click.IntRange(min=1), help="CPU threads for the model. [default: all cores]")
 @generation_options
 @generation("--seed", metavar="N", type=int, help="With sampling: other noise; the same seed gives the same captions.")
 @generation(

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from capcli.cli.config import chosen, config_option, read
 from capcli.cli.data import data_options, taken_data_options
 from capcli.cli.generation import generation_options, taken_generation
+from capcli.cli.parts import parts_options
 from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, leave_word
 from capcli.errors import CapcliError, UsageError
 from capcli.options import DECODE_TIMEOUT, MAX_PIXELS, ModelOptions, TrainOptions, task_of
@@ -26,23 +27,7 @@ def under(section: str) -> Callable[..., Decorator]:
     return partial(click.option, cls=SectionedOption, section=section, show_envvar=False)
 
 
-model, learning, evaluation, output, running = map(
-    under, ("Model", "Learning", "Evaluation and checkpoints", "Output", "Running")
-)
-
-
-class Part(click.ParamType[Any]):
-    """A name, or in a TOML file a table of config values."""
-
-    name = "ID|FOLDER|CONFIG.json"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:  # noqa: ARG002
-        return self.name
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str | Mapping):
-            self.fail(f"{value!r} is neither a name nor a table of config values", param, ctx)
-        return value
+learning, evaluation, output, running = map(under, ("Learning", "Evaluation and checkpoints", "Output", "Running"))
 
 
 class Tasks(click.ParamType[Any]):
@@ -111,54 +96,7 @@ def from_file(ctx: click.Context, name: str) -> bool:
 
 @click.command(cls=TrainCommand, short_help="Train a captioner on images with captions.")
 @data_options
-@model(
-    "--encoder",
-    type=Part(),
-    help="Vision encoder: ViT, DeiT, BEiT, Swin, SwinV2, or ResNet for a prefix or a T5; a .json config gets new weights. "
-    "[default of a prefix: microsoft/resnet-101]",
-)
-@model("--decoder", type=Part(), help="Text decoder: GPT-2, BERT or T5; a .json config gets new weights.")
-@model(
-    "--join",
-    type=click.Choice(["cross", "prefix"]),
-    help="cross: the decoder attends to the image; prefix: the image stands before the words of a GPT-2. [default: cross]",
-)
-@model("--image-tokens", metavar="K", type=click.IntRange(min=1), help="Of a prefix: cut the image so. [default: 10]")
-@model(
-    "--tag-tokens",
-    metavar="N",
-    type=click.IntRange(min=0),
-    help="Of a prefix: read so many tokens of --tags-column. [default: 16 with tags]",
-)
-@model("--question-encoder", type=Part(), help="With a T5: another T5, whose encoder reads the question first.")
-@model("--model", metavar="ID|FOLDER", help="Go on from this captioner instead.")
-@model(
-    "--tokenizer",
-    metavar="new|ID|FOLDER",
-    help="new: a byte-level BPE trained on the captions. [default: the decoder's own]",
-)
-@model(
-    "--vocab-size",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=15000,
-    show_default=True,
-    help="Of a new tokenizer.",
-)
-@model(
-    "--max-length",
-    metavar="N",
-    type=click.IntRange(min=2),
-    help="Tokens of a caption to learn, its end included. [default: 50, or what the decoder holds]",
-)
-@model(
-    "--extra-tokens",
-    metavar="N",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Tokens <loc_0>, <loc_1>, ... to add.",
-)
+@parts_options
 @learning(
     "--epochs",
     metavar="X",

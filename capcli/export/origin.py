@@ -23,7 +23,7 @@ from capcli.export.quantize import quantize
 from capcli.export.tidy import share_weights
 from capcli.models.attention import use_attention
 from capcli.models.build import explained_tokenizer, generation_of, load_weights, modules, pixel_size
-from capcli.models.families import family_of, question_of
+from capcli.models.families import family_of, question_of, tag_room
 from capcli.models.files import GENERATION, ModelFiles, fingerprint, setting_files, shelf_of
 from capcli.options import ExportOptions
 from capcli.pixels import PixelSpec
@@ -117,14 +117,14 @@ def plans_refused(config: Mapping[str, Any]) -> str | None:
     """Why a captioner with this config.json cannot become TensorRT plans; None where it can."""
     if hasattr(family_of(config), "question"):
         return "they have one shape, and its memory grows with the question that its encoder is asked"
-    if config.get("tag_tokens"):
+    if tag_room(config):
         return "these take an image alone, and it reads tags too"
     return None
 
 
 def tags(config: Mapping[str, Any]) -> tuple[int, ...]:
     """Any words for half of the places that a captioner of tagged images has for them, and none for the others."""
-    room = int(config.get("tag_tokens") or 0)
+    room = tag_room(config)
     words = room - room // 2
     return (*range(words), *(NO_WORD,) * (room - words))
 

@@ -18,7 +18,7 @@ from capcli.engine import Engine
 from capcli.errors import CapcliError, UsageError
 from capcli.fitting import refuse_tampered
 from capcli.models.attention import use_attention
-from capcli.models.families import family_of, question_of
+from capcli.models.families import family_of, question_of, tag_room
 from capcli.models.files import GENERATION, ModelFiles
 from capcli.models.load_errors import explain_load_error
 from capcli.models.modules import Encode, Step
@@ -68,7 +68,7 @@ def load_model(files: ModelFiles, device: torch.device, dtype: str) -> Model:
         positions=step.positions,
         vocabulary=step.vocabulary,
         question=question_of(files.config),
-        tag_tokens=int(files.config.get("tag_tokens") or 0),
+        tag_tokens=tag_room(files.config),
         spaced=puts_spaces(tokenizer),
     )
 
@@ -117,7 +117,7 @@ def load_engine(files: ModelFiles, engine: Engine, device: torch.device) -> Mode
         positions=engine.positions,
         vocabulary=engine.vocabulary,
         question=question_of(files.config),
-        tag_tokens=int(files.config.get("tag_tokens") or 0),
+        tag_tokens=tag_room(files.config),
         spaced=puts_spaces(tokenizer),
     )
 

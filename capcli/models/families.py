@@ -58,6 +58,11 @@ def question_of(config: Mapping[str, Any]) -> Callable[[Any, str | None], list[i
     return None if ask is None else partial(ask, config)
 
 
+def tag_room(config: Mapping[str, Any]) -> int:
+    """How many words on an image (tags) its encoder reads at most; 0 where it reads none."""
+    return int(config.get("tag_tokens") or 0)
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json that `capcli.models.files` lets through."""
     return cast("Family", import_module(f"capcli.models.{FILES[config['model_type']]}"))

@@ -27,14 +27,20 @@ def room(decoder: Config, options: ModelOptions) -> int:  # noqa: ARG001
 
 
 def join(parts: Parts) -> Joined:
-    speaking, new = speaking_part(parts, cross=True)
-    encoder, decoder = make_part(parts.encoder, parts.seed).model, speaking.model
-    for part in (encoder, decoder):
-        part.config.dtype = torch.float32
+    encoder, decoder, new = both_parts(parts, cross=True)
     with seeded(parts.seed, "projection"), quiet_transformers():
         config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder.config)
         model = VisionEncoderDecoderModel(config=config, encoder=encoder, decoder=decoder)
     return Joined(model, parts.specials, new)
+
+
+def both_parts(parts: Parts, *, cross: bool) -> tuple[Any, Any, dict[str, str]]:
+    """Encoder, decoder with or without cross-attention, in float32; what of them is random, with a line on it."""
+    speaking, new = speaking_part(parts, cross=cross)
+    encoder, decoder = make_part(parts.encoder, parts.seed).model, speaking.model
+    for part in (encoder, decoder):
+        part.config.dtype = torch.float32
+    return encoder, decoder, new
 
 
 def speaking_part(parts: Parts, *, cross: bool) -> tuple[Part, dict[str, str]]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
 from capcli.errors import UsageError
 from capcli.models.build import quiet_transformers
 from capcli.models.prefix import PrefixCaptioner, PrefixConfig
 from capcli.options import ModelOptions
 from capcli.options.model import IMAGE_TOKENS
 from capcli.training.joining import Joined, Parts
-from capcli.training.joining_cross import speaking_part
-from capcli.training.parts import Config, config_of, make_part, seeded
+from capcli.training.joining_cross import both_parts
+from capcli.training.parts import Config, config_of, seeded
 
 FAMILY, ASKED = PrefixConfig.model_type, False
 
@@ -41,10 +39,7 @@ def before(options: ModelOptions) -> tuple[int, int]:
 
 
 def join(parts: Parts) -> Joined:
-    speaking, new = speaking_part(parts, cross=False)
-    encoder, decoder = make_part(parts.encoder, parts.seed).model, speaking.model
-    for part in (encoder, decoder):
-        part.config.dtype = torch.float32
+    encoder, decoder, new = both_parts(parts, cross=False)
     with seeded(parts.seed, "projection"), quiet_transformers():
         config = PrefixConfig(encoder.config.to_dict(), decoder.config.to_dict(), *before(parts.options))
         return Joined(PrefixCaptioner(config, encoder, decoder), parts.specials, new)

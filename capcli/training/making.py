@@ -16,7 +16,7 @@ from capcli.errors import UsageError
 from capcli.gaps import gap_names, with_gaps
 from capcli.metrics import Scorer
 from capcli.models.build import modules, pixel_size
-from capcli.models.families import question_of
+from capcli.models.families import question_of, tag_room
 from capcli.models.hub import find_model
 from capcli.models.tags import tag_ids
 from capcli.options import ModelOptions, TaskOptions, TrainOptions
@@ -58,7 +58,7 @@ def refuse_unread(options: TrainOptions, *, quiet: bool) -> None:
         raise UsageError(f"tags_column is {column}, but tag_tokens is 0, which leaves no room for tags: leave one out")
     if column is None or model is None:
         return
-    if not find_model(model, quiet=quiet).config.get("tag_tokens"):
+    if not tag_room(find_model(model, quiet=quiet).config):
         raise UsageError(f"tags_column is {column}, but {model} reads no tags: leave it out")
 
 
@@ -83,16 +83,7 @@ def make_trainer(
         enable({"use_reentrant": False})
         # which has frozen embeddings give gradients, for the reentrant kind; a model that adds to them in place then fails
         model.disable_input_require_grads()
-    trainer = CaptionTrainer(
-        made,
-        arguments,
-        train,
-        collate,
-        validation,
-        label_smoothing=options.label_smoothing,
-        freezes=options.freeze != "none",
-        mask_patches=options.mask_patches,
-    )
+    trainer = CaptionTrainer(made, arguments, train, collate, validation, options)
     trainer.remove_callback(DefaultFlowCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -116,7 +107,7 @@ def make_pairs(
 
 def tags_of(annotated: Sequence[Annotated], made: Untrained) -> Tokens | None:
     """The tags of each image as a tagged captioner reads them; None for any other captioner."""
-    room: int = getattr(made.model.config, "tag_tokens", 0)
+    room = tag_room(made.model.config.to_dict())
     return np.array(tag_ids(made.tokenizer, [each.tags for each in annotated], room), np.int32) if room else None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from capcli.models import files
 from capcli.models.build import modules, puts_spaces
-from capcli.models.families import family_of
+from capcli.models.families import family_of, tag_room
 from capcli.options import TaskOptions, TrainOptions
 from capcli.records import Annotated
 from capcli.training import checkpoints
@@ -101,7 +101,7 @@ def card_facts(
         architecture=model.config.model_type,
         loader=None if family.LOADER == "AutoModel" or hasattr(family, "question") else family.LOADER,
         spaced=puts_spaces(made.tokenizer),
-        tagged=bool(getattr(model.config, "tag_tokens", 0)),
+        tagged=bool(tag_room(model.config.to_dict())),
         base_models=[name for name in named if not os.path.exists(name)],
     )
 

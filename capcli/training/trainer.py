@@ -21,6 +21,7 @@ from capcli.errors import CapcliError
 from capcli.models.build import modules
 from capcli.models.families import family_of
 from capcli.names import printable
+from capcli.options import TrainOptions
 from capcli.records import Failure
 from capcli.sinks import atomic
 from capcli.training import freezing
@@ -82,12 +83,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         train: Pairs | Mixed,
         collate: Collate,
         validation: Validation | Validations | None,
-        *,
-        label_smoothing: float = 0.0,
-        freezes: bool = False,
-        mask_patches: float = 0.0,
-        evaluating: Callable[[int, int], None] = lambda _done, _total: None,
-        failed: Callable[[Failure], None] = lambda _: None,
+        options: TrainOptions,
     ) -> None:
         super().__init__(
             model=made.model,
@@ -95,11 +91,12 @@ class CaptionTrainer(Seq2SeqTrainer):
             train_dataset=train,
             eval_dataset=validation.pairs if validation else None,
             data_collator=collate,
-            compute_loss_func=partial(token_loss, label_smoothing=label_smoothing),
+            compute_loss_func=partial(token_loss, label_smoothing=options.label_smoothing),
         )
         self.model_accepts_loss_kwargs = False  # the loss is ours: the model need not hear of the number of tokens
-        self.pairs, self.collate, self.freezes, self.mask_patches = train, collate, freezes, mask_patches
-        self.made, self.validation, self.evaluating, self.failed = made, validation, evaluating, failed
+        self.made, self.pairs, self.collate, self.validation, self.options = made, train, collate, validation, options
+        self.evaluating: Callable[[int, int], None] = lambda _done, _total: None
+        self.failed: Callable[[Failure], None] = lambda _: None
         self.meter = Meter()
         self.captions: dict[str, str] = {}
         encode, _ = modules(made.model, made.spec)
@@ -136,10 +133,10 @@ class CaptionTrainer(Seq2SeqTrainer):
         return loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *given: Any, **named: Any) -> Any:
-        if self.freezes:
+        if self.options.freeze != "none":
             freezing.train(self.model)  # the Trainer has just put all of it into training mode
-        if self.mask_patches and model.training:
-            hidden = hide_patches(inputs["pixel_values"], patch_size(self._seeing), self.mask_patches)
+        if self.options.mask_patches and model.training:
+            hidden = hide_patches(inputs["pixel_values"], patch_size(self._seeing), self.options.mask_patches)
             inputs = {**inputs, "pixel_values": hidden}
         given_labels = {"labels": inputs["labels"]}
         return super().compute_loss(model, self._family.inputs(self.model, inputs) | given_labels, *given, **named)

@@ -18,7 +18,7 @@ from capcli.errors import CapcliError
 from capcli.metrics import Scorer
 from capcli.models.attention import use_attention
 from capcli.models.build import Model, modules, puts_spaces
-from capcli.models.families import IGNORED, family_of, last_logits, question_of
+from capcli.models.families import IGNORED, family_of, last_logits, question_of, tag_room
 from capcli.models.files import ModelFiles
 from capcli.options import GenerationOptions
 from capcli.pixels import PixelSpec
@@ -84,18 +84,18 @@ class Validation:
             progress(len(said), len(mine))
 
         for alike in self._by_length(mine):
-            arrivals = Batches(self._batches(Subset(NamedImages(self.pairs.images), alike), list))
+            arrivals = Batches(self._batches(Subset(NamedImages(self.pairs.images, self._own_question), alike), list))
             asked = replace(settings, question=self.questions.get(str(alike[0]), settings.question))
             shapes = captioner.shapes(asked, len(alike))
-            for _ in captioner.run(arrivals, asked, shapes, deliver, questions=self.own_question):
+            for _ in captioner.run(arrivals, asked, shapes, deliver):
                 pass
         return dict(gather_object(said))
 
-    def own_question(self, _index: int, loaded: Loaded) -> tuple[int, ...]:
+    def _own_question(self, number: int) -> tuple[int, ...]:
         """What one image's encoder is asked, where each is asked its own, or its tags."""
         if self.pairs.tags is not None:
-            return tuple(self.pairs.tags[int(loaded.name)].tolist())
-        return self.questions.get(loaded.name, ())
+            return tuple(self.pairs.tags[number].tolist())
+        return self.questions.get(str(number), ())
 
     def _by_length(self, numbers: Sequence[int]) -> list[list[int]]:
         """Images that are asked questions of one length go together: a run has one shape."""
@@ -136,12 +136,14 @@ def mean_loss(total: float, count: float) -> float:
 class NamedImages(torch.utils.data.Dataset[Loaded | Failure]):
     """Images as the decode loop takes them, named by their numbers: names need not be unique."""
 
-    def __init__(self, images: Images) -> None:
-        self._images = images
+    def __init__(self, images: Images, question: Callable[[int], tuple[int, ...]]) -> None:
+        self._images, self._question = images, question
 
     def __getitem__(self, index: int) -> Loaded | Failure:
         loaded = self._images.loaded(index)
-        return replace(loaded, name=str(index))
+        if isinstance(loaded, Failure):
+            return replace(loaded, name=str(index))
+        return replace(loaded, name=str(index), question=self._question(index))
 
 
 class Batches(Arrivals):
@@ -180,7 +182,7 @@ def captioner_of(model: Any, tokenizer: Any, spec: PixelSpec, size: tuple[int, i
         positions=step.positions,
         vocabulary=step.vocabulary,
         question=question_of(config),
-        tag_tokens=config.get("tag_tokens", 0),
+        tag_tokens=tag_room(config),
         spaced=puts_spaces(tokenizer),
     )
     try:

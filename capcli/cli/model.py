@@ -1,0 +1,49 @@
+"""Options that say which captioner captions and what it computes in: shared by the commands that make captions."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import click
+
+from capcli.cli.sections import AutoOrNumber, SectionedOption
+from capcli.options import DEFAULT_MODEL
+
+option = partial(click.option, cls=SectionedOption, section="Model", show_envvar=False)
+
+OPTIONS = (
+    option(
+        "-m",
+        "--model",
+        metavar="ID|FOLDER",
+        default=DEFAULT_MODEL,
+        show_default=True,
+        help="The captioner: a name on the hub, or a folder; an engine too.",
+    ),
+    option("--device", metavar="auto|cpu|cuda[:N]", default="auto", show_default=True, help="Where to compute."),
+    option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="Precision; auto is bfloat16 where the hardware computes in it, else float32.",
+    ),
+    option(
+        "--batch-size",
+        type=AutoOrNumber(1),
+        default="auto",
+        show_default=True,
+        help="Images decoded at a time (slots); auto fits the device's memory and the number of images.",
+    ),
+    option(
+        "--threads", metavar="N", type=click.IntRange(min=1), help="CPU threads for the model. [default: all cores]"
+    ),
+)
+
+
+def model_options(command: Any) -> Any:
+    """Adds OPTIONS to a command, in their order."""
+    for each in reversed(OPTIONS):
+        command = each(command)
+    return command
