@@ -197,11 +197,11 @@ class Captioner:
         Raises UsageError where the runtime has no such batch.
         """
         runtime = self.model.runtime
-        slots, most = batch_size or paying_slots(runtime.device, settings), None
         if batch_size is None:
             most = fitting_slots(runtime.device, self._bytes_per_slot(settings))
-        shapes = runtime.shapes(slots, settings, most)
-        return shapes if count is None or count >= slots else runtime.shapes(max(1, count), settings, most)
+            return runtime.shapes(paying_slots(runtime.device, settings), settings, most, count)
+        shapes = runtime.shapes(batch_size, settings)
+        return shapes if count is None or count >= batch_size else runtime.shapes(max(1, count), settings)
 
     def run(
         self,

@@ -26,6 +26,8 @@ from capcli.provenance import earlier_shapes
 from capcli.records import Entry
 from capcli.sources import Source
 
+COUNTED = 8  # times the slots that pay: of so many images or fewer the number is known before the first is captioned
+
 
 def load_captioner(options: CaptionOptions, receipt: dict[str, Any] | None) -> Captioner:
     """The captioner, in the dtype and on as many threads as an earlier run had, unless these are asked for."""
@@ -100,7 +102,7 @@ def choose_shapes(
         return earlier, wanted
     if source.streaming:
         return captioner.shapes(settings, None, options.batch_size), wanted
-    most = options.batch_size or paying_slots(device, settings)
+    most = options.batch_size or COUNTED * paying_slots(device, settings)
     first = list(islice(wanted, most))
     count = len(first) if len(first) < most else None
     return captioner.shapes(settings, count, options.batch_size), chain(first, wanted)

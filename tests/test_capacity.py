@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from math import ceil
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 
 from capcli import Captioner
@@ -22,6 +24,7 @@ from capcli.decoding.capacity import (
     free_memory,
     paying_slots,
 )
+from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
 from capcli.options import GenerationOptions
 
@@ -101,6 +104,19 @@ def test_there_are_no_more_slots_than_images_and_never_none(model: Captioner, fr
     assert slots == {0: 1, 1: 1, 3: 3, CPU_SLOTS: CPU_SLOTS, 10**6: CPU_SLOTS, None: CPU_SLOTS}
 
 
+@hypothesis(max_examples=300, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 2000))
+def test_what_is_known_to_come_costs_no_more_than_what_may_come(slots: int, count: int) -> None:
+    """No more rounds of steps, no slots that are never full, and at most one encoding more."""
+    usual = Shapes.of(slots)
+    shapes = usual.shared_by(count)
+    assert 1 <= shapes.chunk <= shapes.slots <= slots
+    assert ceil(count / shapes.chunk) * shapes.chunk <= ceil(count / usual.chunk) * usual.chunk + usual.chunk
+    assert ceil(count / shapes.slots) <= ceil(count / slots)
+    if count <= usual.chunk:
+        assert shapes == Shapes(count, count)
+
+
 @pytest.mark.parametrize("size", [1, 3, 500])
 def test_a_batch_size_that_is_given_is_kept(model: Captioner, free: Free, size: int) -> None:
     free(0)
@@ -132,14 +148,14 @@ def test_a_chunk_is_never_more_than_the_slots(model: Captioner, beams: int) -> N
 def test_a_runtime_of_fixed_shapes_hears_what_fits_and_what_must_be(
     model: Captioner, free: Free, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slots, and the most of them: None for a batch size that was asked for, which is taken or refused."""
+    """Slots, the most of them and the images; slots alone for a batch size that was asked for, which is taken or refused."""
     free(0)
     runtime, heard = model.model.runtime, []
     shapes = runtime.shapes
     monkeypatch.setattr(
-        runtime, "shapes", lambda slots, said, most: heard.append((slots, most)) or shapes(slots, said, most)
+        runtime, "shapes", lambda slots, said, *more: heard.append((slots, *more)) or shapes(slots, said, *more)
     )
     settings = model.settings(GenerationOptions())
     for count, size in ((None, None), (3, None), (10**6, 500), (3, 500)):
         model.shapes(settings, count, size)
-    assert heard == [(CPU_SLOTS, 1), (CPU_SLOTS, 1), (3, 1), (500, None), (500, None), (3, None)]
+    assert heard == [(CPU_SLOTS, 1, None), (CPU_SLOTS, 1, 3), (500,), (500,), (3,)]

@@ -2,7 +2,7 @@
 
 Each function is transformers' logits processor of that name, in transformers' order, with every slot at its own length
 (`generation/logits_process.py`); `sequence` is int64 [S, R, L] with the prompt first, `length` int64 [S] says how much of it is
-said, `scores` is float32 [S, R, V].
+said, `scores` is [S, R, V], float32 but for what only bans.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ Constraint = Callable[[Tensor, Tensor, Tensor], Tensor]  # scores, sequence, len
 
 
 class Constraints:
-    """All constraints of one run, in transformers' order; `active` where there is any."""
+    """All constraints of one run, in transformers' order.
+
+    `only_ban` where they do nothing but rule tokens out: then scores may as well be logits, in any dtype.
+    """
 
     def __init__(self, settings: Settings, device: torch.device | str) -> None:
         self._all = [*shaping(settings, device), *(filters(settings) if settings.do_sample else ())]
         if settings.renormalize_logits:
             self._all.append(lambda scores, *_: scores.log_softmax(-1))
-
-    @property
-    def active(self) -> bool:
-        return bool(self._all)
+        self.only_ban = all(isinstance(each, partial) and each.func in BANS for each in self._all)
 
     def apply(self, scores: Tensor, sequence: Tensor, length: Tensor) -> Tensor:
         """The scores under every constraint in force; what was given is left as it was."""
@@ -108,6 +108,9 @@ def force(scores: Tensor, _sequence: Tensor, length: Tensor, ids: Tensor, where:
     only = torch.full_like(scores[:1, :1], -torch.inf)
     only[..., ids] = 0
     return torch.where(where(length)[:, None, None], only, scores)
+
+
+BANS = (no_repeat_ngram, suppress)
 
 
 def top_k(scores: Tensor, *_: Tensor, k: int) -> Tensor:

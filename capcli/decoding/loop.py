@@ -40,6 +40,17 @@ class Shapes:
         """Slots refill a quarter at a time: bigger chunks encode no faster, and leave seats empty for longer."""
         return cls(slots, min(slots, max(4, slots // 4)))
 
+    def shared_by(self, count: int) -> Shapes:
+        """For `count` images: no more slots than are full each time, and chunks of which the last is full, as near as can be.
+
+        An encoding costs a whole chunk and a step all slots, however few are in them.
+        """
+        rounds = max(1, math.ceil(count / self.slots))
+        each = max(1, math.ceil(count / rounds))
+        least = math.ceil(each / 4)
+        chunk = min(range(least, max(least, min(self.chunk, each)) + 1), key=lambda e: (math.ceil(count / e) * e, -e))
+        return Shapes(min(self.slots, math.ceil(each / chunk) * chunk), chunk)
+
     def halved(self) -> Shapes:
         slots = max(1, self.slots // 2)
         return Shapes(slots, min(self.chunk, slots))

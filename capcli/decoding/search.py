@@ -18,6 +18,7 @@ from capcli.decoding.constraints import Constraints
 from capcli.decoding.settings import Settings
 
 FAR_BELOW = -1.0e9  # generate()'s constant for a score that nothing reaches
+CACHED = 1 << 18  # logits that are normalised at a time on a CPU, in float32
 BLOCK = 256  # logits per block where the best few of a large vocabulary are looked for
 
 
@@ -83,6 +84,9 @@ class Search(ABC):
     def hypotheses(self, seats: Sequence[int]) -> list[list[Hypothesis]]:
         """The captions of each slot of `seats`, best first."""
 
+    def constrained(self, scores: Tensor) -> Tensor:
+        return self.constraints.apply(scores, self.sequence, self.prefix + 1 + self.position)
+
     def ends(self, tokens: Tensor) -> Tensor:
         return torch.isin(tokens, self.eos)
 
@@ -117,12 +121,11 @@ class Independent(Search):
         self.length[at] = 0
 
     def advance(self, logits: Tensor) -> None:
-        logits = logits.float()
-        scores = self.constraints.apply(logits, self.sequence, self.prefix + 1 + self.position)
+        scores = self.constrained(logits if self.constraints.only_ban else logits.float())
         if self.settings.do_sample:
             scores = scores + self.noise(scores.shape)
-        tokens = scores.argmax(-1)  # [S, R]
-        said = logits.gather(2, tokens[:, :, None])[:, :, 0] - logits.logsumexp(-1)
+        tokens = scores.max(-1).indices  # [S, R], the first of several; on a CPU argmax takes several times as long
+        said = log_probabilities(logits, logits.gather(2, tokens[:, :, None]))[:, :, 0]
         position = self.position + 1
         live = ~self.ended[:, None] & ~self.row_ended
         self.keep(
@@ -194,29 +197,27 @@ class Beams(Search):
 
     def pick(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The best continuations of all rows: accumulated scores, raw log-probabilities, row*V + token; each [S, K]."""
-        rows, vocabulary = logits.shape[1:]
-        few = self.candidates * BLOCK < vocabulary and rows * vocabulary > 1 << 16
-        if few and not self.constraints.active:
-            return self.pick_few(logits)
-        plain = logits.float().log_softmax(-1)
-        scores = self.constraints.apply(plain, self.sequence, self.prefix + 1 + self.position)
-        total = (scores + self.score[:, :, None]).flatten(1)  # [S, R*V]
         if self.settings.do_sample:
-            picked = (total + self.noise(scores.shape).flatten(1)).topk(self.candidates).indices
-            top = total.gather(1, picked)
+            return self.draw(logits)
+        few = min(self.candidates, logits.shape[2])
+        if self.constraints.only_ban:  # the best are the best of the logits: only those need log-probabilities
+            best, token = top_few(self.constrained(logits), few)  # [S, R, few]
+            scores = plain = log_probabilities(logits, best)
         else:
-            top, picked = total.topk(self.candidates)
-        return top, plain.flatten(1).gather(1, picked), picked
-
-    def pick_few(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`pick` without constraints: the best of each row are the best of its logits, so only those need log-probabilities."""
-        best, token = top_few(logits, self.candidates)  # [S, R, K]
-        # as log_softmax does it: the maximum off first, then the logarithm of the sum
-        peak = best[..., :1].float()
-        plain = best.float() - peak - (logits.float() - peak).exp_().sum(-1, keepdim=True).log_()
-        top, index = (plain + self.score[:, :, None]).flatten(1).topk(self.candidates)
-        row = index // self.candidates
+            whole = logits.float().log_softmax(-1)
+            scores, token = top_few(self.constrained(whole), few)
+            plain = whole.gather(2, token)
+        top, index = (scores + self.score[:, :, None]).flatten(1).topk(self.candidates)
+        row = index // few
         return top, plain.flatten(1).gather(1, index), row * logits.shape[2] + token.flatten(1).gather(1, index)
+
+    def draw(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`pick` at random."""
+        plain = logits.float().log_softmax(-1)
+        scores = self.constrained(plain)
+        total = (scores + self.score[:, :, None]).flatten(1)  # [S, R*V]
+        picked = (total + self.noise(scores.shape).flatten(1)).topk(self.candidates).indices
+        return total.gather(1, picked), plain.flatten(1).gather(1, picked), picked
 
     def finish(self, top: Tensor, raw: Tensor, sequence: Tensor, hits: Tensor, position: Tensor, live: Tensor) -> None:
         """Keeps the best R finished hypotheses: those there were, and those of the first R candidates that just ended."""
@@ -256,6 +257,22 @@ class Beams(Search):
         at, n = torch.tensor(seats, device=self.device), self.settings.num_return_sequences
         state = (self.done_sequence[:, :, self.prefix + 1 :], self.done_length, self.done_raw, self.done_score)
         return captions(*(x[at, :n].cpu() for x in state))
+
+
+def log_probabilities(logits: Tensor, some: Tensor) -> Tensor:
+    """Of `some` [S, R, K] of the logits [S, R, V] the log-probabilities, in float32 and rounded as by `log_softmax`.
+
+    On a CPU a few rows at a time, which stay in its cache.
+    """
+    rows = logits.flatten(0, 1)
+    count = max(1, CACHED // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
+    parts = []
+    for each in torch.split(rows, count):
+        wide = each.float()
+        peak = wide.amax(-1, keepdim=True)
+        parts.append((peak, (wide - peak).exp_().sum(-1, keepdim=True).log_()))
+    peak, log_sum = (torch.cat(each).view(*logits.shape[:2], 1) for each in zip(*parts, strict=True))
+    return some.float() - peak - log_sum
 
 
 def rows_of(state: Tensor, parent: Tensor) -> Tensor:

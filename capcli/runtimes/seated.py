@@ -44,9 +44,16 @@ class Seated(ABC):
     ) -> Tensor:
         """tokens and position [S, Q], at [S], visible [S, Q, N] -> logits [S, Q, V]; writes into the pool."""
 
-    def shapes(self, slots: int, settings: Settings, most: int | None = None) -> Shapes:  # noqa: ARG002
-        """The shapes of a run with so many slots; where no more than `most` fit the memory, with as many as do."""
-        return Shapes.of(slots if most is None else min(slots, most))
+    def shapes(
+        self,
+        slots: int,
+        settings: Settings,  # noqa: ARG002
+        most: int | None = None,
+        count: int | None = None,
+    ) -> Shapes:
+        """The shapes of a run with so many slots, or with those that fit the memory, `most`, or that pay for `count` images."""
+        shapes = Shapes.of(slots if most is None else min(slots, most))
+        return shapes if count is None else shapes.shared_by(count)
 
     def fewer(self, shapes: Shapes, settings: Settings) -> Shapes:  # noqa: ARG002
         return shapes.halved()

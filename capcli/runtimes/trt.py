@@ -136,9 +136,9 @@ class Trt(Seated):
         self._main: Sides | None = None
         self._scratch: Sides | None = None
 
-    def shapes(self, slots: int, settings: Settings, most: int | None = None) -> Shapes:
+    def shapes(self, slots: int, settings: Settings, most: int | None = None, count: int | None = None) -> Shapes:
         """A bucket's, whole. Raises UsageError for a search that no plan has room for, and for too many slots."""
-        bucket = self._engine.bucket(slots, settings, most)
+        bucket = self._engine.bucket(slots if count is None else min(slots, max(1, count)), settings, most)
         return Shapes(bucket.slots, bucket.chunk)
 
     def fewer(self, shapes: Shapes, settings: Settings) -> Shapes:
