@@ -114,9 +114,20 @@ class Run:
         if self.tags and self.report.done and not self.tags.found:
             warn(f"no image has tags: looked for metadata with a field {self.options.tags_field} beside and above them")
         if not (self.options.quiet or cut_short or self.report.seen):
-            warn(f"there is no image in {self.receipt['source']}")
+            source = self.options.source
+            chosen = source.include or source.exclude or self.options.limit == 0
+            left = " that --include, --exclude and --limit leave" if chosen else ""
+            warn(f"there is no image in {self.receipt['source']}{left}")
         if not self.options.quiet:
-            say(self.report.line())
+            say(self.closing_line())
+
+    def closing_line(self) -> str:
+        line = self.report.line()
+        if self.report.done:
+            line += f" in {self.captioner.model.dtype}"
+        if self.report.failed and self.sink.failures_path:
+            line += f"; what failed is in {printable(self.sink.failures_path)}"
+        return line
 
     def shrink(self, shapes: Shapes) -> None:
         """Goes on with fewer slots, and leaves word of it to a run that goes on from here."""

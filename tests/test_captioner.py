@@ -17,9 +17,8 @@ from PIL import Image
 from running import VOCABULARY, call, paint, save_captioner
 from transformers import AutoImageProcessor, BertTokenizer, VisionEncoderDecoderModel
 
-from capcli import Captioner
+from capcli import Caption, Captioner, Failure
 from capcli.errors import UsageError
-from capcli.records import Caption, Failure
 
 
 @pytest.fixture(scope="module")

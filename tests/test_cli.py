@@ -482,6 +482,7 @@ def test_each_corrupt_image_is_one_failure_and_the_run_goes_on(captioner: Path, 
     assert all(row["message"] and "\n" not in row["message"] for row in failures)
     assert receipt(out)["counts"] == {"captions": 3, "failures": len(kinds)}
     assert ended.err.startswith(f"3 captioned, 0 skipped, {len(kinds)} failed")
+    assert ended.err.rstrip().endswith(f"what failed is in {tmp_path / 'c.failures.jsonl'}")
 
 
 def test_failures_of_rows_on_standard_output_are_told_or_listed(captioner: Path, photos: Path, tmp_path: Path):

@@ -299,6 +299,13 @@ def test_an_image_whose_sidecar_is_another_s_still_gets_its_row(tmp_path: Path) 
     assert (tmp_path / "a.txt").read_text() == "a picture of a.jpg\n"
 
 
+def test_an_image_left_out_because_of_another_s_sidecar_is_told(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    run(["a.jpg", "a.png"], SinkOptions(sidecar=".txt"), warnings=warnings, folder=tmp_path)
+    assert len(warnings) == 1
+    assert warnings[0].startswith("a.png: its sidecar")
+
+
 def test_a_sidecar_that_a_kill_prevented_is_made_from_its_row(tmp_path: Path) -> None:
     options = SinkOptions(str(tmp_path / "captions.csv"), sidecar=".txt", candidates=True)
     run(["a.jpg", "b.jpg"], options, caption=lambda name: caption_of(name, "of\n{}", 2), folder=tmp_path)

@@ -1,4 +1,6 @@
-"""transformers and Optimum as contestants, as good as scripts of theirs get: `python peers.py TASK`. Needs no capcli.
+"""transformers and Optimum as contestants, as good as scripts of theirs get: `python peers.py TASK`.
+
+Needs no capcli, but for captioners of capcli's own architectures, which transformers learns of from it.
 
 Images are read by worker processes, as a data loader has them, and captioned by `generate()` in batches of the best size.
 """
@@ -9,6 +11,7 @@ import contextlib
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +38,16 @@ class Photos(Dataset[Any]):
         return self.processor(upright, return_tensors="pt").pixel_values[0]
 
 
+def loader_of(folder: str) -> Any:
+    """transformers' class of a captioner."""
+    name = json.loads((Path(folder) / "config.json").read_text("utf-8"))["architectures"][0]
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    import capcli  # noqa: F401
+
+    return transformers.AutoModel
+
+
 class Peer:
     """A captioner that `generate()` runs."""
 
@@ -48,8 +61,7 @@ class Peer:
             self.model: Any = ORTModelForVision2Seq.from_pretrained(folder, export=True)
             self.device = torch.device("cpu")
         else:
-            kind = transformers.AutoConfig.from_pretrained(folder).architectures[0]
-            self.model = getattr(transformers, kind).from_pretrained(folder, dtype=self.dtype).eval()
+            self.model = loader_of(folder).from_pretrained(folder, dtype=self.dtype).eval()
             self.device = torch.device(task["device"])
             self.model.to(self.device)
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
@@ -98,11 +110,15 @@ def main(task: dict[str, Any]) -> None:
         torch.set_num_threads(task["threads"])
     began = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
-        peer = Peer(task)
+        try:
+            peer = Peer(task)
+        except ModuleNotFoundError as error:
+            sys.exit(f"{error.name} is missing: give a Python that has it by --peer-python")
         loaded = time.perf_counter() - began
         batch_size = peer.best_batch()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    print(json.dumps({"load": loaded, "batch_size": batch_size, **versions}), flush=True)
+    facts = {"load": loaded, "dtype": str(peer.dtype).removeprefix("torch."), "batch_size": batch_size, **versions}
+    print(json.dumps(facts), flush=True)
     while sys.stdin.readline().strip() == "go":
         with contextlib.redirect_stdout(sys.stderr):
             seconds, captions = peer.run(batch_size)

@@ -15,8 +15,10 @@ from capcli import pixels
 from capcli.bench import show, stages
 from capcli.bench.contest import Contestant, Told, contest
 from capcli.choices import load_captioner, search_settings
-from capcli.errors import CapcliError, ImageError
+from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.models.build import choose_device
+from capcli.models.families import question_of
+from capcli.models.files import ModelFiles
 from capcli.models.hub import find_model
 from capcli.names import printable
 from capcli.options import MAX_PIXELS, BenchOptions, CaptionOptions, SinkOptions, SourceOptions
@@ -45,22 +47,31 @@ def run(options: BenchOptions) -> int:
 
     Raises UsageError for what cannot be meant, CapcliError where nothing can be measured.
     """
+    refuse_peers(options, find_model(options.model))  # fetched before clocks run, and by one process
     photos = listed(options)
-    find_model(options.model)  # fetched before clocks run, and by one process
     profile = None if options.quick else profiled(options, photos)
     measured = contested(options, photos, profile)
     if measured.ours.failed is not None:
         raise CapcliError(f"capcli itself could not caption these: {measured.ours.failed}")
     show.result(measured, options)
-    if options.at_least is None:
-        return 0
-    slow = [peer for peer in measured.peers if peer.rounds and measured.ratio(peer) < options.at_least]
+    least = options.at_least or 0.0
+    slow = [peer for peer in measured.peers if peer.rounds and measured.ratio(peer) < least]
     silent = [peer for peer in measured.peers if not peer.rounds]
     for peer in slow:
-        warn(f"{measured.ratio(peer):.2f} times as fast as {peer.name}, and {options.at_least:g} were asked for")
+        warn(f"{measured.ratio(peer):.2f} times as fast as {peer.name}, and {least:g} were asked for")
     for peer in silent:
         warn(f"{peer.name} could not be compared with")
     return 1 if slow or silent else 0
+
+
+def refuse_peers(options: BenchOptions, files: ModelFiles) -> None:
+    """Raises UsageError where no peer can run the model."""
+    if not options.against:
+        return
+    if files.engine is not None:
+        raise UsageError(f"peers run a captioner's weights, and {options.model} is an engine: leave --against out")
+    if question_of(files.config) is not None:
+        raise UsageError(f"the encoder of {options.model} is asked a question, which no peer does: leave --against out")
 
 
 def listed(options: BenchOptions) -> list[str]:

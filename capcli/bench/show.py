@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from capcli.bench.contest import equal_share
+from capcli.bench.contest import Told, equal_share
 from capcli.bench.stages import Stages
 from capcli.options import BenchOptions
 
@@ -63,17 +63,22 @@ def profile(found: Profile) -> None:
 
 def contest(measured: Measured) -> None:
     print(f"{measured.images} images, files in, rows out, medians of {len(measured.ours.rounds)} rounds in turns:")
-    print(f"  {'':<10}{'images/s':>9}{'capcli is':>11}{'equal':>8}  batch")
+    print(f"  {'':<10}{'images/s':>9}{'capcli is':>11}{'equal':>8}  {'in':<9} batch")
     ceiling = measured.profile.ceiling if measured.profile else None
     share = "" if ceiling is None else f"  {measured.ours.rate / ceiling:.0%} of the ceiling"
-    print(f"  {'capcli':<10}{measured.ours.rate:9.2f}{'':>11}{'':>8}  {measured.ours.facts['batch_size']}{share}")
+    print(f"  {'capcli':<10}{measured.ours.rate:9.2f}{'':>11}{'':>8}  {computed(measured.ours)}{share}")
     for peer in measured.peers:
         if not peer.rounds:
             print(f"  {peer.name:<10}could not run: {peer.failed}")
             continue
         equal = equal_share(measured.ours.rounds[-1], peer.rounds[-1])
         ratio = f"{measured.ratio(peer):.2f}x"
-        print(f"  {peer.name:<10}{peer.rate:9.2f}{ratio:>11}{equal:8.1%}  {peer.facts['batch_size']}")
+        print(f"  {peer.name:<10}{peer.rate:9.2f}{ratio:>11}{equal:8.1%}  {computed(peer)}")
+
+
+def computed(told: Told) -> str:
+    """In what it computed, and how many images at a time."""
+    return f"{told.facts['dtype']:<9} {told.facts['batch_size']}"
 
 
 def document(measured: Measured) -> dict[str, Any]:

@@ -37,8 +37,7 @@ class Sidecars:
         target = key(raw_bytes(os.path.normpath(path)))
         if target in self._claimed:
             self._others.add(key(raw_bytes(entry.name)))
-            if self.existing != "skip":
-                self._warn(f"{printable(entry.name)}: its sidecar {printable(path)} is another image's, left as it is")
+            self._warn(f"{printable(entry.name)}: its sidecar {printable(path)} is another image's, left as it is")
             return False
         self._claimed.add(target)
         return self.existing != "skip" or not os.path.lexists(path)

@@ -50,6 +50,11 @@ class Sink:
         self.old_failures = 0
 
     @property
+    def failures_path(self) -> str | None:
+        """The file that failures are written to."""
+        return self._paths.failures
+
+    @property
     def failures_on_record(self) -> int:
         """Images without caption so far, those of earlier runs included where a file records them."""
         return self._failed_here if self._failures is None else len(self._failures)

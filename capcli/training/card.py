@@ -177,10 +177,12 @@ def measured_on(facts: CardFacts) -> str:
 
 def use(facts: CardFacts) -> str:
     folder = as_text(last_part(facts.name))
-    shell = f"capcli caption photos --model {shell_word(folder)} --out captions.jsonl"
+    shell = [f"capcli caption photos --model {shell_word(folder)} --out captions.jsonl"]
+    if facts.tagged:
+        shell.append("# with words on each photo in the field `tags` of photos/metadata.jsonl: --tags-field tags")
     photo = f"One photo, with {'capcli' if facts.loader is None else 'transformers alone'}"
     lines = by_capcli(folder, tagged=facts.tagged) if facts.loader is None else by_transformers(facts, facts.loader)
-    parts = ["A folder of photos, fast:", fenced("sh", [shell]), f"{photo}:", fenced("python", lines)]
+    parts = ["A folder of photos, fast:", fenced("sh", shell), f"{photo}:", fenced("python", lines)]
     if facts.prompts:
         rows = [(prose(name), code(prompt)) for name, prompt in facts.prompts.items()]
         parts += ["It has learnt several tasks; `--prompt` says which:", table(("task", "--prompt"), rows)]

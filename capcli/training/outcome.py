@@ -90,7 +90,7 @@ def card_facts(
         data_files=[path for data in sources(options) for path in (*data.data, *data.val_data)],
         splits={"train": split(data.train)} | ({"val": split(data.val)} if data.val else {}),
         left_out=Counter(failure.error for failure in data.report.failures),
-        settings=place.settings(),
+        settings=in_force(place.settings()),
         prompts={task.name: prompt_of(task, model.config) for task in options.task},
         moved_ends=[(at, before, after) for at, before, after in place.recall().get("moved", ())],
         step=step,
@@ -104,6 +104,11 @@ def card_facts(
         tagged=bool(tag_room(model.config.to_dict())),
         base_models=[name for name in named if not os.path.exists(name)],
     )
+
+
+def in_force(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the epochs that a number of steps stands in place of."""
+    return {name: value for name, value in settings.items() if name != "epochs" or "max_steps" not in settings}
 
 
 def prompt_of(task: TaskOptions, config: Any) -> str:
