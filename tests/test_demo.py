@@ -57,7 +57,8 @@ def test_the_python_example_of_the_readme_runs_as_it_is(
     (example,) = (each for each in EXAMPLE.findall((ROOT / "README.md").read_text("utf-8")) if "Captioner" in each)
     monkeypatch.chdir(ROOT)
     exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
-    (line,) = capsys.readouterr().out.splitlines()
+    line, failed = capsys.readouterr().out.splitlines()
+    assert failed.startswith("broken.jpg failed: ")
     name, said = line.split(" ", 1)
     text, score = said.rsplit(" ", 1)
     assert name == f"examples/scenes/{NAMES[0]}"

@@ -28,6 +28,8 @@ from capcli.runtimes.eager import WARM_UPS, Eager
 SEARCHES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "4 beams": {"num_beams": 4},
+    "bans": {"no_repeat_ngram_size": 2, "min_new_tokens": 3},
+    "bans, 3 beams": {"num_beams": 3, "no_repeat_ngram_size": 2, "min_new_tokens": 3},
     "constraints": {
         "num_beams": 3,
         "no_repeat_ngram_size": 2,

@@ -197,27 +197,26 @@ class Beams(Search):
 
     def pick(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The best continuations of all rows: accumulated scores, raw log-probabilities, row*V + token; each [S, K]."""
-        if self.settings.do_sample:
-            return self.draw(logits)
-        few = min(self.candidates, logits.shape[2])
-        if self.constraints.only_ban:  # the best are the best of the logits: only those need log-probabilities
-            best, token = top_few(self.constrained(logits), few)  # [S, R, few]
-            scores = plain = log_probabilities(logits, best)
-        else:
-            whole = logits.float().log_softmax(-1)
-            scores, token = top_few(self.constrained(whole), few)
-            plain = whole.gather(2, token)
-        top, index = (scores + self.score[:, :, None]).flatten(1).topk(self.candidates)
-        row = index // few
-        return top, plain.flatten(1).gather(1, index), row * logits.shape[2] + token.flatten(1).gather(1, index)
-
-    def draw(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`pick` at random."""
+        if self.constraints.only_ban and not self.settings.do_sample:
+            return self.pick_few(logits)
         plain = logits.float().log_softmax(-1)
         scores = self.constrained(plain)
         total = (scores + self.score[:, :, None]).flatten(1)  # [S, R*V]
-        picked = (total + self.noise(scores.shape).flatten(1)).topk(self.candidates).indices
-        return total.gather(1, picked), plain.flatten(1).gather(1, picked), picked
+        if self.settings.do_sample:
+            picked = (total + self.noise(scores.shape).flatten(1)).topk(self.candidates).indices
+            top = total.gather(1, picked)
+        else:  # over all at once: where a forced end is one of several, they tie, and generate() has topk decide
+            top, picked = total.topk(self.candidates)
+        return top, plain.flatten(1).gather(1, picked), picked
+
+    def pick_few(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`pick` where nothing is scored anew: the best of a row are the best of its logits, and only those need be scored."""
+        few = min(self.candidates, logits.shape[2])
+        best, token = top_few(self.constrained(logits), few)  # [S, R, few]
+        plain = log_probabilities(logits, best)
+        top, index = (plain + self.score[:, :, None]).flatten(1).topk(self.candidates)
+        row = index // few
+        return top, plain.flatten(1).gather(1, index), row * logits.shape[2] + token.flatten(1).gather(1, index)
 
     def finish(self, top: Tensor, raw: Tensor, sequence: Tensor, hits: Tensor, position: Tensor, live: Tensor) -> None:
         """Keeps the best R finished hypotheses: those there were, and those of the first R candidates that just ended."""

@@ -35,7 +35,10 @@ class Eager(Seated):
         return Recorded(turn, self.device) if self._record else turn
 
     def _encode(self, pixels: npt.NDArray[np.uint8], questions: Tensor) -> Sequence[Tensor]:
-        image = torch.from_numpy(pixels).to(self.device, non_blocking=True)
+        image = torch.from_numpy(pixels)
+        if self.device.type == "cuda":
+            image = image.pin_memory()  # only then does the host not wait for the copy
+        image = image.to(self.device, non_blocking=True)
         memory: tuple[Tensor, ...] = self._encode_module(image, *((questions,) if questions.shape[1] else ()))
         return memory
 
