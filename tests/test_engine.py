@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 import torch
 from running import Ended, call, change_json, paint, save_captioner
 
+from capcli.cli.model import leave_cores_to
 from capcli.engine import Engine, read_engine, write_engine
 from capcli.errors import CapcliError
 from capcli.models import build
@@ -139,6 +141,19 @@ def test_generation_settings_and_notes_are_the_users(exported: Path, engine: Pat
     change_json(engine / "generation_config.json", {"max_new_tokens": 3})
     (engine / "notes.txt").write_text("mine")
     assert caption(exported, engine).code == 0
+
+
+def test_threads_of_pytorch_sleep_beside_an_engine_unless_told_otherwise(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    leave_cores_to(str(tmp_path))
+    assert "OMP_WAIT_POLICY" not in os.environ
+    leave_cores_to(str(engine))
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    leave_cores_to(str(engine))
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
 
 
 def test_int8_stays_on_the_cpu(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

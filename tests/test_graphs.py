@@ -102,6 +102,12 @@ def test_the_fused_step_has_one_operator_for_each_write_and_each_attention_and_p
             )  # self and cross; keys and values
 
 
+def test_a_linear_layer_multiplies_tokens_as_they_lie(exported: Exported) -> None:
+    """One product and nothing that makes two dimensions of three and three of two around it."""
+    for graph in exported.tidy.values():
+        assert "Gemm" not in {node.op_type for node in graph.graph.node}
+
+
 def test_inputs_are_small_integers_and_booleans_besides_the_tensors(exported: Exported) -> None:
     for name, graph in exported.tidy.items():
         kinds = {value.name: kind_of(value) for value in graph.graph.input}

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from capcli.cli.generation import generation_options, taken_generation
-from capcli.cli.model import model_options
+from capcli.cli.model import leave_cores_to, model_options
 from capcli.cli.sections import SectionedCommand, SectionedOption, comma_separated, leave_word
 from capcli.options import BenchOptions
 from capcli.options.bench import LEAST_ROUNDS, PEERS
@@ -67,6 +67,7 @@ def bench(**given: Any) -> int:
     options = BenchOptions(
         **{name: value for name, value in given.items() if name in names} | {"generation": generation}
     )
+    leave_cores_to(options.model)
     from capcli.bench.run import run
 
     return run(options)

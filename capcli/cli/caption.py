@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from capcli.cli.generation import generation_options, taken_generation
-from capcli.cli.model import model_options
+from capcli.cli.model import leave_cores_to, model_options
 from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, comma_separated, leave_word
 from capcli.options import (
     DECODE_TIMEOUT,
@@ -136,6 +136,7 @@ def caption(**given: Any) -> int:
     130 or 143 interrupted (the same command goes on from there).
     """
     options = caption_options(given)
+    leave_cores_to(options.model)
     from capcli import pipeline
 
     return pipeline.run(options)

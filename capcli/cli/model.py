@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 
 import click
 
 from capcli.cli.sections import AutoOrNumber, SectionedOption
+from capcli.engine import is_engine
 from capcli.options import DEFAULT_MODEL
 
 option = partial(click.option, cls=SectionedOption, section="Model", show_envvar=False)
@@ -47,3 +49,12 @@ def model_options(command: Any) -> Any:
     for each in reversed(OPTIONS):
         command = each(command)
     return command
+
+
+def leave_cores_to(model: str) -> None:
+    """Where an engine wants the cores, PyTorch's threads sleep between searches instead of spinning (BENCHMARKS.md).
+
+    OpenMP reads the variable when torch is imported, so this comes before; a value that is there stays.
+    """
+    if is_engine(os.path.expanduser(model)):
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
