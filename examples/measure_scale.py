@@ -32,6 +32,7 @@ from capcli.pipeline import Run, wanted_entries
 from capcli.progress import Report
 from capcli.provenance import earlier_naming, make_receipt
 from capcli.records import Caption, Entry, Failure
+from capcli.runtimes.seated import Encoded
 from capcli.sinks import open_sink
 from capcli.sources import open_source
 
@@ -43,7 +44,7 @@ SLOTS = 64
 class OneWord:
     """A runtime that ends every caption with its second token, whatever the image."""
 
-    device, lag = torch.device("cpu"), 0
+    device, lag, ahead = torch.device("cpu"), 0, False
 
     def __init__(self, vocabulary: int, end: int) -> None:
         self._first, self._last = (torch.zeros(SLOTS, 1, vocabulary) for _ in range(2))
@@ -59,7 +60,10 @@ class OneWord:
     def allocate(self, *_: Any) -> None:
         """Nothing to make room for."""
 
-    def admit(self, _pixels: Any, seats: Sequence[int], _questions: Any) -> torch.Tensor:
+    def encode(self, *_: Any) -> Encoded:
+        return Encoded((), torch.empty(0))
+
+    def admit(self, _encoded: Any, seats: Sequence[int]) -> torch.Tensor:
         return torch.ones(len(seats), dtype=torch.bool)
 
     def step(self, _tokens: Any, position: torch.Tensor, _visible: Any) -> torch.Tensor:

@@ -62,7 +62,7 @@ def of_capcli(folder: str, slots: int) -> Measure:
         with torch.inference_mode():
             runtime.allocate(Shapes(slots, slots), settings)
             search = make_search(settings, slots, runtime.device)
-            runtime.admit(images, range(slots), [settings.question] * slots)
+            runtime.admit(runtime.encode(images, [settings.question] * slots), range(slots))
             search.seat(list(range(slots)), [0] * slots)
             search.advance(runtime.step(*search.inputs()))
             stepping, began = 0.0, time.perf_counter()

@@ -36,11 +36,33 @@ def caption(number: int, most: int = 6) -> tuple[int, ...]:
     return tuple(tokens[1:])
 
 
-class FakeRuntime:
-    """Says what an image's number, the position and the last token demand. `fails(call)` says which calls run out of memory."""
+class Chunk:
+    """The numbers of images that are ready once asked so often."""
 
-    def __init__(self, lag: int = 0, fails: Callable[[int], bool] = lambda _: False) -> None:
+    def __init__(self, numbers: Sequence[int], asked: int) -> None:
+        self.numbers, self._asked = numbers, asked
+
+    def ready(self) -> bool:
+        self._asked -= 1
+        return self._asked < 0
+
+
+class FakeRuntime:
+    """Says what an image's number, the position and the last token demand. `fails(call)` says which calls run out of memory.
+
+    `slow` says how often each chunk in turn is asked for until it is ready, where encoding runs beside the steps; None: it
+    does not.
+    """
+
+    def __init__(
+        self,
+        lag: int = 0,
+        fails: Callable[[int], bool] = lambda _: False,
+        slow: Sequence[int] | None = None,
+    ) -> None:
         self.device, self.lag, self.fails = torch.device("cpu"), lag, fails
+        self.ahead, self._slow = slow is not None, list(slow or ())
+        self.encoded = 0
         self.calls, self.admitted, self.steps = 0, [], 0
         self.seated: dict[int, int] = {}
         self.before_step: Callable[[], None] = lambda: None
@@ -56,11 +78,16 @@ class FakeRuntime:
         self.seated = {}
         self.call()
 
-    def admit(self, pixels: np.ndarray, seats: Sequence[int], questions: Sequence[Sequence[int]]) -> torch.Tensor:
+    def encode(self, pixels: np.ndarray, questions: Sequence[Sequence[int]]) -> Chunk:
         self.call()
         assert pixels.shape == (self.shapes.chunk, 2, 2, 3), "encode has one shape"
         assert len(questions) == len(pixels)
-        numbers = pixels[: len(seats), 0, 0, 0].tolist()
+        self.encoded += 1
+        return Chunk(pixels[:, 0, 0, 0].tolist(), self._slow.pop(0) if self._slow else 0)
+
+    def admit(self, encoded: Chunk, seats: Sequence[int]) -> torch.Tensor:
+        self.call()
+        numbers = encoded.numbers[: len(seats)]
         self.admitted.append(numbers)
         self.seated |= dict(zip(seats, numbers, strict=True))
         return torch.tensor([number != BROKEN for number in numbers])

@@ -35,11 +35,12 @@ def check(done, numbers, most=6):
 numbers_of = st.lists(st.one_of(st.integers(0, 40), st.just(BROKEN), st.just(WAVERING)), max_size=30)
 shapes_of = st.integers(1, 9).flatmap(lambda s: st.builds(Shapes, st.just(s), st.integers(1, s)))
 portions_of = st.lists(st.integers(0, 3), max_size=40)
+slow_of = st.none() | st.lists(st.integers(0, 9), max_size=20)
 
 
-@given(numbers_of, shapes_of, portions_of, st.integers(0, 3), st.integers(1, 3), st.sampled_from([1, 3, 6]))
-def test_every_image_gets_its_own_caption_once(numbers, shapes, portions, lag, beams, most):
-    runtime, feed = FakeRuntime(lag), Trickle(jobs_of(numbers), portions)
+@given(numbers_of, shapes_of, portions_of, slow_of, st.integers(0, 3), st.integers(1, 3), st.sampled_from([1, 3, 6]))
+def test_every_image_gets_its_own_caption_once(numbers, shapes, portions, slow, lag, beams, most):
+    runtime, feed = FakeRuntime(lag, slow=slow), Trickle(jobs_of(numbers), portions)
     yielded = 0
 
     def on_take(wait):
@@ -58,11 +59,12 @@ def test_every_image_gets_its_own_caption_once(numbers, shapes, portions, lag, b
     st.lists(st.integers(0, 40), max_size=25),
     shapes_of,
     portions_of,
+    slow_of,
     st.integers(0, 3),
     st.sets(st.integers(1, 30), max_size=3),
 )
-def test_out_of_memory_costs_slots_and_no_caption(numbers, shapes, portions, lag, failing):
-    runtime, told, done = FakeRuntime(lag, failing.__contains__), [], []
+def test_out_of_memory_costs_slots_and_no_caption(numbers, shapes, portions, slow, lag, failing):
+    runtime, told, done = FakeRuntime(lag, failing.__contains__, slow), [], []
     try:
         done.extend(decode(Trickle(jobs_of(numbers), portions), runtime, settings(), shapes, told.append))
     except CapcliError:
@@ -113,10 +115,27 @@ def test_one_image_that_does_not_fit_is_an_error_that_says_so():
 
 
 def test_images_in_flight_start_again_in_their_order():
-    runtime = FakeRuntime(fails={3}.__contains__)  # allocate, admit, and the first step, while two more wait
+    runtime = FakeRuntime(fails={4}.__contains__)  # allocate, encode, admit, and the first step, while two more wait
     done = list(decode(IterableFeed(jobs_of([3, 9, 14, 19, 24])), runtime, settings(), Shapes(3, 2)))
     check(done, [3, 9, 14, 19, 24])
     assert runtime.admitted == [[3, 9], [3], [9], [14], [19], [24]]
+
+
+def test_a_chunk_encoded_ahead_starts_again_in_its_place():
+    runtime = FakeRuntime(fails={5}.__contains__, slow=[])  # the second encoding, begun before the first step
+    done = list(decode(IterableFeed(jobs_of([3, 9, 14, 19, 24])), runtime, settings(), Shapes(3, 2)))
+    check(done, [3, 9, 14, 19, 24])
+    assert runtime.admitted == [[3, 9], [3], [9], [14], [19], [24]]
+
+
+def test_beside_steps_a_chunk_is_encoded_before_there_are_seats_and_seated_when_it_is_ready():
+    runtime, seen = FakeRuntime(slow=[0, 2]), []
+    runtime.before_step = lambda: seen.append((runtime.encoded, len(runtime.admitted)))
+    numbers = [4, 4, 0, 0, 1, 1]
+    check(list(decode(IterableFeed(jobs_of(numbers)), runtime, settings(), Shapes(4, 2))), numbers)
+    assert runtime.admitted == [[4, 4], [0, 0], [1, 1]]
+    # two steps go by while the second is under way; once it sits, the third is begun, with no seat free
+    assert seen[:3] == [(2, 1), (2, 1), (3, 2)]
 
 
 def test_a_chunk_waits_for_seats_for_all_of_it():
@@ -219,18 +238,24 @@ def test_an_image_that_is_not_finite_leaves_its_neighbours_and_successors_alone(
     shapes = Shapes(3, 1)
     alone = [captions(model, [x], asked, shapes)[0] for x in IMAGES]
     runtime, black = eager(model, lag), np.zeros_like(IMAGES[0])
-    admit, step, poisoned = runtime.admit, runtime.step, set()
+    encode, admit, step, poisoned = runtime.encode, runtime.admit, runtime.step, set()
+    pictured = {}
 
     def poison(seat):
         state = runtime._pool[2:3] if part == "pool" else runtime._memory[0 if part == "memory" else 2 :]  # noqa: SLF001
         for tensor in state:
             tensor[seat] = torch.nan
 
-    def admit_poisoned(pixels, seats, questions):
-        finite = admit(pixels, seats, questions)
+    def encode_known(pixels, questions):
+        encoded = encode(pixels, questions)
+        pictured[id(encoded)] = pixels
+        return encoded
+
+    def admit_poisoned(encoded, seats):
+        finite = admit(encoded, seats)
         for i, seat in enumerate(seats):
             poisoned.discard(seat)
-            if (pixels[i] == 0).all():
+            if (pictured[id(encoded)][i] == 0).all():
                 poisoned.add(seat)
                 poison(seat)
                 finite[i] = part != "memory"
@@ -242,7 +267,7 @@ def test_an_image_that_is_not_finite_leaves_its_neighbours_and_successors_alone(
                 poison(seat)
         return step(tokens, position, visible)
 
-    runtime.admit, runtime.step = admit_poisoned, step_poisoned
+    runtime.encode, runtime.admit, runtime.step = encode_known, admit_poisoned, step_poisoned
     jobs = [Job(i, x) for i, x in enumerate(IMAGES)] + [Job(-1, black)] * 4
     order = [jobs[i] for i in (9, 0, 1, 2, 10, 11, 3, 4, 5, 12, 6, 7, 8)]
     for portions in ([], [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, *[0] * 9, *[1, 0] * 20]):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from capcli.decoding import noise
 from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
 from capcli.decoding.settings import Settings
+from capcli.runtimes.seated import Encoded
 
 MANY = 20_000
 
@@ -124,7 +125,7 @@ def test_the_two_largest_are_drawn_without_replacement():
 class TinyVocabulary:
     """A runtime that always gives the same five probabilities."""
 
-    device, lag = torch.device("cpu"), 0
+    device, lag, ahead = torch.device("cpu"), 0, False
 
     def repeated(self, turn):
         return turn
@@ -132,7 +133,10 @@ class TinyVocabulary:
     def allocate(self, shapes, settings):
         self.shape = (shapes.slots, settings.rows, 5)
 
-    def admit(self, _pixels, seats, _questions):
+    def encode(self, *_):
+        return Encoded((), torch.empty(0))
+
+    def admit(self, _encoded, seats):
         return torch.ones(len(seats), dtype=torch.bool)
 
     def step(self, *_):

@@ -76,7 +76,8 @@ def test_no_operation_of_a_step_waits_for_the_device(decoder: str, given: dict[s
     runtime.allocate(Shapes(4, 2), settings)
     batch = Batch(IterableFeed(jobs), runtime, settings, Shapes(4, 2), waiting=deque())
     with torch.inference_mode():
-        batch.seat(jobs[:2])
+        batch.fetch(wait=0)
+        batch.fill()
         with Watch() as watch:
             batch.say()
     assert not watch.bad

@@ -115,7 +115,7 @@ class Watched:
     """A runtime with a watch on it; what it does it does one after another."""
 
     def __init__(self, runtime: Any, stages: Stages, images: int) -> None:
-        self.device, self.lag = runtime.device, 0
+        self.device, self.lag, self.ahead = runtime.device, 0, False
         self._runtime, self._stages, self._images = runtime, stages, images
 
     def allocate(self, *_: Any) -> None:
@@ -124,11 +124,15 @@ class Watched:
     def fewer(self, shapes: Any, _: Any) -> Any:
         return shapes
 
-    def admit(self, images: Any, seats: Sequence[int], questions: Any) -> torch.Tensor:
+    def encode(self, images: Any, questions: Any) -> Any:
         with self._stages.timed("copy", self._images, self.device):
             torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
         with self._stages.timed("encode", self._images, self.device):
-            finite: torch.Tensor = self._runtime.admit(images, seats, questions)
+            return self._runtime.encode(images, questions)
+
+    def admit(self, encoded: Any, seats: Sequence[int]) -> torch.Tensor:
+        with self._stages.timed("encode", self._images, self.device):
+            finite: torch.Tensor = self._runtime.admit(encoded, seats)
         return finite
 
     def step(self, *given: torch.Tensor) -> torch.Tensor:

@@ -88,11 +88,19 @@ class Feed(Protocol):
         """At most `most` jobs, those there now; waits `wait` seconds (None: for ever) for the first. Empty when none came."""
 
 
+class Encoded(Protocol):
+    """What a runtime's encode makes of a chunk."""
+
+    def ready(self) -> bool:
+        """Whether it is there, or still under way beside the steps."""
+
+
 class Runtime(Protocol):
     """What executes encode and step, with buffers of its own for `slots` slots."""
 
     device: torch.device
     lag: int  # steps after which the finished flags are read
+    ahead: bool  # whether it encodes beside its steps, so that a chunk is best begun before there are seats for it
 
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
         """Makes room for a run; forgets any earlier one."""
@@ -100,12 +108,14 @@ class Runtime(Protocol):
     def fewer(self, shapes: Shapes, settings: Settings) -> Shapes:
         """About half the slots, for less memory; `shapes` themselves where there is nothing smaller."""
 
-    def admit(
-        self, pixels: npt.NDArray[np.uint8], seats: Sequence[int], questions: Sequence[Sequence[int]]
-    ) -> torch.Tensor:
-        """Encodes `pixels` [E, h, w, 3], of which the first len(seats) count, into those slots. bool [len(seats)]: all finite.
+    def encode(self, pixels: npt.NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> Any:
+        """Begins to encode `pixels` [E, h, w, 3]; gives an Encoded, which `admit` takes.
 
         `questions` are E rows of as many ids, none where the encoder reads none; an id below 0 is no word.
+        """
+
+    def admit(self, encoded: Any, seats: Sequence[int]) -> torch.Tensor:
+        """Puts the first len(seats) images of a chunk into those slots, when it is ready. bool [len(seats)]: all finite.
 
         Nothing stays of who sat there before.
         """
@@ -164,7 +174,7 @@ def decode_steps(
                 least = "one image fits" if shapes.slots == 1 else f"{shapes.slots} images at a time fit"
                 raise CapcliError(f"not even {least} the device's memory: {error}") from error
             if run is not None:
-                waiting.extendleft(reversed(run.slots.items))
+                waiting.extendleft(reversed([*run.slots.items, *run.coming]))
             shapes = fewer
         shrunk(shapes)
 
@@ -182,6 +192,8 @@ class Batch:
 
     def __init__(self, feed: Feed, runtime: Runtime, settings: Settings, shapes: Shapes, waiting: deque[Job]) -> None:
         self.feed, self.runtime, self.shapes, self.waiting = feed, runtime, shapes, waiting
+        self.coming: list[Job] = []  # the chunk that is encoded but not seated
+        self.encoded: Encoded
         self.question = settings.question
         self.slots: Slots[Job] = Slots(shapes.slots)
         self.search = make_search(settings, shapes.slots, runtime.device)
@@ -194,7 +206,7 @@ class Batch:
         while True:
             done: list[Done] = []
             with torch.inference_mode():  # never across a yield: who takes the captions may be training
-                if self.slots.busy or self.waiting or self.fetch(wait=None):
+                if self.slots.busy or self.coming or self.waiting or self.fetch(wait=None):
                     self.fill()
                     self.step()
                     done = self.retire()
@@ -203,19 +215,30 @@ class Batch:
             yield done
 
     def fill(self) -> None:
-        """Seats what has come. Something is seated then, for there is somebody seated or waiting before.
-
-        Encoding costs a whole chunk however few are in it, so a chunk waits for company (not for long), then for seats for all.
-        """
-        while (room := min(self.shapes.chunk, self.slots.free)) and self.fetch(wait=0):
-            most = min(self.shapes.chunk, len(self.waiting))
-            complete = most == self.shapes.chunk or self.feed.ended or time.monotonic() - self.since >= LINGER
-            if complete and room >= most:
-                self.seat([self.waiting.popleft() for _ in range(most)])
+        """Seats what has come. Something is seated then, for there is somebody seated or waiting before."""
+        while True:
+            if not self.coming and (self.slots.free or self.runtime.ahead) and self.fetch(wait=0):
+                self.begin()
+            if self.coming and self.slots.free >= len(self.coming) and (self.encoded.ready() or not self.slots.busy):
+                self.seat()
             elif self.slots.busy:
                 break
             else:
                 self.fetch(wait=LINGER)
+
+    def begin(self) -> None:
+        """Has those waiting encoded.
+
+        That costs a whole chunk however few are in it, so they wait for company (not for long), then for seats for all, but for
+        those only where encoding does not hold up the steps.
+        """
+        most = min(self.shapes.chunk, len(self.waiting))
+        complete = most == self.shapes.chunk or self.feed.ended or time.monotonic() - self.since >= LINGER
+        if complete and (self.runtime.ahead or self.slots.free >= most):
+            self.coming = [self.waiting.popleft() for _ in range(most)]
+            full = [*self.coming, *[self.coming[0]] * (self.shapes.chunk - most)]
+            questions = [job.question or self.question for job in full]
+            self.encoded = self.runtime.encode(np.stack([job.pixels for job in full]), questions)
 
     def fetch(self, wait: float | None) -> bool:
         """Adds what has come to those waiting, a chunk at most; says whether anyone waits."""
@@ -227,11 +250,10 @@ class Batch:
             self.waiting.extend(came)
         return bool(self.waiting)
 
-    def seat(self, jobs: list[Job]) -> None:
+    def seat(self) -> None:
+        jobs, self.coming = self.coming, []
         seats = self.slots.seat(jobs)
-        full = [*jobs, *[jobs[0]] * (self.shapes.chunk - len(jobs))]
-        questions = [job.question or self.question for job in full]
-        finite = self.runtime.admit(np.stack([job.pixels for job in full]), seats, questions)
+        finite = self.runtime.admit(self.encoded, seats)
         self.search.seat(seats, [job.key for job in jobs])
         at = torch.tensor(seats, device=self.runtime.device)
         self.broken[at] = ~finite

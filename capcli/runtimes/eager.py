@@ -1,15 +1,22 @@
-"""PyTorch: the runtime every other is held against. Eager on a CPU; on CUDA its steps are replayed from a CUDA graph."""
+"""PyTorch: the runtime every other is held against. Eager on a CPU.
+
+On CUDA steps are replayed from a CUDA graph, and the encoder runs beside them on a stream of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from capcli.runtimes.seated import Seated
+from capcli.decoding.loop import Shapes
+from capcli.decoding.settings import Settings
+from capcli.runtimes.seated import Encoded, Seated
 
 WARM_UPS = 2  # turns before the recording: libraries set themselves up at the first, which no capture allows
 
@@ -28,7 +35,29 @@ class Eager(Seated):
     ) -> None:
         super().__init__(device, prefixed=prefixed)
         self._encode_module, self._step_module = encode, step
-        self._record = record and device.type == "cuda"
+        self.ahead = device.type == "cuda"
+        self._record = record and self.ahead
+        self._aside: Any = torch.cuda.Stream(device) if self.ahead else None  # type: ignore[no-untyped-call]
+
+    def allocate(self, shapes: Shapes, settings: Settings) -> None:
+        super().allocate(shapes, settings)
+        if self._aside is not None:
+            self._aside.wait_stream(torch.cuda.current_stream(self.device))  # what loads the weights
+
+    def encode(self, pixels: npt.NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> Encoded:
+        if self._aside is None:
+            return super().encode(pixels, questions)
+        with torch.cuda.stream(self._aside):
+            encoded = super().encode(pixels, questions)
+            return replace(encoded, done=self._aside.record_event())
+
+    def admit(self, encoded: Encoded, seats: Sequence[int]) -> Tensor:
+        if encoded.done is not None:
+            steps = torch.cuda.current_stream(self.device)
+            steps.wait_event(encoded.done)
+            for each in (*encoded.seen, encoded.asked):
+                each.record_stream(steps)  # the allocator keeps it until these, too, are done with it
+        return super().admit(encoded, seats)
 
     def repeated(self, turn: Callable[[], None]) -> Callable[[], None]:
         """`turn`, or on CUDA its recording: a step is hundreds of small kernels, and one launch starts them all."""

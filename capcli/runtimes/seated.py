@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,18 @@ from capcli.decoding.settings import Settings
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Memory or prefixes `seen` and the questions `asked` of a chunk; there once `done`, a CUDA event, has happened."""
+
+    seen: Sequence[Tensor]
+    asked: Tensor
+    done: torch.cuda.Event | None = None
+
+    def ready(self) -> bool:
+        return self.done is None or bool(self.done.query())  # type: ignore[no-untyped-call]
+
+
 class Seated(ABC):
     """A runtime but for what executes the two graphs; see `capcli.decoding.loop.Runtime`.
 
@@ -25,6 +38,7 @@ class Seated(ABC):
     def __init__(self, device: torch.device, *, prefixed: bool = False) -> None:
         self.device, self.prefixed = device, prefixed
         self.lag = 1 if device.type == "cuda" else 0
+        self.ahead = False
         self._memory: list[Tensor] = []
         self._pool: list[Tensor] = []
 
@@ -66,9 +80,12 @@ class Seated(ABC):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def admit(self, pixels: npt.NDArray[np.uint8], seats: Sequence[int], questions: Sequence[Sequence[int]]) -> Tensor:
+    def encode(self, pixels: npt.NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> Encoded:
         asked = torch.tensor(questions, dtype=torch.long, device=self.device)  # [E, W]
-        seen = self._encode(pixels, asked)
+        return Encoded(self._encode(pixels, asked), asked)
+
+    def admit(self, encoded: Encoded, seats: Sequence[int]) -> Tensor:
+        seen, asked = encoded.seen, encoded.asked
         if not self._pool:
             self._make_room(seen)
         at = torch.tensor(seats, device=self.device)
