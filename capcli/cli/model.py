@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from capcli.cli.sections import AutoOrNumber, SectionedOption
-from capcli.engine import is_engine
 from capcli.options import DEFAULT_MODEL
 
 option = partial(click.option, cls=SectionedOption, section="Model", show_envvar=False)
@@ -56,5 +55,7 @@ def leave_cores_to(model: str) -> None:
 
     OpenMP reads the variable when torch is imported, so this comes before; a value that is there stays.
     """
+    from capcli.engine import is_engine  # it imports NumPy
+
     if is_engine(os.path.expanduser(model)):
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
