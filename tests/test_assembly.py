@@ -314,7 +314,7 @@ def test_parts_of_a_captioners_config_will_do(tmp_path: Path) -> None:
         ),
         ({"encoder": {"hidden_size": 40}}, "the encoder table has no model_type"),
         ({"decoder": GPT2 | {"model_type": "llama"}}, "of the kind llama; supported as decoder are gpt2, bert"),
-        ({"encoder": VIT | {"hiden_size": 40}}, "the encoder table sets hiden_size; did you mean hidden_size"),
+        ({"encoder": VIT | {"hiden_size": 40}}, r"the encoder table sets hiden_size \(did you mean hidden_size\?\)"),
         ({"encoder": VIT | {"colour": 1}}, "sets colour: vit has no such setting"),
         ({"decoder": GPT2 | {"n_head": 7}}, "No gpt2 can be made from the decoder table"),
         ({"encoder": VIT | {"hidden_size": "wide"}}, "No vit can be made from the encoder table"),

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from assembling import write_json
 from PIL import Image
 from running import Ended, call
 from safetensors.torch import load_file
-from training import MACHINE, history, paint_data, recipe
+from training import DECODER, ENCODER, MACHINE, history, paint_data, recipe
 from transformers import AutoImageProcessor, AutoTokenizer, VisionEncoderDecoderModel
 
 KEPT, EVERY, STEPS = 2, 4, 16
@@ -153,6 +154,35 @@ def test_an_unknown_key_is_named(place: Path, tmp_path: Path) -> None:
     assert "learning_rat" in result.err
     assert "did you mean learning_rate?" in result.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("table", [False, True], ids=["a file", "a table"])
+def test_a_misspelt_key_of_a_config_is_named_before_data_are_read(tmp_path: Path, table: bool) -> None:
+    values = ENCODER | {"hidden_sise": 24, "colour": 1, "torch_dtype": "float32", "_name_or_path": ""}
+    config = recipe(tmp_path / "run.toml", tmp_path / "nowhere.txt", model={"encoder": values} if table else None)
+    write_json(tmp_path / "enc.json", values)
+    more = () if table else ("--encoder", tmp_path / "enc.json")
+    result = call("train", "--config", config, *more, "--out", tmp_path / "out")
+    assert result.code == 2
+    title = "the encoder table" if table else str(tmp_path / "enc.json")
+    said = "hidden_sise (did you mean hidden_size?), colour: vit has no such settings"
+    assert result.err == f"capcli: {title} sets {said}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_transformers_saved_may_hold_more_and_a_small_vocabulary_is_told(place: Path, tmp_path: Path) -> None:
+    saved = {"transformers_version": "4.10.0", "architectures": ["ViTModel"], "torch_dtype": "float32"}
+    encoder = write_json(tmp_path / "enc.json", ENCODER | saved | {"of_old": True, "layer_norm_eps": 1e-12})
+    saved = {"architectures": ["GPT2LMHeadModel"], "task_specific_params": {"text-generation": {"max_length": 50}}}
+    decoder = write_json(tmp_path / "dec.json", DECODER | saved | {"_num_labels": 1})
+    config = recipe(tmp_path / "run.toml", place / "pictures" / "captions.txt", max_steps=1)
+    parts = ("--encoder", encoder, "--decoder", decoder, "--vocab-size", 2000)
+    result = call("train", "--config", config, *parts, "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert f"{encoder} sets of_old: vit has no such setting\n" in result.err
+    assert "no such setting" not in result.err.replace("of_old: vit has no such setting", "")
+    tokens = len(AutoTokenizer.from_pretrained(tmp_path / "out"))
+    assert f"the new tokenizer has {tokens} tokens, not the 2,000 of --vocab-size" in result.err
 
 
 def test_a_frozen_encoder_stays_as_it_was(place: Path, tmp_path: Path) -> None:

@@ -53,11 +53,12 @@ def paint_data(folder: Path, count: int = 12) -> Path:
     return folder / "captions.txt"
 
 
-def recipe(path: Path, data: Path, **train: Any) -> Path:
+def recipe(path: Path, data: Path, *, model: dict[str, Any] | None = None, **train: Any) -> Path:
     """A TOML file that trains a tiny captioner on `data`, with its own tokenizer and with dropout."""
+    parts = {"tokenizer": "new", "vocab_size": 300, "max_length": 24, "encoder": ENCODER, "decoder": DECODER}
     sections = {
         "data": {"data": str(data), "val_fraction": 0.25},
-        "model": {"tokenizer": "new", "vocab_size": 300, "max_length": 24, "encoder": ENCODER, "decoder": DECODER},
+        "model": parts | (model or {}),
         "train": BRIEF | train,
         "generation": {"max_new_tokens": 6},
     }

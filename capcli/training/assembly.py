@@ -81,6 +81,9 @@ def assemble(
     max_length = _length(decoder.title, way.room(decoder, options), options.max_length)
     own = None if options.tokenizer == NEW else _own_tokenizer(decoder)
     tokenizer = _tokenizer(options, decoder, own, captions, quiet)
+    if options.tokenizer == NEW and len(tokenizer) < options.vocab_size:
+        asked_for = f"{options.vocab_size:,} of --vocab-size"
+        notes.append(f"the new tokenizer has {len(tokenizer):,} tokens, not the {asked_for}: the captions give no more")
     specials = special_tokens(tokenizer, config_of(decoder))
     if tokenizer.pad_token_id is None:  # as GPT-2's: the folder says the same in all its files
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(specials.pad)
@@ -95,6 +98,7 @@ def assemble(
     leave_idle(model)
     if encoder.files is None:
         new["encoder"] = "the encoder has new random weights"
+    notes += [part.strange for part in (encoder, decoder, reader) if part is not None and part.strange]
     notes += [line for line in new.values() if line]
     notes += set_generation(model, specials, generation, max_length)
     return Untrained(model, tokenizer, processor, specials, spec, frozenset(new), max_length, tuple(notes))

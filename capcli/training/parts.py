@@ -31,6 +31,7 @@ from capcli.models.files import (
     weight_files,
 )
 from capcli.models.hub import find_model
+from capcli.names import printable
 from capcli.training.positions import set_positions
 
 CLASSES: Mapping[str, str] = {
@@ -53,11 +54,30 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 CROSS_ATTENTION = ("crossattention", "ln_cross_attn")
 HEADS = ("lm_head.", "cls.")
 POOLER = "pooler."
+SAVED = ("transformers_version", "architectures")  # what transformers writes into a config, and people seldom do
+# What configs of any kind may hold: transformers wrote it into all of them once, or reads it from any.
+ANY_KIND = frozenset(
+    [
+        *("add_cross_attention", "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens"),
+        *("bos_token_id", "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample"),
+        *("early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty"),
+        *("finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "is_decoder"),
+        *("length_penalty", "max_length", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups"),
+        *("num_beams", "num_labels", "num_return_sequences", "output_past", "output_scores", "pad_token_id", "prefix"),
+        *("pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "sep_token_id"),
+        *("suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder"),
+        *("tie_word_embeddings", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "typical_p"),
+        *("use_bfloat16", "use_cache", "use_return_dict"),
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What a part is made of: its kind, the values of its config, and its files where it has weights."""
+    """What a part is made of: its kind, the values of its config, and its files where it has weights.
+
+    `strange` names, for people, values that its kind does nothing with, in a config that transformers saved itself.
+    """
 
     role: str  # "encoder" or "decoder"
     title: str
@@ -65,6 +85,7 @@ class Config:
     values: Mapping[str, Any]
     files: ModelFiles | None = None
     folder: str | None = None  # where its tokenizer lies, if it has one
+    strange: str | None = None
 
     @property
     def tokenizer_files(self) -> ModelFiles:
@@ -85,13 +106,25 @@ def find_part(role: str, given: str | Mapping[str, Any], *, quiet: bool = False)
     Raises UsageError for what cannot be right, CapcliError for files that cannot be had or are of no supported kind.
     """
     if isinstance(given, Mapping):
-        return _new(role, f"the {role} table", given, None, strict=True)
+        return _new(role, f"the {role} table", given, None)
     path = os.path.expanduser(given)
-    if given.endswith(".json") and not os.path.isdir(path):
-        return _new(role, given, _read_config(path), os.path.dirname(path) or ".", strict=False)
+    if is_config(given):
+        return _new(role, given, _read_config(path), os.path.dirname(path) or ".")
     files = find_model(given, quiet=quiet, take=partial(_gather, role), option=f"--{role}")
     kind, values = _kind(role, given, files.config)
     return Config(role, given, kind, values, files, files.folder)
+
+
+def is_config(given: str | Mapping[str, Any]) -> bool:
+    """Whether an option gives a config, of which new weights are made, and no weights."""
+    return isinstance(given, Mapping) or (given.endswith(".json") and not os.path.isdir(os.path.expanduser(given)))
+
+
+def refuse_configs(given: Mapping[str, str | Mapping[str, Any] | None]) -> None:
+    """Raises what `find_part` raises of the configs among the parts that are given, by role: nothing is fetched for it."""
+    for role, part in given.items():
+        if part is not None and is_config(part):
+            find_part(role, part)
 
 
 def config_of(part: Config, **changes: Any) -> Any:
@@ -143,13 +176,16 @@ def _line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _new(role: str, title: str, values: Mapping[str, Any], folder: str | None, *, strict: bool) -> Config:
+def _new(role: str, title: str, values: Mapping[str, Any], folder: str | None) -> Config:
+    saved = any(name in values for name in SAVED)
     if values.get("model_type") == "vision-encoder-decoder" and isinstance(values.get(role), Mapping):
         values = values[role]
+        saved = saved or any(name in values for name in SAVED)
     kind, values = _kind(role, title, values)
-    if strict:
-        _refuse_unknown(title, kind, values)
-    return Config(role, title, kind, values, None, folder)
+    strange = _strange(title, kind, values)
+    if strange and not saved:
+        raise UsageError(strange)
+    return Config(role, title, kind, values, None, folder, strange)
 
 
 def _read_config(path: str) -> Mapping[str, Any]:
@@ -187,15 +223,17 @@ def _kind_of_class(architectures: object) -> str | None:
     return getattr(config, "model_type", None)
 
 
-def _refuse_unknown(title: str, kind: str, values: Collection[str]) -> None:
-    """transformers takes any name and does nothing with most: a slip of the pen would go unnoticed."""
+def _strange(title: str, kind: str, values: Collection[str]) -> str | None:
+    """transformers takes any name and does nothing with most: a slip of the pen would go unnoticed. None: there is none."""
     config = getattr(transformers, CLASSES[kind]).config_class
     known = {*config().to_dict(), *config.attribute_map}
-    for name in values:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {close[0]}?" if close else f": {kind} has no such setting"
-            raise UsageError(f"{title} sets {name}{hint}")
+    unknown = [name for name in values if name not in known | ANY_KIND and not name.startswith("_")]
+    near = {name: difflib.get_close_matches(name, known, 1) for name in unknown}
+    shown = [
+        f"{printable(name)} (did you mean {near[name][0]}?)" if near[name] else printable(name) for name in unknown
+    ]
+    such = "no such setting" if len(unknown) == 1 else "no such settings"
+    return f"{title} sets {', '.join(shown)}: {kind} has {such}" if unknown else None
 
 
 def _gather(role: str, name: str, shelf: Shelf, revision: str | None) -> ModelFiles:

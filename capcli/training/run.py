@@ -24,6 +24,7 @@ from capcli.training.making import assembled, make_trainer, refuse_unread
 from capcli.training.mixing import Mixed, shares
 from capcli.training.outcome import leave_captioner
 from capcli.training.pairs import Pairs
+from capcli.training.parts import KINDS, refuse_configs
 from capcli.training.place import EVENTS, LEFT_OUT, Place
 from capcli.training.showing import Showing, earlier_points, state_at
 from capcli.training.trainer import CaptionTrainer
@@ -44,6 +45,7 @@ def run(options: TrainOptions, place: Place) -> int:
     main = arguments.process_index == 0
     with quiet_transformers():
         if place.checkpoint is None:
+            refuse_configs({role: getattr(options.model, role.replace("-", "_")) for role in KINDS})
             refuse_unread(options, quiet=options.quiet or not main)
         data, facts = read_data(options, place, arguments)
         refuse_unvalidated(options, data)
