@@ -238,6 +238,12 @@ def no_weights(monkeypatch: pytest.MonkeyPatch):
         ("photos -o /dev/full --format jsonl", "no regular file"),
         ("photos -o c.jsonl --failures c.jsonl", "one file"),
         ("photos --sidecar-dir texts", "--sidecar"),
+        ("photos --overwrite", "--overwrite starts a file anew: name it with --out"),
+        ("photos -o - --overwrite", "name it with --out"),
+        ("photos --retry-failed", "--retry-failed tries again what failed"),
+        ("photos --retry-failed --failures f.jsonl", "name that file with --out"),
+        ("photos --retry-failed --sidecar .txt", "name that file with --out"),
+        ("photos --min-new-tokens 3 --max-new-tokens 2 -m nosuch", "--min-new-tokens is 3, which is more than --max"),
         ("photos -m ./nosuch", "No such folder: ./nosuch"),
         ("photos -m captioner --revision main", "--revision is for models on the hub"),
         ("photos -m captioner --device cuda:99", "--device cuda:99"),
@@ -634,6 +640,32 @@ def test_what_has_no_effect_is_told(captioner: Path, photos: Path):
     assert idle.code == 0
     assert "--temperature has no effect without --do-sample" in idle.err
     assert "--length-penalty has no effect with one beam" in idle.err
+
+
+def test_lengths_that_do_not_go_with_the_models_own_are_told_and_done_as_generate_does(photos: Path, tmp_path: Path):
+    model = save_captioner(tmp_path / "model", generation={"max_new_tokens": 4, "min_new_tokens": 3})
+    least = call("caption", photos / "a.png", "-m", model, "--min-new-tokens", 9)
+    assert least.code == 0
+    assert "--min-new-tokens 9 is more than the model's own max_new_tokens 4: captions are cut after 4" in least.err
+    assert [len(row["text"].split()) for row in least.rows] == [4]
+    most = call("caption", photos / "a.png", "-m", model, "--max-new-tokens", 2)
+    assert "the model's own min_new_tokens 3 is more than --max-new-tokens 2" in most.err
+    assert [len(row["text"].split()) for row in most.rows] == [2]
+    change_json(model / "generation_config.json", {"min_new_tokens": 5})
+    own = call("caption", photos / "a.png", "-m", model)
+    assert own.code == 0
+    assert "the model's own min_new_tokens 5 is more than the model's own max_new_tokens 4" in own.err
+    assert "is more than" not in call("caption", photos / "a.png", "-m", model, "--max-new-tokens", 5).err
+
+
+def test_sidecars_alone_go_on_with_a_list_of_failures(captioner: Path, tmp_path: Path):
+    photos = paint(tmp_path / "photos", "a.png")
+    (photos / "b.png").write_bytes(b"no picture")
+    command = ("caption", photos, "-m", captioner, "--sidecar", ".txt", "--failures", tmp_path / "failures.jsonl")
+    assert call(*command).code == 3
+    paint(photos, "b.png")
+    assert call(*command, "--retry-failed").code == 0
+    assert call(*command, "--overwrite").code == 0
 
 
 def test_a_checkpoint_of_several_captions_gives_them(photos: Path, tmp_path: Path):

@@ -206,17 +206,28 @@ def refuse_unknown(config: Mapping[str, Any]) -> None:
 
 
 def refuse_impossible(config: Mapping[str, Any]) -> None:
-    """Raises CapcliError for a value that no option could have: the checkpoint's are held to the same rules."""
-    held = {name: config[name] for name in GenerationOptions.__dataclass_fields__ if config.get(name) is not None}
+    """Raises CapcliError for a value that no option could have: the checkpoint's are held to the same rules.
+
+    Each by itself: of lengths that do not go together generate() takes the longest, and so does the search here.
+    """
     try:
-        GenerationOptions(**held)
+        for name in GenerationOptions.__dataclass_fields__:
+            if config.get(name) is not None:
+                GenerationOptions(**{name: config[name]})
     except UsageError as error:
         raise CapcliError(f"the model's generation_config cannot be used: {error}") from None
 
 
 def idle(given: GenerationOptions, settings: Settings) -> list[str]:
-    """What was asked for that has no effect under these settings, a line each."""
+    """What was asked for, or is the model's own, and has no effect under these settings, a line each."""
     lines = []
+    if settings.min_new_tokens > settings.max_new_tokens:
+        least, most = (
+            f"the model's own {name}" if getattr(given, name) is None else f"--{name.replace('_', '-')}"
+            for name in ("min_new_tokens", "max_new_tokens")
+        )
+        n, m = settings.min_new_tokens, settings.max_new_tokens
+        lines.append(f"{least} {n} is more than {most} {m}: captions are cut after {m} tokens")
     if not settings.do_sample:
         names = [name for name in SAMPLING if hasattr(given, name)]
         lines += [

@@ -93,7 +93,7 @@ class GenerationOptions:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
                 raise UsageError(f"{name} is {value!r}; it must be a {'whole ' if kinds is int else ''}number")
-        for name, least in (
+        for name, allowed in (
             ("num_beams", 1),
             ("max_new_tokens", 1),
             ("min_new_tokens", 0),
@@ -102,8 +102,11 @@ class GenerationOptions:
             ("num_return_sequences", 1),
         ):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise UsageError(f"{name} is {value}; it must be at least {least}")
+            if value is not None and value < allowed:
+                raise UsageError(f"{name} is {value}; it must be at least {allowed}")
+        least, most = self.min_new_tokens, self.max_new_tokens
+        if least is not None and most is not None and least > most:
+            raise UsageError(f"--min-new-tokens is {least}, which is more than --max-new-tokens, {most}")
         for name in ("repetition_penalty", "temperature"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

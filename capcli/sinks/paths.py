@@ -25,6 +25,19 @@ def format_of(options: SinkOptions) -> Format:
     raise UsageError(f"--out {printable(options.out or '')}: name it .jsonl or .csv, or say --format")
 
 
+def refuse_without_files(options: SinkOptions) -> None:
+    """Raises UsageError for what is about the files of an earlier run, where there are none.
+
+    Without captions a list of failures can be started anew, and tells a run that writes sidecars alone what failed.
+    """
+    if options.out not in (None, "-"):
+        return
+    if options.overwrite and options.failures is None:
+        raise UsageError("--overwrite starts a file anew: name it with --out")
+    if options.retry_failed and (options.failures is None or options.out == "-" or options.sidecar is None):
+        raise UsageError("--retry-failed tries again what failed on the way to a file: name that file with --out")
+
+
 @dataclass(frozen=True)
 class Paths:
     """The files of a run: captions, their receipt, failures; None where there is no such file."""
@@ -37,6 +50,7 @@ class Paths:
     def of(cls, options: SinkOptions) -> Self:
         if options.sidecar_dir is not None and options.sidecar is None:
             raise UsageError("--sidecar-dir says where sidecars go: ask for them with --sidecar")
+        refuse_without_files(options)
         if options.out in (None, "-"):
             return cls(None, None, options.failures)
         stem = os.path.splitext(options.out)[0]
