@@ -54,6 +54,10 @@ def test_prepare_and_train_take_every_recipe_and_training_reads_what_prepare_wro
     assert prepare.out in {path for data in sources(train) for path in data.data}
     assert prepare.data.val_data or prepare.data.val_names or prepare.data.val_fraction
     assert prepare.edge >= image_size(train)
+    for path in (*prepare.data.data, *prepare.data.val_data):
+        read = Path(path) if Path(path).suffix == "" else Path(path).parent
+        assert not Path(prepare.out).is_relative_to(read), "what is written lies among what is read"
+        assert not Path(train.out).is_relative_to(read)
 
 
 SIZES = {
