@@ -543,6 +543,7 @@ def test_tensorrts_reasons_are_told(tmp_path):
 
 def test_what_is_missing_is_said(monkeypatch, graphs):
     _, folder, engine = graphs("gpt2", "fused")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(CapcliError, match=r"TensorRT is missing: pip install 'capcli\[trt\]'"):
         tensorrt.build_plans(str(folder), BUCKETS, timing_cache="")
@@ -552,7 +553,7 @@ def test_what_is_missing_is_said(monkeypatch, graphs):
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.make())
     assert import_tensorrt().__version__ == "10.15.1.29"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(CapcliError, match="built on the NVIDIA GPU that they will run on, and there is none"):
+    with pytest.raises(CapcliError, match=r"no CUDA GPU here .* built on the NVIDIA GPU that they will run on"):
         tensorrt.build_plans(str(folder), BUCKETS, timing_cache="")
     with pytest.raises(CapcliError, match="holds TensorRT plans, which run on an NVIDIA GPU, and the device is cpu"):
         open_trt(str(folder), engine, torch.device("cpu"))

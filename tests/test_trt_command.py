@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,6 +129,22 @@ def test_an_engine_left_without_tensorrt_is_finished_without_its_captioner(
     again = call("export", "--trt", "--model", tmp_path / "engine", "--out", tmp_path / "other")
     assert again.code == 2
     assert "is an engine already" in again.err
+
+
+def test_a_machine_without_a_gpu_is_told_so_first_and_no_package_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    left = export(tmp_path, *SEARCH)
+    assert left.code == 1
+    told = left.err.splitlines()[-1]
+    assert told.startswith("capcli: there is no CUDA GPU here (")
+    finish = (
+        f"on a machine with an NVIDIA GPU and TensorRT, this finishes it: capcli export --trt --model {tmp_path}/engine"
+    )
+    assert told.endswith(finish)
+    assert "pip install" not in left.err
 
 
 def test_an_unfinished_engine_is_replaced_and_one_of_bfloat16_wants_the_captioner(

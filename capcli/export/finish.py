@@ -93,9 +93,10 @@ def with_plans(building: str, out: str, engine: Engine, device: torch.device, no
         left = leave_unfinished(building, out, engine)
         finish, also = f"capcli export --trt --model {shlex.quote(left)}", ""
         if engine.dtype == "bfloat16":
-            finish, also = engine.rebuild, ", and the captioner"
+            finish, also = engine.rebuild, " and the captioner"
         raise CapcliError(
-            f"{missing}. The graphs that TensorRT reads are in {left}; where both are{also}, this finishes it: {finish}"
+            f"{missing}. The graphs that TensorRT reads are in {left}; on a machine with an NVIDIA GPU and TensorRT{also}, "
+            f"this finishes it: {finish}"
         ) from missing
     version, gpu = module.__version__, trt.this_gpu(device)
     tensorrt.build_plans(

@@ -117,14 +117,15 @@ def make_buckets(batch_sizes: Iterable[int], rows: int, entries: int) -> tuple[B
 
 
 def require_tensorrt() -> Any:
-    """TensorRT's module, where plans can be built. Raises CapcliError that says what of it is missing here."""
-    tensorrt = import_tensorrt()
+    """TensorRT's module, where plans can be built. Raises CapcliError that says what of it is missing here, a GPU first."""
     import torch
 
     if not torch.cuda.is_available():
         why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
-        raise CapcliError(f"plans are built on the NVIDIA GPU that they will run on, and there is none: {why}")
-    return tensorrt
+        raise CapcliError(
+            f"there is no CUDA GPU here ({why}), and plans are built on the NVIDIA GPU that they will run on"
+        )
+    return import_tensorrt()
 
 
 def build_plans(
