@@ -235,8 +235,8 @@ def test_a_caption_is_kept_twice_when_one_file_says_it_twice(photos: Path) -> No
     [
         ("cut.json", json.dumps(COCO)[:-30], ("line 1", "cut short")),
         ("cut-pretty.json", json.dumps(COCO, indent=1)[:-30], ("line", "column", "cut short")),
-        ("cut.jsonl", LINES[:-8], ("line 3", "cut short")),
-        ("no-object.jsonl", '{"image": "a.jpg", "text": "x"}\n[1]\n', ("entry 2", "no object")),
+        ("cut.jsonl", '{"image": "a.jpg", "text": "x', ("line 1", "cut short")),
+        ("no-lines.jsonl", '{"image": \n{"image": "a.jpg\n', ("line 2", "no JSON")),
         ("latin.csv", "image,caption\na.jpg,ok\na.jpg,caf\xe9\n".encode("latin-1"), ("line 3", "UTF-8")),
         (
             "latin.jsonl",
@@ -246,7 +246,6 @@ def test_a_caption_is_kept_twice_when_one_file_says_it_twice(photos: Path) -> No
         ("latin.json", json.dumps(COCO, indent=1).replace("cats", "c\xe9ts").encode("latin-1"), ("line", "UTF-8")),
         ("quote.csv", 'image,caption\na.jpg,A dog\na.jpg,"A dog\nb.png,A cat\n', ("line 3", "quote", "never closed")),
         ("wide.csv", "caption,image\nA dog, brown,a.jpg\n", ("line 2", "3 cells", "2 columns")),
-        ("token.txt", "a.jpg#0\tA dog\nA cat\n", ("line 2", "'A cat'")),
         (
             "instances.json",
             {"images": COCO["images"], "annotations": [{"image_id": 3, "bbox": []}]},
@@ -276,6 +275,39 @@ def test_a_file_that_cannot_be_read_is_one_clear_error(
     assert caught.value.exit_code == 1
     for word in (name, *words):
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("cut.jsonl", LINES[:-8], ("1 row", "line 3", "cut short")),
+        ("no-object.jsonl", '{"image": "a.jpg", "text": "x"}\n[1]\n{]\n', ("2 rows", "line 2", "no object")),
+        (
+            "first.jsonl",
+            '{"image": "b.png", \n{"image": "a.jpg", "text": "x"}\n',
+            ("1 row", "line 1, column", "no JSON"),
+        ),
+        (
+            "other.jsonl",
+            '{"image": "a.jpg", "text": "x"}\n{"foto": "b.png", "text": "y"}\n',
+            ("line 2 names no", "'foto'"),
+        ),
+        ("wide.csv", "caption,image\nx,a.jpg\nA dog, brown,b.png\n", ("1 row", "line 3", "3 cells", "2 columns")),
+        ("token.txt", "a.jpg#0\tA dog\nA cat\n", ("1 row", "line 2", "'A cat'")),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_told_and_passed_over(
+    photos: Path, name: str, content: str, words: tuple[str, ...]
+) -> None:
+    report = DataReport()
+    path = write(photos / name, content)
+    assert list(said(read(path, report=report))) == ["a.jpg"]
+    [note] = report.notes
+    assert note.startswith(words[0] if "row" in words[0] else "1 row")
+    for word in (f"of {path} cannot be read: passed over; the first: {path}: ", *words):
+        assert word in note
+    assert report.unread == int(note.split()[0])
+    assert "that cannot be read" in report.line()
 
 
 def test_what_is_not_there_is_a_usage_error(tmp_path: Path) -> None:

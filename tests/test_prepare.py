@@ -579,6 +579,30 @@ def test_an_empty_caption_costs_no_image(tmp_path: Path) -> None:
     assert "1 empty caption left out" in ran.err
 
 
+def test_a_row_that_cannot_be_read_is_told_listed_and_left_out(tmp_path: Path) -> None:
+    paint(tmp_path / "in", "a.png", "b.png")
+    data = annotate(tmp_path / "in" / "c.jsonl", {"a.png": ["x", " "], "b.png": ["y"]})
+    good = data.read_text().splitlines()
+    data.write_text("\n".join([good[0], '{"file_name": "a.png", "capt', "[1]", good[1]]))
+    ran = prepare(data, tmp_path / "out")
+    assert ran.code == 3
+    assert f"2 rows of {data} cannot be read: passed over; the first: {data}: line 2, column " in ran.err
+    assert "2 images, 2 captions" in ran.err
+    assert "1 empty caption and 2 unreadable rows left out" in ran.err
+    rows = [row for row in failures(tmp_path / "out") if row["error"] == "unreadable-row"]
+    assert [row["file_name"] for row in rows] == [str(data)] * 2
+    assert rows[1]["message"] == "line 3 is no object, but a list of int"
+    assert list(stored(tmp_path / "out")) == ["a.png", "b.png"]
+    again = prepare(data, tmp_path / "out")
+    assert (again.code, "2 unreadable rows left out" in again.err) == (3, True)
+    data.write_text("\n".join([*good, ""]))
+    assert prepare(data, tmp_path / "new").code == 0
+    data.write_text(good[0][:-9])
+    ran = prepare(data, tmp_path / "none")
+    assert (ran.code, ran.err.count("\n")) == (1, 1)
+    assert f"{data}: line 1" in ran.err
+
+
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     data, out = photos(tmp_path / "in", 600), tmp_path / "out"
     first = spawn("prepare", "--data", data, "--out", out, "--workers", 1, "--shard-size", 50)

@@ -43,11 +43,28 @@ def json_file(path: str, options: DataOptions) -> Annotations:
         entry = json.loads(first)
     except (ValueError, RecursionError):  # a document of many lines, unless it is damaged
         with readable(path), open(path, "rb") as file:
-            return _document(path, parsed(file.read(), path), options)
+            content = file.read()
+        try:
+            return _document(path, parsed(content, path), options)
+        except CapcliError:
+            entry = _second(path)
+            if not isinstance(entry, dict):
+                raise
+            alone = False
     if isinstance(entry, dict) and (not alone or _is_row(entry, options)):
         rows = partial(_json_lines, path, options)
         return Annotations(path, "JSON lines", rows, os.path.dirname(path), tuple(entry))
     return _document(path, entry, options)
+
+
+def _second(path: str) -> object:
+    """What the second line holds that is not blank; None where that is no JSON by itself."""
+    with lines(path) as stream:
+        _, line = next(filter(str.strip, stream), ""), next(filter(str.strip, stream), "")
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _is_row(entry: Object, options: DataOptions) -> bool:
@@ -172,23 +189,38 @@ def _by_name(path: str, document: Object, options: DataOptions) -> Iterator[Row]
 
 def _json_lines(path: str, options: DataOptions) -> Iterator[Row]:
     with lines(path) as stream:
-        entries = ((number, parsed(line, path, number)) for number, line in enumerate(stream, 1) if line.strip())
+        entries = ((number, _entry(line, path, number)) for number, line in enumerate(stream, 1) if line.strip())
         yield from _objects(path, entries, options)
+
+
+def _entry(line: str, path: str, number: int) -> Any:
+    """What a line holds, or the error of one that is no JSON."""
+    try:
+        return parsed(line, path, number)
+    except CapcliError as error:
+        return error
 
 
 def _objects(path: str, entries: Iterable[tuple[int, Any]], options: DataOptions) -> Iterator[Row]:
     """Rows of objects that need not have the same keys: a row of failures has no caption.
 
-    Raises CapcliError for one that names no image, and where no object at all has a caption or the split that was given.
+    One that names no image cannot be read. Raises CapcliError where no object at all has a caption or the split that was given.
     """
     layouts: dict[tuple[str, ...], Columns] = {}
     for number, entry in entries:
         if not isinstance(entry, dict):
-            raise CapcliError(f"{printable(path)}: entry {number} is no object, but {_seen(entry)}")
+            wrong = f"{printable(path)}: line {number} is no object, but {_seen(entry)}"
+            yield Row.unread(entry if isinstance(entry, CapcliError) else CapcliError(wrong))
+            continue
         keys = tuple(entry)
         columns = layouts.get(keys)
         if columns is None:
-            columns = layouts[keys] = _columns(path, keys, options)
+            try:
+                columns = layouts[keys] = _columns(path, keys, options)
+            except CapcliError as error:
+                without = f"{printable(path)}: line {number} names no image; it holds {_seen(entry)}"
+                yield Row.unread(CapcliError(without) if layouts else error)
+                continue
         yield object_row(entry, columns, path, said=options.split_column is not None)
     every = list(dict.fromkeys(key for keys in layouts for key in keys))
     if layouts and not any(columns.caption for columns in layouts.values()):

@@ -67,6 +67,9 @@ def _imagefolder(path: str, metadata: Annotations) -> Annotations:
 
     def rows() -> Iterator[Row]:
         for row in metadata.rows():
+            if row.fault is not None:
+                yield row
+                continue
             name = row.name if below == os.curdir or os.path.isabs(row.name) else f"{below}/{row.name}"
             first, slash, _ = os.path.normpath(name).partition("/")
             yield row._replace(name=name, split=row.split or (_split(first) if slash else None))

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from capcli.annotations.places import SAMPLE, Listings, Place
-from capcli.annotations.report import EMPTY, MISSING, WITHOUT, DataReport, counted
+from capcli.annotations.report import EMPTY, MISSING, UNREAD, WITHOUT, DataReport, counted
 from capcli.annotations.rows import Annotations, texts
 from capcli.annotations.tags import tag_text
 from capcli.errors import CapcliError
@@ -51,9 +51,16 @@ def gather(files: Iterable[Annotations], report: DataReport, *, by_file: bool) -
     gathered: dict[str | None, dict[Hashable, Image]] = {}
     torn: set[str] = set()
     for file in files:
-        nameless = 0
+        nameless = unread = 0
+        fault: CapcliError | None = None
+        read = False
         images = gathered.setdefault(os.path.realpath(file.path) if by_file else None, {})
         for row in file.rows():
+            if row.fault is not None:
+                unread, fault = unread + 1, fault or row.fault
+                report.add(file.path, UNREAD, str(row.fault).removeprefix(f"{printable(file.path)}: "))
+                continue
+            read = True
             if not row.name:
                 nameless += 1
                 continue
@@ -69,6 +76,14 @@ def gather(files: Iterable[Annotations], report: DataReport, *, by_file: bool) -
             image.add(file, row.split, row.captions)
             if row.tags is not None and not image.tags:
                 image.tags = tag_text(row.tags)
+        if fault is not None and not read:
+            raise fault
+        if fault is not None:
+            found = (
+                f"{counted(unread, 'row')} of {printable(file.path)} cannot be read: passed over; the first: {fault}"
+            )
+            report.notes.append(found)
+            report.fault = report.fault or fault
         if nameless:
             report.notes.append(
                 f"{counted(nameless, 'row')} of {printable(file.path)} without an image's name: passed over"

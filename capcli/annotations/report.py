@@ -13,7 +13,12 @@ from capcli.records import Annotated, Failure
 from capcli.sinks import atomic
 from capcli.sinks.failures import failure_line
 
-MISSING, EMPTY, WITHOUT = "missing", "empty-caption", "no-caption"  # any other kind is a broken image
+MISSING, EMPTY, WITHOUT, UNREAD = (
+    "missing",
+    "empty-caption",
+    "no-caption",
+    "unreadable-row",
+)  # any other kind is a broken image
 
 
 @dataclass
@@ -22,13 +27,15 @@ class DataReport:
 
     A failure's `error` is `missing` (no such file), `empty-caption` (one for each), `no-caption` (the annotations name
     the image and say nothing of it), or why the image cannot be decoded. `notes` are lines for people on what else
-    they should know, such as names in a list that the data lack.
+    they should know, such as names in a list that the data lack. A row that cannot be read is an `unreadable-row`, under the
+    name of its file; `fault` is the first one's error.
     """
 
     images: int = 0
     captions: int = 0
     failures: list[Failure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    fault: CapcliError | None = None
     written: str | None = None
 
     @property
@@ -46,9 +53,14 @@ class DataReport:
         return self._count(WITHOUT)
 
     @property
+    def unread(self) -> int:
+        """Rows that cannot be read."""
+        return self._count(UNREAD)
+
+    @property
     def broken(self) -> int:
         """Images that are there and cannot be decoded."""
-        return len(self.failures) - self.missing - self.empty_captions - self.without_captions
+        return len(self.failures) - sum(map(self._count, (MISSING, EMPTY, WITHOUT, UNREAD)))
 
     def _count(self, error: str) -> int:
         return Counter(failure.error for failure in self.failures)[error]
@@ -91,6 +103,8 @@ class DataReport:
             yield counted(self.empty_captions, "empty caption")
         if self.without_captions:
             yield f"{counted(self.without_captions, 'image')} without a caption"
+        if self.unread:
+            yield f"{counted(self.unread, 'row')} that cannot be read"
 
 
 def counted(number: int, word: str) -> str:

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from capcli.errors import CapcliError, UsageError
 from capcli.names import as_text, printable
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
     `folder` is where below the images' folder the annotations say the image is. `image` is set where they hold the image
     itself, and `identity` where something better than the name tells one image from another. `tags` is what the column of
-    tags holds.
+    tags holds. `fault` is the error of a row that cannot be read, which holds nothing else.
     """
 
     name: str
@@ -47,13 +47,24 @@ class Row(NamedTuple):
     image: Stored | None = None
     identity: Hashable = None
     tags: object = None
+    fault: CapcliError | None = None
+
+    @classmethod
+    def unread(cls, fault: CapcliError) -> Self:
+        return cls("", (), fault=fault)
+
+    def read(self) -> Self:
+        """The row itself. Raises CapcliError for one that cannot be read."""
+        if self.fault is not None:
+            raise self.fault
+        return self
 
 
 @dataclass(frozen=True, eq=False)
 class Annotations:
     """One file or folder of annotations, recognised: `format` in words, its rows, the folder its names are relative to.
 
-    `columns` are those the file has.
+    `columns` are those the file has. A row that cannot be read is among the rows where those after it can; else reading ends.
     """
 
     path: str

@@ -118,7 +118,11 @@ def _text_rows(path: str, layout: Layout) -> Iterator[Row]:
         records = _records(stream, layout, path)
         for number, cells in islice(records, int(layout.header), None):
             if len(cells) != len(names):
-                cells = _fitted(cells, layout, captions[-1], path, number)
+                try:
+                    cells = _fitted(cells, layout, captions[-1], path, number)
+                except CapcliError as error:
+                    yield Row.unread(error)
+                    continue
             name = cells[image].strip() if layout.separator == "|" else cells[image]
             if encoded is not None and cells[encoded]:
                 name = raw_name(cells[encoded], path)

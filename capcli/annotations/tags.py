@@ -63,7 +63,7 @@ class TagsBeside:
         # a file that captions nothing yet has no column of captions
         options = DataOptions(caption_column=self._field, tags_column=self._field)
         try:
-            named = [row for row in file_annotations(path, options).rows() if row.name]
+            named = [row for row in file_annotations(path, options).rows() if row.read().name]
         except UsageError:
             if any(self._known.values()):  # of something else, in a folder far above
                 return None

@@ -45,6 +45,5 @@ def _rows(path: str) -> Iterator[Row]:
             if found:
                 yield Row(found[1], (found[2],))
             elif line.strip():
-                raise CapcliError(
-                    f"{printable(path)}: line {number} is not like the others, 'name.jpg#0<tab>caption': {line.strip()[:60]!r}"
-                )
+                wrong = f"line {number} is not like the others, 'name.jpg#0<tab>caption': {line.strip()[:60]!r}"
+                yield Row.unread(CapcliError(f"{printable(path)}: {wrong}"))

@@ -134,7 +134,7 @@ def prepare(**given: Any) -> int:
     where the last one ended, and makes files anew that are damaged.
 
     \b
-    Exit codes: 0 all stored; 3 finished, with images left out; 2 wrong usage; 1 could not run;
+    Exit codes: 0 all stored; 3 finished, with images or rows left out; 2 wrong usage; 1 could not run;
     130 or 143 interrupted (the same command goes on from there).
     """
     refuse_idle_options(given)

@@ -93,7 +93,7 @@ def _captions(called: str, file: str, options: DataOptions) -> Captions:
     for part in recognise(file, options):
         captions.numbered |= part.format == RESULTS
         for row in part.rows():
-            if not row.captions:
+            if not row.read().captions:
                 continue
             kept, _ = texts(row.captions[:1])
             text = kept[0] if kept else ""
@@ -119,7 +119,11 @@ def read_references(paths: Sequence[str], given: Given, split: str | None) -> Re
     from capcli.annotations import DataReport, read_annotations
 
     def read(options: DataOptions) -> list[Annotated]:
-        return list(read_annotations(paths, options, locate=False, report=DataReport()))
+        report = DataReport()
+        images = list(read_annotations(paths, options, locate=False, report=report))
+        if report.fault is not None:  # figures of a part of the references would be taken for those of all
+            raise report.fault
+        return images
 
     found = given.reading(read)
     kept = [image for image in found if split is None or image.split == split]

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from capcli.annotations.report import EMPTY
+from capcli.annotations.report import EMPTY, UNREAD
 from capcli.errors import CapcliError, UsageError
 from capcli.names import printable
 from capcli.prepared.download import sweep
@@ -252,10 +252,9 @@ class Folder:
             splits.append(SplitFiles(name, [shard.file for shard in shards], digest))
         describe(self.path, splits, features_of(odd_names=plan.odd_names, tagged=plan.tagged))
         manifest.pop("again", None)
-        empty = sum(failure.error == EMPTY for failure in failures)
-        self._restate(
-            manifest, {"state": "finished", "images_left_out": len(failures) - empty, "empty_captions": empty}
-        )
+        empty, unread = (sum(failure.error == kind for failure in failures) for kind in (EMPTY, UNREAD))
+        left_out = {"images_left_out": len(failures) - empty - unread, "empty_captions": empty, "unread_rows": unread}
+        self._restate(manifest, {"state": "finished", **left_out})
         self.tidy()
 
     def write_failures(self, failures: Sequence[Failure]) -> None:

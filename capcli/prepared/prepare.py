@@ -268,16 +268,14 @@ def close(options: PrepareOptions, folder: Folder, manifest: Mapping[str, Any], 
     """The closing line, and the exit code."""
     total = {key: sum(split[key] for split in manifest["splits"].values()) for key in ("rows", "captions", "bytes")}
     line = f"{counted(total['rows'], 'image')}, {counted(total['captions'], 'caption')}, {total['bytes'] / 1e6:,.1f} MB"
-    left_out = [
-        counted(manifest[key], word)
-        for key, word in (("images_left_out", "image"), ("empty_captions", "empty caption"))
-        if manifest[key]
-    ]
+    kinds = {"images_left_out": "image", "empty_captions": "empty caption", "unread_rows": "unreadable row"}
+    left_out = [counted(manifest[key], word) for key, word in kinds.items() if manifest.get(key)]
     if left_out:
-        line += f"; {' and '.join(left_out)} left out ({printable(folder.failures)})"
+        told = " and ".join(filter(None, (", ".join(left_out[:-1]), left_out[-1])))
+        line += f"; {told} left out ({printable(folder.failures)})"
     line += f"; {report.rate:,.1f} images/s" if report.done else "; all there already"
     if not report.done and manifest["images_left_out"]:
         line += " (--retry-failed tries again what was left out)"
     if not options.quiet:
         say(line)
-    return 3 if manifest["images_left_out"] else 0
+    return 3 if manifest["images_left_out"] or manifest.get("unread_rows") else 0

@@ -133,6 +133,8 @@ def describe(
 ) -> None:
     """What is about to learn from what."""
     view.say(f"{data.report.line()}; {len(data.train):,} images to train on, {len(data.val):,} to validate")
+    for note in data.report.notes:
+        view.say(note)
     view.say(made.specials.line(made.tokenizer))
     for note in made.notes:
         view.say(note)
