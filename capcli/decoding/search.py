@@ -6,6 +6,7 @@ is frozen, so that its end may be read late. S slots, R rows, T new tokens at mo
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ class Independent(Search):
         if self.settings.do_sample:
             scores = scores + self.noise(scores.shape)
         tokens = scores.max(-1).indices  # [S, R], the first of several; on a CPU argmax takes several times as long
-        said = log_probabilities(logits, logits.gather(2, tokens[:, :, None]))[:, :, 0]
+        said = log_probabilities(logits, tokens[:, :, None])[:, :, 0]
         position = self.position + 1
         live = ~self.ended[:, None] & ~self.row_ended
         self.keep(
@@ -213,7 +214,7 @@ class Beams(Search):
         """`pick` where nothing is scored anew: the best of a row are the best of its logits, and only those need be scored."""
         few = min(self.candidates, logits.shape[2])
         best, token = top_few(self.constrained(logits), few)  # [S, R, few]
-        plain = log_probabilities(logits, best)
+        plain = log_probabilities(logits, token).masked_fill(best == -math.inf, -math.inf)  # what is banned
         top, index = (plain + self.score[:, :, None]).flatten(1).topk(self.candidates)
         row = index // few
         return top, plain.flatten(1).gather(1, index), row * logits.shape[2] + token.flatten(1).gather(1, index)
@@ -258,20 +259,21 @@ class Beams(Search):
         return captions(*(x[at, :n].cpu() for x in state))
 
 
-def log_probabilities(logits: Tensor, some: Tensor) -> Tensor:
-    """Of `some` [S, R, K] of the logits [S, R, V] the log-probabilities, in float32 and rounded as by `log_softmax`.
+def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Those of `tokens` [S, R, K] under logits [S, R, V], in float32 and as `log_softmax` rounds them.
 
-    On a CPU a few rows at a time, which stay in its cache.
+    On a CPU a few rows at a time, which stay in its cache; elsewhere by its one kernel, which widens what it reads.
     """
+    if logits.device.type != "cpu":
+        return logits.log_softmax(-1, dtype=torch.float32).gather(2, tokens)
     rows = logits.flatten(0, 1)
-    count = max(1, CACHED // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
     parts = []
-    for each in torch.split(rows, count):
+    for each in torch.split(rows, max(1, CACHED // rows.shape[1])):
         wide = each.float()
         peak = wide.amax(-1, keepdim=True)
         parts.append((peak, (wide - peak).exp_().sum(-1, keepdim=True).log_()))
     peak, log_sum = (torch.cat(each).view(*logits.shape[:2], 1) for each in zip(*parts, strict=True))
-    return some.float() - peak - log_sum
+    return logits.gather(2, tokens).float() - peak - log_sum
 
 
 def rows_of(state: Tensor, parent: Tensor) -> Tensor:
