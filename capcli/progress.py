@@ -71,7 +71,8 @@ class Report:
         return 3 if self.failed or self.on_record else 0
 
     def line(self) -> str:
-        old = f" ({self.on_record} failed before: --retry-failed tries them again)" if self.on_record else ""
+        them = "it" if self.on_record == 1 else "them"
+        old = f" ({self.on_record} failed before: --retry-failed tries {them} again)" if self.on_record else ""
         done = f"{self.captioned} captioned, {self.skipped} skipped, {self.failed} failed{old}"
         return f"{done}, {self.rate:.1f} images/s" if self.done else done
 

@@ -517,6 +517,7 @@ def test_a_mended_image_is_captioned_when_failures_are_tried_again(captioner: Pa
     assert "1 captioned, 7 skipped, 1 failed" in retried.err
     assert [row["file_name"] for row in lines(tmp_path / "c.failures.jsonl")] == ["c.png"]
     assert receipt(out)["counts"] == {"captions": 8, "failures": 1}
+    assert "(1 failed before: --retry-failed tries it again)" in call(*command).err
     (photos / "c.png").write_bytes(good)
     assert call(*command, "--retry-failed").code == 0
     assert not (tmp_path / "c.failures.jsonl").exists()

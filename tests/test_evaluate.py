@@ -211,6 +211,13 @@ def test_chinese_is_compared_by_characters(tmp_path: Path) -> None:
     assert figures(captions, "--references", references, "--without-java", "--tokenize", "ptb")["Bleu_1"] < 0.1
 
 
+def test_one_image_is_said_in_the_singular(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text("image,caption\na.jpg,a dog runs\n")
+    rows = save_rows(tmp_path / "c.jsonl", {"a.jpg": "a dog runs"})
+    done = call("evaluate", rows, "--references", tmp_path / "r.csv", "--without-java")
+    assert "1 image, tokens: " in done.out.decode()
+
+
 def test_the_table_is_for_people_and_intervals_are_the_seeds(files: tuple[Path, Path]) -> None:
     rows, references = files
     arguments = ("evaluate", rows, "--references", references, "--without-java", "--bootstrap", "--resamples", 50)

@@ -340,7 +340,7 @@ def test_what_tasks_lack_is_told_at_the_start(place: Path) -> None:
     assert done.code == 0, done.err
     assert "task sort is drawn 0 times in an epoch of " in done.err
     assert "nothing validates (give a [[task]] val_fraction or val_data)" in done.err
-    assert "captions and answers are longer than 4 tokens" in done.err
+    assert "answers are longer than 4 tokens" in done.err
 
 
 def test_the_folder_captions_answers_and_fills_gaps(place: Path) -> None:

@@ -217,3 +217,14 @@ def test_a_row_of_the_data_that_cannot_be_read_is_told_and_listed(tmp_path: Path
     assert f"1 row of {data} cannot be read: passed over; the first: {data}: line 2 has 5 cells" in result.err
     assert "left out: 1 row that cannot be read (" in result.err
     assert '"unreadable-row"' in (tmp_path / "out" / "data.failures.jsonl").read_text()
+
+
+def test_one_of_a_thing_is_said_in_the_singular(tmp_path: Path) -> None:
+    data = paint_data(tmp_path / "pictures", 2)
+    config = recipe(tmp_path / "run.toml", data, max_steps=1, caption_images=1)
+    result = call("train", "--config", config, "--val-fraction", 0.5, "--max-length", 15, "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert "2 images, 4 captions; 1 image to train on, 1 to validate" in result.err
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "from 2 captions of 1 image and knows little" in card
+    assert "On 1 validation image, " in card

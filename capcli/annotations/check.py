@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from capcli import pixels
-from capcli.annotations.report import DataReport, counted
+from capcli.annotations.report import DataReport
+from capcli.counts import counted
 from capcli.errors import CapcliError
 from capcli.loading import load, usable_cpus
 from capcli.names import printable

@@ -7,9 +7,10 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from capcli.annotations.places import SAMPLE, Listings, Place
-from capcli.annotations.report import EMPTY, MISSING, UNREAD, WITHOUT, DataReport, counted
+from capcli.annotations.report import EMPTY, MISSING, UNREAD, WITHOUT, DataReport
 from capcli.annotations.rows import Annotations, texts
 from capcli.annotations.tags import tag_text
+from capcli.counts import counted
 from capcli.errors import CapcliError
 from capcli.names import brief, printable
 from capcli.records import Annotated, Stored

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from capcli.counts import counted
 from capcli.errors import CapcliError
 from capcli.names import as_text, printable
 from capcli.records import Annotated, Failure
@@ -105,8 +106,3 @@ class DataReport:
             yield f"{counted(self.without_captions, 'image')} without a caption"
         if self.unread:
             yield f"{counted(self.unread, 'row')} that cannot be read"
-
-
-def counted(number: int, word: str) -> str:
-    """The number with its word, as many as it takes."""
-    return f"{number:,} {word}{'' if number == 1 else 's'}"

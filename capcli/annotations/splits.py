@@ -11,7 +11,8 @@ import numpy as np
 
 from capcli.annotations.gathering import Image, normal
 from capcli.annotations.places import Listings
-from capcli.annotations.report import DataReport, counted
+from capcli.annotations.report import DataReport
+from capcli.counts import counted
 from capcli.errors import CapcliError
 from capcli.names import brief, printable, raw_bytes
 from capcli.options import DataOptions

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from capcli.bench.contest import Told, equal_share
 from capcli.bench.stages import Stages
+from capcli.counts import counted
 from capcli.options import BenchOptions
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def profile(found: Profile) -> None:
 
 
 def contest(measured: Measured) -> None:
-    print(f"{measured.images} images, files in, rows out, medians of {len(measured.ours.rounds)} rounds in turns:")
+    images, rounds = counted(measured.images, "image"), counted(len(measured.ours.rounds), "round")
+    print(f"{images}, files in, rows out, medians of {rounds} in turns:")
     print(f"  {'':<10}{'images/s':>9}{'capcli is':>11}{'equal':>8}  {'in':<9} batch")
     ceiling = measured.profile.ceiling if measured.profile else None
     share = "" if ceiling is None else f"  {measured.ours.rate / ceiling:.0%} of the ceiling"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from capcli.counts import counted
 from capcli.errors import CapcliError, UsageError
 from capcli.options import GenerationOptions
 
@@ -124,7 +125,7 @@ class Settings:
             )
         if self.max_new_tokens < 1:
             raise UsageError(
-                f"no room for a caption: the prompt has {len(self.prompt)} tokens and the checkpoint allows "
+                f"no room for a caption: the prompt has {counted(len(self.prompt), 'token')} and the checkpoint allows "
                 f"{len(self.prompt) + self.max_new_tokens} in all; give --max-new-tokens"
             )
 

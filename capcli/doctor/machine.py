@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from capcli.counts import counted
 from capcli.doctor.asking import Answer
 from capcli.doctor.findings import Line, gibibytes
 
@@ -53,7 +54,7 @@ def look_at_cpu(torch: Answer) -> Iterator[Line]:
     total, free = memory()
     able = [name for name in ABILITIES if name in told["flags"]]
     bfloat16 = torch.get("cpu_bfloat16")
-    counted = f"{usable} cores" if usable == cores else f"{usable} of {cores} cores"
+    there = counted(cores, "core") if usable == cores else f"{usable} of {counted(cores, 'core')}"
     held = [f"{gibibytes(total)} memory" + (f", {gibibytes(free)} of it free" if free else "")] if total else []
     dtype = [] if bfloat16 is None else [f"--dtype auto computes in {'bfloat16' if bfloat16 else 'float32'}"]
     facts = {
@@ -65,7 +66,7 @@ def look_at_cpu(torch: Answer) -> Iterator[Line]:
         "memory": total,
         "memory_free": free,
     }
-    text = "; ".join([told["model"], counted, *held, *([", ".join(able)] if able else []), *dtype])
+    text = "; ".join([told["model"], there, *held, *([", ".join(able)] if able else []), *dtype])
     yield Line("CPU", "ok", text, facts=facts)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from capcli.counts import counted
 from capcli.decoding.constraints import Constraints
 from capcli.decoding.loop import IterableFeed, Job, decode
 from capcli.decoding.search import Hypothesis
@@ -59,9 +60,9 @@ class Proof:
         """One line for people."""
         captions, equal = (sum(getattr(each, name) for each in self.said) for name in ("captions", "equal"))
         ties = sum(each.ties for each in self.said)
-        tied = f" and {ties} ties" if ties else ""
+        tied = f" and {counted(ties, 'tie')}" if ties else ""
         return (
-            f"proof on {self.images} images: {equal} of {captions} captions equal to {self.against}{tied}; "
+            f"proof on {counted(self.images, 'image')}: {equal} of {counted(captions, 'caption')} equal to {self.against}{tied}; "
             f"logits within {self.logits:.1e} of their spread (bound {self.bound:.0e})"
         )
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from capcli.counts import counted
 from capcli.errors import CapcliError
 from capcli.names import as_text, is_text, printable, raw_bytes
 from capcli.options import EvaluateOptions
@@ -92,7 +93,8 @@ def table(result: Result) -> None:
     from rich.text import Text
 
     shown = Table(
-        title=f"{len(result.measured[0].scores.names):,} images, tokens: {result.tokenizer}", title_justify="left"
+        title=f"{counted(len(result.measured[0].scores.names), 'image')}, tokens: {result.tokenizer}",
+        title_justify="left",
     )
     shown.add_column("")
     columns: list[tuple[str, Mapping[str, float], Mapping[str, Interval] | None]] = [

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from capcli import __version__
+from capcli.counts import counted
 from capcli.errors import UsageError
 from capcli.names import is_text, printable
 from capcli.options import PrepareOptions
@@ -96,7 +97,7 @@ class Plan:
             images = sum(len(shard.images) for shard in shards)
             before = there.get(name, {"images": 0, "shards": []})
             if before["images"] != images:
-                lines.append(f"{name} had {before['images']} images, now {images}")
+                lines.append(f"{name} had {counted(before['images'], 'image')}, now {images}")
                 continue
             for shard, old in zip(shards, before["shards"], strict=True):
                 if shard.listed != old["listed"]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from capcli.annotations.report import MISSING, counted
+from capcli.annotations.report import MISSING
+from capcli.counts import counted
 from capcli.errors import CapcliError
 from capcli.interrupts import Interrupts
 from capcli.loading import Loading, load, usable_cpus
@@ -152,8 +153,8 @@ class Run:
             self.report.skipped = self.plan.count - sum(len(work.wanted) for work in works)
             interrupts = self.store(works, done)
             if interrupts.exit_code and len(done) < len(self.plan.shards):
-                there = self.report.skipped + self.report.done
-                self.tell(f"{there:,} of {self.plan.count:,} images are done; the same command goes on from here")
+                there, of = self.report.skipped + self.report.done, counted(self.plan.count, "image")
+                self.tell(f"{there:,} of {of} {'is' if there == 1 else 'are'} done; the same command goes on from here")
                 return interrupts.exit_code
             return self.finish(done)
         except OSError as error:

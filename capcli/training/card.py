@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
+from capcli.counts import counted
 from capcli.errors import CapcliError
 from capcli.names import as_text, printable
 from capcli.sinks import atomic
@@ -165,14 +166,15 @@ def measured_on(facts: CardFacts) -> str:
     """The validation images: all of them for the loss, and how many were captioned where these are fewer."""
     every = facts.splits["val"].images if "val" in facts.splits else None
     if facts.prompts and every is not None and facts.scores and facts.validation_images is not None:
-        return f"{every:,} validation images, with {facts.validation_images:,} answers (the loss is of all)"
+        return f"{counted(every, 'validation image')}, with {counted(facts.validation_images, 'answer')} (the loss is of all)"
     captioned = facts.validation_images if facts.scores else every
     if every is None or captioned is None or every == captioned:
         count = every if captioned is None else captioned
-        return "validation images" if count is None else f"{count:,} validation images"
+        return "validation images" if count is None else counted(count, "validation image")
     if facts.validation_loss is None:
-        return f"{captioned:,} of {every:,} validation images"
-    return f"{every:,} validation images, of which {captioned:,} were captioned (the loss is of all)"
+        return f"{captioned:,} of {counted(every, 'validation image')}"
+    some = f"{captioned:,} {'was' if captioned == 1 else 'were'} captioned"
+    return f"{counted(every, 'validation image')}, of which {some} (the loss is of all)"
 
 
 def use(facts: CardFacts) -> str:
@@ -233,8 +235,9 @@ def by_transformers(facts: CardFacts, loader: str) -> list[str]:
 def limits(facts: CardFacts) -> str:
     first = next(iter(facts.splits.values()), Split(images=0, captions=0))
     train = facts.splits.get("train", first)
+    captions, images = counted(train.captions, "caption"), counted(train.images, "image")
     return (
-        f"It has learnt to caption from {train.captions:,} captions of {train.images:,} images and knows little of what those "
+        f"It has learnt to caption from {captions} of {images} and knows little of what those "
         "do not show, so it will name things that are not there, in the tone and with the prejudices of its examples: "
         "have a person look before a wrong caption can do harm."
     )

@@ -10,6 +10,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from capcli.annotations import DataReport, Split, check_images, read_split
+from capcli.counts import counted
 from capcli.errors import CapcliError, UsageError
 from capcli.options import TrainOptions
 from capcli.progress import Progress
@@ -83,7 +84,7 @@ def read_data(options: TrainOptions, place: Place, arguments: Any) -> tuple[Data
         change = (
             "captions or names of images are others"
             if then == now
-            else f"{then[0]} images then to train on and {then[1]} to validate, {now[0]} and {now[1]} now"
+            else f"{counted(then[0], 'image')} then to train on and {then[1]} to validate, {now[0]} and {now[1]} now"
         )
         raise CapcliError(
             f"the data is no longer what {place.folder} was begun with: {change}. Bring it back, or begin another run "

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from capcli.counts import counted
 from capcli.errors import CapcliError
 from capcli.interrupts import Interrupts
 from capcli.models.build import quiet_transformers
@@ -132,7 +133,7 @@ def describe(
     options: TrainOptions, view: View, made: Untrained, data: Data, trainer: CaptionTrainer, frozen: Frozen | None
 ) -> None:
     """What is about to learn from what."""
-    view.say(f"{data.report.line()}; {len(data.train):,} images to train on, {len(data.val):,} to validate")
+    view.say(f"{data.report.line()}; {counted(len(data.train), 'image')} to train on, {len(data.val):,} to validate")
     for note in data.report.notes:
         view.say(note)
     view.say(made.specials.line(made.tokenizer))
@@ -141,10 +142,9 @@ def describe(
     if frozen:
         view.say(frozen.line())
     if cut := trainer.pairs.cut(made.specials.end):
-        what = "captions and answers" if options.task else "captions"
-        view.say(
-            f"{cut:,} {what} are longer than {made.max_length} tokens and are cut (--max-length): these teach no end"
-        )
+        what = counted(cut, "answer" if options.task else "caption")
+        longer = "is longer" if cut == 1 else "are longer"
+        view.say(f"{what} {longer} than {made.max_length} tokens and cut (--max-length): cut ones teach no end")
     for line in never_drawn(options, trainer.pairs):
         view.say(line)
     if not data.val:

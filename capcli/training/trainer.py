@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
+from capcli.counts import counted
 from capcli.errors import CapcliError
 from capcli.models.build import modules
 from capcli.models.families import family_of
@@ -161,7 +162,7 @@ class CaptionTrainer(Seq2SeqTrainer):
             self.failed(failure)
         if lost and not self._mean(float(self.meter.images - len(self.meter.lost))):
             raise CapcliError(
-                f"none of the last {len(lost):,} images could be loaded; the first was {printable(lost[0].name)}: "
+                f"none of the last {counted(len(lost), 'image')} could be loaded; the first was {printable(lost[0].name)}: "
                 f"{lost[0].message}. Bring the data back; --resume goes on from the last checkpoint"
             )
 

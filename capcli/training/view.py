@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from capcli.counts import counted
 from capcli.names import printable
 from capcli.progress import BAR_EVERY, PLAIN_EVERY, say
 from capcli.training.history import Point
@@ -96,7 +97,9 @@ class View:
             return
         self._now.evaluating = (done, total)
         self._pace.pause(self._clock())
-        self._refresh(lambda: say(f"step {self._now.step}/{self._now.total}: evaluated {done} of {total} images"))
+        self._refresh(
+            lambda: say(f"step {self._now.step}/{self._now.total}: evaluated {done} of {counted(total, 'image')}")
+        )
 
     def evaluated(self, point: Point, samples: Sequence[Sample], best: bool) -> None:
         """An evaluation is done: what it measured and said stays on the screen. `best`: none before was better."""
