@@ -160,7 +160,7 @@ class Captioner:
             )
         if settings.max_new_tokens > room:
             raise UsageError(
-                f"max_new_tokens is {settings.max_new_tokens}, but the decoder holds {self.model.positions} tokens, "
+                f"--max-new-tokens is {settings.max_new_tokens}, but the decoder holds {self.model.positions} tokens, "
                 f"prompt included: at most {room} here"
             )
         self._refuse_strange_ids(settings)

@@ -1,4 +1,4 @@
-"""The name of an image: the bytes it stands for, and how it is written where not every byte may stand."""
+"""Names: of images, the bytes they stand for and how these are written where not every byte may stand; of options."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ def printable(text: str) -> str:
 def brief(name: str) -> str:
     """The name as a message bears it: `printable`, and cut where it is longer than names are."""
     return printable(name if len(name) <= 200 else f"{name[:200]}…")
+
+
+def flag(name: str) -> str:
+    """The option by which the command line sets a field of this name."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _shown(character: str) -> str:

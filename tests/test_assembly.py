@@ -320,11 +320,11 @@ def test_parts_of_a_captioners_config_will_do(tmp_path: Path) -> None:
         ({"encoder": VIT | {"hidden_size": "wide"}}, "No vit can be made from the encoder table"),
         (
             {"decoder": GPT2 | {"n_positions": 39}},
-            "max_length is 40, but the decoder table holds 39 tokens: give max_length 39 or less",
+            "--max-length is 40, but the decoder table holds 39 tokens: give 39 or less",
         ),
         ({"decoder": BERT | {"max_position_embeddings": 9}}, "holds 9 tokens"),
-        ({"tokenizer": None}, "the decoder table has no tokenizer: give tokenizer"),
-        ({"generation": GenerationOptions(max_new_tokens=65)}, "max_new_tokens is 65, but the decoder holds 64"),
+        ({"tokenizer": None}, "the decoder table has no tokenizer: give --tokenizer"),
+        ({"generation": GenerationOptions(max_new_tokens=65)}, "--max-new-tokens is 65, but the decoder holds 64"),
         ({"generation": GenerationOptions(num_return_sequences=3)}, "3 captions per image need at least as many beams"),
         ({"encoder": "./no such folder"}, "No such folder: ./no such folder"),
         ({"decoder": "./nothing.json"}, r"Cannot read ./nothing\.json: No such file"),
@@ -339,12 +339,12 @@ def test_what_cannot_be_is_a_usage_error(options: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "encoder and decoder missing: give encoder and decoder, or model"),
-        ({"encoder": "a/b"}, "decoder missing"),
-        ({"model": "a/b", "encoder": "c/d"}, "goes without encoder"),
-        ({"model": "a/b", "tokenizer": "new"}, "goes without tokenizer"),
-        ({"model": "a/b", "max_length": 1}, "max_length is 1; it must be a whole number of at least 2"),
-        ({"model": "a/b", "vocab_size": True}, "vocab_size is True"),
+        ({}, "--encoder and --decoder missing: give --encoder and --decoder, or --model"),
+        ({"encoder": "a/b"}, "^--decoder missing"),
+        ({"model": "a/b", "encoder": "c/d"}, "goes without --encoder"),
+        ({"model": "a/b", "tokenizer": "new"}, "goes without --tokenizer"),
+        ({"model": "a/b", "max_length": 1}, "--max-length is 1; it must be a whole number of at least 2"),
+        ({"model": "a/b", "vocab_size": True}, "--vocab-size is True"),
         ({"encoder": "", "decoder": "a/b"}, "encoder is empty"),
     ],
     ids=str,
@@ -360,7 +360,7 @@ def test_captions_are_as_long_as_the_decoder_holds_unless_said(tmp_path: Path) -
         assert made.max_length == made.model.generation_config.max_new_tokens == expected
         folders.save_captioner(tmp_path / str(holds), made.model, made.tokenizer, made.processor)
         assert new(model=str(tmp_path / str(holds))).max_length == expected
-    with pytest.raises(UsageError, match=r"max_length is 40, but .* holds 39 tokens"):
+    with pytest.raises(UsageError, match=r"--max-length is 40, but .* holds 39 tokens"):
         new(model=str(tmp_path / "39"), max_length=40)
 
 

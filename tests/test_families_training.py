@@ -119,7 +119,7 @@ def test_a_search_setting_that_cannot_be_kept_is_told(untrained: Path) -> None:
     done = train(untrained, "--max-steps", 1, "--num-beams", 3)
     if "blip" in (untrained / "config.json").read_text():
         assert done.code == 2
-        assert "a blip keeps no num_beams of its own: give it to capcli caption" in done.err
+        assert "a blip keeps no --num-beams of its own: give it to capcli caption" in done.err
         return
     assert done.code == 0, done.err
     assert json.loads((untrained.parent / "out" / "generation_config.json").read_text())["num_beams"] == 3

@@ -70,7 +70,7 @@ def test_image_and_caption_share_the_positions_of_the_decoder() -> None:
     assert new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", max_length=None).max_length == 50
     assert new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", image_tokens=40, max_length=None).max_length == 24
     with pytest.raises(
-        UsageError, match="holds 64 tokens, and 40 image tokens and 0 of tags leave 24: give max_length 24"
+        UsageError, match="holds 64 tokens, and 40 image tokens and 0 of tags leave 24: give 24 or less"
     ):
         new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", image_tokens=40, max_length=25)
     with pytest.raises(UsageError, match="leave no room for words"):
@@ -82,15 +82,15 @@ def test_what_does_not_go_together_is_told() -> None:
         new(encoder=RESNET_TABLE, decoder=GPT2)
     with pytest.raises(UsageError, match="before the words of a gpt2 only"):
         new(encoder=RESNET_TABLE, decoder=BERT, join="prefix")
-    with pytest.raises(UsageError, match="image_tokens are of an image that stands before"):
+    with pytest.raises(UsageError, match="--image-tokens are of an image that stands before"):
         ModelOptions(encoder="vit", decoder="gpt2", image_tokens=4)
-    with pytest.raises(UsageError, match="goes without join"):
+    with pytest.raises(UsageError, match="goes without --join"):
         ModelOptions(model="it", join="prefix")
     assert ModelOptions(decoder="gpt2", join="prefix").encoder == "microsoft/resnet-101"
     data, tagged = DataOptions(data=("a.csv",)), DataOptions(data=("a.csv",), tags_column="tags")
-    with pytest.raises(UsageError, match="give join prefix too"):
+    with pytest.raises(UsageError, match="give --join prefix too"):
         TrainOptions(tagged, ModelOptions(encoder="vit", decoder="gpt2"), "out")
-    with pytest.raises(UsageError, match="give tags_column"):
+    with pytest.raises(UsageError, match="give --tags-column"):
         TrainOptions(data, ModelOptions(decoder="gpt2", join="prefix", tag_tokens=4), "out")
 
 

@@ -399,8 +399,8 @@ def test_tasks_that_do_not_go_together_are_told(place: Path) -> None:
     path.write_text(path.read_text().replace('name = "say"', 'name = "say"\nkind = "masked"'))
     assert "no task is to caption" in call("train", "--config", path, "--out", place / "out").err
     for flags, words in (
-        (("--val-fraction", 0.1), "val_fraction is given for the whole run"),
-        (("--label-template", "{label}"), "label_template is given for the whole run"),
+        (("--val-fraction", 0.1), "--val-fraction is given for the whole run"),
+        (("--label-template", "{label}"), "--label-template is given for the whole run"),
         (("--train-limit", 3), "put it into each [[task]] it is of"),
         (("--tags-column", "tags"), "tasks read no tags: leave it out"),
     ):

@@ -527,5 +527,6 @@ def test_wrong_usage_is_told_before_anything_is_loaded(tmp_path: Path, arguments
     wrong = ("train", "--data", "captions.txt", "--out", tmp_path / "out", *arguments)
     result = subprocess.run([sys.executable, "-c", code, *map(str, wrong)], capture_output=True, text=True, check=False)
     assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("capcli: --"), "an option is called as it is typed"
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from capcli.errors import UsageError
+from capcli.names import flag
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +38,13 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
-            raise UsageError(f"val_fraction is {self.val_fraction}; it must be between 0 and 1")
+            raise UsageError(f"--val-fraction is {self.val_fraction}; it must be between 0 and 1")
         if self.label_template is not None and "{label}" not in self.label_template:
-            raise UsageError(f"label_template is {self.label_template!r}; it must hold {{label}}, the folder's name")
+            raise UsageError(f"--label-template is {self.label_template!r}; it must hold {{label}}, the folder's name")
         ways = [name for name in ("val_data", "val_names", "val_fraction") if getattr(self, name)]
         if len(ways) > 1:
-            raise UsageError(f"{' and '.join(ways)} each say what validates: give one of them")
+            raise UsageError(f"{' and '.join(map(flag, ways))} each say what validates: give one of them")
         for name in ("val_limit", "train_limit"):
             value = getattr(self, name)
             if value is not None and (value <= 0 or (value > 1 and value != int(value))):
-                raise UsageError(f"{name} is {value}; it must be a number of images, or a share of them below 1")
+                raise UsageError(f"{flag(name)} is {value}; it must be a number of images, or a share of them below 1")

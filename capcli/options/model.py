@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from capcli.errors import UsageError
+from capcli.names import flag
 
 NEW = "new"  # the tokenizer that is trained on the captions
 IMAGE_TOKENS = 10  # of a prefix
@@ -51,26 +52,29 @@ class ModelOptions:
         names = (*PARTS, "tokenizer", "join", "image_tokens", "tag_tokens")
         parts = [name for name in names if getattr(self, name) is not None]
         if self.model is not None and parts:
+            without = " and ".join(map(flag, parts))
             raise UsageError(
-                f"model is a whole captioner and goes without {' and '.join(parts)}: give either model, or encoder and decoder"
+                f"--model is a whole captioner and goes without {without}: give either it, or --encoder and --decoder"
             )
         if self.join not in (None, "cross", "prefix"):
-            raise UsageError(f"join is {self.join!r}; it must be cross or prefix")
+            raise UsageError(f"--join is {self.join!r}; it must be cross or prefix")
         if self.join != "prefix" and (beside := [name for name in parts if name.endswith("_tokens")]):
-            raise UsageError(f"{beside[0]} are of an image that stands before the words: give join prefix too")
+            raise UsageError(f"{flag(beside[0])} are of an image that stands before the words: give --join prefix too")
         if self.join == "prefix" and self.encoder is None:
             object.__setattr__(self, "encoder", PREFIX_ENCODER)
         if self.model is None and (self.encoder is None or self.decoder is None):
-            lacks = " and ".join(name for name in ("encoder", "decoder") if getattr(self, name) is None)
-            raise UsageError(f"{lacks} missing: give encoder and decoder, or model, a captioner to go on from")
+            lacks = " and ".join(flag(name) for name in ("encoder", "decoder") if getattr(self, name) is None)
+            raise UsageError(f"{lacks} missing: give --encoder and --decoder, or --model, a captioner to go on from")
         if self.model is not None and self.extra_tokens:
-            raise UsageError("extra_tokens are of a new captioner, and model is a whole one: give encoder and decoder")
+            raise UsageError(
+                "--extra-tokens are of a new captioner, and --model is a whole one: give --encoder and --decoder"
+            )
         for name in ("model", *PARTS, "tokenizer"):
             if getattr(self, name) == "":
-                raise UsageError(f"{name} is empty; it must name a folder or a model on the hub")
+                raise UsageError(f"{flag(name)} is empty; it must name a folder or a model on the hub")
         for name, least in LEASTS.items():
             value = getattr(self, name)
             if value is None and name != "vocab_size":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+                raise UsageError(f"{flag(name)} is {value!r}; it must be a whole number of at least {least}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from capcli.errors import UsageError
+from capcli.names import flag
 from capcli.options.caption import DECODE_TIMEOUT, MAX_PIXELS, GenerationOptions
 from capcli.options.data import DataOptions
 from capcli.options.model import ModelOptions
@@ -82,22 +83,22 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         if self.unfreeze_after is not None and self.freeze == "none":
-            raise UsageError("unfreeze_after has nothing to unfreeze: say what to freeze")
+            raise UsageError("--unfreeze-after has nothing to unfreeze: say what with --freeze")
         if self.resume and self.overwrite:
-            raise UsageError("resume goes on with a run and overwrite throws it away: give one of them")
+            raise UsageError("--resume goes on with a run and --overwrite throws it away: give one of them")
         if self.select == "cider" and not self.caption_images:
-            raise UsageError("select is cider, of captions, and caption_images is 0: no captions would be made")
+            raise UsageError("--select is cider, of captions, and --caption-images is 0: no captions would be made")
         refuse_data(self.data, self.task)
         if self.select == "cider" and self.task and all(task.kind != "caption" for task in self.task):
-            raise UsageError("select is cider, of captions, and no task is to caption: select by loss")
+            raise UsageError("--select is cider, of captions, and no task is to caption: select by loss")
         for name, (allowed, words) in NUMBERS.items():
             value = self.data.seed if name == "seed" else getattr(self, name)
             if not (math.isfinite(value) and allowed(value)):
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be {words}")
+                raise UsageError(f"{flag(name)} is {value}; it must be {words}")
         if self.data.tags_column is not None and self.model.model is None and self.model.join != "prefix":
-            raise UsageError("tags_column names words that stand between image and caption: give join prefix too")
+            raise UsageError("--tags-column names words that stand between image and caption: give --join prefix too")
         if self.data.tags_column is None and self.model.tag_tokens:
-            raise UsageError("tag_tokens is room for words on an image: give tags_column, which holds them")
+            raise UsageError("--tag-tokens is room for words on an image: give --tags-column, which holds them")
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise UsageError(f"--warmup is {self.warmup}; it must be whole steps, or below 1 a share of them")
 
@@ -113,6 +114,8 @@ def refuse_data(data: DataOptions, tasks: tuple[TaskOptions, ...]) -> None:
         where = (
             "tasks read no tags: leave it out" if beside[0] == "tags_column" else "put it into each [[task]] it is of"
         )
-        raise UsageError(f"{beside[0]} is given for the whole run, and tasks read their data each its own way: {where}")
+        raise UsageError(
+            f"{flag(beside[0])} is given for the whole run, and tasks read their data each its own way: {where}"
+        )
     if len({task.name for task in tasks}) < len(tasks):
         raise UsageError("two tasks have one name: give each its own")

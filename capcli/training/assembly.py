@@ -133,7 +133,7 @@ def _specials_in_force(generation: dict[str, Any], tokenizer: Any, config: Any) 
 
 def _given(part: Any) -> Any:
     if part is None:  # which ModelOptions refuses
-        raise UsageError("give encoder and decoder, or model")
+        raise UsageError("give --encoder and --decoder, or --model")
     return part
 
 
@@ -182,9 +182,7 @@ def _length(title: str, holds: int, max_length: int | None) -> int:
     if max_length is None:
         return min(DEFAULT_LENGTH, holds)
     if max_length > holds:
-        raise UsageError(
-            f"max_length is {max_length}, but {title} holds {holds} tokens: give max_length {holds} or less"
-        )
+        raise UsageError(f"--max-length is {max_length}, but {title} holds {holds} tokens: give {holds} or less")
     return max_length
 
 
@@ -201,8 +199,8 @@ def _reads_others(reader: Config, tokenizer: Any, decoder: Config, *, foreign: b
     others = is_foreign(tokenizer, _own_tokenizer(reader), config_of(reader).vocab_size)
     if others and not foreign:
         raise UsageError(
-            f"question_encoder {reader.title} has another vocabulary than {decoder.title}: give one that shares it, or tokenizer "
-            f"{NEW}, with which both get new embeddings"
+            f"--question-encoder {reader.title} has another vocabulary than {decoder.title}: give one that shares it, or "
+            f"--tokenizer {NEW}, with which both get new embeddings"
         )
     return others
 
@@ -215,7 +213,7 @@ def _tokenizer(
     if options.tokenizer is not None:
         return load_tokenizer(options.tokenizer, quiet=quiet)
     if own is None:
-        raise UsageError(f"{decoder.title} has no tokenizer: give tokenizer, a name, a folder, or {NEW}")
+        raise UsageError(f"{decoder.title} has no tokenizer: give --tokenizer, a name, a folder, or {NEW}")
     return own
 
 

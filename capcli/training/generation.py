@@ -46,12 +46,14 @@ def set_generation(
     family = family_of(model.config.to_dict())
     in_force = family.generation(model.config.to_dict(), config.to_dict())
     if lost := [name for name, value in asked.items() if in_force.get(name) != value]:
-        raise UsageError(f"a {model.config.model_type} keeps no {lost[0]} of its own: give it to capcli caption")
+        raise UsageError(
+            f"a {model.config.model_type} keeps no --{lost[0].replace('_', '-')} of its own: give it to capcli caption"
+        )
     settings = resolve(in_force, GenerationOptions())
     holds = family.Step(model).positions
     if settings.max_new_tokens > holds:
         raise UsageError(
-            f"max_new_tokens is {settings.max_new_tokens}, but the decoder holds {holds} tokens: give {holds} or less"
+            f"--max-new-tokens is {settings.max_new_tokens}, but the decoder holds {holds} tokens: give {holds} or less"
         )
     for name in (*(() if settings.do_sample else SAMPLING), *(BEAM_SEARCH if settings.num_beams == 1 else ())):
         if hasattr(config, name):

@@ -27,8 +27,8 @@ def room(decoder: Config, options: ModelOptions) -> int:
     left = holds - image - tags
     if options.max_length is not None and options.max_length > left:
         raise UsageError(
-            f"max_length is {options.max_length}, but {decoder.title} holds {holds} tokens, and {image} image tokens and {tags} "
-            f"of tags leave {left}: give max_length {left} or less, or fewer of those"
+            f"--max-length is {options.max_length}, but {decoder.title} holds {holds} tokens, and {image} image tokens and "
+            f"{tags} of tags leave {left}: give {left} or less, or fewer of those"
         )
     return left
 

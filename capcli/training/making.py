@@ -55,11 +55,13 @@ def refuse_unread(options: TrainOptions, *, quiet: bool) -> None:
     """Raises UsageError for tags that the captioner would not read; of one that is gone on from its config.json says so."""
     column, model = options.data.tags_column, options.model.model
     if column is not None and options.model.tag_tokens == 0:
-        raise UsageError(f"tags_column is {column}, but tag_tokens is 0, which leaves no room for tags: leave one out")
+        raise UsageError(
+            f"--tags-column is {column}, but --tag-tokens is 0, which leaves no room for tags: leave one out"
+        )
     if column is None or model is None:
         return
     if not tag_room(find_model(model, quiet=quiet).config):
-        raise UsageError(f"tags_column is {column}, but {model} reads no tags: leave it out")
+        raise UsageError(f"--tags-column is {column}, but {model} reads no tags: leave it out")
 
 
 def make_trainer(
