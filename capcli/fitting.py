@@ -21,14 +21,18 @@ def damages(folder: str, engine: Engine) -> Iterator[str]:
         yield f"{ENGINE} names no version of {package.title}"
     for name in sorted({*run_files(engine)} - {*engine.files}):
         yield f"{ENGINE} does not name {name}"
-    for name in setting_files(there):
-        if name not in engine.files and name != GENERATION:
-            yield f"{name} was put into it (take it out)"
+    yield from (f"{name} was put into it (take it out)" for name in strangers(folder, engine))
     for name, digest in engine.files.items():
         if name not in there:
             yield f"it lacks {name}"
         elif file_hash(os.path.join(folder, name)) != digest:
             yield f"{name} is not the file that was built and proved (its hash differs from {ENGINE}'s)"
+
+
+def strangers(folder: str, engine: Engine) -> list[str]:
+    """Files that would be read, and that the engine was not built with."""
+    there = setting_files(shelf_of(folder).names)
+    return [name for name in there if name not in engine.files and name != GENERATION]
 
 
 def run_files(engine: Engine) -> list[str]:
@@ -42,7 +46,8 @@ def refuse_tampered(folder: str, engine: Engine) -> None:
     """Raises CapcliError, naming the command that rebuilds it, for an engine that is not as it was built."""
     line = next(damages(folder, engine), None)
     if line is not None:
-        raise CapcliError(f"the engine {folder} is not as it was built: {line}. Build it again: {engine.rebuild}")
+        again = "" if strangers(folder, engine) else f". Build it again: {engine.rebuild}"
+        raise CapcliError(f"the engine {folder} is not as it was built: {line}{again}")
 
 
 def misfits(engine: Engine, versions: Mapping[str, str], gpu: Mapping[str, str] | None) -> list[str]:

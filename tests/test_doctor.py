@@ -493,6 +493,7 @@ def test_engines_that_fit_and_that_do_not(machine: Machine) -> None:
         assert said in lines[name]["text"]
     place = machine.engines / "older"  # not where it was built
     assert lines["older"]["fix"] == f"capcli export --onnx --model 'my captioner' --out {place} --overwrite"
+    assert lines["strange"]["fix"] == f"mv -n {machine.engines / 'strange' / 'processor_config.json'} {machine.engines}"
     assert "--force" not in lines["unfinished"]["text"]
     assert lines["plans"]["fix"] is lines["unfinished"]["fix"] is None, "there is no GPU"
 

@@ -127,7 +127,8 @@ def test_a_file_that_was_put_into_it_is_refused(exported: Path, engine: Path, na
     (engine / name).write_text('{"image_processor": {"size": {"height": 32, "width": 32}}}')
     refused = caption(exported, engine)
     assert refused.code == 1
-    assert f"{name} was put into it" in refused.err
+    assert f"{name} was put into it (take it out)" in refused.err
+    assert "capcli export" not in refused.err, "an export does not replace what is not an engine's"
 
 
 def test_nothing_but_true_is_a_proof(exported: Path, engine: Path) -> None:

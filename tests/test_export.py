@@ -194,8 +194,10 @@ def test_an_engine_that_says_something_else_is_not_kept(tmp_path: Path, monkeypa
     assert "failed its proof" in said.err
 
 
-def test_int8_captions_an_image_alike_whatever_its_neighbours(tmp_path: Path) -> None:
+def test_int8_captions_an_image_alike_whatever_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_captioner(tmp_path / "captioner", n_layer=1)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "step.onnx.data").write_text("of another engine, in which somebody stands")
     flags = ("--quantize", "int8", "--profile", "portable", "--threads", 1, "--force")
     done = call("export", "--onnx", "--model", tmp_path / "captioner", "--out", tmp_path / "engine", *flags)
     assert done.code == 0, done.err

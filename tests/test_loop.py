@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -136,6 +138,24 @@ def test_beside_steps_a_chunk_is_encoded_before_there_are_seats_and_seated_when_
     assert runtime.admitted == [[4, 4], [0, 0], [1, 1]]
     # two steps go by while the second is under way; once it sits, the third is begun, with no seat free
     assert seen[:3] == [(2, 1), (2, 1), (3, 2)]
+
+
+@pytest.mark.parametrize("slow", [None, []])
+def test_what_is_seated_is_not_kept_beside_its_seats(slow):
+    """On a device a chunk is hundreds of megabytes."""
+    runtime, chunks = FakeRuntime(slow=slow), []
+    encode = runtime.encode
+
+    def encode_watched(*given):
+        assert all(chunk() is None for chunk in chunks)
+        made = encode(*given)
+        chunks.append(weakref.ref(made))
+        return made
+
+    runtime.encode = encode_watched
+    numbers = [4, 4, 0, 0, 1, 1]
+    check(list(decode(IterableFeed(jobs_of(numbers)), runtime, settings(), Shapes(4, 2))), numbers)
+    assert len(chunks) == 3
 
 
 def test_a_chunk_waits_for_seats_for_all_of_it():

@@ -193,7 +193,7 @@ class Batch:
     def __init__(self, feed: Feed, runtime: Runtime, settings: Settings, shapes: Shapes, waiting: deque[Job]) -> None:
         self.feed, self.runtime, self.shapes, self.waiting = feed, runtime, shapes, waiting
         self.coming: list[Job] = []  # the chunk that is encoded but not seated
-        self.encoded: Encoded
+        self.encoded: Encoded | None = None
         self.question = settings.question
         self.slots: Slots[Job] = Slots(shapes.slots)
         self.search = make_search(settings, shapes.slots, runtime.device)
@@ -219,8 +219,8 @@ class Batch:
         while True:
             if not self.coming and (self.slots.free or self.runtime.ahead) and self.fetch(wait=0):
                 self.begin()
-            if self.coming and self.slots.free >= len(self.coming) and (self.encoded.ready() or not self.slots.busy):
-                self.seat()
+            if self.encoded and self.slots.free >= len(self.coming) and (self.encoded.ready() or not self.slots.busy):
+                self.seat(self.encoded)
             elif self.slots.busy:
                 break
             else:
@@ -250,10 +250,10 @@ class Batch:
             self.waiting.extend(came)
         return bool(self.waiting)
 
-    def seat(self) -> None:
-        jobs, self.coming = self.coming, []
+    def seat(self, encoded: Encoded) -> None:
+        jobs, self.coming, self.encoded = self.coming, [], None
         seats = self.slots.seat(jobs)
-        finite = self.runtime.admit(self.encoded, seats)
+        finite = self.runtime.admit(encoded, seats)
         self.search.seat(seats, [job.key for job in jobs])
         at = torch.tensor(seats, device=self.runtime.device)
         self.broken[at] = ~finite

@@ -12,7 +12,7 @@ from capcli.doctor.findings import Line, megabytes, said
 from capcli.doctor.machine import Gpu
 from capcli.engine import ENGINE, ENGINES, Engine, engines_folder, is_engine, read_engine
 from capcli.errors import CapcliError
-from capcli.fitting import damages, misfits
+from capcli.fitting import damages, misfits, strangers
 from capcli.names import as_text
 from capcli.options import DEFAULT_MODEL
 from capcli.runtimes.packages import RUNTIME
@@ -118,6 +118,10 @@ def engine_line(folder: str, here: Here) -> Line:
     if not lines and engine.passed:
         return Line(folder, "ok", text, facts=facts)
     again = engine.finish if engine.unfinished else engine.rebuild
+    if others := strangers(folder, engine):  # an export would refuse to replace a folder with files of somebody's
+        again = shlex.join(
+            ["mv", "-n", *(os.path.join(folder, name) for name in others), os.path.dirname(folder) or os.curdir]
+        )
     fix: str | None = again if package.name in here.versions else package.install
     if engine.kind == "tensorrt" and not here.gpus:
         fix = None  # plans are built where a GPU is

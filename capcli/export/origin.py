@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import onnx
 import torch
 import transformers
+from onnx.external_data_helper import set_external_data
 
 from capcli import __version__
 from capcli.decoding.settings import NO_WORD, Settings
@@ -30,6 +31,7 @@ from capcli.pixels import PixelSpec
 from capcli.runtimes.eager import Eager
 from capcli.runtimes.seated import DTYPES, Seated
 
+LARGE = 1024  # bytes from which a weight is stored beside its graph
 PROMPT = 16  # tokens of a prompt that plans have room for besides the caption
 
 
@@ -157,6 +159,9 @@ def save(graph: onnx.ModelProto, path: str) -> None:
     """A graph with its weights in one file beside it."""
     share_weights(graph)
     weights = f"{path}.data"
-    onnx.save(graph, path, save_as_external_data=True, location=os.path.basename(weights), size_threshold=1024)
+    for weight in graph.graph.initializer:  # `save_as_external_data` minds a file of that name in the working directory
+        if len(weight.raw_data) >= LARGE:
+            set_external_data(weight, os.path.basename(weights))
+    onnx.save(graph, path)
     if os.path.exists(weights):
         shutil.copymode(path, weights)  # which onnx leaves readable by its owner alone

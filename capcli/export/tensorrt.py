@@ -122,10 +122,19 @@ def require_tensorrt() -> Any:
 
     if not torch.cuda.is_available():
         why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
+        also = "" if has_tensorrt() else ", nor a TensorRT that can be imported"
         raise CapcliError(
-            f"there is no CUDA GPU here ({why}), and plans are built on the NVIDIA GPU that they will run on"
+            f"there is no CUDA GPU here ({why}){also}; plans are built on the NVIDIA GPU that they will run on"
         )
     return import_tensorrt()
+
+
+def has_tensorrt() -> bool:
+    try:
+        import_tensorrt()
+    except CapcliError:
+        return False
+    return True
 
 
 def build_plans(
