@@ -14,12 +14,8 @@ from capcli.records import Annotated, Failure
 from capcli.sinks import atomic
 from capcli.sinks.failures import failure_line
 
-MISSING, EMPTY, WITHOUT, UNREAD = (
-    "missing",
-    "empty-caption",
-    "no-caption",
-    "unreadable-row",
-)  # any other kind is a broken image
+# any other kind is a broken image
+MISSING, EMPTY, WITHOUT, UNREAD = "missing", "empty-caption", "no-caption", "unreadable-row"
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from capcli.counts import counted
 from capcli.errors import CapcliError, UsageError
+from capcli.names import flag
 from capcli.options import GenerationOptions
 
 # Fields of a generation_config that change no caption here: caches, outputs, assistants that are not there, bookkeeping.
@@ -224,19 +225,15 @@ def idle(given: GenerationOptions, settings: Settings) -> list[str]:
     lines = []
     if settings.min_new_tokens > settings.max_new_tokens:
         least, most = (
-            f"the model's own {name}" if getattr(given, name) is None else f"--{name.replace('_', '-')}"
+            f"the model's own {name}" if getattr(given, name) is None else flag(name)
             for name in ("min_new_tokens", "max_new_tokens")
         )
         n, m = settings.min_new_tokens, settings.max_new_tokens
         lines.append(f"{least} {n} is more than {most} {m}: captions are cut after {m} tokens")
     if not settings.do_sample:
         names = [name for name in SAMPLING if hasattr(given, name)]
-        lines += [
-            f"--{n.replace('_', '-')} has no effect without --do-sample" for n in names if getattr(given, n) is not None
-        ]
+        lines += [f"{flag(n)} has no effect without --do-sample" for n in names if getattr(given, n) is not None]
     if settings.num_beams == 1:
         names = list(BEAM_SEARCH)
-        lines += [
-            f"--{n.replace('_', '-')} has no effect with one beam" for n in names if getattr(given, n) is not None
-        ]
+        lines += [f"{flag(n)} has no effect with one beam" for n in names if getattr(given, n) is not None]
     return lines

@@ -19,9 +19,7 @@ class Slots(Generic[Item]):
     def __init__(self, count: int) -> None:
         self.count = count
         self.now = 0
-        self._free = list(
-            range(count)
-        )  # a heap: the lowest seat first, so that where images sit hangs on when they come alone
+        self._free = list(range(count))  # a heap, lowest first: where images sit hangs on when they come alone
         self._seated: dict[int, tuple[Item, int]] = {}
 
     @property

@@ -18,6 +18,7 @@ from capcli.export.place import copy, is_unfinished, put_in_place, written
 from capcli.fitting import refuse_tampered
 from capcli.models.build import own_generation
 from capcli.models.files import GENERATION, ModelFiles
+from capcli.names import flag
 from capcli.options import ExportOptions
 from capcli.runtimes import trt
 from capcli.runtimes.seated import Seated
@@ -75,8 +76,9 @@ def refuse_other(options: ExportOptions, engine: Engine, generation: dict[str, A
     for name, own in left.items():
         asked = getattr(options, name)
         if asked not in (own, getattr(ExportOptions("tensorrt"), name)):
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag}: {options.model} was left to be built for {own}; leave it out, or {CAPTIONER}")
+            raise UsageError(
+                f"{flag(name)}: {options.model} was left to be built for {own}; leave it out, or {CAPTIONER}"
+            )
 
 
 def with_plans(building: str, out: str, engine: Engine, device: torch.device, note: Callable[[str], None]) -> Engine:

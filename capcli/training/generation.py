@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from capcli.decoding.settings import BEAM_SEARCH, SAMPLING, idle, resolve
 from capcli.errors import UsageError
 from capcli.models.families import family_of
+from capcli.names import flag
 from capcli.options import GenerationOptions
 from capcli.training.vocabulary import SpecialTokens
 
@@ -46,9 +47,7 @@ def set_generation(
     family = family_of(model.config.to_dict())
     in_force = family.generation(model.config.to_dict(), config.to_dict())
     if lost := [name for name, value in asked.items() if in_force.get(name) != value]:
-        raise UsageError(
-            f"a {model.config.model_type} keeps no --{lost[0].replace('_', '-')} of its own: give it to capcli caption"
-        )
+        raise UsageError(f"a {model.config.model_type} keeps no {flag(lost[0])} of its own: give it to capcli caption")
     settings = resolve(in_force, GenerationOptions())
     holds = family.Step(model).positions
     if settings.max_new_tokens > holds:
