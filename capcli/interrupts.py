@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -15,6 +16,7 @@ class Interrupts:
     """While entered, the first SIGINT or SIGTERM only sets `signal`, which is told; a second ends the program.
 
     A launcher may pass on what the process has heard itself: within `grace` seconds of the first there is no second.
+    Outside the main thread, where Python hears no signals, it does nothing.
     """
 
     def __init__(self, *, quiet: bool, grace: float = 0.0) -> None:
@@ -32,7 +34,8 @@ class Interrupts:
         return 0 if self.signal is None else 128 + self.signal
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        for number in heard:
             self._before[number] = signal.signal(number, self._heed)
         return self
 

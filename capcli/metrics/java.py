@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from capcli.errors import CapcliError
+from capcli.interrupts import Interrupts
 from capcli.metrics.ptb import PUNCTUATION
 from capcli.metrics.tokens import one_line
 
@@ -47,12 +48,17 @@ def package_folder(name: str) -> str:
 
 
 def start(command: Sequence[str], folder: str, errors: int) -> subprocess.Popen[bytes]:
-    try:
-        return subprocess.Popen(
-            [java(), *OPTIONS, *command], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
-        )
-    except OSError as error:
-        raise CapcliError(f"Java cannot be started: {error.strerror or error}. {GET_JAVA}") from error
+    program, pipe = [java(), *OPTIONS, *command], subprocess.PIPE
+    # An exception between the fork and the assignment would leave a Java behind that nobody knows.
+    with Interrupts(quiet=True) as interrupts:
+        try:
+            process = subprocess.Popen(program, cwd=folder, stdin=pipe, stdout=pipe, stderr=errors)
+        except OSError as error:
+            raise CapcliError(f"Java cannot be started: {error.strerror or error}. {GET_JAVA}") from error
+    if interrupts.asked():
+        end(process)
+        raise SystemExit(interrupts.exit_code)
+    return process
 
 
 def tokenize(texts: Sequence[str]) -> list[str]:
