@@ -9,6 +9,7 @@ for caption in captioner.caption(["beach.jpg", "dog.png"], num_beams=4):
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import deque
@@ -25,8 +26,9 @@ from PIL import Image
 from capcli import pixels
 from capcli.annotations.tags import tag_text
 from capcli.decoding import noise
+from capcli.decoding.beside import decode_beside
 from capcli.decoding.capacity import fitting_slots, paying_slots
-from capcli.decoding.loop import Done, Job, Shapes, decode_steps
+from capcli.decoding.loop import Done, Job, Shapes
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import NO_WORD, Settings, resolve
 from capcli.errors import CapcliError, ImageError, UsageError
@@ -191,17 +193,22 @@ class Captioner:
                     "generation_config of another model?"
                 )
 
-    def shapes(self, settings: Settings, count: int | None, batch_size: int | None = None) -> Shapes:
-        """Slots and chunk for `count` images; None: unknown, or more than ever fit.
+    def shapes(self, settings: Settings, count: int | None, batch_size: int | None = None, loops: int = 1) -> Shapes:
+        """Slots and chunk of each of `loops` decode loops for `count` images; None: unknown, or more than ever fit.
 
         Raises UsageError where the runtime has no such batch.
         """
         runtime = self.model.runtime
+        each = None if count is None else math.ceil(count / loops)
         if batch_size is None:
-            most = fitting_slots(runtime.device, self._bytes_per_slot(settings))
-            return runtime.shapes(paying_slots(runtime.device, settings), settings, most, count)
-        shapes = runtime.shapes(batch_size, settings)
-        return shapes if count is None or count >= batch_size else runtime.shapes(max(1, count), settings)
+            most = fitting_slots(runtime.device, self._bytes_per_slot(settings)) // loops
+            shapes = runtime.shapes(paying_slots(runtime.device, settings), settings, max(1, most), each)
+        else:
+            slots = math.ceil(batch_size / loops)
+            shapes = runtime.shapes(slots, settings)
+            if each is not None and each < slots:
+                shapes = runtime.shapes(max(1, each), settings)
+        return replace(shapes, loops=loops)
 
     def run(
         self,
@@ -222,7 +229,7 @@ class Captioner:
         """
         give = Order(deliver).put if ordered else deliver
         feed = ArrivalFeed(arrivals, partial(self._job, settings), give, stop)
-        for ended in decode_steps(feed, self.model.runtime, settings, shapes, shrunk):
+        for ended in decode_beside(feed, self.model.runtime, settings, shapes, shrunk):
             for done in ended:
                 index, loaded = done.tag
                 give(index, self.result(loaded, done, settings, before))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from capcli.captioner import Captioner
-from capcli.decoding.capacity import paying_slots
+from capcli.decoding.capacity import paying_loops, paying_slots
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings, idle, resolve
 from capcli.errors import CapcliError, UsageError
@@ -100,9 +100,14 @@ def choose_shapes(
     earlier = earlier_shapes(receipt, device, options.batch_size)
     if earlier is not None:
         return earlier, wanted
-    if source.streaming:
-        return captioner.shapes(settings, None, options.batch_size), wanted
-    most = options.batch_size or COUNTED * paying_slots(device, settings)
-    first = list(islice(wanted, most))
-    count = len(first) if len(first) < most else None
-    return captioner.shapes(settings, count, options.batch_size), chain(first, wanted)
+    first: list[Entry] = []
+    count = None
+    if not source.streaming:
+        most = options.batch_size or COUNTED * paying_slots(device, settings)
+        first = list(islice(wanted, most))
+        count = len(first) if len(first) < most else None
+    loops = 1
+    if captioner.model.runtime.apart:
+        at_a_time = min((n for n in (count, options.batch_size) if n is not None), default=None)
+        loops = paying_loops(device, torch.get_num_threads(), at_a_time)
+    return captioner.shapes(settings, count, options.batch_size, loops), chain(first, wanted)

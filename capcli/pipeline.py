@@ -133,7 +133,7 @@ class Run:
         """Goes on with fewer slots, and leaves word of it to a run that goes on from here."""
         self.shapes = shapes
         self.sink.write_receipt(with_shapes(self.receipt, shapes, self.settings))
-        warn(f"the device ran out of memory: going on with a batch size of {shapes.slots}")
+        warn(f"the device ran out of memory: going on with a batch size of {shapes.loops * shapes.slots}")
 
     def pixels(self, entries: Iterable[Entry]) -> Loading:
         """Decoder processes at work on `entries`."""

@@ -75,7 +75,8 @@ def refuse_other_settings(old: Mapping[str, Any] | None, new: Mapping[str, Any],
 
 def with_shapes(receipt: Mapping[str, Any], shapes: Shapes, settings: Settings) -> dict[str, Any]:
     """The receipt with the shapes of all tensors of the run."""
-    held = {"slots": shapes.slots, "chunk": shapes.chunk, "rows": settings.rows, "pool": settings.entries}
+    held = {"loops": shapes.loops, "slots": shapes.slots, "chunk": shapes.chunk}
+    held |= {"rows": settings.rows, "pool": settings.entries}
     return {**receipt, "shapes": held}
 
 
@@ -99,7 +100,8 @@ def earlier_shapes(old: Mapping[str, Any] | None, device: torch.device, batch_si
     if batch_size not in (None, old.get("batch_size")):
         return None
     try:
-        return Shapes(int(old["shapes"]["slots"]), int(old["shapes"]["chunk"]))
+        held = old["shapes"]
+        return Shapes(int(held["slots"]), int(held["chunk"]), int(held.get("loops", 1)))
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -61,7 +61,7 @@ def caption(options: CaptionOptions, captioner: Any, settings: Any) -> tuple[flo
         report = Report()
         shapes, wanted = choose_shapes(options, captioner, settings, wanted_entries(source, sink, report), source, None)
         Run(options, captioner, settings, shapes, sink, report, {}).caption_all(wanted, None)
-    return time.perf_counter() - began, shapes.slots
+    return time.perf_counter() - began, shapes.loops * shapes.slots
 
 
 if __name__ == "__main__":

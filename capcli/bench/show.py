@@ -59,7 +59,7 @@ def profile(found: Profile) -> None:
     print("an image, ms, each stage by itself:")
     for name, seconds in found.stages.each.items():
         print(f"  {name:<8}{seconds * 1e3:10.3f}{seconds / whole:8.1%}")
-    print(f"  {'all':<8}{whole * 1e3:10.3f}   {1 / whole:.1f} images/s in one process")
+    print(f"  {'all':<8}{whole * 1e3:10.3f}   {1 / whole:.1f} images/s one after another")
 
 
 def contest(measured: Measured) -> None:

@@ -10,6 +10,8 @@ CPU_SLOTS = (
     64  # a step reads every weight however few the slots; beyond, their memory outweighs the weights (BENCHMARKS.md)
 )
 CPU_ROWS = 256
+CPU_LOOPS = 4
+LOOP_IMAGES = 8  # for fewer, cores are better off together
 CUDA_ROWS = 1024
 CUDA_SLOTS = 256
 SHARE = 0.5  # of the memory that is free now: the weights are in it already, the rest is for activations and neighbours
@@ -20,6 +22,14 @@ def paying_slots(device: torch.device, settings: Settings) -> int:
     if device.type == "cuda":
         return max(1, min(CUDA_SLOTS, CUDA_ROWS // settings.rows))
     return max(1, min(CPU_SLOTS, CPU_ROWS // settings.rows))
+
+
+def paying_loops(device: torch.device, threads: int, images: int | None) -> int:
+    """Decode loops beside each other that pay for `images` at a time (None: as many as you like): all with as many threads."""
+    if device.type != "cpu":
+        return 1
+    most = CPU_LOOPS if images is None else min(CPU_LOOPS, images // LOOP_IMAGES)
+    return max(n for n in range(1, max(1, most) + 1) if threads % n == 0)
 
 
 def fitting_slots(device: torch.device, per_slot: int) -> int:

@@ -9,7 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, Protocol
 
@@ -27,13 +27,14 @@ LINGER = 0.05  # seconds that images which do not fill a chunk wait for company
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The fixed shapes of a run: `slots` S in the running batch, images encoded `chunk` E at a time.
+    """The fixed shapes of a run: `slots` S in the running batch, images encoded `chunk` E at a time, in `loops` of the kind.
 
     With the rows and the entries of the settings they fix every tensor of the run, so no caption depends on its neighbours.
     """
 
     slots: int
     chunk: int
+    loops: int = 1
 
     @classmethod
     def of(cls, slots: int) -> Shapes:
@@ -53,7 +54,7 @@ class Shapes:
 
     def halved(self) -> Shapes:
         slots = max(1, self.slots // 2)
-        return Shapes(slots, min(self.chunk, slots))
+        return replace(self, slots=slots, chunk=min(self.chunk, slots))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,10 @@ class Runtime(Protocol):
     device: torch.device
     lag: int  # steps after which the finished flags are read
     ahead: bool  # whether it encodes beside its steps, so that a chunk is best begun before there are seats for it
+    apart: bool  # whether others over the same weights may run beside it
+
+    def another(self) -> Runtime:
+        """One of those, with buffers of its own, for another thread."""
 
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
         """Makes room for a run; forgets any earlier one."""

@@ -73,7 +73,8 @@ def take_gelu(parent: Any, linear: str) -> bool:
 
 
 def keep_memory_mapped() -> None:
-    """Tells glibc to reuse large blocks instead of returning them: fresh pages cost more than the work done in them.
+    """Tells glibc to reuse large blocks, of all threads alike, instead of returning them: fresh pages cost more than the work
+    done in them.
 
     For the whole process, so it is for the command and not for those who import capcli. Elsewhere it does nothing.
     """
@@ -81,7 +82,8 @@ def keep_memory_mapped() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    trim_threshold, top_pad, mmap_threshold, arena_max = -1, -2, -3, -8
     mallopt(mmap_threshold, 32 << 20)
     mallopt(trim_threshold, 1 << 30)
     mallopt(top_pad, 256 << 20)
+    mallopt(arena_max, 1)

@@ -36,8 +36,12 @@ class Eager(Seated):
         super().__init__(device, prefixed=prefixed)
         self._encode_module, self._step_module = encode, step
         self.ahead = device.type == "cuda"
+        self.apart = not self.ahead
         self._record = record and self.ahead
         self._aside: Any = torch.cuda.Stream(device) if self.ahead else None  # type: ignore[no-untyped-call]
+
+    def another(self) -> Eager:
+        return Eager(self._encode_module, self._step_module, self.device, prefixed=self.prefixed, record=self._record)
 
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
         super().allocate(shapes, settings)

@@ -38,7 +38,7 @@ class Seated(ABC):
     def __init__(self, device: torch.device, *, prefixed: bool = False) -> None:
         self.device, self.prefixed = device, prefixed
         self.lag = 1 if device.type == "cuda" else 0
-        self.ahead = False
+        self.ahead = self.apart = False
         self._memory: list[Tensor] = []
         self._pool: list[Tensor] = []
 
@@ -57,6 +57,9 @@ class Seated(ABC):
         pool: Sequence[Tensor],
     ) -> Tensor:
         """tokens and position [S, Q], at [S], visible [S, Q, N] -> logits [S, Q, V]; writes into the pool."""
+
+    def another(self) -> Seated:
+        raise NotImplementedError("only where `apart`")
 
     def shapes(
         self,

@@ -1,0 +1,165 @@
+"""Several decode loops beside each other: together they do what one does, and nothing of them is left behind."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from captioners import eager, pictures, random_captioner
+from fake_runtime import FakeRuntime, Trickle, image, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis
+from hypothesis import strategies as st
+from oracle import Case
+from running import execute, paint
+from test_loop import check, jobs_of, numbers_of, portions_of, shapes_of
+
+from capcli.decoding.beside import Drawn, decode_beside
+from capcli.decoding.capacity import paying_loops
+from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
+from capcli.errors import CapcliError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    threads, own = torch.get_num_threads(), threading.active_count()
+    yield
+    assert (torch.get_num_threads(), threading.active_count()) == (threads, own)
+
+
+def captioned(feed, runtime, said, shapes, shrunk=lambda _: None):
+    return list(itertools.chain.from_iterable(decode_beside(feed, runtime, said, shapes, shrunk)))
+
+
+@hypothesis(max_examples=60, deadline=None)
+@given(numbers_of, shapes_of, portions_of, st.integers(1, 4), st.integers(0, 2), st.sampled_from([1, 3, 6]))
+def test_loops_together_give_every_image_its_own_caption_once(numbers, shapes, portions, loops, lag, most):
+    here, feed = threading.get_ident(), Trickle(jobs_of(numbers), portions)
+
+    def on_take(_wait):
+        assert threading.get_ident() == here, "the feed is the caller's"
+
+    feed.on_take = on_take
+    check(captioned(feed, FakeRuntime(lag), settings(most), replace(shapes, loops=loops)), numbers, most)
+
+
+def test_all_loops_are_at_work_at_once():
+    first_steps = threading.Barrier(3, timeout=30)  # which a loop that waited for another to end would never pass
+    runtime, stepped = FakeRuntime(), set()
+
+    def meet():
+        if threading.get_ident() not in stepped:
+            stepped.add(threading.get_ident())
+            first_steps.wait()
+
+    runtime.before_step = meet
+    check(captioned(Trickle(jobs_of(range(40))), runtime, settings(), Shapes(2, 1, loops=3)), list(range(40)))
+    assert len(stepped) == 3
+
+
+@hypothesis(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 40), max_size=25), shapes_of, st.sets(st.integers(2, 30), max_size=3))
+def test_a_loop_that_runs_out_of_memory_goes_on_with_half_the_slots(numbers, shapes, failing):
+    here, told = threading.get_ident(), []
+
+    def shrunk(fewer):
+        assert threading.get_ident() == here
+        told.append(fewer)
+
+    runtime = FakeRuntime(fails=failing.__contains__)
+    try:
+        done = captioned(Trickle(jobs_of(numbers)), runtime, settings(), replace(shapes, loops=2), shrunk)
+    except CapcliError:
+        assert any(each.shapes.slots == 1 for each in (runtime, *runtime.others))
+    else:
+        check(done, numbers)
+    assert all(each.loops == 2 and each.slots < max(2, shapes.slots) for each in told)
+
+
+def test_what_goes_wrong_in_a_loop_is_raised_where_captions_are_taken():
+    runtime = FakeRuntime()
+
+    def fail():
+        if runtime.steps == 3:
+            raise ZeroDivisionError("in a loop")
+
+    runtime.before_step = fail
+    with pytest.raises(ZeroDivisionError, match="in a loop"):
+        captioned(Trickle(jobs_of([4] * 60)), runtime, settings(), Shapes(2, 1, loops=2))
+
+
+def test_what_goes_wrong_in_the_source_stops_the_loops():
+    feed = Trickle(jobs_of([4] * 60))
+
+    def fail(_wait):
+        if feed.taken > 20:
+            raise OSError("no such folder any more")
+
+    feed.on_take = fail
+    with pytest.raises(OSError, match="any more"):
+        captioned(feed, FakeRuntime(), settings(), Shapes(2, 1, loops=2))
+
+
+def test_captions_that_nobody_takes_any_more_are_not_made():
+    feed, runtime = Trickle(jobs_of([4] * 2000)), FakeRuntime()
+    made = decode_beside(feed, runtime, settings(), Shapes(2, 2, loops=2))
+    next(done for done in made if done)
+    made.close()
+    assert feed.taken < 1000
+
+
+def test_images_that_come_late_reach_a_loop_that_waits():
+    jobs = Drawn(4)
+    heard = []
+    waiting = threading.Thread(target=lambda: heard.append(jobs.take(4, None)))
+    waiting.start()
+    jobs.put([Job(0, image(1))])
+    waiting.join(30)
+    assert [job.tag for job in heard[0]] == [0]
+    assert jobs.take(4, 0) == []
+    assert not jobs.ended
+    jobs.close()
+    assert jobs.ended
+    assert jobs.take(4, None) == []
+
+
+@pytest.mark.parametrize("case", [{}, {"num_beams": 4}, {"do_sample": True, "seed": 3}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_caption_is_the_same_to_the_bit_whichever_loop_makes_it(case, dtype):
+    model = random_captioner(dtype=dtype)
+    asked = Case({"max_new_tokens": 9, **case}).settings(model)
+    jobs = [Job(i, each, key=i) for i, each in enumerate(pictures(40))]
+    shapes = Shapes(5, 2)
+    alone = {d.tag: d.hypotheses for d in decode(IterableFeed(jobs), eager(model), asked, shapes)}
+    beside = {d.tag: d.hypotheses for d in captioned(Trickle(jobs), eager(model), asked, replace(shapes, loops=3))}
+    assert beside == alone
+    assert len({str(each) for each in alone.values()}) > 10
+
+
+def test_loops_share_the_cores_evenly_and_only_where_there_is_work_for_all():
+    assert [paying_loops(CPU, threads, None) for threads in (1, 2, 3, 4, 6, 7, 16)] == [1, 2, 3, 4, 3, 1, 4]
+    assert [paying_loops(CPU, 2, images) for images in (1, 5, 15, 16, 10**9)] == [1, 1, 1, 2, 2]
+    assert [paying_loops(CPU, 8, images) for images in (15, 16, 24, 32)] == [1, 2, 2, 4]
+    assert paying_loops(CUDA, 16, None) == 1
+
+
+def test_the_command_says_the_same_with_loops_and_goes_on_with_as_many(captioner: Path, tmp_path: Path) -> None:
+    folder = paint(tmp_path / "photos", *(f"{number}.png" for number in range(40)))
+    given = ("--model", captioner, "--device", "cpu", "--dtype", "float32", "--max-new-tokens", 8)
+    for threads in (1, 2):
+        out = tmp_path / f"{threads}.jsonl"
+        done = execute("caption", folder, *given, "--threads", threads, "--out", out)
+        assert done.code == 0, done.err
+    assert (tmp_path / "1.jsonl").read_text() == (tmp_path / "2.jsonl").read_text()
+    receipts = [json.loads((tmp_path / f"{threads}.run.json").read_text()) for threads in (1, 2)]
+    assert [each["shapes"]["loops"] for each in receipts] == [1, 2]
+    small = execute("caption", folder, *given, "--threads", 2, "--limit", 5, "--out", tmp_path / "5.jsonl")
+    assert small.code == 0
+    assert json.loads((tmp_path / "5.run.json").read_text())["shapes"]["loops"] == 1
