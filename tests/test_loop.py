@@ -172,8 +172,8 @@ def clock(monkeypatch):
     return clock
 
 
-def test_when_nothing_comes_a_partial_chunk_is_admitted_after_50_ms(clock):
-    runtime, feed = FakeRuntime(), Trickle(jobs_of([4, 9, 14]), [1, 0, 1, 0])
+def test_a_partial_chunk_is_admitted_50_ms_after_its_last_image(clock):
+    runtime, feed = FakeRuntime(), Trickle(jobs_of([4, 9, 14]), [1, 0, 1, 0, 0, 0])
     admitted = []
 
     def wait(seconds):
@@ -184,8 +184,14 @@ def test_when_nothing_comes_a_partial_chunk_is_admitted_after_50_ms(clock):
     feed.on_take = wait
     check(list(decode(feed, runtime, settings(), Shapes(4, 4))), [4, 9, 14])
     assert runtime.admitted == [[4, 9], [14]]
-    assert admitted == [pytest.approx(Clock.now + 0.05, abs=1e-3)]
-    assert feed.waits[:4] == [None, 0, 0.05, 0]  # 4 comes, then 9 within the time, and then they go
+    assert admitted == [pytest.approx(Clock.now + 0.1, abs=1e-3)]
+    assert feed.waits[:5] == [
+        None,
+        0,
+        0.05,
+        0,
+        0.05,
+    ]  # 4 comes, then 9 within the time, and after as long again they go
 
 
 def test_a_partial_chunk_is_admitted_beside_others_after_50_ms(clock):

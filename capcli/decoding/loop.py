@@ -22,7 +22,7 @@ from capcli.decoding.settings import Settings
 from capcli.decoding.slots import Slots
 from capcli.errors import CapcliError
 
-LINGER = 0.05  # seconds that images which do not fill a chunk wait for company
+LINGER = 0.05  # seconds without another image after which those that do not fill a chunk go without company
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +234,7 @@ class Batch:
     def begin(self) -> None:
         """Has those waiting encoded.
 
-        That costs a whole chunk however few are in it, so they wait for company (not for long), then for seats for all, but for
+        That costs a whole chunk however few are in it, so they wait for company while it comes, then for seats for all, but for
         those only where encoding does not hold up the steps.
         """
         most = min(self.shapes.chunk, len(self.waiting))
@@ -250,7 +250,7 @@ class Batch:
         want = self.shapes.chunk - len(self.waiting)
         if want > 0 and not self.feed.ended:
             came = self.feed.take(want, wait)
-            if came and not self.waiting:
+            if came:
                 self.since = time.monotonic()
             self.waiting.extend(came)
         return bool(self.waiting)
