@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from transformers import (
     ViTConfig,
 )
 
-from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
+from capcli.decoding.beside import decode_beside
+from capcli.decoding.loop import IterableFeed, Job, Shapes
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import Settings
 from capcli.models.attention import use_attention
@@ -174,7 +176,7 @@ def captions(
     """What capcli says of each of `images`."""
     jobs = [Job(i, image, keys[i] if keys else 0, questions[i] if questions else ()) for i, image in enumerate(images)]
     found = {}
-    for done in decode(IterableFeed(jobs), eager(model, lag), settings, shapes):
+    for done in chain.from_iterable(decode_beside(IterableFeed(jobs), eager(model, lag), settings, shapes)):
         assert done.tag not in found, "captioned twice"
         found[done.tag] = done.hypotheses
     return [found[i] for i in range(len(images))]

@@ -528,7 +528,12 @@ def test_an_engine_json_of_wrong_values_is_a_line(machine: Machine) -> None:
     for number, fields in enumerate(wrong):
         put(machine, str(number), replace(ENGINE, **fields))
     change_json(put(machine, "edited", ENGINE) / "engine.json", {"dtype": "float16"})
+    change_json(put(machine, "other command", ENGINE) / "engine.json", {"command": ["rm", "-r", "/"]})
     lines = engines(machine)
+    place = machine.engines / "edited"
+    again = f"capcli export --onnx --model 'my captioner' --out {place} --overwrite"
+    assert lines["edited"]["fix"] == f"mv {place} {place}-damaged && {again}"
+    assert "rm" not in lines.pop("other command")["fix"]
     assert [line["state"] for line in lines.values()] == ["broken"] * (len(wrong) + 1)
     assert "was edited" in lines["edited"]["text"]
 

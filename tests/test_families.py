@@ -60,6 +60,14 @@ def test_a_family_says_what_generate_says(family: str, search: str) -> None:
     agrees(model, pictures(2), case, Shapes(1, 1))
 
 
+@families
+def test_a_family_says_the_same_in_loops_beside_each_other(family: str) -> None:
+    model = random_of_family(family)
+    case = Case({"num_beams": 2, "max_new_tokens": 8})
+    asked, images = case.settings(model), pictures(30)
+    assert captions(model, images, asked, Shapes(3, 2, loops=3)) == captions(model, images, asked, Shapes(3, 2))
+
+
 @pytest.mark.parametrize("search", ["greedy", "beams", "prompt"])
 def test_tags_are_of_each_image(search: str) -> None:
     """Some have four, some none, and the empty places are hidden; what is said hangs on them."""

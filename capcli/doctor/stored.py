@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from capcli.doctor.findings import Line, megabytes, said
 from capcli.doctor.machine import Gpu
-from capcli.engine import ENGINE, ENGINES, Engine, engines_folder, is_engine, read_engine
+from capcli.engine import ENGINE, ENGINES, Engine, engines_folder, is_engine, read_engine, with_options
 from capcli.errors import CapcliError
 from capcli.fitting import damages, misfits, strangers
 from capcli.names import as_text
@@ -92,7 +93,7 @@ def look_at_engines(here: Here) -> Iterator[Line]:
             yield engine_line(folder, here)
         except Exception as error:  # engine.json may hold anything at all
             why = str(error) if isinstance(error, CapcliError) else f"{ENGINE} is damaged: {said(error)}"
-            yield Line(folder, "broken", why, rebuild_unknown(folder), {"path": as_text(folder)})
+            yield Line(folder, "broken", why, rebuild_damaged(folder), {"path": as_text(folder)})
     if not folders:
         yield Line(root, "none", "no engine; capcli export builds one", "capcli export --onnx")
 
@@ -148,10 +149,23 @@ def unfit(engine: Engine, here: Here) -> list[str]:
     return lines
 
 
-def rebuild_unknown(folder: str) -> str:
-    """The command for an engine that cannot tell what it was built from."""
+def rebuild_damaged(folder: str) -> str:
+    """The command for an engine whose engine.json cannot be trusted, by what it still tells of how it was built."""
     place, aside = shlex.quote(folder), shlex.quote(f"{folder}-damaged")
-    return f"mv {place} {aside} && capcli export --onnx --model MODEL --out {place}"
+    try:
+        again = shlex.join(told_command(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        again = f"capcli export --onnx --model MODEL --out {place}"
+    return f"mv {place} {aside} && {again}"
+
+
+def told_command(folder: str) -> Sequence[str]:
+    """The export that engine.json tells of. Raises ValueError, OSError, KeyError or TypeError where it tells of none."""
+    with open(os.path.join(folder, ENGINE), encoding="utf-8") as file:
+        command: list[str] = json.load(file)["command"]
+    if command[:2] != ["capcli", "export"]:
+        raise ValueError("no export")
+    return with_options(command, {"--out": folder})
 
 
 def size_of(folder: str) -> int:
