@@ -204,7 +204,7 @@ class Captioner:
             most = fitting_slots(runtime.device, self._bytes_per_slot(settings)) // loops
             shapes = runtime.shapes(paying_slots(runtime.device, settings), settings, max(1, most), each)
         else:
-            slots = math.ceil(batch_size / loops)
+            slots = batch_size // loops
             shapes = runtime.shapes(slots, settings)
             if each is not None and each < slots:
                 shapes = runtime.shapes(max(1, each), settings)

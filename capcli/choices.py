@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -99,7 +100,8 @@ def choose_shapes(
     device = captioner.model.runtime.device
     earlier = earlier_shapes(receipt, device, options.batch_size)
     if earlier is not None:
-        return earlier, wanted
+        # with fewer threads fewer loops, each as it was
+        return replace(earlier, loops=min(earlier.loops, torch.get_num_threads())), wanted
     first: list[Entry] = []
     count = None
     if not source.streaming:

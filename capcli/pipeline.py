@@ -131,9 +131,12 @@ class Run:
 
     def shrink(self, shapes: Shapes) -> None:
         """Goes on with fewer slots, and leaves word of it to a run that goes on from here."""
+        if shapes.slots >= self.shapes.slots:  # another loop has come to it before
+            return
         self.shapes = shapes
         self.sink.write_receipt(with_shapes(self.receipt, shapes, self.settings))
-        warn(f"the device ran out of memory: going on with a batch size of {shapes.loops * shapes.slots}")
+        where = f" in one of {shapes.loops} loops" if shapes.loops > 1 else ""
+        warn(f"the device ran out of memory: going on with a batch size of {shapes.slots}{where}")
 
     def pixels(self, entries: Iterable[Entry]) -> Loading:
         """Decoder processes at work on `entries`."""

@@ -121,11 +121,17 @@ def test_images_that_come_late_reach_a_loop_that_waits():
     waiting = threading.Thread(target=lambda: heard.append(jobs.take(4, None)))
     waiting.start()
     jobs.put([Job(0, image(1))])
-    waiting.join(30)
+    assert jobs.take(4, 0) == [], "more may come"
+    while waiting.is_alive():
+        jobs.put([])
     assert [job.tag for job in heard[0]] == [0]
-    assert jobs.take(4, 0) == []
+    jobs.put([Job(n, image(1)) for n in range(4)])
+    assert len(jobs.take(3, 0)) == 3, "enough is there"
+    assert jobs.take(3, 0) == []
     assert not jobs.ended
     jobs.close()
+    assert not jobs.ended
+    assert len(jobs.take(3, 0)) == 1
     assert jobs.ended
     assert jobs.take(4, None) == []
 
@@ -144,7 +150,17 @@ def test_a_caption_is_the_same_to_the_bit_whichever_loop_makes_it(case, dtype):
 
 
 def test_loops_share_the_cores_evenly_and_only_where_there_is_work_for_all():
-    assert [paying_loops(CPU, threads, None) for threads in (1, 2, 3, 4, 6, 7, 16)] == [1, 2, 3, 4, 3, 1, 4]
+    assert [paying_loops(CPU, threads, None) for threads in (1, 2, 3, 4, 5, 6, 7, 11, 16)] == [
+        1,
+        2,
+        3,
+        4,
+        4,
+        3,
+        3,
+        2,
+        4,
+    ]
     assert [paying_loops(CPU, 2, images) for images in (1, 5, 15, 16, 10**9)] == [1, 1, 1, 2, 2]
     assert [paying_loops(CPU, 8, images) for images in (15, 16, 24, 32)] == [1, 2, 2, 4]
     assert paying_loops(CUDA, 16, None) == 1

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ def is_prefix(part: bytes, whole: bytes) -> bool:
         (".jsonl", 3, []),
         (".csv", 2, []),
         (".jsonl", 2, ["--do-sample", "--seed", 3, "--num-return-sequences", 2]),
+        (".jsonl", 2, ["--threads", 2]),
     ],
-    ids=["json lines", "csv", "sampled"],
+    ids=["json lines", "csv", "sampled", "two loops"],
 )
 def test_killed_at_any_moment_the_same_command_completes_the_same_bytes(
     captioner: Path, photos: Path, tmp_path: Path, suffix: str, kills: int, search: list[object]
@@ -97,8 +99,9 @@ def interrupted(process: subprocess.Popen[bytes], out: Path, number: signal.Sign
     return ended(process)
 
 
-def test_an_interrupted_run_finishes_what_is_under_way(captioner: Path, photos: Path, tmp_path: Path):
-    command = ["caption", photos, "-m", captioner, "-o"]
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_interrupted_run_finishes_what_is_under_way(captioner: Path, photos: Path, tmp_path: Path, threads: int):
+    command = ["caption", photos, "-m", captioner, "--threads", threads, "-o"]
     whole = tmp_path / "whole.jsonl"
     assert call(*command, whole).code == 3
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
@@ -120,9 +123,10 @@ def test_an_interrupted_run_finishes_what_is_under_way(captioner: Path, photos: 
         assert receipt(out)["last_run"]["captioned"] == 305 - count
 
 
-def test_a_second_interrupt_leaves_at_once(captioner: Path, photos: Path, tmp_path: Path):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_second_interrupt_leaves_at_once(captioner: Path, photos: Path, tmp_path: Path, threads: int):
     out = tmp_path / "c.jsonl"
-    slow = ["--batch-size", 64, "--max-new-tokens", 50]  # much is under way at any time
+    slow = ["--batch-size", 64, "--max-new-tokens", 50, "--threads", threads]  # much is under way at any time
     process = spawn("caption", photos, "-m", captioner, *slow, "-o", out)
     wait_until(lambda: size(out) > 2000, process)
     os.killpg(process.pid, signal.SIGINT)
@@ -134,6 +138,21 @@ def test_a_second_interrupt_leaves_at_once(captioner: Path, photos: Path, tmp_pa
     assert receipt(out)["state"] == "running"
     assert call("caption", photos, "-m", captioner, *slow, "-o", out).code == 3
     assert receipt(out)["counts"] == {"captions": 305, "failures": 3}
+
+
+def test_impatient_interrupts_do_not_end_the_interpreter_under_its_loops(
+    captioner: Path, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "c.jsonl"
+    process = spawn("caption", photos, "-m", captioner, "--max-new-tokens", 50, "--threads", 2, "-o", out)
+    wait_until(lambda: size(out) > 2000, process)
+    for _ in range(20):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.01)
+    done = ended(process)
+    assert done.code in (130, -signal.SIGINT), done.err
+    assert "terminate called" not in done.err
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at processes through /proc")

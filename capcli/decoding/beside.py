@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
@@ -10,8 +12,9 @@ from typing import Self
 
 import torch
 
-from capcli.decoding.loop import Done, Feed, Job, Runtime, Shapes, decode_steps
+from capcli.decoding.loop import LINGER, Done, Feed, Job, Runtime, Shapes, decode_steps
 from capcli.decoding.settings import Settings
+from capcli.interrupts import Interrupts
 
 TURN = 0.02  # seconds for which the caller's thread waits for images, or for captions, before it looks for the other
 Said = list[Done] | Shapes | BaseException | None  # what ended, fewer slots, what went wrong, that the loop is over
@@ -53,15 +56,22 @@ class Loops:
         self.running = len(self._loops)
 
     def __enter__(self) -> Self:
-        for each in self._loops:
-            each.start()
+        try:
+            for each in self._loops:
+                each.start()
+        except RuntimeError:  # the system has no more threads
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._halted.set()
         self._jobs.close()
-        for each in self._loops:
-            each.join()
+        # An impatient Ctrl-C must not end the interpreter under threads that compute: it would abort.
+        with Interrupts(quiet=True, grace=math.inf):
+            for each in self._loops:
+                if each.ident is not None:
+                    each.join()
         torch.set_num_threads(self._threads_before)
 
     def done(self, wait: float, shrunk: Callable[[Shapes], None]) -> list[Done]:
@@ -101,11 +111,16 @@ def heard(said: SimpleQueue[Said], wait: float) -> Iterator[Said]:
 
 
 class Drawn:
-    """The feed of several loops: jobs that another thread has drawn, at most `most` ahead of them."""
+    """The feed of several loops: jobs that another thread has drawn, a chunk of them at most.
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    A loop gets as many as it asks for, or none: fewer only when no others came for LINGER seconds, or will come. So the loops
+    fill one chunk after the other, instead of one each at the same time.
+    """
+
+    def __init__(self, chunk: int) -> None:
+        self._chunk = chunk
         self._jobs: deque[Job] = deque()
+        self._since = 0.0
         self._closed = False
         self._changed = threading.Condition()
 
@@ -115,10 +130,13 @@ class Drawn:
 
     @property
     def room(self) -> int:
-        return self._most - len(self._jobs)
+        return self._chunk - len(self._jobs)
 
     def put(self, jobs: Sequence[Job]) -> None:
+        """Adds what has come, be it nothing: who waits hears that time has passed."""
         with self._changed:
+            if jobs:
+                self._since = time.monotonic()
             self._jobs.extend(jobs)
             self._changed.notify_all()
 
@@ -129,5 +147,10 @@ class Drawn:
 
     def take(self, most: int, wait: float | None) -> Sequence[Job]:
         with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._closed, wait)
+            if not self._changed.wait_for(lambda: self._due(most), wait):
+                return []
             return [self._jobs.popleft() for _ in range(min(most, len(self._jobs)))]
+
+    def _due(self, most: int) -> bool:
+        alone = bool(self._jobs) and time.monotonic() - self._since >= LINGER
+        return len(self._jobs) >= most or alone or self._closed

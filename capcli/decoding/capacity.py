@@ -6,9 +6,7 @@ import torch
 
 from capcli.decoding.settings import Settings
 
-CPU_SLOTS = (
-    64  # a step reads every weight however few the slots; beyond, their memory outweighs the weights (BENCHMARKS.md)
-)
+CPU_SLOTS = 64  # of a loop: a step reads every weight however few the slots; beyond, their memory outweighs the weights (BENCHMARKS.md)
 CPU_ROWS = 256
 CPU_LOOPS = 4
 LOOP_IMAGES = 8  # for fewer, cores are better off together
@@ -29,7 +27,8 @@ def paying_loops(device: torch.device, threads: int, images: int | None) -> int:
     if device.type != "cpu":
         return 1
     most = CPU_LOOPS if images is None else min(CPU_LOOPS, images // LOOP_IMAGES)
-    return max(n for n in range(1, max(1, most) + 1) if threads % n == 0)
+    spare = int(threads > CPU_LOOPS)  # of many cores one may be left to what decodes images
+    return max(n for n in range(1, max(1, most) + 1) if threads % n <= spare)
 
 
 def fitting_slots(device: torch.device, per_slot: int) -> int:
