@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,6 +116,17 @@ def test_captions_that_nobody_takes_any_more_are_not_made():
     next(done for done in made if done)
     made.close()
     assert feed.taken < 1000
+
+
+def test_an_interrupt_does_not_cut_the_wait_for_loops_short():
+    runtime = FakeRuntime()
+    runtime.before_step = lambda: time.sleep(0.2)  # they are in a step whenever they are told to stop
+    made = decode_beside(Trickle(jobs_of([4] * 60)), runtime, settings(), Shapes(2, 2, loops=2))
+    next(done for done in made if done)
+    impatient = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+    impatient.start()
+    made.close()
+    impatient.join()
 
 
 def test_images_that_come_late_reach_a_loop_that_waits():
