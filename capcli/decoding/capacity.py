@@ -6,7 +6,7 @@ import torch
 
 from capcli.decoding.settings import Settings
 
-CPU_SLOTS = 64  # of a loop: a step reads every weight however few the slots; beyond, their memory outweighs the weights (BENCHMARKS.md)
+CPU_SLOTS = 64  # of a loop: a step reads every weight anyway; beyond, their memory outweighs the weights
 CPU_ROWS = 256
 CPU_LOOPS = 4
 LOOP_IMAGES = 8  # for fewer, cores are better off together
