@@ -229,7 +229,7 @@ class Captioner:
         """
         give = Order(deliver).put if ordered else deliver
         feed = ArrivalFeed(arrivals, partial(self._job, settings), give, stop)
-        for ended in decode_beside(feed, self.model.runtime, settings, shapes, shrunk):
+        for ended in decode_beside(feed, self.model.runtime.beside(shapes.loops), settings, shapes, shrunk):
             for done in ended:
                 index, loaded = done.tag
                 give(index, self.result(loaded, done, settings, before))

@@ -108,8 +108,6 @@ def choose_shapes(
         most = options.batch_size or COUNTED * paying_slots(device, settings)
         first = list(islice(wanted, most))
         count = len(first) if len(first) < most else None
-    loops = 1
-    if captioner.model.runtime.apart:
-        at_a_time = min((n for n in (count, options.batch_size) if n is not None), default=None)
-        loops = paying_loops(device, torch.get_num_threads(), at_a_time)
+    at_a_time = min((n for n in (count, options.batch_size) if n is not None), default=None)
+    loops = len(captioner.model.runtime.beside(paying_loops(torch.get_num_threads(), at_a_time)))
     return captioner.shapes(settings, count, options.batch_size, loops), chain(first, wanted)

@@ -176,7 +176,9 @@ def captions(
     """What capcli says of each of `images`."""
     jobs = [Job(i, image, keys[i] if keys else 0, questions[i] if questions else ()) for i, image in enumerate(images)]
     found = {}
-    for done in chain.from_iterable(decode_beside(IterableFeed(jobs), eager(model, lag), settings, shapes)):
+    for done in chain.from_iterable(
+        decode_beside(IterableFeed(jobs), eager(model, lag).beside(shapes.loops), settings, shapes)
+    ):
         assert done.tag not in found, "captioned twice"
         found[done.tag] = done.hypotheses
     return [found[i] for i in range(len(images))]

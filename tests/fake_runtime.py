@@ -62,16 +62,10 @@ class FakeRuntime:
     ) -> None:
         self.device, self.lag, self.fails = torch.device("cpu"), lag, fails
         self.ahead, self._slow = slow is not None, list(slow or ())
-        self.apart, self.others = True, []
         self.encoded = 0
         self.calls, self.admitted, self.steps = 0, [], 0
         self.seated: dict[int, int] = {}
         self.before_step: Callable[[], None] = lambda: None
-
-    def another(self) -> FakeRuntime:
-        self.others.append(FakeRuntime(self.lag, self.fails))
-        self.others[-1].before_step = self.before_step
-        return self.others[-1]
 
     def repeated(self, turn: Callable[[], None]) -> Callable[[], None]:
         return turn

@@ -27,8 +27,6 @@ from capcli.decoding.capacity import paying_loops
 from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
 from capcli.errors import CapcliError
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
@@ -37,8 +35,15 @@ def nothing_left_behind():
     assert (torch.get_num_threads(), threading.active_count()) == (threads, own)
 
 
-def captioned(feed, runtime, said, shapes, shrunk=lambda _: None):
-    return list(itertools.chain.from_iterable(decode_beside(feed, runtime, said, shapes, shrunk)))
+def fakes(count, before_step=lambda: None, **given):
+    runtimes = [FakeRuntime(**given) for _ in range(count)]
+    for each in runtimes:
+        each.before_step = before_step
+    return runtimes
+
+
+def captioned(feed, runtimes, said, shapes, shrunk=lambda _: None):
+    return list(itertools.chain.from_iterable(decode_beside(feed, runtimes, said, shapes, shrunk)))
 
 
 @hypothesis(max_examples=60, deadline=None)
@@ -50,20 +55,19 @@ def test_loops_together_give_every_image_its_own_caption_once(numbers, shapes, p
         assert threading.get_ident() == here, "the feed is the caller's"
 
     feed.on_take = on_take
-    check(captioned(feed, FakeRuntime(lag), settings(most), replace(shapes, loops=loops)), numbers, most)
+    check(captioned(feed, fakes(loops, lag=lag), settings(most), shapes), numbers, most)
 
 
 def test_all_loops_are_at_work_at_once():
     first_steps = threading.Barrier(3, timeout=30)  # which a loop that waited for another to end would never pass
-    runtime, stepped = FakeRuntime(), set()
+    stepped = set()
 
     def meet():
         if threading.get_ident() not in stepped:
             stepped.add(threading.get_ident())
             first_steps.wait()
 
-    runtime.before_step = meet
-    check(captioned(Trickle(jobs_of(range(40))), runtime, settings(), Shapes(2, 1, loops=3)), list(range(40)))
+    check(captioned(Trickle(jobs_of(range(40))), fakes(3, meet), settings(), Shapes(2, 1)), list(range(40)))
     assert len(stepped) == 3
 
 
@@ -76,26 +80,26 @@ def test_a_loop_that_runs_out_of_memory_goes_on_with_half_the_slots(numbers, sha
         assert threading.get_ident() == here
         told.append(fewer)
 
-    runtime = FakeRuntime(fails=failing.__contains__)
+    runtimes = fakes(2, fails=failing.__contains__)
     try:
-        done = captioned(Trickle(jobs_of(numbers)), runtime, settings(), replace(shapes, loops=2), shrunk)
+        done = captioned(Trickle(jobs_of(numbers)), runtimes, settings(), replace(shapes, loops=2), shrunk)
     except CapcliError:
-        assert any(each.shapes.slots == 1 for each in (runtime, *runtime.others))
+        assert any(each.shapes.slots == 1 for each in runtimes)
     else:
         check(done, numbers)
     assert all(each.loops == 2 and each.slots < max(2, shapes.slots) for each in told)
 
 
 def test_what_goes_wrong_in_a_loop_is_raised_where_captions_are_taken():
-    runtime = FakeRuntime()
+    runtimes = fakes(2)
 
     def fail():
-        if runtime.steps == 3:
+        if runtimes[1].steps == 3:
             raise ZeroDivisionError("in a loop")
 
-    runtime.before_step = fail
+    runtimes[1].before_step = fail
     with pytest.raises(ZeroDivisionError, match="in a loop"):
-        captioned(Trickle(jobs_of([4] * 60)), runtime, settings(), Shapes(2, 1, loops=2))
+        captioned(Trickle(jobs_of([4] * 60)), runtimes, settings(), Shapes(2, 1))
 
 
 def test_what_goes_wrong_in_the_source_stops_the_loops():
@@ -107,21 +111,20 @@ def test_what_goes_wrong_in_the_source_stops_the_loops():
 
     feed.on_take = fail
     with pytest.raises(OSError, match="any more"):
-        captioned(feed, FakeRuntime(), settings(), Shapes(2, 1, loops=2))
+        captioned(feed, fakes(2), settings(), Shapes(2, 1))
 
 
 def test_captions_that_nobody_takes_any_more_are_not_made():
-    feed, runtime = Trickle(jobs_of([4] * 2000)), FakeRuntime()
-    made = decode_beside(feed, runtime, settings(), Shapes(2, 2, loops=2))
+    feed = Trickle(jobs_of([4] * 2000))
+    made = decode_beside(feed, fakes(2), settings(), Shapes(2, 2))
     next(done for done in made if done)
     made.close()
     assert feed.taken < 1000
 
 
 def test_an_interrupt_does_not_cut_the_wait_for_loops_short():
-    runtime = FakeRuntime()
-    runtime.before_step = lambda: time.sleep(0.2)  # they are in a step whenever they are told to stop
-    made = decode_beside(Trickle(jobs_of([4] * 60)), runtime, settings(), Shapes(2, 2, loops=2))
+    slow = fakes(2, lambda: time.sleep(0.2))  # they are in a step whenever they are told to stop
+    made = decode_beside(Trickle(jobs_of([4] * 60)), slow, settings(), Shapes(2, 2))
     next(done for done in made if done)
     impatient = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
     impatient.start()
@@ -158,13 +161,13 @@ def test_a_caption_is_the_same_to_the_bit_whichever_loop_makes_it(case, dtype):
     jobs = [Job(i, each, key=i) for i, each in enumerate(pictures(40))]
     shapes = Shapes(5, 2)
     alone = {d.tag: d.hypotheses for d in decode(IterableFeed(jobs), eager(model), asked, shapes)}
-    beside = {d.tag: d.hypotheses for d in captioned(Trickle(jobs), eager(model), asked, replace(shapes, loops=3))}
+    beside = {d.tag: d.hypotheses for d in captioned(Trickle(jobs), eager(model).beside(3), asked, shapes)}
     assert beside == alone
     assert len({str(each) for each in alone.values()}) > 10
 
 
 def test_loops_share_the_cores_evenly_and_only_where_there_is_work_for_all():
-    assert [paying_loops(CPU, threads, None) for threads in (1, 2, 3, 4, 5, 6, 7, 11, 16)] == [
+    assert [paying_loops(threads, None) for threads in (1, 2, 3, 4, 5, 6, 7, 11, 16)] == [
         1,
         2,
         3,
@@ -175,9 +178,8 @@ def test_loops_share_the_cores_evenly_and_only_where_there_is_work_for_all():
         2,
         4,
     ]
-    assert [paying_loops(CPU, 2, images) for images in (1, 5, 15, 16, 10**9)] == [1, 1, 1, 2, 2]
-    assert [paying_loops(CPU, 8, images) for images in (15, 16, 24, 32)] == [1, 2, 2, 4]
-    assert paying_loops(CUDA, 16, None) == 1
+    assert [paying_loops(2, images) for images in (1, 5, 15, 16, 10**9)] == [1, 1, 1, 2, 2]
+    assert [paying_loops(8, images) for images in (15, 16, 24, 32)] == [1, 2, 2, 4]
 
 
 def test_the_command_says_the_same_with_loops_and_goes_on_with_as_many(captioner: Path, tmp_path: Path) -> None:

@@ -115,11 +115,8 @@ class Watched:
     """A runtime with a watch on it; what it does it does one after another."""
 
     def __init__(self, runtime: Any, stages: Stages, images: int) -> None:
-        self.device, self.lag, self.ahead, self.apart = runtime.device, 0, False, False
+        self.device, self.lag, self.ahead = runtime.device, 0, False
         self._runtime, self._stages, self._images = runtime, stages, images
-
-    def another(self) -> Any:
-        raise NotImplementedError("only where `apart`")
 
     def allocate(self, *_: Any) -> None:
         """Done before."""

@@ -21,18 +21,22 @@ Said = list[Done] | Shapes | BaseException | None  # what ended, fewer slots, wh
 
 
 def decode_beside(
-    feed: Feed, runtime: Runtime, settings: Settings, shapes: Shapes, shrunk: Callable[[Shapes], None] = lambda _: None
+    feed: Feed,
+    runtimes: Sequence[Runtime],
+    settings: Settings,
+    shapes: Shapes,
+    shrunk: Callable[[Shapes], None] = lambda _: None,
 ) -> Iterator[list[Done]]:
-    """`decode_steps` in as many loops as `shapes` say; they share the feed, the weights and PyTorch's threads.
+    """`decode_steps` in a loop for each of `runtimes`; they share the feed and PyTorch's threads.
 
     Loops only encode and step: the feed is asked, and `shrunk` told, in the thread that takes what this yields. Raises what a
     loop raises, once all have stopped.
     """
-    if shapes.loops == 1:
-        yield from decode_steps(feed, runtime, settings, shapes, shrunk)
+    if len(runtimes) == 1:
+        yield from decode_steps(feed, runtimes[0], settings, shapes, shrunk)
         return
     jobs = Drawn(shapes.chunk)
-    with Loops(jobs, runtime, settings, shapes) as loops:
+    with Loops(jobs, runtimes, settings, shapes) as loops:
         while loops.running:
             drawing = jobs.room > 0 and not feed.ended
             if drawing:
@@ -45,13 +49,12 @@ def decode_beside(
 class Loops:
     """The loops' threads: they begin as this is entered, and when it is left they stop after the step that they are in."""
 
-    def __init__(self, jobs: Drawn, runtime: Runtime, settings: Settings, shapes: Shapes) -> None:
+    def __init__(self, jobs: Drawn, runtimes: Sequence[Runtime], settings: Settings, shapes: Shapes) -> None:
         self._jobs, self._settings, self._shapes = jobs, settings, shapes
         self._said: SimpleQueue[Said] = SimpleQueue()
         self._halted = threading.Event()
         self._threads_before = torch.get_num_threads()
-        self._threads = max(1, self._threads_before // shapes.loops)
-        runtimes = [runtime, *(runtime.another() for _ in range(1, shapes.loops))]
+        self._threads = max(1, self._threads_before // len(runtimes))
         self._loops = [threading.Thread(target=self._loop, args=(each,), daemon=True) for each in runtimes]
         self.running = len(self._loops)
 

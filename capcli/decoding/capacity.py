@@ -22,10 +22,8 @@ def paying_slots(device: torch.device, settings: Settings) -> int:
     return max(1, min(CPU_SLOTS, CPU_ROWS // settings.rows))
 
 
-def paying_loops(device: torch.device, threads: int, images: int | None) -> int:
-    """Decode loops beside each other that pay for `images` at a time (None: as many as you like): all with as many threads."""
-    if device.type != "cpu":
-        return 1
+def paying_loops(threads: int, images: int | None) -> int:
+    """Decode loops on a CPU that pay for `images` at a time (None: as many as you like), each with as many threads."""
     most = CPU_LOOPS if images is None else min(CPU_LOOPS, images // LOOP_IMAGES)
     spare = int(threads > CPU_LOOPS)  # of many cores one may be left to what decodes images
     return max(n for n in range(1, max(1, most) + 1) if threads % n <= spare)

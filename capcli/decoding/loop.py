@@ -102,10 +102,6 @@ class Runtime(Protocol):
     device: torch.device
     lag: int  # steps after which the finished flags are read
     ahead: bool  # whether it encodes beside its steps, so that a chunk is best begun before there are seats for it
-    apart: bool  # whether others over the same weights may run beside it
-
-    def another(self) -> Runtime:
-        """One of those, with buffers of its own, for another thread."""
 
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
         """Makes room for a run; forgets any earlier one."""

@@ -73,9 +73,9 @@ def take_gelu(parent: Any, linear: str) -> bool:
 
 
 def keep_memory_mapped() -> None:
-    """Tells glibc to reuse large blocks, of all threads alike, instead of returning them: fresh pages cost more than the work
-    done in them.
+    """Tells glibc to reuse large blocks instead of returning them: fresh pages cost more than the work done in them.
 
+    All threads take them from one arena: those of their own would be returned all the same.
     For the whole process, so it is for the command and not for those who import capcli. Elsewhere it does nothing.
     """
     try:

@@ -36,12 +36,14 @@ class Eager(Seated):
         super().__init__(device, prefixed=prefixed)
         self._encode_module, self._step_module = encode, step
         self.ahead = device.type == "cuda"
-        self.apart = not self.ahead
         self._record = record and self.ahead
         self._aside: Any = torch.cuda.Stream(device) if self.ahead else None  # type: ignore[no-untyped-call]
 
-    def another(self) -> Eager:
-        return Eager(self._encode_module, self._step_module, self.device, prefixed=self.prefixed, record=self._record)
+    def beside(self, count: int) -> Sequence[Eager]:
+        if self.device.type != "cpu":
+            return [self]
+        modules = self._encode_module, self._step_module
+        return [self, *(Eager(*modules, self.device, prefixed=self.prefixed) for _ in range(1, count))]
 
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
         super().allocate(shapes, settings)

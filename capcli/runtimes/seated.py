@@ -38,7 +38,7 @@ class Seated(ABC):
     def __init__(self, device: torch.device, *, prefixed: bool = False) -> None:
         self.device, self.prefixed = device, prefixed
         self.lag = 1 if device.type == "cuda" else 0
-        self.ahead = self.apart = False
+        self.ahead = False
         self._memory: list[Tensor] = []
         self._pool: list[Tensor] = []
 
@@ -58,8 +58,9 @@ class Seated(ABC):
     ) -> Tensor:
         """tokens and position [S, Q], at [S], visible [S, Q, N] -> logits [S, Q, V]; writes into the pool."""
 
-    def another(self) -> Seated:
-        raise NotImplementedError("only where `apart`")
+    def beside(self, count: int) -> Sequence[Seated]:  # noqa: ARG002
+        """Itself and others over the same weights, each for a thread of its own: `count`, or itself alone if no others can be."""
+        return [self]
 
     def shapes(
         self,
