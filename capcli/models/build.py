@@ -54,7 +54,8 @@ def load_model(files: ModelFiles, device: torch.device, dtype: str) -> Model:
     spec = PixelSpec.from_config(files.processor)
     whole = load_weights(files, dtype, device)
     encode, step = modules(whole, spec)
-    use_attention(step.decoder)
+    for part in (encode.encoder, step.decoder):
+        use_attention(part)
     if device.type == "cpu" and dtype != "float16":  # which no CPU multiplies fast
         speed_up(encode)
         speed_up(step)
