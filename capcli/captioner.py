@@ -67,7 +67,8 @@ class Captioner:
         """Load a captioner from a folder or the hub.
 
         `device` is `auto`, `cpu` or `cuda[:n]`; `dtype` is `auto` (bfloat16 where the hardware computes in it), `float32`,
-        `bfloat16` or `float16`. Raises UsageError for what cannot be right, CapcliError for files that cannot be had or used.
+        `bfloat16`, `float16` or, on CPUs, `int8`. Raises UsageError for what cannot be right, CapcliError for files that
+        cannot be had or used.
         """
         choose_device(device)  # which may refuse, before anything is fetched
         files = find_model(model, revision, quiet=True)

@@ -16,6 +16,7 @@ from capcli.decoding.settings import Settings
 from capcli.models.build import modules, quiet_transformers
 from capcli.models.families import family_of
 from capcli.models.files import ModelFiles
+from capcli.models.int8 import Int8Linear
 from capcli.models.packing import PackedLinear, can_pack
 from capcli.pixels import PixelSpec
 from capcli.runtimes.seated import DTYPES
@@ -51,15 +52,27 @@ class Work:
 def peak_rates(device: torch.device, dtype: str) -> Rates:
     """The best of some seconds."""
     kind = DTYPES[dtype]
+    if dtype == "int8":
+        return Rates(2 * SIDE**3 / fastest(product_in_int8(), device), bandwidth(device))
     left = torch.randn(SIDE, SIDE, device=device).to(kind)
     right = torch.randn(SIDE, SIDE, device=device).to(kind)
     products: list[Callable[[], Any]] = [lambda: left @ right]
     if device.type == "cpu" and can_pack() and dtype != "float16":
         packed = PackedLinear(right, None, gelu=False)
         products.append(lambda: packed(left))
-    block = torch.ones(READ // 4, device=device)
     flops = max(2 * SIDE**3 / fastest(each, device) for each in products)
-    return Rates(flops, READ / fastest(lambda: block.sum(), device))
+    return Rates(flops, bandwidth(device))
+
+
+def product_in_int8() -> Callable[[], Any]:
+    layer = Int8Linear(torch.randn(SIDE, SIDE), None, gelu=False, fine=False)
+    whole = torch.randint(-127, 128, (SIDE, SIDE)).float()
+    return lambda: layer.product(whole)
+
+
+def bandwidth(device: torch.device) -> float:
+    block = torch.ones(READ // 4, device=device)
+    return READ / fastest(lambda: block.sum(), device)
 
 
 def fastest(do: Callable[[], Any], device: torch.device) -> float:
@@ -89,7 +102,7 @@ def work_of(files: ModelFiles, size: tuple[int, int], settings: Settings, slots:
     visible = torch.ones(slots, settings.rows, pool[0].shape[2], dtype=torch.bool, device="meta")
     with torch.inference_mode(), FlopCounterMode(display=False) as stepping:
         step(tokens, tokens, tokens[:, 0], visible, memory, pool)
-    moved = sum(_size(x) for x in (*memory, *pool)) + weight_bytes(step)
+    moved = sum(_size(x) for x in (*memory, *pool)) + weight_bytes(step) // (4 if dtype == "int8" else 1)
     return Work(float(encoding.get_total_flops()), float(stepping.get_total_flops()), float(moved), slots)
 
 

@@ -20,6 +20,7 @@ from capcli.fitting import refuse_tampered
 from capcli.models.attention import use_attention
 from capcli.models.families import family_of, question_of, tag_room
 from capcli.models.files import GENERATION, ModelFiles
+from capcli.models.int8 import lacking, quantize
 from capcli.models.load_errors import explain_load_error
 from capcli.models.modules import Encode, Step
 from capcli.models.packing import speed_up
@@ -56,7 +57,10 @@ def load_model(files: ModelFiles, device: torch.device, dtype: str) -> Model:
     encode, step = modules(whole, spec)
     for part in (encode.encoder, step.decoder):
         use_attention(part)
-    if device.type == "cpu" and dtype != "float16":  # which no CPU multiplies fast
+    if dtype == "int8":
+        quantize(step, step.vocabulary)  # before encode, which may hold layers of it
+        quantize(encode)
+    elif device.type == "cpu" and dtype != "float16":  # which no CPU multiplies fast
         speed_up(encode)
         speed_up(step)
     return Model(
@@ -253,6 +257,8 @@ def choose_dtype(name: str, device: torch.device, engine: Engine | None = None) 
         return engine.dtype
     if engine is not None and name in DTYPES:
         raise UsageError(f"--dtype {name}: the engine computes in {engine.dtype}; leave it out, or export another")
+    if name == "int8" and (why := "it is for CPUs" if device.type != "cpu" else lacking()):
+        raise UsageError(f"--dtype int8: {why}; give --dtype auto")
     if name in DTYPES:
         return name
     if name != "auto":

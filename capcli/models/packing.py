@@ -6,6 +6,7 @@ transformers' modules stay as they are, with their linear layers swapped; where 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,11 +44,17 @@ def speed_up(module: nn.Module) -> None:
     """Packs every linear layer of a module in place; its weights are float32 or bfloat16 and on the CPU."""
     if not can_pack():
         return
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
+    for parent, name, layer, weight in list(linear_layers(module)):
+        setattr(parent, name, PackedLinear(weight, detached(layer.bias), gelu=take_gelu(parent, name)))
+
+
+def linear_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any, Tensor]]:
+    """Every linear layer in a module: what holds it and under which name, itself, its weight as [outputs, inputs]."""
+    for parent in module.modules():
+        for name, child in parent.named_children():
             if isinstance(child, nn.Linear | Conv1D):
                 weight = child.weight if isinstance(child, nn.Linear) else child.weight.t()
-                setattr(parent, name, PackedLinear(weight.detach(), detached(child.bias), gelu=take_gelu(parent, name)))
+                yield parent, name, child, weight.detach()
 
 
 def can_pack() -> bool:

@@ -135,7 +135,7 @@ class CaptionOptions:
     model: str = DEFAULT_MODEL
     revision: str | None = None
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     batch_size: int | None = None
     workers: int | None = None
     threads: int | None = None

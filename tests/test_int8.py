@@ -1,0 +1,103 @@
+"""`--dtype int8`: products in 8 bits whose rows know nothing of each other, near float32, and a captioner of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from running import call, paint, save_captioner
+from torch import nn
+
+from capcli import Captioner
+from capcli.models import build, int8
+from capcli.models.int8 import Int8Linear
+
+needs_vnni = pytest.mark.skipif(int8.lacking() is not None, reason=str(int8.lacking()))
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def layer(*, gelu=False, fine=False, bias=True, inputs=40, outputs=24):
+    torch.manual_seed(0)
+    plain = nn.Linear(inputs, outputs, bias=bias)
+    made = Int8Linear(plain.weight.detach(), plain.bias.detach() if bias else None, gelu=gelu, fine=fine)
+    return (nn.Sequential(plain, nn.GELU(approximate="tanh")) if gelu else plain), made
+
+
+@needs_vnni
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.inference_mode()
+def test_a_layer_is_near_the_one_it_was_made_of_and_a_fine_one_nearer(gelu, bias):
+    x = torch.randn(3, 7, 40)
+    plain, coarse = layer(gelu=gelu, bias=bias)
+    _, fine = layer(gelu=gelu, bias=bias, fine=True)
+    said, spread = plain(x), plain(x).std()
+    off = [(each(x) - said).square().mean().sqrt() / spread for each in (fine, coarse)]
+    assert off[0] < off[1] < 0.02
+    assert coarse(x).shape == said.shape
+
+
+@needs_vnni
+@pytest.mark.parametrize("fine", [False, True])
+@torch.inference_mode()
+def test_a_row_is_the_same_to_the_bit_beside_any_others(fine):
+    _, made = layer(fine=fine)
+    many = torch.randn(2 * int8.TOGETHER + 3, 40)
+    many[5:] *= 1000
+    assert torch.equal(made(many)[:5], made(many[:5]))
+    assert torch.equal(made(many.flip(0)).flip(0), made(many))
+
+
+@needs_vnni
+@torch.inference_mode()
+def test_what_is_no_number_stays_in_its_row_and_zeros_give_the_bias():
+    plain, made = layer()
+    x = torch.randn(5, 40)
+    x[1, 3], x[2, 4], x[3] = torch.nan, torch.inf, 0
+    said = made(x)
+    assert not said[1].isfinite().any()
+    assert not said[2].isfinite().any()
+    torch.testing.assert_close(said[3], plain.bias)
+    assert said[[0, 4]].isfinite().all()
+
+
+@needs_vnni
+def test_the_demo_model_says_nearly_the_same_in_8_bits():
+    scenes = sorted(map(str, (EXAMPLES / "scenes").glob("scene-*")))
+    for search in ({}, {"num_beams": 4}):
+        said = {
+            dtype: list(
+                Captioner.load(str(EXAMPLES / "demo-model"), device="cpu", dtype=dtype).caption(scenes, **search)
+            )
+            for dtype in ("float32", "int8")
+        }
+        pairs = list(zip(*said.values(), strict=True))
+        assert sum(plain.text == made.text for plain, made in pairs) >= 0.8 * len(scenes)
+        assert sum(abs(plain.score - made.score) < 0.05 for plain, made in pairs) >= 0.8 * len(scenes)
+        assert any(plain.score != made.score for plain, made in pairs)
+
+
+@needs_vnni
+def test_the_command_captions_in_it_and_goes_on_in_nothing_else(tmp_path):
+    model, out = str(save_captioner(tmp_path / "model")), str(tmp_path / "out.jsonl")
+    photos = paint(tmp_path / "photos", "a.png", "b.png", "c.png")
+    run = ("caption", photos, "--model", model, "--out", out)
+    assert call(*run, "--dtype", "int8", "--limit", "2").code == 0
+    receipt = json.loads((tmp_path / "out.run.json").read_text())
+    assert receipt["settings"]["dtype"] == "int8"
+    refused = call(*run, "--dtype", "float32")
+    assert refused.code == 2
+    assert "int8" in refused.err
+    assert call(*run).code == 0  # goes on in what it began in
+    assert len(Path(out).read_text().splitlines()) == 3
+
+
+def test_where_it_cannot_be_it_is_refused_before_weights_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "lacking", lambda: "this CPU has no VNNI")
+    monkeypatch.setattr(build, "load_weights", lambda *_: pytest.fail("weights were read"))
+    model = str(save_captioner(tmp_path / "model"))
+    refused = call("caption", paint(tmp_path / "photos", "a.png"), "--model", model, "--dtype", "int8")
+    assert refused.code == 2
+    assert "--dtype int8: this CPU has no VNNI" in refused.err
