@@ -16,8 +16,12 @@ BLOCK = 32  # weights that share a scale
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy level: products in int8, sums in int32
 
 
-def quantize(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with its constant matrices in 8 bits. What is looked up in (embeddings) stays as it is."""
+def quantize(graph: onnx.ModelProto, *, step: bool) -> onnx.ModelProto:
+    """The graph with its constant matrices in 8 bits. What is looked up in (embeddings) stays as it is.
+
+    In a `step` so do matrices that narrow: what they multiply lies apart so far that in 8 bits it words captions differently
+    (BENCHMARKS.md).
+    """
     with quiet():
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
         from onnxruntime.quantization.onnx_model import ONNXModel
@@ -25,11 +29,23 @@ def quantize(graph: onnx.ModelProto) -> onnx.ModelProto:
         whole = ONNXModel(graph)
         whole.replace_gemm_with_matmul()
         made = MatMulNBitsQuantizer(
-            whole.model, bits=8, block_size=BLOCK, is_symmetric=False, accuracy_level=INT8_ACTIVATIONS
+            whole.model,
+            bits=8,
+            block_size=BLOCK,
+            is_symmetric=False,
+            accuracy_level=INT8_ACTIVATIONS,
+            nodes_to_exclude=narrowing(whole.model.graph) if step else [],
         )
         made.process()
     quantized: onnx.ModelProto = made.model.model
     return quantized
+
+
+def narrowing(graph: onnx.GraphProto) -> list[str]:
+    """The products by matrices with fewer columns than rows, by name."""
+    sizes = {weight.name: tuple(weight.dims) for weight in graph.initializer}
+    products = [node for node in graph.node if node.op_type == "MatMul" and len(sizes.get(node.input[1], ())) == 2]
+    return [node.name for node in products if sizes[node.input[1]][0] > sizes[node.input[1]][1]]
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from hashlib import blake2b
 
 import numpy as np
-import numpy.typing as npt
 
-_LOOSE = 1 << 15  # keys held in a set before they join the array: some 3 MB
+_LOOSE = 1 << 15  # keys held in a set before they become an array: some 3 MB
+_LARGER = 4  # times as many keys as the next array has: such a one is not sorted anew, nor held twice meanwhile
 
 
 def key(raw: bytes) -> int:
@@ -23,27 +23,37 @@ class Keys:
 
     def __init__(self, keys: Iterable[int] = ()) -> None:
         self._loose: set[int] = set()
-        self._sorted = _unique(np.frombuffer(array("Q", keys), np.uint64))
+        self._sorted: tuple[array[int], ...] = (_sorted([array("Q", keys)]),)  # a few, the largest first
 
     def __contains__(self, item: int) -> bool:
-        if item in self._loose:
-            return True
-        known = self._sorted  # another thread may be adding
-        position = bisect_left(known, item)
-        return position < len(known) and known[position] == item
+        # another thread may be adding
+        return item in self._loose or any(_holds(each, item) for each in self._sorted)
 
     def __len__(self) -> int:
-        return len(self._sorted) + len(self._loose)
+        return sum(map(len, self._sorted)) + len(self._loose)
 
     def add(self, item: int) -> None:
         if item in self:
             return
         self._loose.add(item)
         if len(self._loose) >= _LOOSE:
-            fresh = np.fromiter(self._loose, np.uint64, len(self._loose))
-            self._sorted = _unique(np.concatenate([np.frombuffer(self._sorted, np.uint64), fresh]))
+            kept, fresh = list(self._sorted), [array("Q", self._loose)]
+            while kept and len(kept[-1]) < _LARGER * sum(map(len, fresh)):
+                fresh.append(kept.pop())
+            self._sorted = (*kept, _sorted(fresh))
             self._loose = set()
 
 
-def _unique(keys: npt.NDArray[np.uint64]) -> array[int]:
-    return array("Q", np.unique(keys).tobytes())
+def _holds(known: array[int], item: int) -> bool:
+    position = bisect_left(known, item)
+    return position < len(known) and known[position] == item
+
+
+def _sorted(arrays: Iterable[array[int]]) -> array[int]:
+    """All of their keys, each once."""
+    whole = array("Q")
+    for each in arrays:
+        whole.extend(each)
+    keys = np.frombuffer(whole, np.uint64)
+    keys.sort()  # in place, so in `whole`
+    return array("Q", np.unique(keys).tobytes()) if (keys[1:] == keys[:-1]).any() else whole
