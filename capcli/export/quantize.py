@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import onnx
 
-BLOCK = 32  # weights that share a scale
+BLOCK = 16  # weights that share a scale
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy level: products in int8, sums in int32
 
 
