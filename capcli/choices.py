@@ -17,7 +17,14 @@ from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings, idle, resolve
 from capcli.errors import CapcliError, UsageError
 from capcli.loading import usable_cpus
-from capcli.models.build import choose_device, choose_dtype, device_of, load_model, own_generation
+from capcli.models.build import (
+    choose_device,
+    choose_dtype,
+    device_of,
+    int8_refused,
+    load_model,
+    own_generation,
+)
 from capcli.models.families import family_of, tag_room
 from capcli.models.hub import find_model
 from capcli.models.packing import keep_memory_mapped
@@ -45,6 +52,11 @@ def load_captioner(options: CaptionOptions, receipt: dict[str, Any] | None) -> C
     dtype: str = options.dtype
     if dtype == "auto" and files.engine is None:
         dtype = earlier.get("settings", {}).get("dtype") or "auto"
+        if dtype == "int8" and (why := int8_refused(device)):
+            raise UsageError(
+                f"{options.sink.out} was begun in int8, and {why}: go on where it was begun, name another --out, or begin it "
+                "anew with --overwrite"
+            )
     dtype = choose_dtype(dtype, device, files.engine)
     most = usable_cpus()
     torch.set_num_threads(options.threads or min(earlier.get("threads") or torch.get_num_threads(), most))

@@ -38,6 +38,10 @@ def test_it_is_the_formula(monkeypatch, amx, rows, dtype):
             assert said.shape == (images, rows, HEADS, SIZE)
             near = 2e-2 if dtype == torch.bfloat16 else 1e-5
             torch.testing.assert_close(said.double(), attended(*made, each), atol=near, rtol=near)
+        seen = mask == 0
+        said, _ = attention.attend(nn.Module(), *made, seen)
+        hidden = attended(*made, torch.where(seen, 0.0, -torch.inf))
+        torch.testing.assert_close(said.double(), hidden, atol=near, rtol=near)
 
 
 @pytest.mark.parametrize("amx", [False, True])

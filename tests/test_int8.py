@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from captioners import HALF, pictures
+from families import random_of_family, save_family
 from running import call, paint, save_captioner
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from capcli import Captioner
 from capcli.models import build, int8
+from capcli.models.families import family_of
 from capcli.models.int8 import Int8Linear
 
 needs_vnni = pytest.mark.skipif(int8.lacking() is not None, reason=str(int8.lacking()))
@@ -101,3 +109,46 @@ def test_where_it_cannot_be_it_is_refused_before_weights_are_read(tmp_path, monk
     refused = call("caption", paint(tmp_path / "photos", "a.png"), "--model", model, "--dtype", "int8")
     assert refused.code == 2
     assert "--dtype int8: this CPU has no VNNI" in refused.err
+
+
+@needs_vnni
+@pytest.mark.parametrize("family", ["blip", "git", "florence2", "prefix", "vision-t5"])
+def test_every_family_captions_in_it_and_only_what_says_words_is_fine(tmp_path, family):
+    whole = copy.deepcopy(random_of_family(family)).float()
+    kind = family_of(whole.config.to_dict())
+    encode, step = kind.Encode(whole, 1 / 255, HALF, HALF), kind.Step(whole)
+    int8.quantize_both(encode, step)
+    assert not any(each.fine for each in encode.encoder.modules() if isinstance(each, Int8Linear))
+    assert any(each.fine for each in step.modules() if isinstance(each, Int8Linear))
+    assert not any(isinstance(each, nn.Linear | Conv1D) for part in (encode, step) for each in part.modules())
+    captioner = Captioner.load(str(save_family(tmp_path / "model", family)), device="cpu", dtype="int8")
+    said = list(captioner.caption(pictures(6), num_beams=2))
+    alone = [next(iter(captioner.caption([each], num_beams=2, batch_size=4))) for each in pictures(6)]
+    assert [each.text for each in said] == [each.text for each in alone]
+
+
+def test_a_run_that_began_in_it_says_so_where_it_cannot_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "lacking", lambda: None)
+    model, out = save_captioner(tmp_path / "model"), tmp_path / "out.jsonl"
+    run = ("caption", paint(tmp_path / "photos", "a.png", "b.png"), "--model", model, "--out", out)
+    assert call(*run, "--dtype", "float32", "--limit", "1").code == 0
+    receipt = tmp_path / "out.run.json"
+    receipt.write_text(receipt.read_text().replace('"dtype": "float32"', '"dtype": "int8"'))
+    monkeypatch.setattr(build, "lacking", lambda: "this CPU has no VNNI")
+    refused = call(*run)
+    assert refused.code == 2
+    assert f"{out} was begun in int8, and this CPU has no VNNI" in refused.err
+
+
+@needs_vnni
+def test_products_that_saturate_are_noticed():
+    asked = "from capcli.models.int8 import lacking; print(lacking())"
+    for most, said in (
+        ("AVX2", "oneDNN does not use this CPU's VNNI (ONEDNN_MAX_CPU_ISA may be set)"),
+        ("ALL", "None"),
+    ):
+        environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": most}
+        done = subprocess.run(
+            [sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == said

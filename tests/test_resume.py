@@ -100,7 +100,8 @@ def interrupted(process: subprocess.Popen[bytes], out: Path, number: signal.Sign
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_interrupted_run_finishes_what_is_under_way(captioner: Path, photos: Path, tmp_path: Path, threads: int):
-    command = ["caption", photos, "-m", captioner, "--threads", threads, "-o"]
+    slow = ["--batch-size", 8, "--max-new-tokens", 50]  # so that the signal comes before all are under way
+    command = ["caption", photos, "-m", captioner, "--threads", threads, *slow, "-o"]
     whole = tmp_path / "whole.jsonl"
     assert call(*command, whole).code == 3
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):

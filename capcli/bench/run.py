@@ -16,7 +16,7 @@ from capcli.bench import show, stages
 from capcli.bench.contest import Contestant, Told, contest
 from capcli.choices import load_captioner, search_settings
 from capcli.errors import CapcliError, ImageError, UsageError
-from capcli.models.build import choose_device
+from capcli.models.build import choose_device, choose_dtype, device_of
 from capcli.models.families import question_of
 from capcli.models.files import ModelFiles
 from capcli.models.hub import find_model
@@ -47,7 +47,9 @@ def run(options: BenchOptions) -> int:
 
     Raises UsageError for what cannot be meant, CapcliError where nothing can be measured.
     """
-    refuse_peers(options, find_model(options.model))  # fetched before clocks run, and by one process
+    files = find_model(options.model)  # fetched before clocks run, and by one process
+    refuse_peers(options, files)
+    choose_dtype(options.dtype, device_of(options.device, files.engine), files.engine)  # which may refuse
     photos = listed(options)
     profile = None if options.quick else profiled(options, photos)
     measured = contested(options, photos, profile)

@@ -82,7 +82,9 @@ class Captioner:
             buckets = make_buckets(options.batch_sizes, settings.rows, entries)
         with written(self.out):
             for name, graph in ((ENCODE, first), (STEP, second)):
-                save(quantize(graph, step=name == STEP) if options.quantize else graph, os.path.join(folder, name))
+                if options.quantize:
+                    graph = quantize(graph, self.step.vocabulary if name == STEP else None)
+                save(graph, os.path.join(folder, name))
             if options.kind == "tensorrt":
                 write_ready(folder, (ENCODE, STEP))
             with open(os.path.join(folder, GENERATION), "w", encoding="utf-8") as file:

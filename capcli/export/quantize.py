@@ -16,11 +16,11 @@ BLOCK = 16  # weights that share a scale
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy level: products in int8, sums in int32
 
 
-def quantize(graph: onnx.ModelProto, *, step: bool) -> onnx.ModelProto:
+def quantize(graph: onnx.ModelProto, vocabulary: int | None = None) -> onnx.ModelProto:
     """The graph with its constant matrices in 8 bits. What is looked up in (embeddings) stays as it is.
 
-    In a `step` so do matrices that narrow: what they multiply lies apart so far that in 8 bits it words captions differently
-    (BENCHMARKS.md).
+    In a step, which says words of a `vocabulary`, so does what chooses them, and so do matrices that narrow: what these
+    multiply words captions differently when it has 8 bits (BENCHMARKS.md).
     """
     with quiet():
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -34,18 +34,20 @@ def quantize(graph: onnx.ModelProto, *, step: bool) -> onnx.ModelProto:
             block_size=BLOCK,
             is_symmetric=False,
             accuracy_level=INT8_ACTIVATIONS,
-            nodes_to_exclude=narrowing(whole.model.graph) if step else [],
+            nodes_to_exclude=[] if vocabulary is None else exact_products(whole.model.graph, vocabulary),
         )
         made.process()
     quantized: onnx.ModelProto = made.model.model
     return quantized
 
 
-def narrowing(graph: onnx.GraphProto) -> list[str]:
-    """The products by matrices with fewer columns than rows, by name."""
-    sizes = {weight.name: tuple(weight.dims) for weight in graph.initializer}
-    products = [node for node in graph.node if node.op_type == "MatMul" and len(sizes.get(node.input[1], ())) == 2]
-    return [node.name for node in products if sizes[node.input[1]][0] > sizes[node.input[1]][1]]
+def exact_products(graph: onnx.GraphProto, vocabulary: int) -> list[str]:
+    """By name: the products by matrices of `vocabulary` columns, or of fewer columns than rows."""
+    sizes = {weight.name: tuple(weight.dims) for weight in graph.initializer if len(weight.dims) == 2}
+    products = [
+        (node.name, *sizes[node.input[1]]) for node in graph.node if node.op_type == "MatMul" and node.input[1] in sizes
+    ]
+    return [name for name, rows, columns in products if columns == vocabulary or columns < rows]
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from capcli.models.packing import cpu_abilities
+
 # What pays was measured on both kinds of CPU (BENCHMARKS.md).
 FEW = 16  # query rows up to which products are quicker: the kernel's tiles are made for many
 TOGETHER = 2  # images whose scores are made at a time: they stay in the cache
@@ -26,11 +28,15 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [S, H, Q, D] on keys and values [S, H, N, D] -> [S, Q, H, D]; the mask is added to the scores."""
+    """query [S, H, Q, D] on keys and values [S, H, N, D] -> [S, Q, H, D].
+
+    The mask is added to the scores; one of booleans says what is seen.
+    """
     bias = kwargs.pop("position_bias", None)
     if bias is not None:
         attention_mask = bias if attention_mask is None else attention_mask + bias
-    if query.device.type == "cpu":
+    added = attention_mask is None or attention_mask.dtype != torch.bool
+    if query.device.type == "cpu" and added:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if few(query):
             return products(query * scale, key, value, attention_mask).transpose(1, 2), None
@@ -55,7 +61,7 @@ def many(query: Tensor) -> bool:
 @cache
 def has_amx() -> bool:
     """Whether this CPU has tiles of bfloat16, which PyTorch's flash kernel uses."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return bool(cpu_abilities().get("amx_bf16"))
 
 
 def products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

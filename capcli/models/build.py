@@ -20,10 +20,10 @@ from capcli.fitting import refuse_tampered
 from capcli.models.attention import use_attention
 from capcli.models.families import family_of, question_of, tag_room
 from capcli.models.files import GENERATION, ModelFiles
-from capcli.models.int8 import lacking, quantize
+from capcli.models.int8 import lacking, quantize_both
 from capcli.models.load_errors import explain_load_error
 from capcli.models.modules import Encode, Step
-from capcli.models.packing import speed_up
+from capcli.models.packing import cpu_abilities, speed_up
 from capcli.options import check_device
 from capcli.pixels import PixelSpec
 from capcli.progress import warn
@@ -58,8 +58,7 @@ def load_model(files: ModelFiles, device: torch.device, dtype: str) -> Model:
     for part in (encode.encoder, step.decoder):
         use_attention(part)
     if dtype == "int8":
-        quantize(step, step.vocabulary)  # before encode, which may hold layers of it
-        quantize(encode)
+        quantize_both(encode, step)
     elif device.type == "cpu" and dtype != "float16":  # which no CPU multiplies fast
         speed_up(encode)
         speed_up(step)
@@ -251,13 +250,19 @@ def device_of(name: str, engine: Engine | None) -> torch.device:
     return torch.device("cpu") if engine.quantize else own_device(device)
 
 
+def int8_refused(device: torch.device) -> str | None:
+    """Why a device cannot multiply in int8; None where it can."""
+    return lacking() if device.type == "cpu" else "it is for CPUs"
+
+
 def choose_dtype(name: str, device: torch.device, engine: Engine | None = None) -> str:
     """`auto` is an engine's own, or bfloat16 where the hardware computes in it, else float32."""
-    if engine is not None and name in ("auto", engine.dtype):
+    own = None if engine is None else engine.quantize or engine.dtype
+    if engine is not None and name in ("auto", own):
         return engine.dtype
     if engine is not None and name in DTYPES:
-        raise UsageError(f"--dtype {name}: the engine computes in {engine.dtype}; leave it out, or export another")
-    if name == "int8" and (why := "it is for CPUs" if device.type != "cpu" else lacking()):
+        raise UsageError(f"--dtype {name}: the engine computes in {own}; leave it out, or export another")
+    if name == "int8" and (why := int8_refused(device)):
         raise UsageError(f"--dtype int8: {why}; give --dtype auto")
     if name in DTYPES:
         return name
@@ -265,5 +270,5 @@ def choose_dtype(name: str, device: torch.device, engine: Engine | None = None) 
         raise UsageError(f"--dtype {name}: it is auto, {', '.join(DTYPES)}")
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    abilities = cpu_abilities()
     return "bfloat16" if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else "float32"

@@ -5,13 +5,14 @@ A row's scale hangs on that row alone, so no caption depends on its neighbours. 
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capcli.models.packing import detached, linear_layers, take_gelu
+from capcli.models.modules import Encode, Step
+from capcli.models.packing import cpu_abilities, detached, linear_layers, take_gelu
 
 TOGETHER = 256  # rows at a time: what comes before and after their product stays in the cache
 LEAST = 1e-30  # in place of 0, for rows that are all zeros
@@ -64,6 +65,13 @@ class Int8Linear(nn.Module):
         return out
 
 
+def quantize_both(encode: Encode, step: Step) -> None:
+    """`quantize` for a captioner's two modules, each of which may hold layers that the other runs."""
+    quantize(encode.encoder)
+    quantize(step, step.vocabulary)
+    quantize(encode)
+
+
 def quantize(module: nn.Module, vocabulary: int | None = None) -> None:
     """Makes every linear layer of a float32 module one of int8, in place; some are fine in a step, which says words.
 
@@ -77,14 +85,18 @@ def quantize(module: nn.Module, vocabulary: int | None = None) -> None:
         setattr(parent, name, made)
 
 
+@cache
 def lacking() -> str | None:
     """What a CPU, or PyTorch, lacks for this; None where nothing is missing.
 
-    Without VNNI the products saturate at 16 bits: other numbers, in silence.
+    Without VNNI the products saturate at 16 bits: other numbers, in silence. So the largest there are is tried.
     """
     if not hasattr(torch.ops.onednn, "qlinear_prepack"):
         return "this PyTorch has no oneDNN"
-    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    able = cpu_abilities()
     if not any(able.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")):
         return "this CPU has no VNNI"
+    most = Int8Linear(torch.ones(16, 64), None, gelu=False, fine=False).product(torch.full((1, 64), 127.0))
+    if not torch.allclose(most, torch.tensor(64 * 127.0)):
+        return "oneDNN does not use this CPU's VNNI (ONEDNN_MAX_CPU_ISA may be set)"
     return None
