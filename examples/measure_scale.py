@@ -54,6 +54,9 @@ class OneWord:
     def shapes(self, *_: Any) -> Shapes:
         return Shapes.of(SLOTS)
 
+    def beside(self, _: int) -> Sequence[OneWord]:
+        return [self]
+
     def slot_bytes(self, *_: Any) -> int:
         return 1
 
