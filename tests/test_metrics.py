@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
+from capcli import interrupts
 from capcli.errors import CapcliError
 from capcli.metrics import Scorer, java, score_captions
 from capcli.metrics.bootstrap import intervals, resample
@@ -59,6 +66,62 @@ def test_words_of_every_flickr8k_caption_are_the_original_tokenizers() -> None:
         texts = [row["caption"] for row in csv.DictReader(file)]
     assert len(texts) == 35_000
     assert [words(text) for text in texts] == java.tokenize(texts)
+
+
+@needs_java
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="looks for the process in /proc")
+def test_an_interrupt_at_any_line_leaves_no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(java.subprocess, "Popen", Known)
+    for line in itertools.count():
+        Known.all.clear()
+        came = interrupted_at(line)
+        assert not any(alive(process.pid) for process in Known.all), line
+        if not came:
+            break
+    assert line > 20
+    assert Known.all  # and without one there was a Java to leave behind
+
+
+class Known(subprocess.Popen[bytes]):
+    """A process as usual, that the test knows of."""
+
+    all: ClassVar[list[subprocess.Popen[bytes]]] = []
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.all.append(self)
+
+
+def interrupted_at(line: int) -> bool:
+    """Whether METEOR's life has a line of that number; a real SIGINT came there."""
+    passed = itertools.count()
+    mine = {java.__file__, interrupts.__file__}
+
+    def trace(frame: FrameType, event: str, _argument: object) -> Any:
+        if frame.f_code.co_filename not in mine:
+            return None
+        if event == "line" and next(passed) == line:
+            signal.raise_signal(signal.SIGINT)
+        return trace
+
+    # What follows an interrupt is for the caller: the object goes with the frames that know it.
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with java.Meteor():
+            pass
+    except (KeyboardInterrupt, SystemExit):
+        return True
+    finally:
+        sys.settrace(before)
+    return next(passed) > line
+
+
+def alive(pid: int) -> bool:
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
 
 
 AWKWARD = [

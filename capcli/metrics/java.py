@@ -7,10 +7,11 @@ import os
 import shutil
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Sequence
 from importlib.util import find_spec
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 from capcli.errors import CapcliError
 from capcli.interrupts import Interrupts
@@ -47,18 +48,33 @@ def package_folder(name: str) -> str:
     return next(iter(spec.submodule_search_locations))
 
 
-def start(command: Sequence[str], folder: str, errors: int) -> subprocess.Popen[bytes]:
-    program, pipe = [java(), *OPTIONS, *command], subprocess.PIPE
-    # An exception between the fork and the assignment would leave a Java behind that nobody knows.
-    with Interrupts(quiet=True) as interrupts:
-        try:
-            process = subprocess.Popen(program, cwd=folder, stdin=pipe, stdout=pipe, stderr=errors)
-        except OSError as error:
-            raise CapcliError(f"Java cannot be started: {error.strerror or error}. {GET_JAVA}") from error
-    if interrupts.asked():
-        end(process)
-        raise SystemExit(interrupts.exit_code)
-    return process
+class Java:
+    """A Java program that ends with the `with` block, or with this object, or with Python, whatever happens."""
+
+    def __init__(self, folder: str, *command: str) -> None:
+        program, pipe = [java(), *OPTIONS, *command], subprocess.PIPE
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - ended with the process
+        # An interrupt between the fork and the next line would leave a Java behind that nobody knows.
+        with Interrupts(quiet=True) as interrupts:
+            try:
+                self.process = subprocess.Popen(program, cwd=folder, stdin=pipe, stdout=pipe, stderr=self.errors)
+            except OSError as error:
+                self.errors.close()
+                raise CapcliError(f"Java cannot be started: {error.strerror or error}. {GET_JAVA}") from error
+            # Another may come before the `with` block is entered.
+            self._end = weakref.finalize(self, end, self.process, self.errors)
+        if interrupts.asked():
+            self._end()
+            raise SystemExit(interrupts.exit_code)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        end(self.process, self.errors)
+        self._end.detach()
 
 
 def tokenize(texts: Sequence[str]) -> list[str]:
@@ -70,37 +86,21 @@ def tokenize(texts: Sequence[str]) -> list[str]:
     if not texts:
         return []
     command = ("-cp", TOKENIZER_JAR, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase")
-    with tempfile.TemporaryFile() as errors:
-        process = start(command, package_folder("tokenizer"), errors.fileno())
-        try:
-            answer, _ = process.communicate("\n".join(map(one_line, texts)).encode())
-        finally:
-            end(process)
+    with Java(package_folder("tokenizer"), *command) as tokenizer:
+        answer, _ = tokenizer.process.communicate("\n".join(map(one_line, texts)).encode())
         lines = answer.decode().split("\n")
         # One line end comes after the last line as well, unless the last text is empty.
-        if process.returncode or len(lines) < len(texts):
-            raise CapcliError(f"the PTB tokenizer failed: {last_words(errors.fileno())}. {GET_JAVA}")
+        if tokenizer.process.returncode or len(lines) < len(texts):
+            raise CapcliError(f"the PTB tokenizer failed: {last_words(tokenizer.errors.fileno())}. {GET_JAVA}")
     return [" ".join(w for w in line.rstrip().split(" ") if w not in PUNCTUATION) for line in lines[: len(texts)]]
 
 
-class Meteor:
-    """METEOR 1.5 for English, in a process that ends with the `with` block, whatever happens in it."""
+class Meteor(Java):
+    """METEOR 1.5 for English."""
 
-    def __enter__(self) -> Self:
-        self._errors = tempfile.TemporaryFile()
-        try:
-            command = (f"-Xmx{heap()}m", "-jar", METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm")
-            self._process = start(command, package_folder("meteor"), self._errors.fileno())
-        except BaseException:
-            self._errors.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        end(self._process)
-        self._errors.close()
+    def __init__(self) -> None:
+        command = (f"-Xmx{heap()}m", "-jar", METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm")
+        super().__init__(package_folder("meteor"), *command)
 
     def statistics(self, caption: str, references: Sequence[str]) -> list[float]:
         """What METEOR counts in one caption against its references, all tokenized. The counts of several add up."""
@@ -115,7 +115,7 @@ class Meteor:
         return [float(answer) for answer in self._ask(told, len(statistics) + 1)[:-1]]  # the last is of them together
 
     def _ask(self, told: str, answers: int = 1) -> list[str]:
-        process = self._process
+        process = self.process
         assert process.stdin is not None
         assert process.stdout is not None
         lines = []
@@ -127,7 +127,7 @@ class Meteor:
             pass  # it has ended, and says below why
         if not all(lines) or len(lines) < answers:
             process.wait()
-            words = last_words(self._errors.fileno())
+            words = last_words(self.errors.fileno())
             raise CapcliError(f"METEOR failed at {told[-60:]!r}: {words}. --without-java leaves it out")
         return [line.decode().strip() for line in lines]
 
@@ -146,10 +146,10 @@ def unbarred(text: str) -> str:
     return text.replace("|||", "").replace("  ", " ")
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
     process.kill()
     process.wait()
-    for stream in (process.stdin, process.stdout):
+    for stream in (process.stdin, process.stdout, errors):
         if stream is not None:
             with contextlib.suppress(OSError):  # what it did not read
                 stream.close()
