@@ -104,6 +104,11 @@ class Engine:
     proof: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def precision(self) -> str:
+        """What it computes in: int8, or its dtype."""
+        return self.quantize or self.dtype
+
+    @property
     def rebuild(self) -> str:
         """The command that builds it again, for a shell."""
         return shlex.join(self.command)

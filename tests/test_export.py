@@ -207,6 +207,7 @@ def test_int8_captions_an_image_alike_whatever_its_neighbours(tmp_path: Path, mo
     assert less < whole
     one = paint(tmp_path / "one", "0.png")
     many = paint(tmp_path / "many", *(f"{n}.png" for n in range(8)))
+    assert "in int8" in caption(one, tmp_path / "engine").err
     alone, among = (caption(folder, tmp_path / "engine", "--batch-size", 4).rows[0] for folder in (one, many))
     assert alone["text"] == among["text"]
     assert alone["score"] == pytest.approx(among["score"], abs=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 import transformers
@@ -30,6 +31,8 @@ from transformers import ResNetConfig
 
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import NO_WORD
+from capcli.engine import read_engine
+from capcli.export.lint import duplicate_weights
 from capcli.export.origin import plans_refused
 from capcli.models.families import FILES
 
@@ -167,12 +170,32 @@ def test_an_engine_says_the_same(tmp_path: Path, family: str, profile: str) -> N
         assert [row["text"] for row in ours.rows] == [row["text"] for row in theirs.rows]
 
 
+@pytest.mark.parametrize(
+    ("family", "tables"),  # of the vocabulary: one where what chooses words is the embedding
+    [("florence2", 1), ("vision-t5", 1), ("vision-t5 v1.1", 2)],
+)
+def test_in_int8_what_chooses_words_stays_float32_and_is_stored_once(tmp_path: Path, family: str, tables: int) -> None:
+    folder, engine = save_family(tmp_path / family, family), tmp_path / "engine"
+    flags = ("--quantize", "int8", "--profile", "portable", "--device", "cpu", "--force")
+    done = call("export", "--onnx", "--model", folder, "--out", engine, *flags)
+    assert done.code == 0, done.err
+    model, vocabulary = onnx.load(str(engine / "step.onnx")), read_engine(str(engine)).vocabulary
+    coarse = [
+        {each.name: each.i for each in node.attribute} for node in model.graph.node if node.op_type == "MatMulNBits"
+    ]
+    assert coarse
+    assert not any(each["N"] == vocabulary or each["N"] < each["K"] for each in coarse)
+    assert duplicate_weights(model) == []
+    kept = [each.data_type for each in model.graph.initializer if len(each.dims) == 2 and vocabulary in each.dims]
+    assert kept == [onnx.TensorProto.FLOAT] * tables
+
+
 def test_the_readme_lists_every_family() -> None:
     table = README.read_text("utf-8").partition("<!-- families -->")[2].partition("\n\n")[0]
     rows = {row.split("|")[1].strip(" `"): row.split("|")[3:7] for row in table.splitlines()[3:]}
     assert rows.keys() == FILES.keys()
-    for says, trains, onnx, _ in rows.values():
-        assert {says.strip(), trains.strip(), onnx.strip()} == {"yes"}
+    for captions_in, trains, exports, _ in rows.values():
+        assert {captions_in.strip(), trains.strip(), exports.strip()} == {"yes"}
     configs = [
         {"model_type": "vision-encoder-decoder"},
         *(random_of_family(name).config.to_dict() for name in FAMILIES),

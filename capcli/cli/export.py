@@ -45,7 +45,7 @@ class Numbers(click.ParamType[Any]):
     type=click.Choice(["float32", "float16", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="What the engine computes in.",
+    help="What the engine computes in; for 8 bits see --quantize.",
 )
 @engine(
     "--profile",

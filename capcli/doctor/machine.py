@@ -57,12 +57,16 @@ def look_at_cpu(torch: Answer) -> Iterator[Line]:
     there = counted(cores, "core") if usable == cores else f"{usable} of {counted(cores, 'core')}"
     held = [f"{gibibytes(total)} memory" + (f", {gibibytes(free)} of it free" if free else "")] if total else []
     dtype = [] if bfloat16 is None else [f"--dtype auto computes in {'bfloat16' if bfloat16 else 'float32'}"]
+    if "cpu_int8_lacks" in torch:
+        lacks = torch["cpu_int8_lacks"]
+        dtype += [f"--dtype int8 does not work: {lacks}" if lacks else "--dtype int8 works"]
     facts = {
         "model": told["model"],
         "cores": cores,
         "usable_cores": usable,
         "abilities": able,
         "bfloat16": bfloat16,
+        "int8": torch["cpu_int8_lacks"] is None if "cpu_int8_lacks" in torch else None,
         "memory": total,
         "memory_free": free,
     }

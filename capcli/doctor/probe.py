@@ -49,8 +49,18 @@ def look_at_torch(torch: Any) -> dict[str, Any]:
     return {
         "cuda": torch.version.cuda or torch.version.hip,
         "cpu_bfloat16": bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16")),
+        **look_at_int8(),
         "devices": [look_at_device(torch, number) for number in range(torch.cuda.device_count())] if there else [],
     }
+
+
+def look_at_int8() -> dict[str, Any]:
+    """What `--dtype int8` lacks here, None for nothing; nothing at all where that cannot be told."""
+    with contextlib.suppress(Exception):
+        from capcli.models.int8 import lacking
+
+        return {"cpu_int8_lacks": lacking()}
+    return {}
 
 
 def look_at_device(torch: Any, number: int) -> dict[str, Any]:

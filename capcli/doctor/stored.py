@@ -101,14 +101,14 @@ def look_at_engines(here: Here) -> Iterator[Line]:
 def engine_line(folder: str, here: Here) -> Line:
     engine = read_engine(folder)
     lines = [*damages(folder, engine), *unfit(engine, here)]
-    precision, package = engine.quantize or engine.dtype, RUNTIME[engine.kind]
-    what = f"{package.title}, {engine.profile}, {precision}, {megabytes(size_of(folder))}"
+    package = RUNTIME[engine.kind]
+    what = f"{package.title}, {engine.profile}, {engine.precision}, {megabytes(size_of(folder))}"
     of = str(engine.captioner.get("name", "unknown"))
     facts = {
         "path": as_text(folder),
         "kind": engine.kind,
         "profile": engine.profile,
-        "precision": precision,
+        "precision": engine.precision,
         "captioner": as_text(of),
         "bytes": size_of(folder),
         "fits": not lines,

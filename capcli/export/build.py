@@ -101,8 +101,8 @@ def proved(runtime: Seated, origin: Origin, images: list[Pixels], settings: Sett
     settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, MOST_TOKENS))
     beams = (1, 4) if engine.kind == "onnx" else (settings.rows,)
     batches = [bucket.slots for bucket in engine.buckets] or [SLOTS]
-    precision, truth = engine.quantize or engine.dtype, origin.truth(runtime.device)
-    return prove(runtime, truth, images, searches(settings, beams), precision, batches, origin.against)
+    truth = origin.truth(runtime.device)
+    return prove(runtime, truth, images, searches(settings, beams), engine.precision, batches, origin.against)
 
 
 def built_for(options: ExportOptions, generation: Mapping[str, Any], positions: int) -> Settings:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from capcli.models.packing import cpu_abilities
+from capcli.models.abilities import cpu_abilities
 
 # What pays was measured on both kinds of CPU (BENCHMARKS.md).
 FEW = 16  # query rows up to which products are quicker: the kernel's tiles are made for many

@@ -17,13 +17,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from capcli.engine import Engine
 from capcli.errors import CapcliError, UsageError
 from capcli.fitting import refuse_tampered
+from capcli.models.abilities import multiplies_bfloat16
 from capcli.models.attention import use_attention
 from capcli.models.families import family_of, question_of, tag_room
 from capcli.models.files import GENERATION, ModelFiles
 from capcli.models.int8 import lacking, quantize_both
 from capcli.models.load_errors import explain_load_error
 from capcli.models.modules import Encode, Step
-from capcli.models.packing import cpu_abilities, speed_up
+from capcli.models.packing import speed_up
 from capcli.options import check_device
 from capcli.pixels import PixelSpec
 from capcli.progress import warn
@@ -113,7 +114,7 @@ def load_engine(files: ModelFiles, engine: Engine, device: torch.device) -> Mode
     tokenizer = explained_tokenizer(files)
     return Model(
         runtime=open_engine(files.folder, engine, device),
-        dtype=engine.dtype,
+        dtype=engine.precision,
         tokenizer=tokenizer,
         spec=PixelSpec.from_config(files.processor),
         size=engine.pixels,
@@ -257,11 +258,10 @@ def int8_refused(device: torch.device) -> str | None:
 
 def choose_dtype(name: str, device: torch.device, engine: Engine | None = None) -> str:
     """`auto` is an engine's own, or bfloat16 where the hardware computes in it, else float32."""
-    own = None if engine is None else engine.quantize or engine.dtype
-    if engine is not None and name in ("auto", own):
-        return engine.dtype
+    if engine is not None and name in ("auto", engine.precision):
+        return engine.precision
     if engine is not None and name in DTYPES:
-        raise UsageError(f"--dtype {name}: the engine computes in {own}; leave it out, or export another")
+        raise UsageError(f"--dtype {name}: the engine computes in {engine.precision}; leave it out, or export another")
     if name == "int8" and (why := int8_refused(device)):
         raise UsageError(f"--dtype int8: {why}; give --dtype auto")
     if name in DTYPES:
@@ -270,5 +270,4 @@ def choose_dtype(name: str, device: torch.device, engine: Engine | None = None) 
         raise UsageError(f"--dtype {name}: it is auto, {', '.join(DTYPES)}")
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    abilities = cpu_abilities()
-    return "bfloat16" if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else "float32"
+    return "bfloat16" if multiplies_bfloat16() else "float32"

@@ -6,13 +6,16 @@ A row's scale hangs on that row alone, so no caption depends on its neighbours. 
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capcli.models.modules import Encode, Step
-from capcli.models.packing import cpu_abilities, detached, linear_layers, take_gelu
+from capcli.models.abilities import cpu_abilities
+
+if TYPE_CHECKING:
+    from capcli.models.modules import Encode, Step
 
 TOGETHER = 256  # rows at a time: what comes before and after their product stays in the cache
 LEAST = 1e-30  # in place of 0, for rows that are all zeros
@@ -78,6 +81,8 @@ def quantize(module: nn.Module, vocabulary: int | None = None) -> None:
     Those are what chooses from the `vocabulary`, and layers that narrow: were they coarse, twice as many captions would be
     worded otherwise than in float32, and were others fine too, hardly fewer (BENCHMARKS.md).
     """
+    from capcli.models.packing import detached, linear_layers, take_gelu  # with transformers, which `lacking` needs not
+
     for parent, name, layer, weight in list(linear_layers(module)):
         outputs, inputs = weight.shape
         fine = vocabulary is not None and (outputs == vocabulary or outputs < inputs)

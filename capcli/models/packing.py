@@ -57,12 +57,6 @@ def linear_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any, Tens
                 yield parent, name, child, weight.detach()
 
 
-def cpu_abilities() -> dict[str, Any]:
-    """What PyTorch knows of this CPU's instructions; nothing where it does not tell."""
-    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return told
-
-
 def can_pack() -> bool:
     there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return bool(there) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
