@@ -55,3 +55,19 @@ def test_an_image_is_the_same_to_the_bit_wherever_it_stands(monkeypatch, amx, ro
         said, _ = attention.attend(nn.Module(), *made, None)
         turned, _ = attention.attend(nn.Module(), *(x.flip(0) for x in made), None)
         assert torch.equal(said, turned.flip(0))
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 40])
+def test_queries_are_answered_in_their_dtype_whatever_is_kept(monkeypatch, amx, rows):
+    monkeypatch.setattr(attention, "has_amx", lambda: amx)
+    torch.manual_seed(0)
+    (query, key, value), mask = draw(2, rows, torch.float32)
+    for each in (None, mask, mask == 0):
+        hidden = each if each is None or each.is_floating_point() else torch.where(each, 0.0, -torch.inf)
+        for said, _ in (
+            attention.attend(nn.Module(), query, key.bfloat16(), value.bfloat16(), each),
+            attention.attend_coarsely(nn.Module(), query, key, value, each),
+        ):
+            assert said.dtype == torch.float32
+            torch.testing.assert_close(said.double(), attended(query, key, value, hidden), atol=2e-2, rtol=2e-2)

@@ -26,15 +26,15 @@ needs_vnni = pytest.mark.skipif(int8.lacking() is not None, reason=str(int8.lack
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def layer(*, gelu=False, fine=False, bias=True, inputs=40, outputs=24):
+def layer(*, gelu=None, fine=False, bias=True, inputs=40, outputs=24):
     torch.manual_seed(0)
     plain = nn.Linear(inputs, outputs, bias=bias)
     made = Int8Linear(plain.weight.detach(), plain.bias.detach() if bias else None, gelu=gelu, fine=fine)
-    return (nn.Sequential(plain, nn.GELU(approximate="tanh")) if gelu else plain), made
+    return (nn.Sequential(plain, nn.GELU(approximate=gelu)) if gelu else plain), made
 
 
 @needs_vnni
-@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("gelu", [None, "none", "tanh"])
 @pytest.mark.parametrize("bias", [False, True])
 @torch.inference_mode()
 def test_a_layer_is_near_the_one_it_was_made_of_and_a_fine_one_nearer(gelu, bias):
@@ -125,6 +125,22 @@ def test_every_family_captions_in_it_and_only_what_says_words_is_fine(tmp_path, 
     said = list(captioner.caption(pictures(6), num_beams=2))
     alone = [next(iter(captioner.caption([each], num_beams=2, batch_size=4))) for each in pictures(6)]
     assert [each.text for each in said] == [each.text for each in alone]
+
+
+@needs_vnni
+@pytest.mark.parametrize(
+    "search", [{"num_beams": 18}, {"prompt": "word7 word9 word11"}, {"prompt": "word7", "num_beams": 3}]
+)
+@pytest.mark.parametrize("family", [None, "prefix"])
+def test_many_rows_and_prompts_are_near_float32(tmp_path, family, search):
+    folder = save_family(tmp_path / "model", family) if family else save_captioner(tmp_path / "model")
+    said = {
+        dtype: list(Captioner.load(str(folder), device="cpu", dtype=dtype).caption(pictures(6), **search))
+        for dtype in ("float32", "int8")
+    }
+    assert all(each.text for each in said["int8"])
+    near = [abs(plain.score - made.score) < 0.1 for plain, made in zip(*said.values(), strict=True)]
+    assert sum(near) >= 4
 
 
 def test_a_run_that_began_in_it_says_so_where_it_cannot_go_on(tmp_path, monkeypatch):

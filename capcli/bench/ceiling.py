@@ -65,7 +65,7 @@ def peak_rates(device: torch.device, dtype: str) -> Rates:
 
 
 def product_in_int8() -> Callable[[], Any]:
-    layer = Int8Linear(torch.randn(SIDE, SIDE), None, gelu=False, fine=False)
+    layer = Int8Linear(torch.randn(SIDE, SIDE), None, gelu=None, fine=False)
     whole = torch.randint(-127, 128, (SIDE, SIDE)).float()
     return lambda: layer.product(whole)
 

@@ -32,6 +32,12 @@ def attend(
 
     The mask is added to the scores; one of booleans says what is seen.
     """
+    if key.dtype != query.dtype:  # what is kept of an image may be coarser than what asks for it
+        mask = attention_mask
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(key.dtype)
+        coarse, _ = attend(module, query.to(key.dtype), key, value, mask, scaling, **kwargs)
+        return coarse.to(query.dtype), None
     bias = kwargs.pop("position_bias", None)
     if bias is not None:
         attention_mask = bias if attention_mask is None else attention_mask + bias
@@ -46,6 +52,20 @@ def attend(
         module, query, key, value, attention_mask, scaling=scaling, is_causal=False, **kwargs
     )[0]
     return out, None
+
+
+def attend_coarsely(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`attend` in bfloat16, whatever comes."""
+    key, value = (x.to(torch.bfloat16) for x in (key, value))
+    return attend(module, query, key, value, attention_mask, *args, **kwargs)
 
 
 def few(query: Tensor) -> bool:
@@ -84,9 +104,11 @@ def by_parts(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out
 
 
-def use_attention(part: Any) -> None:
-    """Makes one of transformers' models attend so, where it lets its attention be chosen."""
+def use_attention(part: Any, *, coarse: bool = False) -> bool:
+    """Makes one of transformers' models attend so, where it lets its attention be chosen; whether it does."""
     if not getattr(part, "_supports_attention_backend", False):
-        return
-    AttentionInterface.register(NAME, attend)
-    part.set_attn_implementation(NAME)
+        return False
+    name = f"{NAME}-coarse" if coarse else NAME
+    AttentionInterface.register(name, attend_coarsely if coarse else attend)
+    part.set_attn_implementation(name)
+    return True

@@ -56,15 +56,17 @@ def load_model(files: ModelFiles, device: torch.device, dtype: str) -> Model:
     spec = PixelSpec.from_config(files.processor)
     whole = load_weights(files, dtype, device)
     encode, step = modules(whole, spec)
-    for part in (encode.encoder, step.decoder):
-        use_attention(part)
+    use_attention(encode.encoder, coarse=dtype == "int8")
+    attends = use_attention(step.decoder)
+    # half as much to read in every step, and no caption the worse for it (BENCHMARKS.md)
+    keep = torch.bfloat16 if dtype == "int8" and attends else None
     if dtype == "int8":
         quantize_both(encode, step)
     elif device.type == "cpu" and dtype != "float16":  # which no CPU multiplies fast
         speed_up(encode)
         speed_up(step)
     return Model(
-        runtime=Eager(encode, step, device, prefixed=encode.prefixed),
+        runtime=Eager(encode, step, device, prefixed=encode.prefixed, keep=keep),
         dtype=dtype,
         tokenizer=(tokenizer := explained_tokenizer(files)),
         spec=spec,

@@ -15,7 +15,7 @@ Write = Callable[[Tensor, Tensor, Tensor], Tensor]
 def write_in_place(entries: Tensor, new: Tensor, at: Tensor) -> Tensor:
     slot = arange(new.shape[0], device=new.device)[:, None]
     entry = at[:, None] + arange(new.shape[2], device=new.device)  # [S, Q]
-    entries[slot, :, entry] = new.transpose(1, 2)
+    entries[slot, :, entry] = new.transpose(1, 2).to(entries.dtype)
     return entries
 
 

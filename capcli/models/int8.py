@@ -5,11 +5,11 @@ A row's scale hangs on that row alone, so no caption depends on its neighbours. 
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from capcli.models.abilities import cpu_abilities
@@ -23,13 +23,13 @@ FINE = 254  # parts of a step of 8 bits in which its rounding is told: half a st
 
 
 class Int8Linear(nn.Module):
-    """A linear layer of int8 weights; with `gelu`, the one by the tanh approximation follows.
+    """A linear layer of int8 weights; with `gelu`, PyTorch's name of an approximation, that follows.
 
     `fine`: what is multiplied has 16 bits, by a second product with what the first rounded off. The operators are PyTorch's
     own, which its compiler uses (`torch._inductor`, onednn quantization). Their left side is unsigned: 128 is 0.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool, fine: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: str | None, fine: bool) -> None:
         super().__init__()
         weight = weight.float()
         self.scale = weight.abs().amax(1).clamp_min(LEAST) / 127
@@ -50,14 +50,17 @@ class Int8Linear(nn.Module):
         """float32 [n, inputs] -> out [n, outputs]."""
         step = rows.abs().amax(-1, keepdim=True).clamp_min(LEAST) / 127
         steps = rows * (1 / step)
-        whole = steps.round()
+        whole = steps.round() if self.fine else steps.round_()
         product = self.product(whole)
         if self.fine:
             product.add_(self.product((steps - whole).mul_(FINE).round_()), alpha=1 / FINE)
-        product.mul_(step)  # no number where there was none: the image is a failure
-        if self.bias is not None:
-            product.add_(self.bias)
-        out.copy_(F.gelu(product, approximate="tanh") if self.gelu else product)
+        sums = out if self.gelu is None else product
+        if self.bias is None:
+            torch.mul(product, step, out=sums)  # no number where there was none: the image is a failure
+        else:
+            torch.addcmul(self.bias, product, step, out=sums)
+        if self.gelu is not None:
+            GELU[self.gelu](sums, out)
 
     def product(self, whole: Tensor) -> Tensor:
         """Of whole numbers from -127 to 127, [n, inputs], with the weights."""
@@ -66,6 +69,20 @@ class Int8Linear(nn.Module):
             left, 1.0, 128, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return out
+
+
+def gelu_by_erf(x: Tensor, out: Tensor) -> None:
+    torch.ops.aten.gelu.out(x, out=out)
+
+
+def gelu_by_tanh(x: Tensor, out: Tensor) -> None:
+    """By a sigmoid, which is the same: (1 + tanh(y)) / 2 is sigmoid(2 y), and takes half the time."""
+    scale = 2 * math.sqrt(2 / math.pi)
+    torch.mul(x, x, out=out)
+    out.mul_(0.044715 * scale).add_(scale).mul_(x).sigmoid_().mul_(x)
+
+
+GELU = {"none": gelu_by_erf, "tanh": gelu_by_tanh}  # by PyTorch's name of the approximation
 
 
 def quantize_both(encode: Encode, step: Step) -> None:
@@ -81,12 +98,15 @@ def quantize(module: nn.Module, vocabulary: int | None = None) -> None:
     Those are what chooses from the `vocabulary`, and layers that narrow: were they coarse, twice as many captions would be
     worded otherwise than in float32, and were others fine too, hardly fewer (BENCHMARKS.md).
     """
+    from transformers.activations import GELUActivation, NewGELUActivation
+
     from capcli.models.packing import detached, linear_layers, take_gelu  # with transformers, which `lacking` needs not
 
     for parent, name, layer, weight in list(linear_layers(module)):
         outputs, inputs = weight.shape
         fine = vocabulary is not None and (outputs == vocabulary or outputs < inputs)
-        made = Int8Linear(weight, detached(layer.bias), gelu=take_gelu(parent, name), fine=fine)
+        gelu = take_gelu(parent, name, GELUActivation, NewGELUActivation)
+        made = Int8Linear(weight, detached(layer.bias), gelu=gelu, fine=fine)
         setattr(parent, name, made)
 
 
@@ -101,7 +121,7 @@ def lacking() -> str | None:
     able = cpu_abilities()
     if not any(able.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")):
         return "this CPU has no VNNI"
-    most = Int8Linear(torch.ones(16, 64), None, gelu=False, fine=False).product(torch.full((1, 64), 127.0))
+    most = Int8Linear(torch.ones(16, 64), None, gelu=None, fine=False).product(torch.full((1, 64), 127.0))
     if not torch.allclose(most, torch.tensor(64 * 127.0)):
         return "oneDNN does not use this CPU's VNNI (ONEDNN_MAX_CPU_ISA may be set)"
     return None

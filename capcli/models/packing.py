@@ -45,7 +45,9 @@ def speed_up(module: nn.Module) -> None:
     if not can_pack():
         return
     for parent, name, layer, weight in list(linear_layers(module)):
-        setattr(parent, name, PackedLinear(weight, detached(layer.bias), gelu=take_gelu(parent, name)))
+        # written out in six operations it costs more than the layer; the exact one is quicker by itself (BENCHMARKS.md)
+        gelu = take_gelu(parent, name, NewGELUActivation) is not None
+        setattr(parent, name, PackedLinear(weight, detached(layer.bias), gelu=gelu))
 
 
 def linear_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any, Tensor]]:
@@ -66,17 +68,13 @@ def detached(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach()
 
 
-def take_gelu(parent: Any, linear: str) -> bool:
-    """Takes the GELU that follows this layer out of `parent`; False where none does.
-
-    Only GPT-2's, by the tanh approximation: written out in six operations it costs more than the layer. The exact one is
-    quicker by itself than fused (BENCHMARKS.md).
-    """
+def take_gelu(parent: Any, linear: str, *kinds: type[nn.Module]) -> str | None:
+    """Takes the GELU that follows this layer out of `parent`, if of these kinds; its approximation, by PyTorch's name."""
     for name, follow in FUSED:
-        if linear == name and isinstance(getattr(parent, follow, None), NewGELUActivation):
+        if linear == name and isinstance(found := getattr(parent, follow, None), kinds):
             setattr(parent, follow, nn.Identity())
-            return True
-    return False
+            return "tanh" if isinstance(found, NewGELUActivation) else "none"
+    return None
 
 
 def keep_memory_mapped() -> None:

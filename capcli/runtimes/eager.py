@@ -32,8 +32,9 @@ class Eager(Seated):
         *,
         prefixed: bool = False,
         record: bool = True,
+        keep: torch.dtype | None = None,
     ) -> None:
-        super().__init__(device, prefixed=prefixed)
+        super().__init__(device, prefixed=prefixed, keep=keep)
         self._encode_module, self._step_module = encode, step
         self.ahead = device.type == "cuda"
         self._record = record and self.ahead
@@ -42,8 +43,8 @@ class Eager(Seated):
     def beside(self, count: int) -> Sequence[Eager]:
         if self.device.type != "cpu":
             return [self]
-        modules = self._encode_module, self._step_module
-        return [self, *(Eager(*modules, self.device, prefixed=self.prefixed) for _ in range(1, count))]
+        modules, keep = (self._encode_module, self._step_module), self._keep
+        return [self, *(Eager(*modules, self.device, prefixed=self.prefixed, keep=keep) for _ in range(1, count))]
 
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
         super().allocate(shapes, settings)

@@ -39,10 +39,12 @@ class Seated(ABC):
     """A runtime but for what executes the two graphs; see `capcli.decoding.loop.Runtime`.
 
     What encode leaves of an image is its memory, for cross-attention, or, with `prefixed`, the first entries of its pool.
+    `keep` is the dtype in which slots hold it, and what steps write, None: as encode leaves it.
     """
 
-    def __init__(self, device: torch.device, *, prefixed: bool = False) -> None:
+    def __init__(self, device: torch.device, *, prefixed: bool = False, keep: torch.dtype | None = None) -> None:
         self.device, self.prefixed = device, prefixed
+        self._keep = keep
         self.lag = 1 if device.type == "cuda" else 0
         self.ahead = False
         self._memory: list[Tensor] = []
@@ -100,9 +102,9 @@ class Seated(ABC):
             self._make_room(seen)
         at = torch.tensor(seats, device=self.device)
         for entries in self._pool:
-            entries.index_fill_(0, at, 0)  # a NaN behind a mask still poisons, and an empty seat goes on writing
+            clear(entries, seats, at)  # a NaN behind a mask still poisons, and an empty seat goes on writing
         for mine, new in zip(self._pool if self.prefixed else self._memory, seen, strict=True):
-            mine[at, :, : new.shape[2]] = new[: len(seats)]
+            fill(mine, seats, at, new)
         shown = self._shown(asked)
         self._image[at] = shown[: len(seats)]
         if len(self._prompt) > 1:
@@ -124,14 +126,16 @@ class Seated(ABC):
     def slot_bytes(self, pixels: npt.NDArray[np.uint8], settings: Settings) -> int:
         """What a slot's memory and pool hold; `pixels` [1, h, w, 3] is any one image."""
         seen = self._encode(pixels, torch.tensor([settings.question], dtype=torch.long, device=self.device))
-        return sum(x.nbytes + x.nbytes // x.shape[2] * settings.entries for x in seen)
+        kept = [x.to(self._keep or x.dtype) for x in seen]
+        return sum(x.nbytes + x.nbytes // x.shape[2] * settings.entries for x in kept)
 
     def _make_room(self, seen: Sequence[Tensor]) -> None:
         slots, entries = self._shapes.slots, self._settings.entries
         self._image_entries = seen[0].shape[2] if self.prefixed else 0
         self._image = torch.ones(slots, self._image_entries, dtype=torch.bool, device=self.device)
-        self._memory = [] if self.prefixed else [x.new_zeros(slots, *x.shape[1:]) for x in seen]
-        self._pool = [x.new_zeros(slots, x.shape[1], self._image_entries + entries, x.shape[3]) for x in seen]
+        places = self._image_entries + entries
+        self._memory = [] if self.prefixed else [x.new_zeros(slots, *x.shape[1:], dtype=self._keep) for x in seen]
+        self._pool = [x.new_zeros(slots, x.shape[1], places, x.shape[3], dtype=self._keep) for x in seen]
 
     def _shown(self, asked: Tensor) -> Tensor:
         """Which entries of images rows see, [E, image entries]: all but those of words that a question lacks, at the end."""
@@ -150,7 +154,25 @@ class Seated(ABC):
         tokens = self._prompt[:-1].expand(chunk, -1)
         self._run_step(tokens, order, image + order[:, 0], with_image(shown, visible), memory, pool)
         for mine, new in zip(self._pool, pool, strict=True):
-            mine[at, :, image : image + prompt] = new[: len(at), :, image:]
+            mine[at, :, image : image + prompt] = new[: len(at), :, image:].to(mine.dtype)
+
+
+def clear(entries: Tensor, seats: Sequence[int], at: Tensor) -> None:
+    """Zeros in these seats; `at` names them too."""
+    if entries.device.type == "cuda":
+        entries.index_fill_(0, at, 0)
+        return
+    for seat in seats:  # where a CPU is given indices it goes element by element
+        entries[seat].zero_()
+
+
+def fill(entries: Tensor, seats: Sequence[int], at: Tensor, new: Tensor) -> None:
+    """Writes `new` [E, H, M, D] into the first M entries of these seats, of which there are at most E; `at` names them too."""
+    if entries.device.type == "cuda":
+        entries[at, :, : new.shape[2]] = new[: len(seats)].to(entries.dtype)
+        return
+    for seat, each in zip(seats, new, strict=False):
+        entries[seat, :, : new.shape[2]] = each
 
 
 def with_image(image: Tensor, visible: Tensor) -> Tensor:
