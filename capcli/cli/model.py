@@ -28,8 +28,8 @@ OPTIONS = (
         type=click.Choice(["auto", "float32", "bfloat16", "float16", "int8"]),
         default="auto",
         show_default=True,
-        help="Precision; auto is bfloat16 where the hardware computes in it, else float32. int8, on CPUs: products in 8 bits, "
-        "the rest in float32.",
+        help="Precision; auto is bfloat16 where the hardware computes in it, else float32. int8, on CPUs: layers' products in "
+        "8 bits, attention in bfloat16, the rest in float32.",
     ),
     option(
         "--batch-size",

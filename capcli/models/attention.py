@@ -63,7 +63,7 @@ def attend_coarsely(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`attend` in bfloat16, whatever comes."""
+    """`attend` in bfloat16, as captioners of int8 layers do."""
     key, value = (x.to(torch.bfloat16) for x in (key, value))
     return attend(module, query, key, value, attention_mask, *args, **kwargs)
 
