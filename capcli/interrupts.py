@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -60,3 +61,20 @@ class Interrupts:
             line = "capcli: finishing what is under way; again, to leave at once\n"
             with contextlib.suppress(OSError):
                 os.write(2, f"{chr(10) if sys.stderr.isatty() else ''}{line}".encode())
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """In it SIGTERM ends the program as an exception does, so that what was begun is cleaned up."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # where Python lets no handler be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

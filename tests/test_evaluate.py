@@ -319,7 +319,8 @@ def test_without_pycocoevalcap_the_error_names_the_extra(files: tuple[Path, Path
 
 @needs_java
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="looks for the process in /proc")
-def test_an_interrupt_ends_java_as_well(files: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_ends_java_as_well(files: tuple[Path, Path], number: int, code: int) -> None:
     rows, references = files
     process = spawn("evaluate", rows, "--references", references)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -330,9 +331,9 @@ def test_an_interrupt_ends_java_as_well(files: tuple[Path, Path]) -> None:
         return bool(meteor)
 
     wait_until(started, process)
-    os.kill(process.pid, signal.SIGINT)  # this process alone: a terminal would tell Java too
+    os.kill(process.pid, number)  # this process alone: a terminal would tell Java too
     done = ended(process)
-    assert done.code == 130, done.err
+    assert done.code == code, done.err
     assert not any(b"meteor" in cmdline(child) for child in meteor)
 
 

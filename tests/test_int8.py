@@ -18,9 +18,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from capcli import Captioner
+from capcli.decoding.loop import Shapes
 from capcli.models import build, int8
 from capcli.models.families import family_of
 from capcli.models.int8 import Int8Linear
+from capcli.options import GenerationOptions
 
 needs_vnni = pytest.mark.skipif(int8.lacking() is not None, reason=str(int8.lacking()))
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -141,6 +143,24 @@ def test_many_rows_and_prompts_are_near_float32(tmp_path, family, search):
     assert all(each.text for each in said["int8"])
     near = [abs(plain.score - made.score) < 0.1 for plain, made in zip(*said.values(), strict=True)]
     assert sum(near) >= 4
+
+
+@needs_vnni
+@pytest.mark.parametrize(
+    ("family", "kept"), [(None, torch.bfloat16), ("prefix", torch.bfloat16), ("vision-t5", torch.float32)]
+)
+@torch.inference_mode()
+def test_slots_keep_entries_in_bfloat16_in_every_loop_where_the_decoder_attends_so(tmp_path, family, kept):
+    folder = save_family(tmp_path / "model", family) if family else save_captioner(tmp_path / "model")
+    captioner = Captioner.load(str(folder), device="cpu", dtype="int8")
+    settings = captioner.settings(GenerationOptions(max_new_tokens=5))
+    image = pictures(1)[0][None]
+    for runtime in captioner.model.runtime.beside(2):
+        runtime.allocate(Shapes(2, 1), settings)
+        runtime.admit(runtime.encode(image, [settings.question]), [0])
+        held = [*runtime._memory, *runtime._pool]  # noqa: SLF001
+        assert {each.dtype for each in held} == {kept}
+        assert 2 * runtime.slot_bytes(image, settings) == sum(each.nbytes for each in held)
 
 
 def test_a_run_that_began_in_it_says_so_where_it_cannot_go_on(tmp_path, monkeypatch):

@@ -70,11 +70,12 @@ def test_words_of_every_flickr8k_caption_are_the_original_tokenizers() -> None:
 
 @needs_java
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="looks for the process in /proc")
-def test_an_interrupt_at_any_line_leaves_no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_at_any_line_leaves_no_java(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(java.subprocess, "Popen", Known)
     for line in itertools.count():
         Known.all.clear()
-        came = interrupted_at(line)
+        came = interrupted_at(line, number)
         assert not any(alive(process.pid) for process in Known.all), line
         if not came:
             break
@@ -92,8 +93,8 @@ class Known(subprocess.Popen[bytes]):
         self.all.append(self)
 
 
-def interrupted_at(line: int) -> bool:
-    """Whether METEOR's life has a line of that number; a real SIGINT came there."""
+def interrupted_at(line: int, number: int) -> bool:
+    """Whether METEOR's life has a line of that number; a real signal came there."""
     passed = itertools.count()
     mine = {java.__file__, interrupts.__file__}
 
@@ -101,14 +102,14 @@ def interrupted_at(line: int) -> bool:
         if frame.f_code.co_filename not in mine:
             return None
         if event == "line" and next(passed) == line:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return trace
 
     # What follows an interrupt is for the caller: the object goes with the frames that know it.
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        with java.Meteor():
+        with interrupts.terminable(), java.Meteor():
             pass
     except (KeyboardInterrupt, SystemExit):
         return True

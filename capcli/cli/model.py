@@ -29,7 +29,7 @@ OPTIONS = (
         default="auto",
         show_default=True,
         help="Precision; auto is bfloat16 where the hardware computes in it, else float32. int8, on CPUs: layers' products in "
-        "8 bits, attention in bfloat16, the rest in float32.",
+        "8 bits, the rest in float32 or bfloat16.",
     ),
     option(
         "--batch-size",

@@ -5,15 +5,13 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
 
 from capcli.engine import ENGINE, engines_folder, is_engine, read_engine
 from capcli.errors import CapcliError, UsageError
+from capcli.interrupts import terminable
 from capcli.models.files import GENERATION
 from capcli.options import ExportOptions
 from capcli.sinks import locks
@@ -96,23 +94,6 @@ def sweep(prefix: str) -> None:
         with suppress(OSError), open(os.path.join(site, LOCK), "ab") as lock:
             if locks.take(lock.fileno()):
                 shutil.rmtree(site, ignore_errors=True)
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """In it SIGTERM ends the program as an exception does, so that what was begun is cleaned up."""
-
-    def leave(number: int, _frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():  # where Python lets no handler be set
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from capcli.errors import CapcliError, UsageError
+from capcli.interrupts import terminable
 from capcli.metrics import bootstrap, java, show, tokens
 from capcli.metrics.matching import match
 from capcli.metrics.reading import Captions, Given, References, names_by_number, read_captions, read_references
@@ -58,7 +59,7 @@ class Result:
 def run(options: EvaluateOptions) -> int:
     """Measure captions and show how good they are; the exit code. Raises CapcliError, and UsageError for a wrong command."""
     check(options)
-    with contextlib.ExitStack() as closing:
+    with terminable(), contextlib.ExitStack() as closing:
         # Loading METEOR's paraphrases takes seconds, in which the files are read.
         meteor = None if options.without_java else closing.enter_context(java.Meteor())
         result = evaluate(options, meteor)

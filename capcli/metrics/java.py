@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import subprocess
@@ -54,8 +55,8 @@ class Java:
     def __init__(self, folder: str, *command: str) -> None:
         program, pipe = [java(), *OPTIONS, *command], subprocess.PIPE
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - ended with the process
-        # An interrupt between the fork and the next line would leave a Java behind that nobody knows.
-        with Interrupts(quiet=True) as interrupts:
+        # An interrupt, or a second, between the fork and the next line would leave a Java behind that nobody knows.
+        with Interrupts(quiet=True, grace=math.inf) as interrupts:
             try:
                 self.process = subprocess.Popen(program, cwd=folder, stdin=pipe, stdout=pipe, stderr=self.errors)
             except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ def cpu_abilities() -> dict[str, Any]:
     return told
 
 
+@cache
 def multiplies_bfloat16() -> bool:
     abilities = cpu_abilities()
     return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from capcli.models.abilities import cpu_abilities
+from capcli.models.abilities import cpu_abilities, multiplies_bfloat16
 
 # What pays was measured on both kinds of CPU (BENCHMARKS.md).
 FEW = 16  # query rows up to which products are quicker: the kernel's tiles are made for many
@@ -75,7 +75,7 @@ def few(query: Tensor) -> bool:
 
 def many(query: Tensor) -> bool:
     """Whether the kernel multiplies these without the CPU's bfloat16 units, which products use."""
-    return query.dtype == torch.bfloat16 and not has_amx()
+    return query.dtype == torch.bfloat16 and multiplies_bfloat16() and not has_amx()
 
 
 @cache

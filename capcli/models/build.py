@@ -56,7 +56,7 @@ def load_model(files: ModelFiles, device: torch.device, dtype: str) -> Model:
     spec = PixelSpec.from_config(files.processor)
     whole = load_weights(files, dtype, device)
     encode, step = modules(whole, spec)
-    use_attention(encode.encoder, coarse=dtype == "int8")
+    use_attention(encode.encoder, coarse=dtype == "int8" and multiplies_bfloat16())
     attends = use_attention(step.decoder)
     # half as much to read in every step, and no caption the worse for it (BENCHMARKS.md)
     keep = torch.bfloat16 if dtype == "int8" and attends else None

@@ -1,7 +1,7 @@
 """Linear layers in 8 bits on a CPU: a scale for each output of the weights, and for each row of what they multiply.
 
-A row's scale hangs on that row alone, so no caption depends on its neighbours. Attention, and what slots keep for it, is bfloat16
-(capcli.models.build); all else stays float32.
+A row's scale hangs on that row alone, so no caption depends on its neighbours; on their number it may, for the last bits of what
+stays float32, which 8 bits can round apart. Where a model lets its attention be chosen, that is bfloat16 (capcli.models.build).
 """
 
 from __future__ import annotations

@@ -102,9 +102,9 @@ class Seated(ABC):
             self._make_room(seen)
         at = torch.tensor(seats, device=self.device)
         for entries in self._pool:
-            clear(entries, seats, at)  # a NaN behind a mask still poisons, and an empty seat goes on writing
+            clear(entries, at)  # a NaN behind a mask still poisons, and an empty seat goes on writing
         for mine, new in zip(self._pool if self.prefixed else self._memory, seen, strict=True):
-            fill(mine, seats, at, new)
+            fill(mine, at, new)
         shown = self._shown(asked)
         self._image[at] = shown[: len(seats)]
         if len(self._prompt) > 1:
@@ -154,24 +154,24 @@ class Seated(ABC):
         tokens = self._prompt[:-1].expand(chunk, -1)
         self._run_step(tokens, order, image + order[:, 0], with_image(shown, visible), memory, pool)
         for mine, new in zip(self._pool, pool, strict=True):
-            mine[at, :, image : image + prompt] = new[: len(at), :, image:].to(mine.dtype)
+            fill(mine[:, :, image:], at, new[:, :, image:])
 
 
-def clear(entries: Tensor, seats: Sequence[int], at: Tensor) -> None:
-    """Zeros in these seats; `at` names them too."""
+def clear(entries: Tensor, at: Tensor) -> None:
+    """Zeros in the seats `at` [n]."""
     if entries.device.type == "cuda":
         entries.index_fill_(0, at, 0)
         return
-    for seat in seats:  # where a CPU is given indices it goes element by element
+    for seat in at.tolist():  # where a CPU is given indices it goes number by number
         entries[seat].zero_()
 
 
-def fill(entries: Tensor, seats: Sequence[int], at: Tensor, new: Tensor) -> None:
-    """Writes `new` [E, H, M, D] into the first M entries of these seats, of which there are at most E; `at` names them too."""
+def fill(entries: Tensor, at: Tensor, new: Tensor) -> None:
+    """Writes the first n of `new` [E, H, M, D] into the first M entries of the seats `at` [n]."""
     if entries.device.type == "cuda":
-        entries[at, :, : new.shape[2]] = new[: len(seats)].to(entries.dtype)
+        entries[at, :, : new.shape[2]] = new[: len(at)].to(entries.dtype)
         return
-    for seat, each in zip(seats, new, strict=False):
+    for seat, each in zip(at.tolist(), new, strict=False):
         entries[seat, :, : new.shape[2]] = each
 
 
