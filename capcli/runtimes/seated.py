@@ -159,7 +159,7 @@ class Seated(ABC):
 
 def clear(entries: Tensor, at: Tensor) -> None:
     """Zeros in the seats `at` [n]."""
-    if entries.device.type == "cuda":
+    if entries.device.type != "cpu":
         entries.index_fill_(0, at, 0)
         return
     for seat in at.tolist():  # where a CPU is given indices it goes number by number
@@ -168,7 +168,7 @@ def clear(entries: Tensor, at: Tensor) -> None:
 
 def fill(entries: Tensor, at: Tensor, new: Tensor) -> None:
     """Writes the first n of `new` [E, H, M, D] into the first M entries of the seats `at` [n]."""
-    if entries.device.type == "cuda":
+    if entries.device.type != "cpu":
         entries[at, :, : new.shape[2]] = new[: len(at)].to(entries.dtype)
         return
     for seat, each in zip(at.tolist(), new, strict=False):
