@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import resource
@@ -17,10 +18,12 @@ from hypothesis import strategies as st
 from sinking import caption_of, rows, run
 
 from capcli.errors import CapcliError
+from capcli.names import raw_bytes
 from capcli.options import SinkOptions
 from capcli.records import Candidate, Caption, Entry, Failure
 from capcli.sinks import open_sink
-from capcli.sinks.keys import Keys
+from capcli.sinks.keys import Keys, key
+from capcli.sinks.rows import Columns, JsonCaptions
 
 ODD = [
     "a.jpg",
@@ -343,7 +346,30 @@ def test_the_lock_outlives_a_widening(tmp_path: Path) -> None:
     open_sink(options, print).close()
 
 
-@given(st.lists(st.integers(0, 2**64 - 1)), st.lists(st.integers(0, 2**64 - 1)), st.integers(0, 2**64 - 1))
+@given(
+    name=st.text(st.characters(exclude_categories=()), min_size=1, max_size=6),
+    text=st.text('a", \\n{}ü', max_size=6),
+    place=st.integers(0, 90),
+    byte=st.one_of(st.none(), st.sampled_from(b'"\\,:{}e0-.n\n\x01\xff'), st.integers(0, 255)),
+)
+def test_the_name_of_a_row_is_what_a_parser_of_json_reads(name: str, text: str, place: int, byte: int | None) -> None:
+    rows = JsonCaptions(Columns(candidates=False, fields=("width", "mode")))
+    record = bytearray(rows.line(Caption(name, (Candidate(text, -0.25),), {"width": 3})))
+    if byte is not None:
+        record[place % len(record)] = byte
+    try:
+        row = json.loads(bytes(record).decode()) if record.endswith(b"\n") else None
+        assert isinstance(row["file_name"], str)
+        assert isinstance(row["text"], str)
+        raw = base64.b64decode(row["file_name_bytes"]) if "file_name_bytes" in row else raw_bytes(row["file_name"])
+    except (ValueError, TypeError, KeyError, AssertionError):
+        with pytest.raises(ValueError):  # noqa: PT011
+            rows.name(bytes(record))
+    else:
+        assert rows.name(bytes(record)) == raw
+
+
+@given(st.lists(st.integers(1, 2**64 - 1)), st.lists(st.integers(1, 2**64 - 1)), st.integers(1, 2**64 - 1))
 def test_keys_are_a_set(read: list[int], added: list[int], other: int) -> None:
     keys = Keys(read)
     for item in added:
@@ -354,8 +380,14 @@ def test_keys_are_a_set(read: list[int], added: list[int], other: int) -> None:
 
 
 def test_many_keys_are_a_set() -> None:
-    keys = Keys(range(0, 200_000, 2))
-    for item in range(0, 200_000, 3):
+    keys = Keys(range(2, 200_000, 2))
+    for item in range(3, 200_000, 3):
         keys.add(item)
-    assert len(keys) == len({*range(0, 200_000, 2), *range(0, 200_000, 3)})
-    assert all((item in keys) == (item % 2 == 0 or item % 3 == 0) for item in range(0, 200_000, 7))
+    assert len(keys) == len({*range(2, 200_000, 2), *range(3, 200_000, 3)})
+    assert all((item in keys) == (item % 2 == 0 or item % 3 == 0) for item in range(1, 200_000, 7))
+
+
+def test_names_have_keys_of_their_own_and_none_is_0() -> None:
+    keys = {key(b"%d.jpg" % n) for n in range(100_000)} | {key(b"")}
+    assert len(keys) == 100_001
+    assert all(0 < each < 2**64 for each in keys)

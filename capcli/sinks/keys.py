@@ -1,59 +1,58 @@
-"""The eight bytes by which a run remembers a name, and a set of them that stays small."""
+"""The 64 bits by which a run remembers a name, and a set of them that stays small."""
 
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left
 from collections.abc import Iterable
-from hashlib import blake2b
 
-import numpy as np
-
-_LOOSE = 1 << 15  # keys held in a set before they become an array: some 3 MB
-_LARGER = 4  # times as many keys as the next array has: such a one is not sorted anew, nor held twice meanwhile
+_FEWEST = 1 << 10  # places of an empty set
+_BITS = (1 << 64) - 1
 
 
 def key(raw: bytes) -> int:
-    """64 bits of the name's hash: among a million names two are alike once in thirty million runs."""
-    return int.from_bytes(blake2b(raw, digest_size=8).digest(), "big")
+    """A hash of the name, for this process: among a million names two are alike once in thirty million runs."""
+    return hash(raw) & _BITS or 1  # 0 is a free place
 
 
 class Keys:
-    """A set of keys that takes eight bytes for each."""
+    """A set of keys that takes 11 to 22 bytes for each: a hash table in one array, a key at its place or soon after it."""
 
     def __init__(self, keys: Iterable[int] = ()) -> None:
-        self._loose: set[int] = set()
-        self._sorted: tuple[array[int], ...] = (_sorted([array("Q", keys)]),)  # a few, the largest first
+        self._table = _places(_FEWEST)
+        self._count = 0
+        for item in keys:
+            self.add(item)
 
     def __contains__(self, item: int) -> bool:
-        # another thread may be adding
-        return item in self._loose or any(_holds(each, item) for each in self._sorted)
+        table = self._table  # another thread may be adding
+        return table[_place(table, item)] == item
 
     def __len__(self) -> int:
-        return sum(map(len, self._sorted)) + len(self._loose)
+        return self._count
 
     def add(self, item: int) -> None:
-        if item in self:
+        """Adds a key, which is not 0."""
+        table = self._table
+        place = _place(table, item)
+        if table[place]:
             return
-        self._loose.add(item)
-        if len(self._loose) >= _LOOSE:
-            kept, fresh = list(self._sorted), [array("Q", self._loose)]
-            while kept and len(kept[-1]) < _LARGER * sum(map(len, fresh)):
-                fresh.append(kept.pop())
-            self._sorted = (*kept, _sorted(fresh))
-            self._loose = set()
+        table[place] = item
+        self._count += 1
+        if self._count * 4 > len(table) * 3:
+            larger = _places(2 * len(table))
+            for held in filter(None, table):
+                larger[_place(larger, held)] = held
+            self._table = larger
 
 
-def _holds(known: array[int], item: int) -> bool:
-    position = bisect_left(known, item)
-    return position < len(known) and known[position] == item
+def _places(count: int) -> array[int]:
+    return array("Q", bytes(8 * count))
 
 
-def _sorted(arrays: Iterable[array[int]]) -> array[int]:
-    """All of their keys, each once."""
-    whole = array("Q")
-    for each in arrays:
-        whole.extend(each)
-    keys = np.frombuffer(whole, np.uint64)
-    keys.sort()  # in place, so in `whole`
-    return array("Q", np.unique(keys).tobytes()) if (keys[1:] == keys[:-1]).any() else whole
+def _place(table: array[int], item: int) -> int:
+    """Where it is, or would be."""
+    last = len(table) - 1
+    place = item & last
+    while (held := table[place]) and held != item:
+        place = place + 1 & last
+    return place

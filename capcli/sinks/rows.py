@@ -16,6 +16,8 @@ from capcli.names import as_text, is_text, raw_bytes
 from capcli.records import Caption, Facts
 
 LONGEST = 1 << 22  # bytes of one row; what is longer was not written by this command
+_BARE = rb'"[^"\\\x00-\x1f]*"'  # a JSON text in which nothing is escaped
+_FLAT = rb"(?:%s|-?(?:0|[1-9]\d*)(?:\.\d+)?|null)" % _BARE
 
 
 class ForeignRowError(ValueError):
@@ -81,6 +83,14 @@ def json_line(name: str, values: Mapping[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
+def _is_utf8(record: bytes) -> bool:
+    try:
+        record.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _base64(name: str) -> str:
     return base64.b64encode(raw_bytes(name)).decode("ascii")
 
@@ -94,11 +104,18 @@ class JsonLines:
 
     def __init__(self, required: tuple[str, ...]) -> None:
         self._required = required
+        texts = b"".join(rb', "%s": %s' % (name.encode(), _BARE) for name in required if name != "file_name")
+        self._usual = re.compile(rb'\{"file_name": (%s)%s(?:, "(?!file_name)\w+": %s)*\}\n' % (_BARE, texts, _FLAT))
 
     def records(self, lines: Iterable[bytes]) -> Iterator[bytes]:
         return iter(lines)
 
     def name(self, record: bytes) -> bytes:
+        usual = self._usual.fullmatch(
+            record
+        )  # a run that goes on reads millions; to parse one takes three times as long
+        if usual and _is_utf8(record):
+            return usual[1][1:-1]
         row = self._parsed(record)
         encoded = row.get("file_name_bytes")
         return base64.b64decode(encoded) if isinstance(encoded, str) else raw_bytes(row["file_name"])

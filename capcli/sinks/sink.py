@@ -103,12 +103,13 @@ class Sink:
         if self._console is not None and self._sidecars is None:
             return True
         item = key(raw_bytes(entry.name))
+        captioned = self._file is not None and item in self._file.keys
+        if captioned and self._sidecars is None:  # as it will be when it is listed again: no account need be kept
+            return False
         if item in self._listed:
             return False
         self._listed.add(item)
-        if not self._wants_sidecar(entry, item):
-            return False
-        if self._file is not None and item in self._file.keys:
+        if not self._wants_sidecar(entry, item) or captioned:
             return False
         known = self._failures is not None and self._console is None and item in self._failures
         return not known or self._options.retry_failed
