@@ -41,11 +41,9 @@ test: $(VENV)/.installed-dev
 gpu-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m gpu -rs
 
-# The decode loop beside batched generate() on one GPU, greedy and with 4 beams: a random model of real size, a few minutes.
+# One GPU beside batched generate(), the decode loop alone and from files: a random model of real size, a few minutes.
 gpu-bench: $(VENV)/.installed-dev
-	for beams in 1 4; do \
-	  $(BIN)/python examples/compare_with_generate.py --device cuda --num-beams $$beams --batch 128 --images 2048 || exit 1; \
-	done
+	$(BIN)/python examples/measure_gpu.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

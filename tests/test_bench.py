@@ -138,3 +138,13 @@ def test_a_step_is_bound_by_products_or_by_bytes() -> None:
     work = Work(encode_flops=100.0, step_flops=50.0, step_bytes=10.0, slots=2)
     assert work.images_per_second(Rates(100.0, 1000.0), tokens=4) == pytest.approx(1 / (1 + 4 * 0.5 / 2))
     assert work.images_per_second(Rates(100.0, 10.0), tokens=4) == pytest.approx(1 / (1 + 4 * 1.0 / 2))
+
+
+def test_names_of_photos_may_be_longer_than_a_command_line(place: Path, tmp_path: Path) -> None:
+    folder = tmp_path.joinpath(*["deep" * 50] * 10)
+    photos = paint(folder, *(f"{n:0200}.png" for n in range(120)))
+    done = call(
+        "bench", photos, "--model", place / "captioner", "--quick", "--json", "--rounds", 1, "--max-new-tokens", 2
+    )
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["images"] == 120

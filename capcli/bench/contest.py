@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -39,14 +40,14 @@ class Told:
 
 
 class Contestant:
-    """A process that says a line of JSON when it is ready, and one after every `go`."""
+    """A process that is told its task, says a line of JSON when it is ready, and one after every `go`."""
 
     def __init__(self, name: str, command: Sequence[str], task: Mapping[str, Any]) -> None:
         self.told = Told(name)
         self._errors: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
-                [*command, json.dumps(task)],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
@@ -55,6 +56,7 @@ class Contestant:
             )
         except OSError as error:
             raise CapcliError(f"{command[0]} cannot be started: {error.strerror or error}") from error
+        self._write(json.dumps(task))  # a command line has no room for the names of thousands of photos
 
     def __enter__(self) -> Self:
         return self
@@ -72,15 +74,16 @@ class Contestant:
         """One round, unless it failed before."""
         if self.told.failed is not None:
             return
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write("go\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the line that does not come tells why
+        self._write("go")
         line = self._line()
         if line is not None:
             self.told.rounds.append(Round(line["seconds"], line["captions"]))
+
+    def _write(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the line that does not come tells why
+            self._process.stdin.write(f"{line}\n")
+            self._process.stdin.flush()
 
     def _line(self) -> dict[str, Any] | None:
         assert self._process.stdout is not None

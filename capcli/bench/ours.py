@@ -1,4 +1,4 @@
-"""capcli as a contestant: `python -m capcli.bench.ours TASK` captions the same files at every `go`, as `capcli caption` does."""
+"""capcli as a contestant: `python -m capcli.bench.ours` reads a task, then captions its files at every `go`, in full."""
 
 from __future__ import annotations
 
@@ -65,4 +65,4 @@ def caption(options: CaptionOptions, captioner: Any, settings: Any) -> tuple[flo
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(json.loads(sys.stdin.readline()))

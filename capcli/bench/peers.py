@@ -1,4 +1,4 @@
-"""transformers and Optimum as contestants, as good as scripts of theirs get: `python peers.py TASK`.
+"""transformers and Optimum as contestants, as good as scripts of theirs get: `python peers.py`, which reads a task.
 
 Needs no capcli, but for captioners of capcli's own architectures, which transformers learns of from it.
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ import transformers
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-BATCHES = (8, 16, 32, 64)
+BATCHES = {"cpu": (8, 16, 32, 64), "cuda": (32, 64, 128, 256, 512)}  # by kind of device
 TRIED = 2  # batches of each size that decide which is best
 
 
@@ -77,7 +78,9 @@ class Peer:
         began = time.perf_counter()
         files = self.task["files"][:count]
         photos = torch.utils.data.Subset(self.photos, range(len(files)))
-        loader = DataLoader(photos, batch_size, num_workers=min(2, len(files)), pin_memory=self.device.type == "cuda")
+        on_gpu = self.device.type == "cuda"
+        workers = min(len(files), max(2, (os.cpu_count() or 4) - 2) if on_gpu else 2)
+        loader = DataLoader(photos, batch_size, num_workers=workers, pin_memory=on_gpu)
         said: list[str] = []
         with torch.inference_mode():
             for pixels in loader:
@@ -92,9 +95,7 @@ class Peer:
         if self.task["how"] == "single":
             return 1
         count = len(self.task["files"])
-        sizes = [size for size in BATCHES if size <= count] or [count]
-        if self.task["how"] == "compiled":
-            sizes = sizes[:1]  # each size is compiled for minutes
+        sizes = [size for size in BATCHES[self.device.type] if size <= count] or [count]
         rates = {}
         for size in sizes:
             self.run(size, size)
@@ -126,4 +127,4 @@ def main(task: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(json.loads(sys.stdin.readline()))
