@@ -17,7 +17,9 @@ from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings, idle, resolve
 from capcli.errors import CapcliError, UsageError
 from capcli.loading import usable_cpus
+from capcli.loading.on_gpu import Jpegs, nvjpeg, rates, refuse_gpu_decode
 from capcli.models.build import (
+    Model,
     choose_device,
     choose_dtype,
     device_of,
@@ -29,6 +31,7 @@ from capcli.models.families import family_of, tag_room
 from capcli.models.hub import find_model
 from capcli.models.packing import keep_memory_mapped
 from capcli.options import CaptionOptions
+from capcli.pixels import PixelSpec
 from capcli.progress import warn
 from capcli.provenance import earlier_shapes
 from capcli.records import Entry
@@ -46,6 +49,8 @@ def load_captioner(options: CaptionOptions, receipt: dict[str, Any] | None) -> C
     files = find_model(options.model, options.revision, quiet=options.quiet)
     refuse_unread(options, files.config)
     device = device_of(options.device, files.engine)
+    if options.gpu_decode:
+        refuse_gpu_decode(PixelSpec.from_config(files.processor), device)
     own = own_generation(files)
     if own is not None:
         resolve(own, options.generation)  # what is wrong with the settings is told before the weights are read
@@ -70,6 +75,21 @@ def refuse_unread(options: CaptionOptions, config: Mapping[str, Any]) -> None:
     refuse = getattr(family_of(config), "refuse_prompt", None)
     if refuse and options.prompt:
         refuse(options.prompt)
+
+
+def choose_jpegs(options: CaptionOptions, model: Model, workers: int) -> Jpegs | None:
+    """What decodes JPEGs on the GPU, where that was asked for and is quicker than so many decoder processes."""
+    if not options.gpu_decode:
+        return None
+    jpegs = Jpegs(model.spec, options.max_pixels, nvjpeg(model.runtime.device))
+    ours, process = rates(jpegs, model.spec, options.max_pixels)
+    if ours > process * max(workers, 1):
+        return jpegs
+    warn(
+        f"--gpu-decode has no effect: the GPU decodes {ours:,.0f} photos a second here, "
+        f"and {max(workers, 1)} x {process:,.0f} by processes are more"
+    )
+    return None
 
 
 def own_sequences(model: str) -> int:

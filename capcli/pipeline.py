@@ -13,11 +13,12 @@ from typing import Any
 from capcli import pixels
 from capcli.annotations.tags import TagsBeside
 from capcli.captioner import Captioner
-from capcli.choices import choose_shapes, load_captioner, own_sequences, search_settings
+from capcli.choices import choose_jpegs, choose_shapes, load_captioner, own_sequences, search_settings
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
 from capcli.interrupts import Interrupts
 from capcli.loading import Loading, default_workers, load, usable_cpus
+from capcli.loading.on_gpu import OnGpu
 from capcli.models.tags import tag_ids
 from capcli.names import printable
 from capcli.options import CaptionOptions
@@ -138,20 +139,19 @@ class Run:
         where = f" in one of {shapes.loops} loops" if shapes.loops > 1 else ""
         warn(f"the device ran out of memory: going on with a batch size of {shapes.slots}{where}")
 
-    def pixels(self, entries: Iterable[Entry]) -> Loading:
-        """Decoder processes at work on `entries`."""
-        options, device = self.options, self.captioner.model.runtime.device
-        decode = partial(
-            pixels.load,
-            spec=self.captioner.model.spec,
-            max_pixels=options.max_pixels,
-            facts=options.sink.fields,
-            fast=options.fast_decode,
-        )
+    def pixels(self, entries: Iterable[Entry]) -> Loading | OnGpu:
+        """Decoder processes at work on `entries`, and the GPU on their JPEGs where it is to be."""
+        options, model = self.options, self.captioner.model
         workers = options.workers
         if workers is None:
-            workers = default_workers(usable_cpus(), on_gpu=device.type == "cuda")
-        return load(entries, decode, workers=workers, timeout=options.decode_timeout)
+            workers = default_workers(usable_cpus(), on_gpu=model.runtime.device.type == "cuda")
+        jpegs = choose_jpegs(options, model, workers)
+        of_all: dict[str, Any] = {"spec": model.spec, "max_pixels": options.max_pixels, "facts": options.sink.fields}
+        decode = partial(pixels.load_or_keep, **of_all)
+        if jpegs is None:
+            decode = partial(pixels.load, **of_all, fast=options.fast_decode)
+        loading = load(entries, decode, workers=workers, timeout=options.decode_timeout)
+        return OnGpu(loading, jpegs) if jpegs else loading
 
     @property
     def shows_progress(self) -> bool:

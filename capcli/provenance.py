@@ -47,6 +47,7 @@ def make_receipt(
             "sidecar_dir": options.sink.sidecar_dir,
             "generation": settings.receipt(),
             **({"fast_decode": True} if options.fast_decode else {}),
+            **({"gpu_decode": True} if options.gpu_decode else {}),
         },
         "images": {"max_pixels": options.max_pixels, "decode_timeout": options.decode_timeout, "order": options.order},
         "batch_size": options.batch_size,

@@ -80,27 +80,32 @@ def main() -> None:
         photos.mkdir()
         with ProcessPoolExecutor() as workers:
             list(workers.map(partial(draw, photos), range(given.files), chunksize=64))
+        bench = ("-m", "capcli", "bench", photos, "--model", model, "--max-new-tokens", 15, "--dtype", "bfloat16")
+        loop = (HERE / "compare_with_generate.py", "--images", given.images, "--batch", given.batch)
+        same = ("--device", given.device, "--rounds", given.rounds, "--num-beams")
         for beams in BEAMS:
-            same = ("--num-beams", beams, "--device", given.device, "--rounds", given.rounds)
-            alone = (HERE / "compare_with_generate.py", "--images", given.images, "--batch", given.batch)
-            files = ("-m", "capcli", "bench", photos, "--model", model, "--max-new-tokens", 15, "--against", "bfloat16")
-            found[str(beams)] = {
-                "alone": told(*alone, *same),
-                "files": told(*files, "--dtype", "bfloat16", *same),
-            }
-    print(f"{'images/s':<28}{'generate()':>12}{'capcli':>10}{'ratio':>8}{'equal':>8}{'ceiling':>10}")
-    for beams, each in found.items():
-        alone, files = each["alone"], each["files"]
-        peer = files["contestants"]["bfloat16"]
-        rate = files["contestants"]["capcli"]["images_per_second"]
-        line(f"{beams} beams, loop alone", alone["generate"], alone["capcli"], alone["equal_captions"], None)
-        line(f"{beams} beams, files to rows", peer["images_per_second"], rate, peer["equal"], files["ceiling"])
+            alone = told(*loop, *same, beams)
+            files = told(*bench, *same, beams, "--against", "bfloat16")
+            found |= {f"{beams} beams, loop alone": alone, f"{beams} beams, files to rows": files}
+        print(f"{'images/s':<40}{'generate()':>12}{'capcli':>10}{'ratio':>8}{'equal':>8}{'ceiling':>10}")
+        for name, each in found.items():
+            line(name, each)
+        if given.device.startswith("cuda"):  # last, for it needs torchvision
+            decoded = told(*bench, *same, 1, "--quick", "--gpu-decode")
+            found["1 beams, files to rows, --gpu-decode"] = decoded
+            rate = decoded["contestants"]["capcli"]["images_per_second"]
+            print(f"{'1 beams, files to rows, --gpu-decode':<40}{'':>12}{rate:>10.1f}")
     print(json.dumps(found))
 
 
-def line(name: str, theirs: float, ours: float, equal: float, ceiling: float | None) -> None:
+def line(name: str, found: dict[str, Any]) -> None:
+    if "contestants" in found:
+        ours, peer = (found["contestants"][each] for each in ("capcli", "bfloat16"))
+        rates, equal, ceiling = (peer["images_per_second"], ours["images_per_second"]), peer["equal"], found["ceiling"]
+    else:
+        rates, equal, ceiling = (found["generate"], found["capcli"]), found["equal_captions"], None
     shown = "" if ceiling is None else f"{ceiling:.0f}"
-    print(f"{name:<28}{theirs:>12.1f}{ours:>10.1f}{ours / theirs:>7.2f}x{equal:>8.1%}{shown:>10}")
+    print(f"{name:<40}{rates[0]:>12.1f}{rates[1]:>10.1f}{rates[1] / rates[0]:>7.2f}x{equal:>8.1%}{shown:>10}")
 
 
 if __name__ == "__main__":

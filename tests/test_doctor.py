@@ -356,7 +356,7 @@ def test_a_runtime_that_hangs_is_given_up(machine: Machine, monkeypatch: pytest.
 
 def test_what_extras_lack_and_what_gets_it(machine: Machine) -> None:
     lines = {line["name"]: line for line in machine.told()["extras"]}
-    assert set(lines) == {"heif", "metrics", "onnx", "train", "Java"}
+    assert set(lines) == {"gpu-decode", "heif", "metrics", "onnx", "train", "Java"}
     assert lines["Java"]["state"] == "missing"
     assert "install" in lines["Java"]["fix"]
     machine.program("java", "echo 'openjdk version \"99\"' >&2")

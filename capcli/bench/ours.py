@@ -29,6 +29,7 @@ def options_of(task: dict[str, Any], out: str) -> CaptionOptions:
         dtype=task["dtype"],
         batch_size=task["batch_size"],
         threads=task["threads"],
+        gpu_decode=task["gpu_decode"],
         quiet=True,
     )
 

@@ -142,6 +142,7 @@ def contested(options: BenchOptions, photos: list[str], profile: show.Profile | 
         "dtype": options.dtype,
         "batch_size": options.batch_size,
         "threads": options.threads,
+        "gpu_decode": options.gpu_decode,
     }
     folder, device = find_model(options.model).folder, str(choose_device(options.device))
     search = {name: value for name, value in task["generation"].items() if name != "seed"}

@@ -45,6 +45,7 @@ contest, running = (
 @contest("--at-least", metavar="X", type=click.FloatRange(min=0), help="Fail unless X times as fast as every peer.")
 @generation_options
 @running("--limit", metavar="N", type=click.IntRange(min=1), help="Take the first N photos only.")
+@running("--gpu-decode", is_flag=True, help="As in capcli caption; stages are told as without it.")
 @running("--quick", is_flag=True, help="The contest only: no stages, no ceiling.")
 @running("--json", is_flag=True, help="The line of JSON only.")
 @running("--debug", is_flag=True, expose_value=False, callback=leave_word, help="Show where an error came from.")

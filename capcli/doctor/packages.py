@@ -13,6 +13,7 @@ from capcli.doctor.findings import Line
 NEEDED = ("torch", "transformers", "pillow", "numpy", "huggingface_hub", "safetensors", "click", "rich")
 # Those of pyproject.toml; a test holds them alike.
 EXTRAS = {
+    "gpu-decode": ("torchvision",),
     "heif": ("pillow-heif",),
     "metrics": ("pycocoevalcap",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
@@ -29,6 +30,7 @@ EXTRAS = {
     "trt": ("onnx", "onnxruntime", "onnxscript", "tensorrt"),
 }
 FOR = {
+    "gpu-decode": "capcli caption --gpu-decode, on CUDA",
     "heif": "HEIC and HEIF images",
     "metrics": "capcli evaluate",
     "onnx": "capcli export, and engines in ONNX Runtime",

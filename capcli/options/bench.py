@@ -18,7 +18,7 @@ class BenchOptions:
     Every contestant has a process of its own, and they take turns for `rounds` rounds. `peer_python` is the interpreter that
     peers run with (None: this one), such as one where Optimum is installed. `batch_size` and `threads` None: what pays.
     `at_least` is how many times as fast as every peer it must be; `limit` takes so many photos only. `quick` measures
-    neither stages nor peak rates.
+    neither stages nor peak rates. `gpu_decode` is what it is to `capcli caption`; stages are as without it.
     """
 
     photos: tuple[str, ...]
@@ -29,6 +29,7 @@ class BenchOptions:
     batch_size: int | None = None
     threads: int | None = None
     limit: int | None = None
+    gpu_decode: bool = False
     against: tuple[str, ...] = ()
     peer_python: str | None = None
     rounds: int = LEAST_ROUNDS

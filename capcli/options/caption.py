@@ -142,6 +142,7 @@ class CaptionOptions:
     max_pixels: int = MAX_PIXELS
     decode_timeout: float = DECODE_TIMEOUT
     fast_decode: bool = False
+    gpu_decode: bool = False
     order: Literal["source", "done"] = "source"
     limit: int | None = None
     dry_run: bool = False
@@ -151,6 +152,8 @@ class CaptionOptions:
         check_device(self.device)
         if not self.decode_timeout > 0:
             raise UsageError(f"decode_timeout is {self.decode_timeout}; it must be above 0")
+        if self.fast_decode and self.gpu_decode:
+            raise UsageError("--fast-decode and --gpu-decode are two ways to decode JPEGs: give one of them")
 
 
 def check_device(name: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import logging
 import os
 import re
@@ -21,12 +22,12 @@ from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
 from capcli.errors import ImageError
-from capcli.pixels.opening import identify, open_image
+from capcli.pixels.opening import Stream, identify, open_image
 from capcli.pixels.processor import PixelSpec
-from capcli.pixels.rgb import array_rgb, stands, upright_rgb
+from capcli.pixels.rgb import array_rgb, stands, upright, upright_rgb
 from capcli.records import FACTS
 
-__all__ = ["FACTS", "PixelSpec", "from_array", "load", "read", "resize", "to_rgb"]
+__all__ = ["FACTS", "PixelSpec", "from_array", "load", "load_or_keep", "read", "resize", "to_rgb", "window"]
 
 WHOLE_RESIZE = 1 << 24  # pixels of a resized image up to which it is made whole before it is cropped
 LONGEST_EDGE = 1 << 21  # of a resized image; Pillow's filter table alone takes some 50 bytes for each of its pixels
@@ -53,6 +54,39 @@ def load(
         return resize(image, spec), found
 
 
+def load_or_keep(
+    source: str | bytes, spec: PixelSpec, *, max_pixels: int, facts: Collection[str] = ()
+) -> tuple[npt.NDArray[np.uint8], dict[str, str | int]]:
+    """`load`, but for plain JPEGs: of these the bytes of the file, uint8 [n], for a GPU to decode.
+
+    Raises:
+        ImageError: as `load`; a plain JPEG's header is all that was looked at.
+    """
+    with _failures():
+        with open_image(source) as stream, _pillow_limits(max_pixels):
+            image = identify(stream)
+            data = stream.getvalue() if isinstance(stream, io.BytesIO) else b""
+            if is_plain_jpeg(image, data):
+                _refuse_large(image.size, max_pixels)
+                height, width = spec.resized(image.height, image.width)
+                _refuse_shape(image, (width, height), cropped=spec.crop is not None)
+                found = _file_facts(stream, image, facts) | {"width": image.width, "height": image.height}
+                return np.frombuffer(data, np.uint8).copy(), {name: found[name] for name in facts}
+        return load(source, spec, max_pixels=max_pixels, facts=facts)
+
+
+def is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
+    """Whether every decoder sees the same picture in this file, but for how it rounds: upright, three components, whole."""
+    return (
+        type(image) is JpegImageFile
+        and image.mode == "RGB"
+        and [component[0] for component in image.layer] == [1, 2, 3]  # others may stand for other colours
+        and image.info.get("adobe_transform", 1) == 1
+        and upright(image)
+        and data.endswith(b"\xff\xd9")
+    )
+
+
 def read(
     source: str | bytes, *, max_pixels: int, facts: Collection[str] = (), shrink_for: PixelSpec | None = None
 ) -> tuple[Image.Image, dict[str, str | int]]:
@@ -66,19 +100,27 @@ def read(
         ImageError: it is no regular file, no image, truncated, too large, or anything else was wrong with it.
     """
     with _failures(), open_image(source) as stream, _pillow_limits(max_pixels):
-        found: dict[str, str | int] = {"bytes": stream.seek(0, os.SEEK_END)}
-        if "sha256" in facts:
-            stream.seek(0)
-            found["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
         image = identify(stream)
         _refuse_large(image.size, max_pixels)
-        found |= {"format": image.format or "", "mode": image.mode}
+        found = _file_facts(stream, image, facts)
         whole = None if shrink_for is None else shrink(image, shrink_for)
         rgb = upright_rgb(image)
         _refuse_large(rgb.size, max_pixels)  # some containers hold other sizes than their headers say
         width, height = whole or rgb.size
         found |= {"width": width, "height": height}
         return rgb, {name: found[name] for name in facts}
+
+
+def _file_facts(stream: Stream, image: Image.Image, facts: Collection[str]) -> dict[str, str | int]:
+    """What is known of an image before it is decoded; `stream` stands afterwards where it stood."""
+    found: dict[str, str | int] = {"format": image.format or "", "mode": image.mode}
+    before = stream.tell()
+    if "sha256" in facts:
+        stream.seek(0)
+        found["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+    found["bytes"] = stream.seek(0, os.SEEK_END)
+    stream.seek(before)
+    return found
 
 
 def shrink(image: Image.Image, spec: PixelSpec) -> tuple[int, int] | None:
@@ -132,8 +174,8 @@ def resize(image: Image.Image, spec: PixelSpec) -> npt.NDArray[np.uint8]:
     height, width = spec.resized(image.height, image.width)
     crop_height, crop_width = spec.crop or (height, width)
     _refuse_shape(image, (width, height), cropped=spec.crop is not None)
-    top, rows, above = _window(height, crop_height)
-    left, columns, before = _window(width, crop_width)
+    top, rows, above = window(height, crop_height)
+    left, columns, before = window(width, crop_width)
     with _failures():
         part = _resized_part(image, (width, height), (left, top, left + columns, top + rows), spec.resample)
     if part.size == (crop_width, crop_height):
@@ -143,7 +185,7 @@ def resize(image: Image.Image, spec: PixelSpec) -> npt.NDArray[np.uint8]:
     return pixels
 
 
-def _window(length: int, crop: int) -> tuple[int, int, int]:
+def window(length: int, crop: int) -> tuple[int, int, int]:
     """Of a centred crop along one edge: where it begins in the image, what it takes, where that begins in the crop."""
     if length >= crop:
         return (length - crop) // 2, crop, 0

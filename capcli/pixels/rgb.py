@@ -94,6 +94,11 @@ def _eight_bits(array: Array) -> Bytes:
     )
 
 
+def upright(image: Image.Image) -> bool:
+    """Whether it is to be seen as it lies in its file."""
+    return _orientation(image) not in TRANSPOSITIONS
+
+
 def stands(image: Image.Image) -> bool:
     """Whether it keeps its width and height when it is turned upright."""
     return _orientation(image) not in (5, 6, 7, 8)

@@ -1,0 +1,274 @@
+"""`--gpu-decode`: plain JPEGs leave their process as files and are decoded together; all else is as without it.
+
+What decodes here is libjpeg, in nvJPEG's place, but in the tests that need a GPU.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import call, save_captioner
+from test_fast_decode import SHORT, SQUARE, draw
+from torch import Tensor
+
+from capcli import choices, pixels
+from capcli.errors import CapcliError, ImageError, UsageError
+from capcli.loading import load
+from capcli.loading.on_gpu import Jpegs, OnGpu, nvjpeg, rates, refuse_gpu_decode, resized
+from capcli.options import MAX_PIXELS
+from capcli.pixels import PixelSpec
+from capcli.records import Entry, Failure, Loaded
+
+PAD = PixelSpec.from_config(
+    {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": False,
+        "crop_size": {"height": 96, "width": 200},
+    }
+)
+no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def libjpeg(files: Sequence[Tensor]) -> list[Tensor]:
+    """All of the files, or RuntimeError, as torchvision's decoders do."""
+    images = []
+    for file in files:
+        try:
+            image = Image.open(io.BytesIO(file.numpy().tobytes()))
+            images.append(torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()))
+        except OSError as error:
+            raise RuntimeError("something is wrong with one of them") from error
+    return images
+
+
+def assert_close(made: np.ndarray, exact: np.ndarray) -> None:
+    """But for how sums are rounded."""
+    differences = np.abs(made.astype(int) - exact)
+    assert differences.max() <= 2
+    assert differences.mean() < 0.2
+
+
+def keep(path: Path, spec: PixelSpec = SQUARE) -> np.ndarray:
+    return pixels.load_or_keep(str(path), spec, max_pixels=MAX_PIXELS)[0]
+
+
+@pytest.mark.parametrize("spec", [SQUARE, SHORT, PAD], ids=["exact", "shortest", "padded"])
+@pytest.mark.parametrize("size", [(640, 428), (97, 300), (96, 96), (30, 40)], ids=str)
+def test_pixels_are_the_processor_s_but_for_rounding(tmp_path: Path, spec: PixelSpec, size: tuple[int, int]) -> None:
+    path = draw(tmp_path / "photo.jpg", *size)
+    exact, _ = pixels.load(str(path), spec, max_pixels=MAX_PIXELS)
+    [made] = Jpegs(spec, MAX_PIXELS, libjpeg)([keep(path, spec)])
+    assert isinstance(made, np.ndarray)
+    assert made.shape == exact.shape
+    assert made.dtype == exact.dtype
+    assert made.flags["C_CONTIGUOUS"]
+    assert_close(made, exact)
+
+
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("photo.png", {}),
+        ("cmyk.jpg", {"mode": "CMYK"}),
+        ("grey.jpg", {"mode": "L"}),
+        ("turned.jpg", {"orientation": 6}),
+        ("rgb.jpg", {"keep_rgb": True}),
+        ("trailing.jpg", {"more": b"\0\0"}),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_what_is_no_plain_jpeg_is_decoded_as_without(tmp_path: Path, name: str, save: dict[str, object]) -> None:
+    path = tmp_path / name
+    image = Image.open(draw(tmp_path / "drawn.png", 300, 200)).convert(str(save.pop("mode", "RGB")))
+    exif, more = Image.Exif(), save.pop("more", b"")
+    exif[0x0112] = save.pop("orientation", 1)
+    image.save(path, exif=exif, **save)
+    with open(path, "ab") as file:
+        file.write(more)
+    facts = ("width", "height", "mode", "format", "bytes", "sha256")
+    exact = pixels.load(str(path), SQUARE, max_pixels=MAX_PIXELS, facts=facts)
+    kept = pixels.load_or_keep(str(path), SQUARE, max_pixels=MAX_PIXELS, facts=facts)
+    assert (exact[0] == kept[0]).all()
+    assert exact[1] == kept[1]
+
+
+def test_a_kept_file_has_the_facts_of_a_decoded_one(tmp_path: Path) -> None:
+    path = draw(tmp_path / "photo.jpg", 300, 200, progressive=True)
+    facts = ("width", "height", "mode", "format", "bytes", "sha256")
+    data, told = pixels.load_or_keep(str(path), SQUARE, max_pixels=MAX_PIXELS, facts=facts)
+    assert data.tobytes() == path.read_bytes()
+    assert told == pixels.load(str(path), SQUARE, max_pixels=MAX_PIXELS, facts=facts)[1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind"),
+    [(b"", "empty"), (b"\xff\xd8\xff", "unreadable"), (b"no picture", "unknown-format"), (None, "missing")],
+)
+def test_failures_are_those_of_decoding(tmp_path: Path, damage: bytes | None, kind: str) -> None:
+    path = tmp_path / "photo.jpg"
+    if damage is not None:
+        path.write_bytes(damage)
+    with pytest.raises(ImageError) as error:
+        keep(path)
+    assert error.value.kind == kind
+    with pytest.raises(ImageError, match="more than the limit of 100"):
+        pixels.load_or_keep(str(draw(tmp_path / "large.jpg", 30, 20)), SQUARE, max_pixels=100)
+    thin = PixelSpec.from_config({"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 2000}})
+    with pytest.raises(ImageError, match="too long and thin"):
+        pixels.load_or_keep(str(draw(tmp_path / "thin.jpg", 3000, 1)), thin, max_pixels=MAX_PIXELS)
+
+
+def test_one_that_cannot_be_decoded_costs_the_others_nothing(tmp_path: Path) -> None:
+    files = [keep(draw(tmp_path / f"{n}.jpg", 100 + n, 90)) for n in range(9)]
+    whole = Jpegs(SQUARE, MAX_PIXELS, libjpeg)(files)
+    files[4] = np.frombuffer(files[4].tobytes()[:500], np.uint8).copy()
+    made = Jpegs(SQUARE, MAX_PIXELS, libjpeg)(files)
+    for index, (each, before) in enumerate(zip(made, whole, strict=True)):
+        if index == 4:
+            assert isinstance(each, ImageError)
+            assert each.kind == "unreadable"
+        else:
+            assert np.array_equal(each, before)
+
+
+def test_an_image_that_the_decoder_left_out_is_made_by_pillow(tmp_path: Path) -> None:
+    path = draw(tmp_path / "photo.jpg", 120, 90)
+    exact, _ = pixels.load(str(path), SQUARE, max_pixels=MAX_PIXELS)
+    [made] = Jpegs(SQUARE, MAX_PIXELS, lambda files: [torch.zeros(3, 90, 120, dtype=torch.uint8) for _ in files])(
+        [keep(path)]
+    )
+    assert np.array_equal(made, exact)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_arrivals_come_in_order_whatever_they_are(tmp_path: Path, workers: int) -> None:
+    paths = []
+    for n in range(40):
+        path = tmp_path / f"{n:02}{('.jpg', '.png', '.jpg')[n % 3]}"
+        draw(path, 100 + n, 90)
+        if n % 7 == 3:
+            path.write_bytes(path.read_bytes()[:700])
+        paths.append(str(path))
+    entries = [Entry(path, path, question=(n,)) for n, path in enumerate(paths)]
+    same = {"spec": SQUARE, "max_pixels": MAX_PIXELS, "facts": ("width",)}
+    expected = list(load(entries, partial(pixels.load, **same), workers=workers))
+    found: list[Loaded | Failure] = []
+    with OnGpu(
+        load(entries, partial(pixels.load_or_keep, **same), workers=workers), Jpegs(SQUARE, MAX_PIXELS, libjpeg)
+    ) as arrivals:
+        while not arrivals.done:
+            if (came := arrivals.take(5)) is not None:
+                found.append(came)
+    assert arrivals.take() is None
+    assert [each.name for each in found] == paths
+    for each, wanted in zip(found, expected, strict=True):
+        if isinstance(wanted, Failure):
+            assert each == wanted
+        else:
+            assert isinstance(each, Loaded)
+            assert (each.facts, each.question) == (wanted.facts, wanted.question)
+            assert_close(each.pixels, wanted.pixels)
+
+
+def test_what_the_source_raises_comes_after_its_images(tmp_path: Path) -> None:
+    path = str(draw(tmp_path / "photo.jpg", 100, 90))
+
+    def entries():
+        yield Entry(path, path)
+        raise CapcliError("the list ended in the middle")
+
+    loading = load(entries(), partial(pixels.load_or_keep, spec=SQUARE, max_pixels=MAX_PIXELS), workers=1)
+    with OnGpu(loading, Jpegs(SQUARE, MAX_PIXELS, libjpeg)) as arrivals:
+        assert isinstance(arrivals.take(), Loaded)
+        with pytest.raises(CapcliError, match="ended in the middle"):
+            arrivals.take()
+        assert arrivals.done
+
+
+def test_closing_ends_at_once_though_nobody_takes(tmp_path: Path) -> None:
+    path = str(draw(tmp_path / "photo.jpg", 100, 90))
+    entries = (Entry(f"{n}", path) for n in range(10**9))
+    loading = load(entries, partial(pixels.load_or_keep, spec=SQUARE, max_pixels=MAX_PIXELS), workers=1)
+    arrivals = OnGpu(loading, Jpegs(SQUARE, MAX_PIXELS, libjpeg))
+    assert isinstance(arrivals.take(), Loaded)
+    time.sleep(1)  # until all room is taken
+    began = time.monotonic()
+    arrivals.close()
+    assert time.monotonic() - began < 10
+
+
+def test_a_gpu_that_is_slower_than_processes_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Options:
+        gpu_decode, max_pixels = True, MAX_PIXELS
+
+    class Model:
+        spec = SQUARE
+
+        class runtime:  # noqa: N801
+            device = torch.device("cpu")
+
+    monkeypatch.setattr(choices, "nvjpeg", lambda _: libjpeg)
+    assert choices.choose_jpegs(Options(), Model(), 1000) is None
+    assert "--gpu-decode has no effect: the GPU decodes" in capsys.readouterr().err
+    monkeypatch.setattr(choices, "rates", lambda *_: (9.0, 1.0))
+    assert isinstance(choices.choose_jpegs(Options(), Model(), 8), Jpegs)
+    assert all(rate > 0 for rate in rates(Jpegs(SQUARE, MAX_PIXELS, libjpeg), SQUARE, MAX_PIXELS))
+
+
+def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    save_captioner(tmp_path / "captioner")
+    draw(tmp_path / "photo.jpg", 100, 90)
+    run = ("caption", tmp_path / "photo.jpg", "--model", tmp_path / "captioner")
+    done = call(*run, "--gpu-decode", "--device", "cpu")
+    assert done.code == 2
+    assert "--gpu-decode is for CUDA, and this run is on the CPU: leave it out" in done.err
+    done = call(*run, "--gpu-decode", "--fast-decode")
+    assert done.code == 2
+    assert "give one of them" in done.err
+    lanczos = PixelSpec.from_config({"image_processor_type": "ViTImageProcessor", "resample": 1})
+    with pytest.raises(UsageError, match="this model's processor lanczos"):
+        refuse_gpu_decode(lanczos, torch.device("cuda"))
+
+
+def test_sizes_that_need_no_resizing_keep_every_pixel() -> None:
+    image = torch.randint(0, 256, (3, 96, 96), dtype=torch.uint8)
+    assert torch.equal(resized(image, SQUARE), image.permute(1, 2, 0))
+
+
+@pytest.mark.gpu
+@no_cuda
+@pytest.mark.parametrize("size", [(640, 428), (1001, 333)], ids=str)
+def test_nvjpeg_decodes_what_libjpeg_does(tmp_path: Path, size: tuple[int, int]) -> None:
+    pytest.importorskip("torchvision")
+    device = torch.device("cuda:0")
+    refuse_gpu_decode(SQUARE, device)
+    paths = [draw(tmp_path / f"{n}.jpg", size[0] + n, size[1], progressive=n % 2 == 1) for n in range(6)]
+    for path, made in zip(paths, Jpegs(SQUARE, MAX_PIXELS, nvjpeg(device))([*map(keep, paths)]), strict=True):
+        exact, _ = pixels.load(str(path), SQUARE, max_pixels=MAX_PIXELS)
+        assert np.abs(made.astype(int) - exact).mean() < 1
+        assert np.abs(made.astype(int) - exact).max() < 12
+
+
+@pytest.mark.gpu
+@no_cuda
+def test_a_run_with_gpu_decode_captions_all(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    save_captioner(tmp_path / "captioner")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for n in range(20):
+        draw(photos / f"{n}.jpg", 300 + n, 200)
+    (photos / "bad.jpg").write_bytes((photos / "3.jpg").read_bytes()[:999])
+    done = call("caption", photos, "--model", tmp_path / "captioner", "--device", "cuda", "--gpu-decode", "-o", "-")
+    assert done.code == 3, done.err
+    assert len(done.rows) == 20
