@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from oracle import Case, agrees
 from transformers import GenerationConfig
 
-from capcli.decoding.search import BLOCK, top_few
+from capcli.decoding.search import top_few
 from capcli.decoding.settings import HONOURED, NEUTRAL, WITHOUT_EFFECT, Settings, idle, resolve
+from capcli.decoding.survey import BLOCK, best_of_blocks
 from capcli.errors import CapcliError, UsageError
 from capcli.options import GenerationOptions
 
@@ -145,7 +146,7 @@ def test_settings_that_have_no_effect_are_told():
 def test_the_best_few_are_topks(size, k, seed):
     x = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(seed))
     k = min(k, size)
-    values, indices = top_few(x, k)
+    values, indices = top_few(x, k, best_of_blocks(x))
     expected = x.topk(k)
     assert torch.equal(values, expected.values)
     assert torch.equal(x.gather(-1, indices), values)
@@ -155,7 +156,7 @@ def test_the_best_few_are_topks(size, k, seed):
 def test_the_best_few_are_found_where_they_are_hardest_to_find():
     x = torch.zeros(1, 1, 5 * BLOCK + 9)
     x[..., BLOCK - 1], x[..., 3 * BLOCK : 3 * BLOCK + 2], x[..., -1] = 3.0, torch.tensor([5.0, 4.0]), 9.0
-    assert top_few(x, 4)[1].tolist() == [[[5 * BLOCK + 8, 3 * BLOCK, 3 * BLOCK + 1, BLOCK - 1]]]
+    assert top_few(x, 4, best_of_blocks(x))[1].tolist() == [[[5 * BLOCK + 8, 3 * BLOCK, 3 * BLOCK + 1, BLOCK - 1]]]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ class Contestant:
     """A process that is told its task, says a line of JSON when it is ready, and one after every `go`."""
 
     def __init__(self, name: str, command: Sequence[str], task: Mapping[str, Any]) -> None:
-        self.told = Told(name)
+        self.told, self._task = Told(name), task
         self._errors: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
@@ -56,7 +56,6 @@ class Contestant:
             )
         except OSError as error:
             raise CapcliError(f"{command[0]} cannot be started: {error.strerror or error}") from error
-        self._write(json.dumps(task))  # a command line has no room for the names of thousands of photos
 
     def __enter__(self) -> Self:
         return self
@@ -67,7 +66,8 @@ class Contestant:
         self._errors.close()
 
     def ready(self) -> None:
-        """Waits until it is loaded and warm."""
+        """Has it load and warm up, and waits until it has: no other works meanwhile."""
+        self._write(json.dumps(self._task))  # a command line has no room for the names of thousands of photos
         self.told.facts = self._line() or {}
 
     def go(self) -> None:

@@ -17,10 +17,9 @@ from torch import Tensor
 from capcli.decoding import noise
 from capcli.decoding.constraints import Constraints
 from capcli.decoding.settings import Settings
+from capcli.decoding.survey import BLOCK, best_of_blocks, survey
 
 FAR_BELOW = -1.0e9  # generate()'s constant for a score that nothing reaches
-CACHED = 1 << 18  # logits that are normalised at a time on a CPU, in float32
-BLOCK = 256  # logits per block where the best few of a large vocabulary are looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +125,7 @@ class Independent(Search):
         if self.settings.do_sample:
             scores = scores + self.noise(scores.shape)
         tokens = scores.max(-1).indices  # [S, R], the first of several; on a CPU argmax takes several times as long
-        said = log_probabilities(logits, tokens[:, :, None])[:, :, 0]
+        said = survey(logits).log_probabilities(logits, tokens[:, :, None])[:, :, 0]
         position = self.position + 1
         live = ~self.ended[:, None] & ~self.row_ended
         self.keep(
@@ -212,9 +211,11 @@ class Beams(Search):
 
     def pick_few(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`pick` where nothing is scored anew: the best of a row are the best of its logits, and only those need be scored."""
-        few = min(self.candidates, logits.shape[2])
-        best, token = top_few(self.constrained(logits), few)  # [S, R, few]
-        plain = log_probabilities(logits, token).masked_fill(best == -math.inf, -math.inf)  # what is banned
+        few, surveyed = min(self.candidates, logits.shape[2]), survey(logits)
+        allowed = self.constrained(logits)
+        best, token = top_few(allowed, few, surveyed.best if allowed is logits else best_of_blocks(allowed))
+        plain = surveyed.log_probabilities(logits, token)  # [S, R, few]
+        plain = plain.masked_fill(best == -math.inf, -math.inf)  # what is banned
         top, index = (plain + self.score[:, :, None]).flatten(1).topk(self.candidates)
         row = index // few
         return top, plain.flatten(1).gather(1, index), row * logits.shape[2] + token.flatten(1).gather(1, index)
@@ -259,36 +260,19 @@ class Beams(Search):
         return captions(*(x[at, :n].cpu() for x in state))
 
 
-def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Those of `tokens` [S, R, K] under logits [S, R, V], in float32 and as `log_softmax` rounds them.
-
-    On a CPU a few rows at a time, which stay in its cache; elsewhere by its one kernel, which widens what it reads.
-    """
-    if logits.device.type != "cpu":
-        return logits.log_softmax(-1, dtype=torch.float32).gather(2, tokens)
-    rows = logits.flatten(0, 1)
-    parts = []
-    for each in torch.split(rows, max(1, CACHED // rows.shape[1])):
-        wide = each.float()
-        peak = wide.amax(-1, keepdim=True)
-        parts.append((peak, (wide - peak).exp_().sum(-1, keepdim=True).log_()))
-    peak, log_sum = (torch.cat(each).view(*logits.shape[:2], 1) for each in zip(*parts, strict=True))
-    return logits.gather(2, tokens).float() - peak - log_sum
-
-
 def rows_of(state: Tensor, parent: Tensor) -> Tensor:
     """Rows `parent` [S, K] of `state` [S, R, ...]."""
     index = parent.view(*parent.shape, *[1] * (state.dim() - 2))
     return state.gather(1, index.expand(*parent.shape, *state.shape[2:]))
 
 
-def top_few(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`x.topk(k)` over a long last dimension: the best k lie in the k blocks with the highest maxima."""
-    n, whole = x.shape[-1], x.shape[-1] // BLOCK
+def top_few(x: Tensor, k: int, best: Tensor) -> tuple[Tensor, Tensor]:
+    """`x.topk(k)` over a long last dimension: the best k lie in the k blocks with the highest of the maxima `best`."""
+    n, whole = x.shape[-1], best.shape[-1]
     if whole <= k:
         return x.topk(k)
     blocks = x[..., : whole * BLOCK].view(*x.shape[:-1], whole, BLOCK)
-    chosen = blocks.amax(-1).topk(k).indices.sort(-1).values  # [..., k]
+    chosen = best.topk(k).indices.sort(-1).values  # [..., k]
     inside = blocks.gather(-2, chosen[..., None].expand(*chosen.shape, BLOCK)).flatten(-2)
     index = (chosen[..., None] * BLOCK + torch.arange(BLOCK, device=x.device)).flatten(-2)
     rest = torch.arange(whole * BLOCK, n, device=x.device).expand(*x.shape[:-1], -1)
