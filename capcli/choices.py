@@ -16,7 +16,7 @@ from capcli.decoding.capacity import paying_loops, paying_slots
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings, idle, resolve
 from capcli.errors import CapcliError, UsageError
-from capcli.loading import usable_cpus
+from capcli.loading import default_workers, usable_cpus
 from capcli.loading.on_gpu import Jpegs, nvjpeg, rates, refuse_gpu_decode
 from capcli.models.build import (
     Model,
@@ -77,19 +77,35 @@ def refuse_unread(options: CaptionOptions, config: Mapping[str, Any]) -> None:
         refuse(options.prompt)
 
 
-def choose_jpegs(options: CaptionOptions, model: Model, workers: int) -> Jpegs | None:
-    """What decodes JPEGs on the GPU, where that was asked for and is quicker than so many decoder processes."""
+def decoder_processes(options: CaptionOptions, device: torch.device) -> int:
+    """How many processes decode images."""
+    if options.workers is not None:
+        return options.workers
+    return default_workers(usable_cpus(), on_gpu=device.type == "cuda")
+
+
+def settle_gpu_decode(options: CaptionOptions, model: Model, receipt: Mapping[str, Any] | None) -> CaptionOptions:
+    """`options`, with JPEGs decoded on the GPU where that was asked for and is quicker, or was when an earlier run began.
+
+    Raises CapcliError where the GPU decodes none.
+    """
     if not options.gpu_decode:
-        return None
-    jpegs = Jpegs(model.spec, options.max_pixels, nvjpeg(model.runtime.device))
-    ours, process = rates(jpegs, model.spec, options.max_pixels)
-    if ours > process * max(workers, 1):
-        return jpegs
-    warn(
-        f"--gpu-decode has no effect: the GPU decodes {ours:,.0f} photos a second here, "
-        f"and {max(workers, 1)} x {process:,.0f} by processes are more"
-    )
-    return None
+        return options
+    if receipt is not None:
+        begun = bool(receipt.get("settings", {}).get("gpu_decode"))
+        if not begun:
+            warn(
+                f"--gpu-decode has no effect: {options.sink.out} was begun with decoder processes alone, and goes on so"
+            )
+        return replace(options, gpu_decode=begun)
+    processes = decoder_processes(options, model.runtime.device)
+    ours, process = rates(Jpegs(model.spec, nvjpeg(model.runtime.device)))
+    if ours <= process * processes:
+        warn(
+            f"--gpu-decode has no effect: the GPU decodes {ours:,.0f} photos a second here, "
+            f"and {processes} x {process:,.0f} by processes are more"
+        )
+    return replace(options, gpu_decode=ours > process * processes)
 
 
 def own_sequences(model: str) -> int:

@@ -13,12 +13,19 @@ from typing import Any
 from capcli import pixels
 from capcli.annotations.tags import TagsBeside
 from capcli.captioner import Captioner
-from capcli.choices import choose_jpegs, choose_shapes, load_captioner, own_sequences, search_settings
+from capcli.choices import (
+    choose_shapes,
+    decoder_processes,
+    load_captioner,
+    own_sequences,
+    search_settings,
+    settle_gpu_decode,
+)
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
 from capcli.interrupts import Interrupts
-from capcli.loading import Loading, default_workers, load, usable_cpus
-from capcli.loading.on_gpu import OnGpu
+from capcli.loading import Loading, load
+from capcli.loading.on_gpu import Jpegs, OnGpu, nvjpeg
 from capcli.models.tags import tag_ids
 from capcli.names import printable
 from capcli.options import CaptionOptions
@@ -45,6 +52,7 @@ def run(options: CaptionOptions) -> int:
         captioner = load_captioner(options, sink.receipt)
         tags = TagsBeside(options.tags_field) if options.tags_field else None
         settings = search_settings(options, captioner)
+        options = settle_gpu_decode(options, captioner.model, sink.receipt)
         receipt = make_receipt(options, source, captioner, settings, sink.receipt)
         refuse_other_settings(sink.receipt, receipt, options.sink.out)
         shapes, wanted = choose_shapes(options, captioner, settings, wanted, source, sink.receipt)
@@ -142,16 +150,14 @@ class Run:
     def pixels(self, entries: Iterable[Entry]) -> Loading | OnGpu:
         """Decoder processes at work on `entries`, and the GPU on their JPEGs where it is to be."""
         options, model = self.options, self.captioner.model
-        workers = options.workers
-        if workers is None:
-            workers = default_workers(usable_cpus(), on_gpu=model.runtime.device.type == "cuda")
-        jpegs = choose_jpegs(options, model, workers)
+        device = model.runtime.device
+        start = partial(load, workers=decoder_processes(options, device), timeout=options.decode_timeout)
         of_all: dict[str, Any] = {"spec": model.spec, "max_pixels": options.max_pixels, "facts": options.sink.fields}
-        decode = partial(pixels.load_or_keep, **of_all)
-        if jpegs is None:
-            decode = partial(pixels.load, **of_all, fast=options.fast_decode)
-        loading = load(entries, decode, workers=workers, timeout=options.decode_timeout)
-        return OnGpu(loading, jpegs) if jpegs else loading
+        whole = partial(pixels.load, **of_all, fast=options.fast_decode)
+        if not options.gpu_decode:
+            return start(entries, whole)
+        keep = partial(pixels.load_or_keep, **of_all)
+        return OnGpu(entries, Jpegs(model.spec, nvjpeg(device)), keep, whole, start)
 
     @property
     def shows_progress(self) -> bool:

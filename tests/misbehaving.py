@@ -182,3 +182,10 @@ ACTS = {
     "environment": _environment,
     "modules": _modules,
 }
+
+
+def slow_on_the_second(path: str) -> Decoded:
+    """An image, but for a file named 1.jpg, which takes for ever."""
+    if path.endswith("1.jpg"):
+        time.sleep(1e6)
+    return picture(0), {}

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import misbehaving
 import numpy as np
 import pytest
 import torch
@@ -19,11 +21,11 @@ from running import call, save_captioner
 from test_fast_decode import SHORT, SQUARE, draw
 from torch import Tensor
 
-from capcli import choices, pixels
+from capcli import Captioner, choices, pixels
 from capcli.errors import CapcliError, ImageError, UsageError
-from capcli.loading import load
-from capcli.loading.on_gpu import Jpegs, OnGpu, nvjpeg, rates, refuse_gpu_decode, resized
-from capcli.options import MAX_PIXELS
+from capcli.loading import Decode, load
+from capcli.loading.on_gpu import Decoder, Jpegs, OnGpu, nvjpeg, rates, refuse_gpu_decode, resized
+from capcli.options import MAX_PIXELS, CaptionOptions, SinkOptions, SourceOptions
 from capcli.pixels import PixelSpec
 from capcli.records import Entry, Failure, Loaded
 
@@ -34,6 +36,7 @@ PAD = PixelSpec.from_config(
         "crop_size": {"height": 96, "width": 200},
     }
 )
+LARGE = PixelSpec.from_config({"image_processor_type": "BlipImageProcessor", "size": {"height": 250, "width": 250}})
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -56,16 +59,24 @@ def assert_close(made: np.ndarray, exact: np.ndarray) -> None:
     assert differences.mean() < 0.2
 
 
+KEEP = partial(pixels.load_or_keep, spec=SQUARE, max_pixels=MAX_PIXELS, facts=("width",))
+WHOLE = partial(pixels.load, spec=SQUARE, max_pixels=MAX_PIXELS, facts=("width",))
+
+
+def on_gpu(entries: Iterable[Entry], jpegs: Jpegs, whole: Decode = WHOLE, **load_options: float) -> OnGpu:
+    return OnGpu(entries, jpegs, KEEP, whole, partial(load, workers=2, **load_options))
+
+
 def keep(path: Path, spec: PixelSpec = SQUARE) -> np.ndarray:
     return pixels.load_or_keep(str(path), spec, max_pixels=MAX_PIXELS)[0]
 
 
-@pytest.mark.parametrize("spec", [SQUARE, SHORT, PAD], ids=["exact", "shortest", "padded"])
-@pytest.mark.parametrize("size", [(640, 428), (97, 300), (96, 96), (30, 40)], ids=str)
+@pytest.mark.parametrize("spec", [SQUARE, SHORT, PAD, LARGE], ids=["exact", "shortest", "padded", "bicubic"])
+@pytest.mark.parametrize("size", [(640, 428), (97, 300), (96, 96), (30, 40), (333, 500)], ids=str)
 def test_pixels_are_the_processor_s_but_for_rounding(tmp_path: Path, spec: PixelSpec, size: tuple[int, int]) -> None:
     path = draw(tmp_path / "photo.jpg", *size)
     exact, _ = pixels.load(str(path), spec, max_pixels=MAX_PIXELS)
-    [made] = Jpegs(spec, MAX_PIXELS, libjpeg)([keep(path, spec)])
+    [made] = Jpegs(spec, libjpeg)([keep(path, spec)])
     assert isinstance(made, np.ndarray)
     assert made.shape == exact.shape
     assert made.dtype == exact.dtype
@@ -81,6 +92,7 @@ def test_pixels_are_the_processor_s_but_for_rounding(tmp_path: Path, spec: Pixel
         ("grey.jpg", {"mode": "L"}),
         ("turned.jpg", {"orientation": 6}),
         ("rgb.jpg", {"keep_rgb": True}),
+        ("progressive.jpg", {"progressive": True}),
         ("trailing.jpg", {"more": b"\0\0"}),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
@@ -101,7 +113,7 @@ def test_what_is_no_plain_jpeg_is_decoded_as_without(tmp_path: Path, name: str, 
 
 
 def test_a_kept_file_has_the_facts_of_a_decoded_one(tmp_path: Path) -> None:
-    path = draw(tmp_path / "photo.jpg", 300, 200, progressive=True)
+    path = draw(tmp_path / "photo.jpg", 300, 200)
     facts = ("width", "height", "mode", "format", "bytes", "sha256")
     data, told = pixels.load_or_keep(str(path), SQUARE, max_pixels=MAX_PIXELS, facts=facts)
     assert data.tobytes() == path.read_bytes()
@@ -128,28 +140,38 @@ def test_failures_are_those_of_decoding(tmp_path: Path, damage: bytes | None, ki
 
 def test_one_that_cannot_be_decoded_costs_the_others_nothing(tmp_path: Path) -> None:
     files = [keep(draw(tmp_path / f"{n}.jpg", 100 + n, 90)) for n in range(9)]
-    whole = Jpegs(SQUARE, MAX_PIXELS, libjpeg)(files)
+    whole = Jpegs(SQUARE, libjpeg)(files)
     files[4] = np.frombuffer(files[4].tobytes()[:500], np.uint8).copy()
-    made = Jpegs(SQUARE, MAX_PIXELS, libjpeg)(files)
-    for index, (each, before) in enumerate(zip(made, whole, strict=True)):
-        if index == 4:
-            assert isinstance(each, ImageError)
-            assert each.kind == "unreadable"
-        else:
-            assert np.array_equal(each, before)
+    for index, (each, before) in enumerate(zip(Jpegs(SQUARE, libjpeg)(files), whole, strict=True)):
+        assert each is None if index == 4 else np.array_equal(each, before)
 
 
-def test_an_image_that_the_decoder_left_out_is_made_by_pillow(tmp_path: Path) -> None:
-    path = draw(tmp_path / "photo.jpg", 120, 90)
-    exact, _ = pixels.load(str(path), SQUARE, max_pixels=MAX_PIXELS)
-    [made] = Jpegs(SQUARE, MAX_PIXELS, lambda files: [torch.zeros(3, 90, 120, dtype=torch.uint8) for _ in files])(
-        [keep(path)]
-    )
-    assert np.array_equal(made, exact)
+def test_an_image_that_the_decoder_left_out_is_decoded_by_a_process(tmp_path: Path) -> None:
+    path = str(draw(tmp_path / "photo.jpg", 120, 90))
+    exact, _ = pixels.load(path, SQUARE, max_pixels=MAX_PIXELS)
+    black = Jpegs(SQUARE, lambda files: [torch.zeros(3, 90, 120, dtype=torch.uint8) for _ in files])
+    with on_gpu([Entry(path, path)], black) as arrivals:
+        made = arrivals.take()
+    assert isinstance(made, Loaded)
+    assert np.array_equal(made.pixels, exact)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_arrivals_come_in_order_whatever_they_are(tmp_path: Path, workers: int) -> None:
+def refuse(files: Sequence[Tensor]) -> list[Tensor]:
+    raise ValueError(f"none of {len(files)}")
+
+
+def test_what_the_gpu_refuses_still_has_its_time_limit(tmp_path: Path) -> None:
+    paths = [str(draw(tmp_path / f"{n}.jpg", 200, 90)) for n in range(3)]
+    entries = [Entry(path, path) for path in paths]
+    with on_gpu(entries, Jpegs(SQUARE, refuse), whole=misbehaving.slow_on_the_second, timeout=1.0) as arrivals:
+        found = [arrivals.take(30) for _ in range(3)]
+    assert [type(each) for each in found] == [Loaded, Failure, Loaded]
+    assert isinstance(found[1], Failure)
+    assert found[1].error == "timeout"
+
+
+@pytest.mark.parametrize("decode", [libjpeg, refuse], ids=["decoded", "refused"])
+def test_arrivals_come_in_order_whatever_they_are(tmp_path: Path, decode: Decoder) -> None:
     paths = []
     for n in range(40):
         path = tmp_path / f"{n:02}{('.jpg', '.png', '.jpg')[n % 3]}"
@@ -158,12 +180,9 @@ def test_arrivals_come_in_order_whatever_they_are(tmp_path: Path, workers: int) 
             path.write_bytes(path.read_bytes()[:700])
         paths.append(str(path))
     entries = [Entry(path, path, question=(n,)) for n, path in enumerate(paths)]
-    same = {"spec": SQUARE, "max_pixels": MAX_PIXELS, "facts": ("width",)}
-    expected = list(load(entries, partial(pixels.load, **same), workers=workers))
+    expected = list(load(entries, WHOLE, workers=2))
     found: list[Loaded | Failure] = []
-    with OnGpu(
-        load(entries, partial(pixels.load_or_keep, **same), workers=workers), Jpegs(SQUARE, MAX_PIXELS, libjpeg)
-    ) as arrivals:
+    with on_gpu(entries, Jpegs(SQUARE, decode)) as arrivals:
         while not arrivals.done:
             if (came := arrivals.take(5)) is not None:
                 found.append(came)
@@ -185,19 +204,18 @@ def test_what_the_source_raises_comes_after_its_images(tmp_path: Path) -> None:
         yield Entry(path, path)
         raise CapcliError("the list ended in the middle")
 
-    loading = load(entries(), partial(pixels.load_or_keep, spec=SQUARE, max_pixels=MAX_PIXELS), workers=1)
-    with OnGpu(loading, Jpegs(SQUARE, MAX_PIXELS, libjpeg)) as arrivals:
+    with on_gpu(entries(), Jpegs(SQUARE, libjpeg)) as arrivals:
         assert isinstance(arrivals.take(), Loaded)
         with pytest.raises(CapcliError, match="ended in the middle"):
             arrivals.take()
         assert arrivals.done
 
 
-def test_closing_ends_at_once_though_nobody_takes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("decode", [libjpeg, refuse], ids=["decoded", "refused"])
+def test_closing_ends_at_once_though_nobody_takes(tmp_path: Path, decode: Decoder) -> None:
     path = str(draw(tmp_path / "photo.jpg", 100, 90))
     entries = (Entry(f"{n}", path) for n in range(10**9))
-    loading = load(entries, partial(pixels.load_or_keep, spec=SQUARE, max_pixels=MAX_PIXELS), workers=1)
-    arrivals = OnGpu(loading, Jpegs(SQUARE, MAX_PIXELS, libjpeg))
+    arrivals = on_gpu(entries, Jpegs(SQUARE, decode))
     assert isinstance(arrivals.take(), Loaded)
     time.sleep(1)  # until all room is taken
     began = time.monotonic()
@@ -205,24 +223,28 @@ def test_closing_ends_at_once_though_nobody_takes(tmp_path: Path) -> None:
     assert time.monotonic() - began < 10
 
 
-def test_a_gpu_that_is_slower_than_processes_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_gpu_decodes_where_it_is_quicker_and_a_run_goes_on_as_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Options:
-        gpu_decode, max_pixels = True, MAX_PIXELS
-
-    class Model:
-        spec = SQUARE
-
-        class runtime:  # noqa: N801
-            device = torch.device("cpu")
-
+    save_captioner(tmp_path / "captioner")
+    model = Captioner.load(str(tmp_path / "captioner"), device="cpu").model
+    asked = CaptionOptions(SourceOptions(), SinkOptions(out="rows.jsonl"), gpu_decode=True, workers=8)
     monkeypatch.setattr(choices, "nvjpeg", lambda _: libjpeg)
-    assert choices.choose_jpegs(Options(), Model(), 1000) is None
+    assert all(rate > 0 for rate in rates(Jpegs(SQUARE, libjpeg)))
+    assert not choices.settle_gpu_decode(replace(asked, workers=10_000), model, None).gpu_decode
     assert "--gpu-decode has no effect: the GPU decodes" in capsys.readouterr().err
-    monkeypatch.setattr(choices, "rates", lambda *_: (9.0, 1.0))
-    assert isinstance(choices.choose_jpegs(Options(), Model(), 8), Jpegs)
-    assert all(rate > 0 for rate in rates(Jpegs(SQUARE, MAX_PIXELS, libjpeg), SQUARE, MAX_PIXELS))
+    monkeypatch.setattr(choices, "rates", lambda _: (9.0, 1.0))
+    assert choices.settle_gpu_decode(asked, model, None).gpu_decode
+    monkeypatch.setattr(choices, "rates", lambda _: (7.0, 1.0))
+    assert choices.settle_gpu_decode(asked, model, {"settings": {"gpu_decode": True}}).gpu_decode
+    assert capsys.readouterr().err == ""
+    assert not choices.settle_gpu_decode(asked, model, {"settings": {}}).gpu_decode
+    assert "rows.jsonl was begun with decoder processes alone" in capsys.readouterr().err
+
+
+def test_a_gpu_that_decodes_nothing_is_told() -> None:
+    with pytest.raises(CapcliError, match=r"decodes no JPEG on this GPU \(none of 64\)"):
+        rates(Jpegs(SQUARE, refuse))
 
 
 def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -235,6 +257,9 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path: Path) -> 
     done = call(*run, "--gpu-decode", "--fast-decode")
     assert done.code == 2
     assert "give one of them" in done.err
+    done = call(*run, "--gpu-decode", "--workers", 0)
+    assert done.code == 2
+    assert "leave --workers 0 out" in done.err
     lanczos = PixelSpec.from_config({"image_processor_type": "ViTImageProcessor", "resample": 1})
     with pytest.raises(UsageError, match="this model's processor lanczos"):
         refuse_gpu_decode(lanczos, torch.device("cuda"))
@@ -252,8 +277,8 @@ def test_nvjpeg_decodes_what_libjpeg_does(tmp_path: Path, size: tuple[int, int])
     pytest.importorskip("torchvision")
     device = torch.device("cuda:0")
     refuse_gpu_decode(SQUARE, device)
-    paths = [draw(tmp_path / f"{n}.jpg", size[0] + n, size[1], progressive=n % 2 == 1) for n in range(6)]
-    for path, made in zip(paths, Jpegs(SQUARE, MAX_PIXELS, nvjpeg(device))([*map(keep, paths)]), strict=True):
+    paths = [draw(tmp_path / f"{n}.jpg", size[0] + n, size[1], quality=60 + 6 * n) for n in range(6)]
+    for path, made in zip(paths, Jpegs(SQUARE, nvjpeg(device))([*map(keep, paths)]), strict=True):
         exact, _ = pixels.load(str(path), SQUARE, max_pixels=MAX_PIXELS)
         assert np.abs(made.astype(int) - exact).mean() < 1
         assert np.abs(made.astype(int) - exact).max() < 12

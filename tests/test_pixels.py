@@ -670,3 +670,23 @@ def test_decoder_processes_stay_light() -> None:
     code = f"import sys; import capcli.pixels; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@given(*[st.integers(1, 300)] * 4, st.sampled_from([1, 2, 3, 4, 5]))
+@settings(deadline=None, max_examples=150)
+def test_passes_come_in_pillow_s_order(width: int, height: int, columns: int, rows: int, resample: int) -> None:
+    image = Image.effect_noise((width, height), 100)
+    first = (width, rows) if pixels.columns_first(image.size, (columns, rows)) else (columns, height)
+    twice = image.resize(first, resample).resize((columns, rows), resample)
+    assert twice.tobytes() == image.resize((columns, rows), resample).tobytes()
+
+
+@pytest.mark.parametrize("size", [(40, 900), (900, 40), (300, 310)], ids=str)
+def test_strips_make_what_pillow_makes_whole(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    spec = PixelSpec.from_config(
+        {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 36}, "crop_size": 30}
+    )
+    whole = pixels.resize(Image.fromarray(noise), spec)
+    monkeypatch.setattr(pixels, "WHOLE_RESIZE", 2000)
+    assert np.array_equal(pixels.resize(Image.fromarray(noise), spec), whole)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from capcli.choices import choose_shapes, load_captioner, search_settings
+from capcli.choices import choose_shapes, load_captioner, search_settings, settle_gpu_decode
 from capcli.options import CaptionOptions, GenerationOptions, SinkOptions, SourceOptions
 from capcli.pipeline import Run, wanted_entries
 from capcli.progress import Report
@@ -41,9 +41,10 @@ def main(task: dict[str, Any]) -> None:
         began = time.perf_counter()
         captioner = load_captioner(options, None)
         settings = search_settings(options, captioner)
+        options = settle_gpu_decode(options, captioner.model, None)
         loaded = time.perf_counter() - began
         _, slots = caption(options, captioner, settings)  # to warm up
-        tell({"load": loaded, "dtype": captioner.model.dtype, "batch_size": slots})
+        tell({"load": loaded, "dtype": captioner.model.dtype, "batch_size": slots, "gpu_decode": options.gpu_decode})
         while sys.stdin.readline().strip() == "go":
             seconds, _ = caption(options, captioner, settings)
             rows = map(json.loads, Path(out).read_text("utf-8").splitlines())

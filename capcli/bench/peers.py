@@ -24,6 +24,11 @@ BATCHES = {"cpu": (8, 16, 32, 64), "cuda": (32, 64, 128, 256, 512)}  # by kind o
 TRIED = 2  # batches of each size that decide which is best
 
 
+def usable_cpus() -> int:
+    """Those that this process may use, as far as the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 4
+
+
 class Photos(Dataset[Any]):
     """Photos as the processor makes them."""
 
@@ -79,7 +84,7 @@ class Peer:
         files = self.task["files"][:count]
         photos = torch.utils.data.Subset(self.photos, range(len(files)))
         on_gpu = self.device.type == "cuda"
-        workers = min(len(files), max(2, (os.cpu_count() or 4) - 2) if on_gpu else 2)
+        workers = min(len(files), max(2, min(32, usable_cpus() - 2)) if on_gpu else 2)
         loader = DataLoader(photos, batch_size, num_workers=workers, pin_memory=on_gpu)
         said: list[str] = []
         with torch.inference_mode():
@@ -98,9 +103,15 @@ class Peer:
         sizes = [size for size in BATCHES[self.device.type] if size <= count] or [count]
         rates = {}
         for size in sizes:
-            self.run(size, size)
             taken = min(count, TRIED * size)
-            rates[size] = taken / self.run(size, taken)[0]
+            try:
+                self.run(size, size)
+                rates[size] = taken / self.run(size, taken)[0]
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                if not rates:
+                    raise
+                break
         return max(rates, key=lambda size: rates[size])
 
 

@@ -55,6 +55,8 @@ def run(options: BenchOptions) -> int:
     measured = contested(options, photos, profile)
     if measured.ours.failed is not None:
         raise CapcliError(f"capcli itself could not caption these: {measured.ours.failed}")
+    if options.gpu_decode and not measured.ours.facts["gpu_decode"]:
+        warn("--gpu-decode had no effect: decoder processes are quicker here")
     show.result(measured, options)
     least = options.at_least or 0.0
     slow = [peer for peer in measured.peers if peer.rounds and measured.ratio(peer) < least]

@@ -80,7 +80,8 @@ def contest(measured: Measured) -> None:
 
 def computed(told: Told) -> str:
     """In what it computed, and how many images at a time."""
-    return f"{told.facts['dtype']:<9} {told.facts['batch_size']}"
+    decoded = ", JPEGs decoded on the GPU" if told.facts.get("gpu_decode") else ""
+    return f"{told.facts['dtype']:<9} {told.facts['batch_size']}{decoded}"
 
 
 def document(measured: Measured) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from queue import Empty, Full, Queue
+from functools import partial
+from queue import Empty, Full, Queue, SimpleQueue
 from types import TracebackType
-from typing import Self, TypeGuard
+from typing import Protocol, Self, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +22,13 @@ from PIL import Image
 from torch import Tensor
 
 from capcli import pixels
-from capcli.errors import CapcliError, ImageError, UsageError
-from capcli.loading import Loading
+from capcli.errors import CapcliError, UsageError
+from capcli.interrupts import Interrupts
+from capcli.loading import Decode, Loading
+from capcli.options import MAX_PIXELS
 from capcli.pixels import PixelSpec
 from capcli.pixels.processor import BICUBIC, BILINEAR
-from capcli.records import Failure, Loaded
+from capcli.records import Entry, Failure, Loaded
 
 MOST, MOST_BYTES = 128, 32 << 20  # files decoded at a time; decoded they are ten times as large, or more
 HEED = 0.2  # seconds after which a wait looks whether it should end
@@ -31,7 +36,13 @@ FILTERS = {BILINEAR: "bilinear", BICUBIC: "bicubic"}  # Pillow's numbers, PyTorc
 TRIED, TRIED_SIZE = 64, (640, 480)  # how many JPEGs, of which width and height, GPU and processes are compared by
 
 Bytes = npt.NDArray[np.uint8]
-Decode = Callable[[Sequence[Tensor]], Sequence[Tensor]]  # files, uint8 [n] each -> images, uint8 [3, h, w]
+Decoder = Callable[[Sequence[Tensor]], Sequence[Tensor]]  # files, uint8 [n] each -> images, uint8 [3, h, w]
+
+
+class Start(Protocol):
+    """`capcli.loading.load`, its numbers given."""
+
+    def __call__(self, entries: Iterable[Entry], decode: Decode) -> Loading: ...
 
 
 def refuse_gpu_decode(spec: PixelSpec, device: torch.device) -> None:
@@ -49,7 +60,7 @@ def refuse_gpu_decode(spec: PixelSpec, device: torch.device) -> None:
         ) from error
 
 
-def nvjpeg(device: torch.device) -> Decode:
+def nvjpeg(device: torch.device) -> Decoder:
     """torchvision's decoder on a CUDA device: RuntimeError for all files where one cannot be decoded."""
     from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -61,43 +72,41 @@ def nvjpeg(device: torch.device) -> Decode:
 
 
 class Jpegs:
-    """Files of plain JPEGs to pixels uint8 [height, width, 3], as `pixels.load` makes them but for rounding."""
+    """Files of plain JPEGs to pixels uint8 [height, width, 3], as `pixels.load` makes them.
 
-    def __init__(self, spec: PixelSpec, max_pixels: int, decode: Decode) -> None:
-        self._spec, self._max_pixels, self._decode = spec, max_pixels, decode
+    But for rounding, and for what a decoder puts between the colours of pixels that share one.
+    """
 
-    def __call__(self, files: Sequence[Bytes]) -> list[Bytes | ImageError]:
-        """The pixels of each, or why there are none. Pillow decides where the decoder gives none, or one colour."""
-        made = self._together(files)
-        return [self._apart(file) if got is None else got for file, got in zip(files, made, strict=True)]
+    def __init__(self, spec: PixelSpec, decode: Decoder) -> None:
+        self.spec, self._decode = spec, decode
 
-    def _together(self, files: Sequence[Bytes]) -> list[Bytes | None]:
+    def __call__(self, files: Sequence[Bytes]) -> list[Bytes | None]:
+        """The pixels of each; None for what the GPU does not decode, and where it gives one colour."""
         try:
-            images = self._decode([torch.from_numpy(file) for file in files])
-            made = [resized(image, self._spec).cpu().numpy() for image in images]
-        except RuntimeError:  # one is damaged, it is not said which; or there is no memory for so many
+            made = self.together(files)
+        except Exception:  # one is damaged, it is not said which; or there is no memory for so many
             if len(files) == 1:
                 return [None]
             half = len(files) // 2
-            return [*self._together(files[:half]), *self._together(files[half:])]
+            return [*self(files[:half]), *self(files[half:])]
         # decoders in hardware have been seen to leave an image out and report no error
         return [None if each.min() == each.max() else each for each in made]
 
-    def _apart(self, file: Bytes) -> Bytes | ImageError:
-        try:
-            return pixels.load(file.tobytes(), self._spec, max_pixels=self._max_pixels)[0]
-        except ImageError as error:
-            return error
+    def together(self, files: Sequence[Bytes]) -> list[Bytes]:
+        """All of them at once; raises what the decoder raises."""
+        images = self._decode([torch.from_numpy(file) for file in files])
+        return [resized(image, self.spec).cpu().numpy() for image in images]
 
 
 def resized(image: Tensor, spec: PixelSpec) -> Tensor:
     """uint8 [3, h, w], of any size, resized and cropped as the processor does -> uint8 [height, width, 3].
 
-    In two passes, each rounded to bytes, as Pillow does; of its pixels few differ, by 1, hardly any by 2.
+    In two passes, each rounded to bytes, in Pillow's order; of its pixels few differ, by 1, hardly any by 2.
     """
     height, width = image.shape[1:]
     size = spec.resized(height, width)
-    for whole in ((height, size[1]), size):
+    first = (size[0], width) if pixels.columns_first((width, height), size[::-1]) else (height, size[1])
+    for whole in (first, size):
         if whole != tuple(image.shape[1:]):
             # contiguous, so that sums are made in the same order whatever the decoder's layout
             wide = F.interpolate(image[None].float().contiguous(), whole, mode=FILTERS[spec.resample], antialias=True)
@@ -112,8 +121,11 @@ def resized(image: Tensor, spec: PixelSpec) -> Tensor:
     return made
 
 
-def rates(jpegs: Jpegs, spec: PixelSpec, max_pixels: int) -> tuple[float, float]:
-    """Images per second by `jpegs`, and by one decoder process, of a JPEG that is drawn here."""
+def rates(jpegs: Jpegs) -> tuple[float, float]:
+    """Images per second by `jpegs`, and by one decoder process, of a JPEG that is drawn here.
+
+    Raises CapcliError where the GPU cannot decode it.
+    """
     draw = np.random.default_rng(0)
     fields = Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(TRIED_SIZE)
     noise = draw.integers(-12, 13, (*TRIED_SIZE[::-1], 1))
@@ -121,23 +133,33 @@ def rates(jpegs: Jpegs, spec: PixelSpec, max_pixels: int) -> tuple[float, float]
     Image.fromarray((np.asarray(fields) + noise).clip(0, 255).astype(np.uint8)).save(stream, "jpeg", quality=90)
     file = stream.getvalue()
     files = [np.frombuffer(file, np.uint8).copy()] * TRIED
-    jpegs(files)  # libraries set themselves up
-    began = time.perf_counter()
-    jpegs(files)
+    try:
+        jpegs.together(files)  # libraries set themselves up
+        began = time.perf_counter()
+        jpegs.together(files)
+    except Exception as error:
+        raise CapcliError(f"--gpu-decode: torchvision decodes no JPEG on this GPU ({error}); leave it out") from error
     between = time.perf_counter()
     for _ in range(TRIED // 8):
-        pixels.load(file, spec, max_pixels=max_pixels)
+        pixels.load(file, jpegs.spec, max_pixels=MAX_PIXELS)
     return TRIED / (between - began), TRIED // 8 / (time.perf_counter() - between)
 
 
 class OnGpu:
-    """Arrivals of which the files that `loading` gave are decoded; in their order, each as soon as those before it are."""
+    """Arrivals of which a GPU decodes the plain JPEGs, in the entries' order, each as soon as those before it are there.
 
-    def __init__(self, loading: Loading, jpegs: Callable[[Sequence[Bytes]], list[Bytes | ImageError]]) -> None:
-        self._loading, self._jpegs = loading, jpegs
+    Decoder processes read all files: `keep` leaves them the JPEGs for `jpegs`. What those do not decode goes to processes
+    again, which `whole` decodes in. `start(entries, decode)` starts them.
+    """
+
+    def __init__(self, entries: Iterable[Entry], jpegs: Jpegs, keep: Decode, whole: Decode, start: Start) -> None:
+        self._jpegs = jpegs
+        self._entries: deque[Entry] = deque()  # of those under way
+        self._loading = start(self._noted(entries), keep)
         self._ready: Queue[Loaded | Failure | BaseException | None] = Queue(2 * MOST)
         self._error: BaseException | None = None
         self._closed = threading.Event()
+        self._refused = Refused(partial(start, decode=whole), self._closed)
         self._thread = threading.Thread(target=self._work, name="capcli-gpu-decode", daemon=True)
         self.done = False
         self._thread.start()
@@ -158,10 +180,12 @@ class OnGpu:
         return came
 
     def close(self) -> None:
-        """Ends loading, and the thread once it has decoded what it holds."""
+        """Ends the processes, and the thread once the GPU has decoded what it holds."""
         self._closed.set()
         self._loading.close()
-        self._thread.join()
+        # An impatient Ctrl-C must not end the interpreter under a thread that computes: it would abort.
+        with Interrupts(quiet=True, grace=math.inf):
+            self._thread.join()
 
     def __enter__(self) -> Self:
         return self
@@ -171,6 +195,11 @@ class OnGpu:
     ) -> None:
         self.close()
 
+    def _noted(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        for entry in entries:
+            self._entries.append(entry)
+            yield entry
+
     def _work(self) -> None:
         try:
             while self._error is None and not (self._closed.is_set() or self._loading.done):
@@ -178,11 +207,13 @@ class OnGpu:
                     self._put(each)
         except BaseException as error:  # it belongs to the thread that takes
             self._error = error
+        finally:
+            self._refused.close()
         self._put(self._error)
 
-    def _gathered(self) -> list[Loaded | Failure]:
+    def _gathered(self) -> list[tuple[Entry, Loaded | Failure]]:
         """What has come, so much as is decoded at a time at most; where nothing has, after HEED seconds what comes first."""
-        gathered: list[Loaded | Failure] = []
+        gathered: list[tuple[Entry, Loaded | Failure]] = []
         size = 0
         while len(gathered) < MOST and size < MOST_BYTES:
             try:
@@ -192,14 +223,22 @@ class OnGpu:
                 break
             if came is None:
                 break
-            gathered.append(came)
+            gathered.append((self._entries.popleft(), came))
             size += came.pixels.nbytes if isinstance(came, Loaded) else 0
         return gathered
 
-    def _decoded(self, gathered: Sequence[Loaded | Failure]) -> Sequence[Loaded | Failure]:
-        files = [each.pixels for each in gathered if is_file(each)]
+    def _decoded(self, gathered: Sequence[tuple[Entry, Loaded | Failure]]) -> Iterator[Loaded | Failure]:
+        files = [came.pixels for _, came in gathered if is_file(came)]
         made = iter(self._jpegs(files) if files else ())
-        return [settled(each, next(made)) if is_file(each) else each for each in gathered]
+        done: list[Loaded | Failure | None] = []
+        for _, came in gathered:
+            image = next(made) if is_file(came) else None
+            done.append(came if not is_file(came) else None if image is None else replace(came, pixels=image))
+        again = self._refused.load([entry for (entry, _), each in zip(gathered, done, strict=True) if each is None])
+        for each in done:
+            result = next(again, None) if each is None else each
+            if result is not None:  # it is, where this was closed
+                yield result
 
     def _put(self, what: Loaded | Failure | BaseException | None) -> None:
         while not self._closed.is_set():
@@ -210,13 +249,33 @@ class OnGpu:
                 continue
 
 
-def is_file(each: Loaded | Failure) -> TypeGuard[Loaded]:
+class Refused:
+    """Loads once more, whole and in processes of their own, what a GPU did not decode; they start when the first is to be."""
+
+    def __init__(self, start: Callable[[Iterable[Entry]], Loading], closed: threading.Event) -> None:
+        self._start, self._closed = start, closed
+        self._queue: SimpleQueue[Entry | None] = SimpleQueue()
+        self._loading: Loading | None = None
+
+    def load(self, entries: Sequence[Entry]) -> Iterator[Loaded | Failure]:
+        """One for each, in their order; fewer once `closed` is set."""
+        if entries and self._loading is None:
+            self._loading = self._start(iter(self._queue.get, None))
+        for entry in entries:
+            self._queue.put(entry)
+        for _ in entries:
+            came = None
+            while came is None and self._loading and not self._closed.is_set():
+                came = self._loading.take(HEED)
+            if came is not None:
+                yield came
+
+    def close(self) -> None:
+        self._queue.put(None)
+        if self._loading is not None:
+            self._loading.close()
+
+
+def is_file(came: Loaded | Failure) -> TypeGuard[Loaded]:
     """Whether it came as the bytes of its file."""
-    return isinstance(each, Loaded) and each.pixels.ndim == 1
-
-
-def settled(kept: Loaded, made: Bytes | ImageError) -> Loaded | Failure:
-    """An image that came as its file, with what was made of it."""
-    if isinstance(made, ImageError):
-        return Failure(kept.name, made.kind, str(made))
-    return replace(kept, pixels=made)
+    return isinstance(came, Loaded) and came.pixels.ndim == 1

@@ -154,6 +154,8 @@ class CaptionOptions:
             raise UsageError(f"decode_timeout is {self.decode_timeout}; it must be above 0")
         if self.fast_decode and self.gpu_decode:
             raise UsageError("--fast-decode and --gpu-decode are two ways to decode JPEGs: give one of them")
+        if self.gpu_decode and self.workers == 0:
+            raise UsageError("--gpu-decode needs decoder processes, which read the files: leave --workers 0 out")
 
 
 def check_device(name: str) -> None:

@@ -15,6 +15,7 @@ import re
 import threading
 import warnings
 from collections.abc import Collection, Iterator
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -23,15 +24,27 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from capcli.errors import ImageError
 from capcli.pixels.opening import Stream, identify, open_image
-from capcli.pixels.processor import PixelSpec
+from capcli.pixels.processor import BICUBIC, PixelSpec
 from capcli.pixels.rgb import array_rgb, stands, upright, upright_rgb
 from capcli.records import FACTS
 
-__all__ = ["FACTS", "PixelSpec", "from_array", "load", "load_or_keep", "read", "resize", "to_rgb", "window"]
+__all__ = [
+    "FACTS",
+    "PixelSpec",
+    "columns_first",
+    "from_array",
+    "load",
+    "load_or_keep",
+    "read",
+    "resize",
+    "to_rgb",
+    "window",
+]
 
 WHOLE_RESIZE = 1 << 24  # pixels of a resized image up to which it is made whole before it is cropped
 LONGEST_EDGE = 1 << 21  # of a resized image; Pillow's filter table alone takes some 50 bytes for each of its pixels
 LARGEST_OUTPUT = 1 << 26  # pixels of a resized image that is not cropped
+LARGEST_KEPT = 1 << 25  # pixels of a JPEG that is left to a GPU
 SPARE = 2  # times the edges of the resized image that a shrunk one keeps, for the filter to choose from
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Python prints what plugins log about damaged files
@@ -72,16 +85,21 @@ def load_or_keep(
                 _refuse_shape(image, (width, height), cropped=spec.crop is not None)
                 found = _file_facts(stream, image, facts) | {"width": image.width, "height": image.height}
                 return np.frombuffer(data, np.uint8).copy(), {name: found[name] for name in facts}
-        return load(source, spec, max_pixels=max_pixels, facts=facts)
+        return load(data or source, spec, max_pixels=max_pixels, facts=facts)
 
 
 def is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
-    """Whether every decoder sees the same picture in this file, but for how it rounds: upright, three components, whole."""
+    """Whether a decoder can be told nothing but this file: upright YCbCr, whole, of a size that many of fit a GPU.
+
+    Not progressive: their scans may be thousands, and a process can be ended that goes through them.
+    """
     return (
         type(image) is JpegImageFile
         and image.mode == "RGB"
         and [component[0] for component in image.layer] == [1, 2, 3]  # others may stand for other colours
         and image.info.get("adobe_transform", 1) == 1
+        and not image.info.get("progressive")
+        and image.width * image.height <= LARGEST_KEPT
         and upright(image)
         and data.endswith(b"\xff\xd9")
     )
@@ -197,16 +215,38 @@ def _resized_part(
 ) -> Image.Image:
     """`image.resize(size, resample).crop(box)`, to the bit, in bounded memory.
 
-    Pillow resizes along the rows, rounds to bytes, then along the columns by the same arithmetic, each row and column
-    by itself: so both passes can be made of strips. (Its own `box` shifts the filter by a rounded fraction: not exact.)
+    Pillow resizes along the rows, rounds to bytes, then along the columns by the same arithmetic (or the other way round,
+    `columns_first`), each row and column by itself: so both passes can be made of strips. (Its own `box` shifts the
+    filter by a rounded fraction: not exact.)
     """
     width, height = size
     left, top, right, bottom = box
     if width * height <= WHOLE_RESIZE or box == (0, 0, width, height):
         whole = image.resize(size, Image.Resampling(resample))
         return whole if box == (0, 0, width, height) else whole.crop(box)
+    if columns_first(image.size, size):
+        turned = image.transpose(Image.Transpose.TRANSPOSE)
+        tall = _resized_columns(turned, height, top, bottom, resample).transpose(Image.Transpose.TRANSPOSE)
+        return _resized_columns(tall, width, left, right, resample)
     wide = _resized_columns(image, width, left, right, resample).transpose(Image.Transpose.TRANSPOSE)
     return _resized_columns(wide, height, top, bottom, resample).transpose(Image.Transpose.TRANSPOSE)
+
+
+def columns_first(size: tuple[int, int], resized: tuple[int, int]) -> bool:
+    """Whether Pillow resizes an image along its columns before its rows; sizes are (width, height).
+
+    Pillow 13 does where the height shrinks by more than twice what the width does (python-pillow, pull request 9549).
+    """
+    (width, height), (columns, rows) = size, resized
+    return height > rows and height - rows > 2 * (width - columns) and _knows_columns_first()
+
+
+@cache
+def _knows_columns_first() -> bool:
+    grain = Image.effect_noise((40, 200), 100)
+    return (
+        grain.resize((32, 32), BICUBIC).tobytes() == grain.resize((40, 32), BICUBIC).resize((32, 32), BICUBIC).tobytes()
+    )
 
 
 def _resized_columns(image: Image.Image, width: int, left: int, right: int, resample: int) -> Image.Image:

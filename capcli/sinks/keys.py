@@ -15,7 +15,10 @@ def key(raw: bytes) -> int:
 
 
 class Keys:
-    """A set of keys that takes 11 to 22 bytes for each: a hash table in one array, a key at its place or soon after it."""
+    """A set of keys that takes 11 to 22 bytes for each, some 32 while it grows.
+
+    It is a hash table in one array: a key is at its place, or soon after it.
+    """
 
     def __init__(self, keys: Iterable[int] = ()) -> None:
         self._table = _places(_FEWEST)

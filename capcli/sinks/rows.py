@@ -105,7 +105,8 @@ class JsonLines:
     def __init__(self, required: tuple[str, ...]) -> None:
         self._required = required
         texts = b"".join(rb', "%s": %s' % (name.encode(), _BARE) for name in required if name != "file_name")
-        self._usual = re.compile(rb'\{"file_name": (%s)%s(?:, "(?!file_name)\w+": %s)*\}\n' % (_BARE, texts, _FLAT))
+        other = rb'"(?!file_name|(?:%s)")\w+"' % "|".join(required).encode()
+        self._usual = re.compile(rb'\{"file_name": (%s)%s(?:, %s: %s)*\}\n' % (_BARE, texts, other, _FLAT))
 
     def records(self, lines: Iterable[bytes]) -> Iterator[bytes]:
         return iter(lines)
