@@ -17,7 +17,7 @@ from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings, idle, resolve
 from capcli.errors import CapcliError, UsageError
 from capcli.loading import default_workers, usable_cpus
-from capcli.loading.on_gpu import Jpegs, nvjpeg, rates, refuse_gpu_decode
+from capcli.loading.on_gpu import Jpegs, rates, refuse_gpu_decode
 from capcli.models.build import (
     Model,
     choose_device,
@@ -99,7 +99,7 @@ def settle_gpu_decode(options: CaptionOptions, model: Model, receipt: Mapping[st
             )
         return replace(options, gpu_decode=begun)
     processes = decoder_processes(options, model.runtime.device)
-    ours, process = rates(Jpegs(model.spec, nvjpeg(model.runtime.device)))
+    ours, process = rates(Jpegs.on(model.runtime.device, model.spec))
     if ours <= process * processes:
         warn(
             f"--gpu-decode has no effect: the GPU decodes {ours:,.0f} photos a second here, "

@@ -25,7 +25,7 @@ from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
 from capcli.interrupts import Interrupts
 from capcli.loading import Loading, load
-from capcli.loading.on_gpu import Jpegs, OnGpu, nvjpeg
+from capcli.loading.on_gpu import Jpegs, OnGpu
 from capcli.models.tags import tag_ids
 from capcli.names import printable
 from capcli.options import CaptionOptions
@@ -157,7 +157,7 @@ class Run:
         if not options.gpu_decode:
             return start(entries, whole)
         keep = partial(pixels.load_or_keep, **of_all)
-        return OnGpu(entries, Jpegs(model.spec, nvjpeg(device)), keep, whole, start)
+        return OnGpu(entries, Jpegs.on(device, model.spec), keep, whole, start)
 
     @property
     def shows_progress(self) -> bool:

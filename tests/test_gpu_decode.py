@@ -24,7 +24,7 @@ from torch import Tensor
 from capcli import Captioner, choices, pixels
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.loading import Decode, load
-from capcli.loading.on_gpu import Decoder, Jpegs, OnGpu, nvjpeg, rates, refuse_gpu_decode, resized
+from capcli.loading.on_gpu import Decoder, Jpegs, OnGpu, rates, refuse_gpu_decode, resized
 from capcli.options import MAX_PIXELS, CaptionOptions, SinkOptions, SourceOptions
 from capcli.pixels import PixelSpec
 from capcli.records import Entry, Failure, Loaded
@@ -229,7 +229,7 @@ def test_a_gpu_decodes_where_it_is_quicker_and_a_run_goes_on_as_it_began(
     save_captioner(tmp_path / "captioner")
     model = Captioner.load(str(tmp_path / "captioner"), device="cpu").model
     asked = CaptionOptions(SourceOptions(), SinkOptions(out="rows.jsonl"), gpu_decode=True, workers=8)
-    monkeypatch.setattr(choices, "nvjpeg", lambda _: libjpeg)
+    monkeypatch.setattr(Jpegs, "on", lambda _, spec: Jpegs(spec, libjpeg))
     assert all(rate > 0 for rate in rates(Jpegs(SQUARE, libjpeg)))
     assert not choices.settle_gpu_decode(replace(asked, workers=10_000), model, None).gpu_decode
     assert "--gpu-decode has no effect: the GPU decodes" in capsys.readouterr().err
@@ -278,7 +278,7 @@ def test_nvjpeg_decodes_what_libjpeg_does(tmp_path: Path, size: tuple[int, int])
     device = torch.device("cuda:0")
     refuse_gpu_decode(SQUARE, device)
     paths = [draw(tmp_path / f"{n}.jpg", size[0] + n, size[1], quality=60 + 6 * n) for n in range(6)]
-    for path, made in zip(paths, Jpegs(SQUARE, nvjpeg(device))([*map(keep, paths)]), strict=True):
+    for path, made in zip(paths, Jpegs.on(device, SQUARE)([*map(keep, paths)]), strict=True):
         exact, _ = pixels.load(str(path), SQUARE, max_pixels=MAX_PIXELS)
         assert np.abs(made.astype(int) - exact).mean() < 1
         assert np.abs(made.astype(int) - exact).max() < 12

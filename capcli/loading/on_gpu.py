@@ -77,8 +77,13 @@ class Jpegs:
     But for rounding, and for what a decoder puts between the colours of pixels that share one.
     """
 
-    def __init__(self, spec: PixelSpec, decode: Decoder) -> None:
-        self.spec, self._decode = spec, decode
+    def __init__(self, spec: PixelSpec, decode: Decoder, stream: torch.cuda.Stream | None = None) -> None:
+        self.spec, self._decode, self._stream = spec, decode, stream
+
+    @classmethod
+    def on(cls, device: torch.device, spec: PixelSpec) -> Jpegs:
+        """By nvJPEG on a CUDA device, on a stream beside that of the decode loop's steps."""
+        return cls(spec, nvjpeg(device), torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
     def __call__(self, files: Sequence[Bytes]) -> list[Bytes | None]:
         """The pixels of each; None for what the GPU does not decode, and where it gives one colour."""
@@ -94,8 +99,9 @@ class Jpegs:
 
     def together(self, files: Sequence[Bytes]) -> list[Bytes]:
         """All of them at once; raises what the decoder raises."""
-        images = self._decode([torch.from_numpy(file) for file in files])
-        return [resized(image, self.spec).cpu().numpy() for image in images]
+        with torch.cuda.stream(self._stream):
+            images = self._decode([torch.from_numpy(file) for file in files])
+            return [resized(image, self.spec).cpu().numpy() for image in images]
 
 
 def resized(image: Tensor, spec: PixelSpec) -> Tensor:
