@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 __all__ = ["CapcliError", "Caption", "Captioner", "Failure", "UsageError", "__version__"]
 
 if TYPE_CHECKING:
-    from capcli.captioner import Captioner
+    from capcli.captioning.captioner import Captioner
     from capcli.errors import CapcliError, UsageError
     from capcli.records import Caption, Failure
 

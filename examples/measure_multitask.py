@@ -18,8 +18,8 @@ import scenes
 
 from capcli import Captioner
 from capcli.records import Caption
-from capcli.training.masking import choose
-from capcli.training.validations import restored
+from capcli.training.data.masking import choose
+from capcli.training.loop.task_validation import restored
 
 SCENES_SEED, CLASSES_SEED = 3, 8
 QUESTION = "What is in the image?"

@@ -23,16 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from capcli.captioner import Captioner
-from capcli.choices import choose_shapes, search_settings
+from capcli.captioning.captioner import Captioner
+from capcli.captioning.pipeline import Run, wanted_entries
+from capcli.captioning.plan import choose_shapes, search_settings
+from capcli.captioning.provenance import earlier_naming, make_receipt
 from capcli.decoding.loop import Shapes
 from capcli.loading import Loading, load
 from capcli.options import CaptionOptions, GenerationOptions, SinkOptions, SourceOptions
-from capcli.pipeline import Run, wanted_entries
 from capcli.progress import Report
-from capcli.provenance import earlier_naming, make_receipt
 from capcli.records import Caption, Entry, Failure
-from capcli.runtimes.seated import Encoded
+from capcli.runtimes.base import Encoded
 from capcli.sinks import open_sink
 from capcli.sources import open_source
 

@@ -23,12 +23,12 @@ from transformers import TrainerCallback
 
 from capcli.annotations import read_split
 from capcli.options import DataOptions, GenerationOptions, ModelOptions, PrepareOptions, TrainOptions
-from capcli.prepared import prepare
-from capcli.training.arguments import training_arguments
-from capcli.training.assembly import Untrained, assemble
-from capcli.training.data import Data
-from capcli.training.embeddings import extend_embeddings
-from capcli.training.making import make_trainer
+from capcli.prepare import run
+from capcli.training.data.dataset import Data
+from capcli.training.loop.arguments import training_arguments
+from capcli.training.loop.setup import make_trainer
+from capcli.training.model.assembly import Untrained, assemble
+from capcli.training.model.embeddings import extend_embeddings
 
 Batch = dict[str, Any]
 SIZES: dict[str, dict[str, Any]] = {
@@ -143,7 +143,7 @@ def sides(arguments: argparse.Namespace, folder: str) -> dict[str, Callable[[], 
     """What is measured, by name."""
     size = SIZES[arguments.model_size]
     asked = DataOptions((arguments.data,), image_root=arguments.image_root, train_limit=arguments.images)
-    prepare.run(PrepareOptions(asked, f"{folder}/prepared", edge=size["edge"], quiet=True))
+    run.run(PrepareOptions(asked, f"{folder}/prepared", edge=size["edge"], quiet=True))
     model = ModelOptions(
         encoder={"model_type": "vit", **size["encoder"]},
         decoder={"model_type": "gpt2", **size["decoder"]},

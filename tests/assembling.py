@@ -14,7 +14,7 @@ from running import PROCESSOR
 from tokenizers import ByteLevelBPETokenizer
 
 from capcli.options import GenerationOptions, ModelOptions
-from capcli.training.assembly import Untrained, assemble
+from capcli.training.model.assembly import Untrained, assemble
 
 RINNA = Path(__file__).parents[2] / "shared" / "data" / "tokenizers" / "rinna-japanese-gpt2"
 CAPTIONS = [

@@ -24,8 +24,8 @@ from transformers import (
     ViTConfig,
 )
 
-from capcli.decoding.beside import decode_beside
 from capcli.decoding.loop import IterableFeed, Job, Shapes
+from capcli.decoding.parallel import decode_beside
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import Settings
 from capcli.models.attention import use_attention

@@ -12,7 +12,7 @@ import torch
 from captioners import HALF, SIZE, random_captioner
 from families import FAMILIES, random_of_family
 
-from capcli.engine import Memory
+from capcli.engine.engine_json import Memory
 from capcli.export.graphs import encode_graph, step_graph
 from capcli.models.attention import use_attention
 from capcli.models.families import family_of

@@ -16,13 +16,13 @@ from capcli.annotations import DataReport
 from capcli.interrupts import Interrupts
 from capcli.options import DataOptions, ModelOptions, TrainOptions
 from capcli.records import Annotated
-from capcli.training.arguments import training_arguments
-from capcli.training.assembly import Untrained
-from capcli.training.data import Data
-from capcli.training.flow import Flow
-from capcli.training.freezing import freeze
-from capcli.training.making import make_trainer
-from capcli.training.trainer import CaptionTrainer
+from capcli.training.data.dataset import Data
+from capcli.training.loop.arguments import training_arguments
+from capcli.training.loop.callbacks import Flow
+from capcli.training.loop.freezing import freeze
+from capcli.training.loop.setup import make_trainer
+from capcli.training.loop.trainer import CaptionTrainer
+from capcli.training.model.assembly import Untrained
 
 SAID = [
     ("a dog", "two dogs are running on the sand by the water and one of them jumps"),

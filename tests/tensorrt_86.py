@@ -76,7 +76,7 @@ def prepare(folder: Path, encode: Any, step: Any, first: onnx.ModelProto, second
     """Both graphs of fixed shapes, inputs for them, and what PyTorch answers, in `folder`."""
     import torch
 
-    from capcli.export.plan import fixed
+    from capcli.export.plan_builder import fixed
     from capcli.export.tensorrt import trt_ready
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def keep(node: onnx.NodeProto, without: tuple[str, ...]) -> None:
 
 def compare(folder: Path, tensorrt: Any, device: Any, *, half: bool = False) -> dict[str, dict[str, float]]:
     """Builds and runs both plans: how far from PyTorch's answers, in units of their spread, and milliseconds a run."""
-    from capcli.export.plan import build_plan
+    from capcli.export.plan_builder import build_plan
     from capcli.runtimes.trt_plan import Plans
 
     told = {}

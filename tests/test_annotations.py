@@ -524,7 +524,7 @@ def test_dataset_on_disk_with_a_row_for_each_image(tmp_path: Path, photos: Path)
 
 
 def test_dataset_on_disk_with_a_row_for_each_caption(tmp_path: Path, photos: Path) -> None:
-    from capcli.prepared.reader import StoredImages
+    from capcli.sources.dataset_images import StoredImages
 
     rows = ["b.png", "a.jpg", "b.png", "a.jpg"]
     pictures = files(photos, *rows)

@@ -22,9 +22,9 @@ from oracle import Case
 from running import execute, paint
 from test_loop import check, jobs_of, numbers_of, portions_of, shapes_of
 
-from capcli.decoding.beside import Drawn, decode_beside
 from capcli.decoding.capacity import paying_loops
 from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
+from capcli.decoding.parallel import Drawn, decode_beside
 from capcli.errors import CapcliError
 
 

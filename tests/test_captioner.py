@@ -171,7 +171,7 @@ def test_chinese_is_written_without_spaces_and_latin_words_with_them(tmp_path: P
 
 
 def test_a_warning_within_the_package_is_an_error_in_tests():
-    for module in ("capcli", "capcli.pipeline", "capcli.models.build"):
+    for module in ("capcli", "capcli.captioning.pipeline", "capcli.models.build"):
         with pytest.raises(UserWarning, match="heard"):
             exec("import warnings; warnings.warn('heard')", {"__name__": module, "__warningregistry__": {}})
     with warnings.catch_warnings(record=True) as heard:

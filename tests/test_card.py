@@ -17,10 +17,10 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from running import call, paint, save_captioner
 
-from capcli import captioner as captioning
+from capcli.captioning import captioner as captioning
 from capcli.errors import CapcliError
-from capcli.training import card
-from capcli.training.card import CardFacts, Split, write_card
+from capcli.training.output import card
+from capcli.training.output.card import CardFacts, Split, write_card
 
 FACTS = CardFacts(
     name="/home/me/runs/flickr",

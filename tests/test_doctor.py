@@ -26,7 +26,7 @@ from running import COMMAND, call, change_json, environment, execute
 from capcli import __version__
 from capcli.doctor import packages, probe
 from capcli.doctor.asking import ask
-from capcli.engine import Bucket, Engine, Memory, plan_files, write_engine
+from capcli.engine.engine_json import Bucket, Engine, Memory, plan_files, write_engine
 from capcli.models.int8 import lacking
 
 SECTIONS = ["versions", "cpu", "gpus", "runtimes", "extras", "models", "engines"]

@@ -16,7 +16,7 @@ import torch
 from running import Ended, call, change_json, paint, save_captioner
 
 from capcli.cli.model import leave_cores_to
-from capcli.engine import Engine, read_engine, write_engine
+from capcli.engine.engine_json import Engine, read_engine, write_engine
 from capcli.errors import CapcliError
 from capcli.models import build
 from capcli.runtimes.ort import import_onnxruntime

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 from running import call
 
-from capcli.export import build
+from capcli.export import run
 from capcli.options import DEFAULT_MODEL, ExportOptions
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +21,7 @@ TRAINED = ("japanese", "flickr8k", "chinese")  # by the recipe of the same name 
 def asked(*arguments: object) -> ExportOptions:
     """What `capcli export` is asked for by these arguments."""
     given: list[ExportOptions] = []
-    with mock.patch.object(build, "run", given.append):
+    with mock.patch.object(run, "run", given.append):
         done = call("export", *arguments)
     assert (done.code, done.err) == (0, "")
     return given[0]

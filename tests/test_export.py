@@ -23,13 +23,13 @@ from transformers import VisionEncoderDecoderModel
 from capcli import Captioner
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
-from capcli.engine import read_engine, write_engine
+from capcli.engine.engine_json import read_engine, write_engine
 from capcli.export import graphs
-from capcli.export.place import put_in_place
-from capcli.export.proof import draw_images, prove, searches
+from capcli.export.folder import put_in_place
+from capcli.export.parity import draw_images, prove, searches
 from capcli.options import GenerationOptions
 from capcli.runtimes.eager import Eager
-from capcli.sinks import locks
+from capcli.storage import locks
 
 KINDS: dict[str, dict[str, Any]] = {
     "fused": {"encoder": "vit", "decoder": "gpt2"},

@@ -31,7 +31,7 @@ from transformers import ResNetConfig
 
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import NO_WORD
-from capcli.engine import read_engine
+from capcli.engine.engine_json import read_engine
 from capcli.export.lint import duplicate_weights
 from capcli.export.origin import plans_refused
 from capcli.models.families import FILES

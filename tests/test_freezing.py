@@ -11,8 +11,8 @@ from assembling import BERT, CAPTIONS, GPT2, VIT, new, save_bytes, save_decoder
 from captioners import pictures, values
 
 from capcli.errors import UsageError
-from capcli.training.freezing import freeze, refuse_freezing, train, unfreeze
-from capcli.training.vocabulary import encode_captions
+from capcli.training.loop.freezing import freeze, refuse_freezing, train, unfreeze
+from capcli.training.model.tokenizers import encode_captions
 
 DROPPING = {"attn_pdrop": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5}
 

@@ -21,10 +21,11 @@ from running import call, save_captioner
 from test_fast_decode import SHORT, SQUARE, draw
 from torch import Tensor
 
-from capcli import Captioner, choices, pixels
+from capcli import Captioner, pixels
+from capcli.captioning import plan
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.loading import Decode, load
-from capcli.loading.on_gpu import Decoder, Jpegs, OnGpu, rates, refuse_gpu_decode, resized
+from capcli.loading.gpu_jpeg import Decoder, Jpegs, OnGpu, rates, refuse_gpu_decode, resized
 from capcli.options import MAX_PIXELS, CaptionOptions, SinkOptions, SourceOptions
 from capcli.pixels import PixelSpec
 from capcli.records import Entry, Failure, Loaded
@@ -231,14 +232,14 @@ def test_a_gpu_decodes_where_it_is_quicker_and_a_run_goes_on_as_it_began(
     asked = CaptionOptions(SourceOptions(), SinkOptions(out="rows.jsonl"), gpu_decode=True, workers=8)
     monkeypatch.setattr(Jpegs, "on", lambda _, spec: Jpegs(spec, libjpeg))
     assert all(rate > 0 for rate in rates(Jpegs(SQUARE, libjpeg)))
-    assert not choices.settle_gpu_decode(replace(asked, workers=10_000), model, None).gpu_decode
+    assert not plan.settle_gpu_decode(replace(asked, workers=10_000), model, None).gpu_decode
     assert "--gpu-decode has no effect: the GPU decodes" in capsys.readouterr().err
-    monkeypatch.setattr(choices, "rates", lambda _: (9.0, 1.0))
-    assert choices.settle_gpu_decode(asked, model, None).gpu_decode
-    monkeypatch.setattr(choices, "rates", lambda _: (7.0, 1.0))
-    assert choices.settle_gpu_decode(asked, model, {"settings": {"gpu_decode": True}}).gpu_decode
+    monkeypatch.setattr(plan, "rates", lambda _: (9.0, 1.0))
+    assert plan.settle_gpu_decode(asked, model, None).gpu_decode
+    monkeypatch.setattr(plan, "rates", lambda _: (7.0, 1.0))
+    assert plan.settle_gpu_decode(asked, model, {"settings": {"gpu_decode": True}}).gpu_decode
     assert capsys.readouterr().err == ""
-    assert not choices.settle_gpu_decode(asked, model, {"settings": {}}).gpu_decode
+    assert not plan.settle_gpu_decode(asked, model, {"settings": {}}).gpu_decode
     assert "rows.jsonl was begun with decoder processes alone" in capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from capcli.errors import CapcliError
-from capcli.training.history import History, Point, read_history
+from capcli.training.output.history import History, Point, read_history
 
 NAMES = "step,epoch,loss,val_loss,learning_rate,grad_norm,images_per_second,CIDEr,Bleu_1,Bleu_2,Bleu_3,Bleu_4,ROUGE_L"
 DAMAGED = {
@@ -143,7 +143,7 @@ def test_what_others_do_to_the_file_is_mended_by_the_next_point(tmp_path: Path):
 
 def test_a_killed_run_leaves_whole_rows(tmp_path: Path):
     script = (
-        "import sys; from capcli.training.history import History, Point\n"
+        "import sys; from capcli.training.output.history import History, Point\n"
         "history = History(sys.argv[1])\n"
         "for step in range(1, 10**9):\n"
         "    history.add(Point(step, step / 7, loss=step / 3))\n"
@@ -256,7 +256,7 @@ def test_a_picture_that_cannot_be_drawn_is_one_warning(tmp_path: Path, monkeypat
     history.draw()
     assert len(said) == 1
     assert said[0].startswith("curves.png is not drawn: ")
-    for name in ("capcli.training.curves", "matplotlib"):
+    for name in ("capcli.training.output.curves", "matplotlib"):
         monkeypatch.setitem(sys.modules, name, None)
     history.draw()
     assert said[1] == "curves.png is not drawn, matplotlib is missing: pip install 'capcli[train]'"

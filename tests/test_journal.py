@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from sinking import caption_of, rows, run
 
 from capcli.errors import CapcliError
-from capcli.names import raw_bytes
 from capcli.options import SinkOptions
 from capcli.records import Candidate, Caption, Entry, Failure
 from capcli.sinks import open_sink
+from capcli.sinks.formats import Columns, JsonCaptions
 from capcli.sinks.keys import Keys, key
-from capcli.sinks.rows import Columns, JsonCaptions
+from capcli.text import raw_bytes
 
 ODD = [
     "a.jpg",

@@ -12,7 +12,7 @@ from captioners import pictures, values
 from gradients import SAID, captioner, gradients, trainer_of
 from running import environment
 
-from capcli.training.assembly import Untrained
+from capcli.training.model.assembly import Untrained
 
 LONGEST = 40
 

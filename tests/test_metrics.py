@@ -21,9 +21,9 @@ from capcli import interrupts
 from capcli.errors import CapcliError
 from capcli.metrics import Scorer, java, score_captions
 from capcli.metrics.bootstrap import intervals, resample
+from capcli.metrics.diversity import variety
 from capcli.metrics.matching import match
-from capcli.metrics.tokens import characters, fitting, words
-from capcli.metrics.variety import variety
+from capcli.metrics.tokenization import characters, fitting, words
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 ORACLE = DATA / "metrics" / "tylin_fakecap_on_val2017_overlap126.json"

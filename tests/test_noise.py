@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from capcli.decoding import noise
 from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
 from capcli.decoding.settings import Settings
-from capcli.runtimes.seated import Encoded
+from capcli.runtimes.base import Encoded
 
 MANY = 20_000
 

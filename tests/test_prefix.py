@@ -21,8 +21,8 @@ from capcli.annotations.tags import TagsBeside, tag_text
 from capcli.errors import CapcliError, UsageError
 from capcli.models.prefix import cells, pooling
 from capcli.options import DataOptions, ModelOptions, TrainOptions
-from capcli.training import freezing
-from capcli.training.trainer import CaptionTrainer
+from capcli.training.loop import freezing
+from capcli.training.loop.trainer import CaptionTrainer
 
 RESNET_TABLE = {"model_type": "resnet", **RESNET}
 SMALL = ("--batch-size", 4, "--max-steps", 4, "--evaluate-every", 4, "--workers", 0, "--device", "cpu", "--threads", 1)

@@ -26,8 +26,8 @@ from running import Ended, call, ended, execute, paint, shell, spawn, wait_until
 from capcli.annotations import read_split
 from capcli.errors import CapcliError, ImageError
 from capcli.options import DataOptions
-from capcli.prepared import StoredImages
 from capcli.records import Stored
+from capcli.sources.dataset_images import StoredImages
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 

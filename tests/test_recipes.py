@@ -23,7 +23,7 @@ from training import history
 
 from capcli.models.vision_t5 import QUESTION
 from capcli.options import GenerationOptions, PrepareOptions, TrainOptions
-from capcli.training.place import sources
+from capcli.training.output.folder import sources
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.toml"))

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from capcli.decoding.search import top_few
 from capcli.decoding.settings import HONOURED, NEUTRAL, WITHOUT_EFFECT, Settings, idle, resolve
-from capcli.decoding.survey import BLOCK, best_of_blocks
+from capcli.decoding.topk import BLOCK, best_of_blocks
 from capcli.errors import CapcliError, UsageError
 from capcli.options import GenerationOptions
 

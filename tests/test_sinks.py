@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from sinking import caption_of, rows, run
 
 from capcli.errors import CapcliError, UsageError
-from capcli.names import is_text, printable
 from capcli.options import SinkOptions
 from capcli.records import Candidate, Caption, Entry, Failure
 from capcli.sinks import difference, open_sink
+from capcli.text import is_text, printable
 
 raw_names = st.binary(min_size=1, max_size=12).filter(lambda raw: b"\0" not in raw)
 any_names = st.one_of(raw_names, st.text(min_size=1, max_size=8).map(lambda text: text.encode("utf-8", "replace")))

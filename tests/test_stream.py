@@ -10,11 +10,11 @@ from fake_runtime import Clock, FakeRuntime, caption, image, settings
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capcli import stream
+from capcli.captioning import feed
+from capcli.captioning.feed import ArrivalFeed, InPlace, Order
 from capcli.decoding.loop import Job, Shapes, decode
 from capcli.errors import ImageError
 from capcli.records import Candidate, Caption, Failure, Loaded
-from capcli.stream import ArrivalFeed, InPlace, Order
 
 NOTHING = None  # an arrival that does not come within the time
 
@@ -49,7 +49,7 @@ class Script:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(stream, "time", clock)
+    monkeypatch.setattr(feed, "time", clock)
     return clock
 
 
@@ -113,7 +113,7 @@ def test_without_a_limit_the_feed_waits_and_looks_up_now_and_then(clock):
     arrivals = Script([NOTHING] * 50 + [good(4)], clock)
     assert len(feed_of(arrivals, stop=lambda: asked.append(1)).take(4, None)) == 1
     assert len(asked) == 51
-    assert all(0 < t <= stream.HEED for t in arrivals.timeouts)
+    assert all(0 < t <= feed.HEED for t in arrivals.timeouts)
 
 
 def test_once_told_to_stop_nothing_more_is_taken(clock):

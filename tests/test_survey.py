@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from capcli.decoding.survey import BLOCK, by_log_softmax, by_torch, fused, survey
+from capcli.decoding.topk import BLOCK, by_log_softmax, by_torch, fused, survey
 
 SIZES = [3, BLOCK - 1, BLOCK, BLOCK + 1, 20 * BLOCK, 33 * BLOCK + 7]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

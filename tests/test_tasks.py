@@ -27,15 +27,15 @@ from capcli.errors import UsageError
 from capcli.models.vision_t5 import QUESTION, question
 from capcli.options import DataOptions, GenerationOptions
 from capcli.records import Caption, Loaded
-from capcli.training.folder import save_captioner
-from capcli.training.freezing import refuse_freezing
-from capcli.training.masking import SHARE, MaskedPairs, choose, encode_words, gaps_of
-from capcli.training.mixing import Drawn, Mixed, shares
-from capcli.training.pairs import Pairs
-from capcli.training.patches import hide_patches, patch_size
-from capcli.training.validations import restored as gaps_restored
-from capcli.training.validations import right
-from capcli.training.vocabulary import SpecialTokens, encode_captions
+from capcli.training.data.masking import SHARE, MaskedPairs, choose, encode_words, gaps_of
+from capcli.training.data.mixing import Drawn, Mixed, shares
+from capcli.training.data.pairs import Pairs
+from capcli.training.loop.freezing import refuse_freezing
+from capcli.training.loop.patches import hide_patches, patch_size
+from capcli.training.loop.task_validation import restored as gaps_restored
+from capcli.training.loop.task_validation import right
+from capcli.training.model.tokenizers import SpecialTokens, encode_captions
+from capcli.training.output.save import save_captioner
 
 T5: dict[str, Any] = {
     "model_type": "t5",
@@ -94,7 +94,7 @@ def test_words_are_a_captions_tokens(tmp_path: Path) -> None:
         assert [i for word in words for i in word] == label[:-1]
         assert len(words) == (len(text.split()) if " " in text else len(label) - 1)
     save_pieces(tmp_path)
-    from capcli.training.vocabulary import load_tokenizer
+    from capcli.training.model.tokenizers import load_tokenizer
 
     pieces = load_tokenizer(str(tmp_path))
     [words] = encode_words(pieces, ["the brown dog"], SpecialTokens(1, 2, 2))

@@ -22,12 +22,12 @@ from onnx import TensorProto, helper
 from oracle import Case, agrees
 
 from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
-from capcli.engine import Bucket, Engine, plan_files, step_plan
+from capcli.engine.engine_json import Bucket, Engine, plan_files, step_plan
 from capcli.errors import CapcliError, UsageError
 from capcli.export import tensorrt
+from capcli.export.parity import draw_images, prove
 from capcli.export.parser_rules import attribute, lint
-from capcli.export.plan import build_plan
-from capcli.export.proof import draw_images, prove
+from capcli.export.plan_builder import build_plan
 from capcli.runtimes import trt
 from capcli.runtimes.trt import Replayed, Trt, open_trt
 from capcli.runtimes.trt_plan import Plan, Plans, import_tensorrt

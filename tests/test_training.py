@@ -23,10 +23,10 @@ from running import Ended, call, environment
 from safetensors.torch import load_file
 from training import MACHINE, history, paint_data, recipe, weights
 
-from capcli.training.flow import Flow
-from capcli.training.history import History
-from capcli.training.loss import token_loss
-from capcli.training.pairs import Images
+from capcli.training.data.pairs import Images
+from capcli.training.loop.callbacks import Flow
+from capcli.training.loop.loss import token_loss
+from capcli.training.output.history import History
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from capcli.training.history import Point
-from capcli.training.view import Sample, View
+from capcli.training.output.history import Point
+from capcli.training.output.view import Sample, View
 
 PREFACE = """
 import sys, time

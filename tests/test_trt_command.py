@@ -17,7 +17,7 @@ import pytest
 import torch
 from running import Ended, call, paint, save_captioner
 
-from capcli.engine import Engine, Memory, write_engine
+from capcli.engine.engine_json import Engine, Memory, write_engine
 from capcli.errors import CapcliError
 from capcli.export import tensorrt
 from capcli.runtimes import trt

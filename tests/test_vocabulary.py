@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from capcli.errors import CapcliError, UsageError
-from capcli.training.vocabulary import (
+from capcli.training.model.tokenizers import (
     SpecialTokens,
     count_cut,
     encode_captions,

@@ -13,15 +13,15 @@ import os
 from collections.abc import Iterator, Sequence
 
 from capcli.annotations.check import check_images
-from capcli.annotations.gathering import Image, gather, usable
-from capcli.annotations.recognition import recognise
-from capcli.annotations.report import DataReport
+from capcli.annotations.data_report import DataReport
+from capcli.annotations.detection import recognise
+from capcli.annotations.images import Image, gather, usable
 from capcli.annotations.rows import Annotations
 from capcli.annotations.splits import Split, limited, marked, set_aside, sorted_out, validating, without
 from capcli.errors import CapcliError, UsageError
-from capcli.names import printable
 from capcli.options import DataOptions
 from capcli.records import Annotated
+from capcli.text import printable
 
 __all__ = ["DataReport", "Split", "check_images", "read_annotations", "read_split"]
 

@@ -9,13 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from capcli import pixels
-from capcli.annotations.report import DataReport
-from capcli.counts import counted
+from capcli.annotations.data_report import DataReport
 from capcli.errors import CapcliError
 from capcli.loading import load, usable_cpus
-from capcli.names import printable
 from capcli.options import DECODE_TIMEOUT, MAX_PIXELS
 from capcli.records import Annotated, Entry, Facts, Failure
+from capcli.text import counted, printable
 
 _MOST_WORKERS = 32
 

@@ -23,10 +23,10 @@ from capcli.annotations.rows import (
     pick,
     split_of,
 )
-from capcli.annotations.text import lines, parsed, readable
+from capcli.annotations.text_files import lines, parsed, readable
 from capcli.errors import CapcliError
-from capcli.names import printable
 from capcli.options import DataOptions
+from capcli.text import printable
 
 Object = Mapping[str, Any]
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
+from capcli.annotations.datasets import is_stored, stored_annotations
 from capcli.annotations.rows import SPLITS, Annotations, Row
-from capcli.annotations.stored import is_stored, stored_annotations
-from capcli.annotations.text import lines
+from capcli.annotations.text_files import lines
 from capcli.errors import CapcliError
-from capcli.names import printable
 from capcli.options import DataOptions
 from capcli.sources import IMAGE_SUFFIXES
 from capcli.sources.files import walk
+from capcli.text import printable
 
 METADATA = tuple(f"metadata.{suffix}" for suffix in ("jsonl", "csv", "parquet"))  # Hugging Face imagefolder's
 _SIDECARS = (".caption", ".txt")  # kohya's; the more telling first

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 from capcli.errors import CapcliError, UsageError
-from capcli.names import as_text, printable
 from capcli.options import DataOptions
 from capcli.records import Stored
+from capcli.text import as_text, printable
 
 IMAGE_COLUMNS = (
     *("image", "file_name", "filename", "file", "path", "image_path", "image_name", "img"),

@@ -9,15 +9,14 @@ from hashlib import blake2b
 
 import numpy as np
 
-from capcli.annotations.gathering import Image, normal
-from capcli.annotations.places import Listings
-from capcli.annotations.report import DataReport
-from capcli.counts import counted
+from capcli.annotations.data_report import DataReport
+from capcli.annotations.image_files import Listings
+from capcli.annotations.images import Image, normal
 from capcli.errors import CapcliError
-from capcli.names import brief, printable, raw_bytes
 from capcli.options import DataOptions
 from capcli.records import Annotated, Stored
 from capcli.sources.lists import open_list
+from capcli.text import brief, counted, printable, raw_bytes
 
 
 def sorted_out(images: Sequence[Image], options: DataOptions, report: DataReport) -> list[Image]:

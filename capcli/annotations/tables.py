@@ -22,11 +22,11 @@ from capcli.annotations.rows import (
     raw_name,
     split_of,
 )
-from capcli.annotations.text import lines
+from capcli.annotations.text_files import lines
 from capcli.errors import CapcliError
-from capcli.names import printable
 from capcli.options import DataOptions
 from capcli.sources import IMAGE_SUFFIXES
+from capcli.text import printable
 
 _SEPARATORS = ("\t", ",", "|", ";")
 csv.field_size_limit(1 << 30)  # characters; a single long cell is no reason to give up all others

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from capcli.annotations.detection import file_annotations
 from capcli.annotations.folders import METADATA
-from capcli.annotations.recognition import file_annotations
 from capcli.annotations.rows import clean
 from capcli.annotations.tables import cell_captions
 from capcli.errors import UsageError

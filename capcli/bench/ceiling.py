@@ -19,7 +19,7 @@ from capcli.models.files import ModelFiles
 from capcli.models.int8 import Int8Linear
 from capcli.models.packing import PackedLinear, can_pack
 from capcli.pixels import PixelSpec
-from capcli.runtimes.seated import DTYPES
+from capcli.runtimes.base import DTYPES
 
 SECONDS = 0.6  # of measuring each rate
 SIDE = 2048  # of the square matrices multiplied

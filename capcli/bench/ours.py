@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from capcli.choices import choose_shapes, load_captioner, search_settings, settle_gpu_decode
+from capcli.captioning.pipeline import Run, wanted_entries
+from capcli.captioning.plan import choose_shapes, load_captioner, search_settings, settle_gpu_decode
 from capcli.options import CaptionOptions, GenerationOptions, SinkOptions, SourceOptions
-from capcli.pipeline import Run, wanted_entries
 from capcli.progress import Report
 from capcli.sinks import open_sink
 from capcli.sources import open_source

@@ -12,18 +12,18 @@ from itertools import islice
 from typing import Any
 
 from capcli import pixels
-from capcli.bench import show, stages
+from capcli.bench import output, stages
 from capcli.bench.contest import Contestant, Told, contest
-from capcli.choices import load_captioner, search_settings
+from capcli.captioning.plan import load_captioner, search_settings
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.models.build import choose_device, choose_dtype, device_of
 from capcli.models.families import question_of
 from capcli.models.files import ModelFiles
 from capcli.models.hub import find_model
-from capcli.names import printable
 from capcli.options import MAX_PIXELS, BenchOptions, CaptionOptions, SinkOptions, SourceOptions
 from capcli.progress import warn
 from capcli.sources import open_source
+from capcli.text import printable
 
 PEERS = os.path.join(os.path.dirname(__file__), "peers.py")
 
@@ -33,7 +33,7 @@ class Measured:
     """All that a bench found; `profile` None where it was quick."""
 
     images: int
-    profile: show.Profile | None
+    profile: output.Profile | None
     ours: Told
     peers: list[Told]
 
@@ -57,7 +57,7 @@ def run(options: BenchOptions) -> int:
         raise CapcliError(f"capcli itself could not caption these: {measured.ours.failed}")
     if options.gpu_decode and not measured.ours.facts["gpu_decode"]:
         warn("--gpu-decode had no effect: decoder processes are quicker here")
-    show.result(measured, options)
+    output.result(measured, options)
     least = options.at_least or 0.0
     slow = [peer for peer in measured.peers if peer.rounds and measured.ratio(peer) < least]
     silent = [peer for peer in measured.peers if not peer.rounds]
@@ -117,7 +117,7 @@ def caption_options(options: BenchOptions, photos: list[str]) -> CaptionOptions:
     )
 
 
-def profiled(options: BenchOptions, photos: list[str]) -> show.Profile:
+def profiled(options: BenchOptions, photos: list[str]) -> output.Profile:
     """Stages, and the ceiling. The captioner is let go again: contestants have their own."""
     from capcli.bench.ceiling import peak_rates, work_of
 
@@ -129,13 +129,13 @@ def profiled(options: BenchOptions, photos: list[str]) -> show.Profile:
     found = stages.measure(captioner, settings, photos, options.batch_size)
     found.once = {"start-up": stages.start_up(), "load": loading}
     if captioner.files.engine is not None:
-        return show.Profile(found, None, None, captioner.model.dtype)
+        return output.Profile(found, None, None, captioner.model.dtype)
     dtype, device = captioner.model.dtype, captioner.model.runtime.device
     work = work_of(captioner.files, captioner.model.size, settings, found.slots, dtype)
-    return show.Profile(found, work, peak_rates(device, dtype), dtype)
+    return output.Profile(found, work, peak_rates(device, dtype), dtype)
 
 
-def contested(options: BenchOptions, photos: list[str], profile: show.Profile | None) -> Measured:
+def contested(options: BenchOptions, photos: list[str], profile: output.Profile | None) -> Measured:
     task: dict[str, Any] = {
         "files": photos,
         "model": options.model,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from capcli import pixels
-from capcli.captioner import Captioner
+from capcli.captioning.captioner import Captioner
 from capcli.decoding.loop import Batch, Done, IterableFeed, Job
 from capcli.decoding.settings import Settings
 from capcli.errors import CapcliError, ImageError
@@ -26,7 +26,7 @@ from capcli.records import Entry, Loaded
 from capcli.sinks import open_sink
 from capcli.sources import open_source
 
-START_UP = "import capcli.pipeline"
+START_UP = "import capcli.captioning.pipeline"
 
 
 @dataclass(slots=True)

@@ -11,13 +11,7 @@ import click
 from capcli.cli.generation import generation_options, taken_generation
 from capcli.cli.model import leave_cores_to, model_options
 from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, comma_separated, leave_word
-from capcli.options import (
-    DECODE_TIMEOUT,
-    MAX_PIXELS,
-    CaptionOptions,
-    SinkOptions,
-    SourceOptions,
-)
+from capcli.options import DECODE_TIMEOUT, MAX_PIXELS, CaptionOptions, SinkOptions, SourceOptions
 from capcli.records import FACTS
 
 Decorator = Callable[[Any], Any]
@@ -142,7 +136,7 @@ def caption(**given: Any) -> int:
     """
     options = caption_options(given)
     leave_cores_to(options.model)
-    from capcli import pipeline
+    from capcli.captioning import pipeline
 
     return pipeline.run(options)
 

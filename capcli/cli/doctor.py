@@ -28,6 +28,6 @@ def doctor(as_json: bool) -> int:
 
     Nothing is changed and nothing is downloaded. The exit code is 0 whatever is found.
     """
-    from capcli.doctor.examine import run
+    from capcli.doctor.run import run
 
     return run(as_json=as_json)

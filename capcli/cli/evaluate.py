@@ -67,6 +67,6 @@ def evaluate(**given: Any) -> int:
     """
     given["tokenize"] = None if given["tokenize"] == "auto" else given["tokenize"]
     options = EvaluateOptions(**given)
-    from capcli.metrics.evaluate import run
+    from capcli.metrics.run import run
 
     return run(options)

@@ -109,12 +109,12 @@ def export(**given: Any) -> int:
     options = ExportOptions(kind=kind(given), **taken)
     refuse_idle_options(options)
     try:
-        from capcli.export import build
+        from capcli.export import run
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("capcli"):
             raise
         raise CapcliError(f"capcli export needs {error.name}: pip install 'capcli[onnx]'") from error
-    return build.run(options)
+    return run.run(options)
 
 
 def kind(given: dict[str, Any]) -> Literal["onnx", "tensorrt"]:

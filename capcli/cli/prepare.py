@@ -147,11 +147,11 @@ def prepare(**given: Any) -> int:
         **{name: value for name, value in given.items() if name != "seed"},
     )
     try:
-        from capcli.prepared import prepare
+        from capcli.prepare import run
     except ModuleNotFoundError as error:
         raise CapcliError(f"capcli prepare needs {error.name}: pip install 'capcli[train]'") from error
 
-    return prepare.run(options)
+    return run.run(options)
 
 
 def refuse_idle_options(given: Mapping[str, Any]) -> None:

@@ -290,7 +290,7 @@ def train(**given: Any) -> int:
     Exit codes: 0 trained; 2 wrong usage; 1 could not run; 130 or 143 interrupted (--resume goes on from there).
     """
     options = train_options(given)
-    from capcli.training.place import Place
+    from capcli.training.output.folder import Place
 
     place = Place.open(options)  # which may refuse, before torch is loaded
     if options.unfreeze_after is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from capcli.decoding import noise
 from capcli.decoding.constraints import Constraints
 from capcli.decoding.settings import Settings
-from capcli.decoding.survey import BLOCK, best_of_blocks, survey
+from capcli.decoding.topk import BLOCK, best_of_blocks, survey
 
 FAR_BELOW = -1.0e9  # generate()'s constant for a score that nothing reaches
 

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from capcli.counts import counted
 from capcli.errors import CapcliError, UsageError
-from capcli.names import flag
 from capcli.options import GenerationOptions
+from capcli.text import counted, flag
 
 # Fields of a generation_config that change no caption here: caches, outputs, assistants that are not there, bookkeeping.
 WITHOUT_EFFECT = frozenset(

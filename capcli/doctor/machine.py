@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from capcli.counts import counted
 from capcli.doctor.asking import Answer
 from capcli.doctor.findings import Line, gibibytes
+from capcli.text import counted
 
 # What decides how fast a processor multiplies, by Linux's names.
 ABILITIES = (

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from capcli.doctor.asking import Answer
 from capcli.doctor.findings import Line
 from capcli.doctor.packages import installed
-from capcli.runtimes.packages import FUSED, KEEPS, ONNXRUNTIME, TENSORRT, release
+from capcli.engine.packages import FUSED, KEEPS, ONNXRUNTIME, TENSORRT, release
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 TORCH_FOR_CUDA = "pip install --force-reinstall torch"  # what a bare name gives on Linux is built for CUDA

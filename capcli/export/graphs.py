@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from capcli.engine import Memory
+from capcli.engine.engine_json import Memory
 from capcli.models.cache import Write, pool_cache
 from capcli.models.modules import Encode, Step
 

@@ -7,7 +7,7 @@ from itertools import islice
 
 from capcli import pixels
 from capcli.errors import CapcliError, ImageError, UsageError
-from capcli.export.proof import Pixels
+from capcli.export.parity import Pixels
 from capcli.options import MAX_PIXELS, ExportOptions, SourceOptions
 from capcli.pixels import PixelSpec
 from capcli.progress import warn

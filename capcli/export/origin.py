@@ -15,11 +15,11 @@ from onnx.external_data_helper import set_external_data
 
 from capcli import __version__
 from capcli.decoding.settings import NO_WORD, Settings
-from capcli.engine import ENCODE, STEP, Bucket, Engine
+from capcli.engine.engine_json import ENCODE, STEP, Bucket, Engine
 from capcli.errors import CapcliError
 from capcli.export import graphs
-from capcli.export.place import copy, written
-from capcli.export.proof import PYTORCH
+from capcli.export.folder import copy, written
+from capcli.export.parity import PYTORCH
 from capcli.export.quantize import quantize
 from capcli.export.tidy import share_weights
 from capcli.models.attention import use_attention
@@ -28,8 +28,8 @@ from capcli.models.families import family_of, question_of, tag_room
 from capcli.models.files import GENERATION, ModelFiles, fingerprint, setting_files, shelf_of
 from capcli.options import ExportOptions
 from capcli.pixels import PixelSpec
+from capcli.runtimes.base import DTYPES, Seated
 from capcli.runtimes.eager import Eager
-from capcli.runtimes.seated import DTYPES, Seated
 
 LARGE = 1024  # bytes from which a weight is stored beside its graph
 PROMPT = 16  # tokens of a prompt that plans have room for besides the caption

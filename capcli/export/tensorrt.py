@@ -11,12 +11,12 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from capcli.decoding.loop import Shapes
-from capcli.engine import ENCODE, STEP, Bucket, encode_plan, hash_files, plan_files, step_plan
+from capcli.engine.engine_json import ENCODE, STEP, Bucket, encode_plan, hash_files, plan_files, step_plan
 from capcli.errors import CapcliError
 from capcli.export.parser_rules import DECOMPOSABLE, casts_to_float, has, lint
-from capcli.export.plan import build_plan
+from capcli.export.plan_builder import build_plan
 from capcli.runtimes.trt_plan import import_tensorrt
-from capcli.sinks import atomic
+from capcli.storage import atomic
 
 READY = ".trt.onnx"
 

@@ -17,7 +17,7 @@ from typing import IO, Self
 from capcli.errors import CapcliError
 from capcli.interrupts import Interrupts
 from capcli.metrics.ptb import PUNCTUATION
-from capcli.metrics.tokens import one_line
+from capcli.metrics.tokenization import one_line
 
 TOKENIZER_JAR = "stanford-corenlp-3.4.1.jar"
 METEOR_JAR = "meteor-1.5.jar"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from capcli.errors import CapcliError
-from capcli.metrics import tokens
+from capcli.metrics import tokenization
 from capcli.metrics.java import Meteor, package_folder
-from capcli.metrics.tokens import TOKENIZERS, Tokenize
+from capcli.metrics.tokenization import TOKENIZERS, Tokenize
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +48,7 @@ class Scorer:
         self, references: Mapping[str, Sequence[str]], tokenize: Tokenize | None = None, *, many: Many | None = None
     ) -> None:
         package_folder("bleu")
-        self.tokenize = tokenize or tokens.fitting(text for each in references.values() for text in each)
+        self.tokenize = tokenize or tokenization.fitting(text for each in references.values() for text in each)
         one = TOKENIZERS[self.tokenize]
         self._many = many or (lambda texts: [one(text) for text in texts])
         flat = iter(self._many([text for each in references.values() for text in each]))

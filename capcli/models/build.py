@@ -14,9 +14,9 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from capcli.engine import Engine
+from capcli.engine.check import refuse_tampered
+from capcli.engine.engine_json import Engine
 from capcli.errors import CapcliError, UsageError
-from capcli.fitting import refuse_tampered
 from capcli.models.abilities import multiplies_bfloat16
 from capcli.models.attention import use_attention
 from capcli.models.families import family_of, question_of, tag_room
@@ -28,8 +28,8 @@ from capcli.models.packing import speed_up
 from capcli.options import check_device
 from capcli.pixels import PixelSpec
 from capcli.progress import warn
+from capcli.runtimes.base import DTYPES, Seated
 from capcli.runtimes.eager import Eager
-from capcli.runtimes.seated import DTYPES, Seated
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from capcli.engine import ENGINE, Engine, file_hash, read_engine
+from capcli.engine.engine_json import ENGINE, Engine, file_hash, read_engine
 from capcli.errors import CapcliError
 
 ENCODERS = ("vit", "deit", "beit", "swin", "swinv2")

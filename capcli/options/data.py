@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from capcli.errors import UsageError
-from capcli.names import flag
+from capcli.text import flag
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from capcli.errors import UsageError
-from capcli.names import flag
+from capcli.text import flag
 
 NEW = "new"  # the tokenizer that is trained on the captions
 IMAGE_TOKENS = 10  # of a prefix

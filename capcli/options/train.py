@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from capcli.errors import UsageError
-from capcli.names import flag
 from capcli.options.caption import DECODE_TIMEOUT, MAX_PIXELS, GenerationOptions
 from capcli.options.data import DataOptions
 from capcli.options.model import ModelOptions
 from capcli.options.task import LISTS, TaskOptions
+from capcli.text import flag
 
 Every = int | Literal["epoch"]
 Schedule = Literal[

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
-from capcli.runtimes.seated import Encoded, Seated
+from capcli.runtimes.base import Encoded, Seated
 
 WARM_UPS = 2  # turns before the recording: libraries set themselves up at the first, which no capture allows
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
-from capcli.engine import Engine, encode_plan, step_plan
+from capcli.engine.check import refuse_misfit
+from capcli.engine.engine_json import Engine, encode_plan, step_plan
 from capcli.errors import CapcliError
-from capcli.fitting import refuse_misfit
-from capcli.runtimes.seated import DTYPES, Seated
+from capcli.runtimes.base import DTYPES, Seated
 from capcli.runtimes.trt_plan import Plan, Plans, import_tensorrt
 
 TYPES = DTYPES | {"int32": torch.int32, "uint8": torch.uint8, "bool": torch.bool}

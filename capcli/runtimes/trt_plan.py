@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from capcli.engine.packages import KEEPS, TENSORRT, importing, release
 from capcli.errors import CapcliError
-from capcli.runtimes.packages import KEEPS, TENSORRT, importing, release
 
 if TYPE_CHECKING:
     import tensorrt as trt

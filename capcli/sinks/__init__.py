@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from capcli.options import SinkOptions
-from capcli.sinks.console import ClosedPipeError
-from capcli.sinks.receipt import difference
 from capcli.sinks.sink import Sink
+from capcli.sinks.stdout import ClosedPipeError
+from capcli.storage.run_file import difference
 
 __all__ = ["ClosedPipeError", "Sink", "difference", "open_sink"]
 

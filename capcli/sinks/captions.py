@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from capcli.names import is_text
 from capcli.options import Format
 from capcli.records import Caption
+from capcli.sinks.formats import Columns, Csv, JsonCaptions
 from capcli.sinks.journal import Journal
 from capcli.sinks.keys import Keys, key
-from capcli.sinks.rows import Columns, Csv, JsonCaptions
+from capcli.text import is_text
 
 
 def rows_for(kind: Format, columns: Columns) -> JsonCaptions | Csv:

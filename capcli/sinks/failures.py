@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from capcli.names import as_text, raw_bytes
 from capcli.records import Failure
+from capcli.sinks.formats import JsonLines, json_line
 from capcli.sinks.journal import Journal
 from capcli.sinks.keys import Keys, key
-from capcli.sinks.rows import JsonLines, json_line
+from capcli.text import as_text, raw_bytes
 
 
 class FailureFile:

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 from capcli.errors import CapcliError, UsageError
-from capcli.names import printable
-from capcli.sinks import atomic, locks, scan
+from capcli.sinks import scan
+from capcli.sinks.formats import Rows
 from capcli.sinks.keys import key
-from capcli.sinks.rows import Rows
+from capcli.storage import atomic, locks
+from capcli.text import printable
 
 _SYNC_SECONDS = 5.0
 _BLOCK = 1 << 18

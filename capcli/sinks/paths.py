@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from capcli.errors import CapcliError, UsageError
-from capcli.names import printable
 from capcli.options import Format, SinkOptions
-from capcli.sinks import receipt
+from capcli.storage import run_file
+from capcli.text import printable
 
 
 def format_of(options: SinkOptions) -> Format:
@@ -68,7 +68,7 @@ class Paths:
         if self.out is None or self.receipt is None:
             return None
         try:
-            left = receipt.read(self.receipt)
+            left = run_file.read(self.receipt)
         except CapcliError:
             if not overwrite:
                 raise
@@ -89,4 +89,4 @@ class Paths:
     def write_receipt(self, data: Mapping[str, Any]) -> None:
         """Replace the receipt, where there is one."""
         if self.out is not None and self.receipt is not None:
-            receipt.write(self.receipt, {**data, "output": os.path.basename(self.out)})
+            run_file.write(self.receipt, {**data, "output": os.path.basename(self.out)})

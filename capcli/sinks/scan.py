@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-from capcli.names import printable
-from capcli.sinks.rows import LONGEST, ForeignRowError, Rows
+from capcli.sinks.formats import LONGEST, ForeignRowError, Rows
+from capcli.text import printable
 
 _BLOCK = 1 << 18
 

@@ -7,11 +7,11 @@ import threading
 from collections.abc import Callable, Sequence
 
 from capcli.errors import CapcliError
-from capcli.names import printable, raw_bytes
 from capcli.options import Existing, Suffix
 from capcli.records import Entry
-from capcli.sinks import atomic
 from capcli.sinks.keys import Keys, key
+from capcli.storage import atomic
+from capcli.text import printable, raw_bytes
 
 
 class Sidecars:

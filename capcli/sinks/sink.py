@@ -6,16 +6,16 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
-from capcli.names import printable, raw_bytes
 from capcli.options import SinkOptions
 from capcli.records import Caption, Entry, Failure
 from capcli.sinks.captions import CaptionFile
-from capcli.sinks.console import Console
 from capcli.sinks.failures import FailureFile
+from capcli.sinks.formats import Columns
 from capcli.sinks.keys import Keys, key
 from capcli.sinks.paths import Paths, format_of
-from capcli.sinks.rows import Columns
 from capcli.sinks.sidecar import Sidecars
+from capcli.sinks.stdout import Console
+from capcli.text import printable, raw_bytes
 
 
 class Sink:

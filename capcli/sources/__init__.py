@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from capcli.errors import UsageError
-from capcli.names import printable
 from capcli.options import SourceOptions
 from capcli.records import Entry
 from capcli.sources.files import IMAGE_SUFFIXES, Folder, Glob, is_folder
 from capcli.sources.lists import ListStream, open_list
 from capcli.sources.patterns import MAGIC, Sieve
+from capcli.text import printable
 
 __all__ = ["IMAGE_SUFFIXES", "Source", "open_source"]
 

@@ -7,9 +7,9 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from capcli.names import printable
 from capcli.records import Entry
 from capcli.sources.patterns import MAGIC, Pattern, Sieve
+from capcli.text import printable
 
 # What Pillow (with its HEIF, AVIF and JPEG XL plugins) opens and people call a photo or a picture.
 IMAGE_SUFFIXES = (

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import IO
 
 from capcli.errors import UsageError
-from capcli.names import printable
 from capcli.records import Entry
+from capcli.text import printable
 
 _CHUNK = 1 << 16
 _LONGEST = 1 << 16  # bytes; no system takes a path near this long, so it is no list of paths

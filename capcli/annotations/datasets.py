@@ -1,0 +1,243 @@
+"""Datasets on disk, as `save_to_disk` of Hugging Face datasets writes them and as `capcli prepare` does.
+
+Read with pyarrow over memory-mapped files: of the images no byte is touched, but where nothing names them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+from capcli.annotations.rows import (
+    BYTES_COLUMN,
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    Annotations,
+    Row,
+    captions_of,
+    named,
+    no_column,
+    pick,
+    raw_name,
+    split_column,
+    split_of,
+    tags_column,
+)
+from capcli.annotations.tables import arrow_errors, is_bytes
+from capcli.annotations.text_files import parsed, readable
+from capcli.errors import CapcliError
+from capcli.options import DataOptions
+from capcli.records import Stored
+from capcli.text import printable
+
+_DICT, _STATE, _MANIFEST = "dataset_dict.json", "state.json", "manifest.json"
+_BATCH = 1 << 14  # rows made into Python objects at a time
+
+
+def is_stored(path: str) -> bool:
+    return any(os.path.isfile(os.path.join(path, name)) for name in (_DICT, _STATE))
+
+
+def stored_annotations(path: str, options: DataOptions) -> Annotations:
+    """The dataset in the folder at `path`: a DatasetDict with its splits, or a lone Dataset.
+
+    Raises CapcliError where it is damaged, holds no captions, or pyarrow is missing.
+    """
+    folders = _splits(path)
+    layouts = [_layout(folder, options) for folder, _ in folders]
+
+    def rows() -> Iterator[Row]:
+        for (folder, split), layout in zip(folders, layouts, strict=True):
+            yield from _rows(folder, split, layout)
+
+    return Annotations(path, "dataset on disk", rows, path, layouts[0].names)
+
+
+def _splits(path: str) -> list[tuple[str, str | None]]:
+    """The folder of each split, and whether it is train, val or test; under other names its rows are of no split."""
+    whole = os.path.join(path, _DICT)
+    if not os.path.isfile(whole):
+        return [(path, None)]
+    names = _json(whole).get("splits")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise CapcliError(f"{printable(whole)} names no splits: the dataset was not written to its end")
+    return [(os.path.join(path, name), split_of(name, path, said=False)) for name in names]
+
+
+def _json(path: str) -> dict[str, Any]:
+    with readable(path), open(path, "rb") as file:
+        content = parsed(file.read(), path)
+    if not isinstance(content, dict):
+        raise CapcliError(f"{printable(path)} is no JSON object: the dataset is damaged")
+    return content
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns of a split hold what: `image` the pictures themselves, `name` what they are called."""
+
+    names: tuple[str, ...]
+    caption: str
+    image: str | None
+    name: str | None
+    split: str | None
+    tags: str | None
+    said_split: bool
+
+
+def _layout(folder: str, options: DataOptions) -> Layout:
+    schema = _table(folder).schema
+    names = tuple(schema.names)
+    caption = pick(names, options.caption_column, CAPTION_COLUMNS)
+    if caption is None:
+        raise no_column(folder, names, options.caption_column, "caption", "--caption-column")
+    files = [name for name in names if is_bytes(schema.field(name).type)]
+    usual = pick(files, options.image_column, IMAGE_COLUMNS)
+    pictures = [name for name in names if name == usual or _is_picture(schema.field(name).type)]
+    given = pick(names, options.image_column, ())
+    if options.image_column is not None and given is None:
+        raise no_column(folder, names, options.image_column, "image", "--image-column")
+    image = given if given in pictures else pick(pictures, None, IMAGE_COLUMNS) or next(iter(pictures), None)
+    plain = [name for name in names if name not in (*pictures, *files, caption)]
+    name = given if given in plain else pick(plain, None, IMAGE_COLUMNS)
+    if image is None and name is None and len(files) == 1:
+        image = files[0]
+    if image is None and name is None:
+        raise no_column(folder, names, options.image_column, "image", "--image-column")
+    split, tags = split_column(names, options, folder), tags_column(names, options, folder)
+    return Layout(names, caption, image, name, split, tags, options.split_column is not None)
+
+
+def _is_prepared(path: str) -> bool:
+    manifest = os.path.join(path, _MANIFEST)
+    return os.path.isfile(manifest) and {"state", "settings", "splits"} <= _json(manifest).keys()
+
+
+def _is_picture(kind: Any) -> bool:
+    """Whether a column is what datasets makes of an Image: its file's bytes, or a path, or both."""
+    fields = {kind.field(index).name for index in range(kind.num_fields)}
+    return fields == {"bytes", "path"}
+
+
+def _table(folder: str) -> Any:
+    """The rows of a split as a table over memory-mapped files, before any choice among them."""
+    state = _json(os.path.join(folder, _STATE))
+    files = [entry.get("filename") for entry in state.get("_data_files") or () if isinstance(entry, dict)]
+    if not files:
+        raise CapcliError(f"{printable(folder)} holds no rows: its {_STATE} names no data files")
+    return _joined([os.path.join(folder, str(name)) for name in files])
+
+
+def _joined(paths: Sequence[str]) -> Any:
+    """The rows of these files, mapped into memory and not read."""
+    with arrow_errors(paths[0]):
+        import pyarrow
+    tables = []
+    for path in paths:
+        with arrow_errors(path):
+            source = pyarrow.memory_map(path)
+            kind = pyarrow.ipc.open_file if source.read(6) == b"ARROW1" else pyarrow.ipc.open_stream
+            source.seek(0)
+            tables.append(kind(source).read_all())
+    with arrow_errors(paths[0]):
+        return pyarrow.concat_tables(tables)
+
+
+def _choice(folder: str) -> Any:
+    """Which rows the split holds, in order, where `select`, `shuffle` or `filter` made it; else None."""
+    files = [entry.get("filename") for entry in _json(os.path.join(folder, _STATE)).get("_indices_files") or ()]
+    return _joined([os.path.join(folder, str(name)) for name in files]).column(0) if files else None
+
+
+def _rows(folder: str, split: str | None, layout: Layout) -> Iterator[Row]:
+    """The rows of one split, a batch at a time."""
+    table, choice = _table(folder), _choice(folder)
+    wanted = (layout.caption, layout.name, layout.split, layout.tags, BYTES_COLUMN)
+    plain = table.select([name for name in layout.names if name in wanted])
+    pictures = None if layout.image is None else _Pictures(folder, table.column(layout.image), layout.image)
+    if pictures is not None and layout.name is None:
+        pictures.tell_apart()
+    total = table.num_rows if choice is None else len(choice)
+    for start in range(0, total, _BATCH):
+        count = min(_BATCH, total - start)
+        chosen = range(start, start + count) if choice is None else choice.slice(start, count)
+        batch = plain.slice(start, count) if choice is None else plain.take(chosen)
+        columns = batch.to_pydict()
+        captions = map(captions_of, columns[layout.caption])
+        words = columns[layout.split] if layout.split else [None] * count
+        splits = [split_of(word, folder, said=layout.said_split) or split for word in words]
+        names = _names(folder, columns, layout.name) if layout.name else [""] * count
+        if pictures is None:
+            rows = map(Row, names, captions, splits)
+        else:
+            rows = map(pictures.row, range(start, start + count), names, captions, splits, *pictures.held(chosen))
+        if layout.tags is None:
+            yield from rows
+        else:
+            yield from (row._replace(tags=tags) for row, tags in zip(rows, columns[layout.tags], strict=True))
+
+
+def _names(folder: str, columns: dict[str, list[Any]], name: str) -> list[str]:
+    encoded = columns.get(BYTES_COLUMN) or [None] * len(columns[name])
+    return [raw_name(raw, folder) if raw else named(value) for value, raw in zip(columns[name], encoded, strict=True)]
+
+
+class _Pictures:
+    """The column of image files of one split, whose lengths and paths are known without reading a byte of them.
+
+    Images without a name are told apart by the path of the file that they were made of and its length; failing that, by
+    their bytes: one photo with five captions in five rows must not be five images.
+    """
+
+    def __init__(self, folder: str, column: Any, name: str) -> None:
+        import pyarrow
+        from pyarrow import compute
+
+        self._folder, self._column = folder, name
+        bare = is_bytes(column.type)
+        self._bytes = column if bare else compute.struct_field(column, "bytes")
+        self._lengths = compute.binary_length(self._bytes)
+        self._paths = pyarrow.nulls(len(column), pyarrow.string()) if bare else compute.struct_field(column, "path")
+        self._digests: dict[int, bytes] = {}
+        # Where capcli prepare wrote a row it is an image of its own: train/1.jpg and val/1.jpg may both be called 1.jpg.
+        self._prepared = _is_prepared(os.path.dirname(os.path.normpath(folder)))
+
+    def held(self, chosen: Any) -> tuple[Sequence[int], Sequence[int | None], Sequence[str | None]]:
+        """For each of these rows on disk its number, its file's length (None: only the path is held), and its path."""
+        if isinstance(chosen, range):
+            lengths, paths = (each.slice(chosen.start, len(chosen)) for each in (self._lengths, self._paths))
+            return chosen, lengths.to_pylist(), paths.to_pylist()
+        return chosen.to_pylist(), self._lengths.take(chosen).to_pylist(), self._paths.take(chosen).to_pylist()
+
+    def tell_apart(self) -> None:
+        """Reads files that have neither name nor path and share their length: no others can be the same."""
+        rows: dict[int, list[int]] = {}
+        for number, length, path in zip(*self.held(range(len(self._lengths))), strict=True):
+            if length is not None and not path:
+                rows.setdefault(length, []).append(number)
+        for number in sorted(number for alike in rows.values() if len(alike) > 1 for number in alike):
+            self._digests[number] = blake2b(self._bytes[number].as_buffer(), digest_size=16).digest()
+
+    def row(
+        self,
+        row: int,
+        name: str,
+        captions: Sequence[object],
+        split: str | None,
+        number: int,
+        length: int | None,
+        path: str | None,
+    ) -> Row:
+        """The row of the dataset `row`, which is row `number` on disk."""
+        if length is None:  # no more than a path, to be looked for as any other
+            return Row(path or name, captions, split)
+        identity: Hashable = None
+        if self._prepared:
+            identity = (self._folder, number)
+        elif not name:
+            name = path or f"{os.path.basename(os.path.normpath(self._folder))}/{row}"
+            identity = (path, length) if path else self._digests.get(number)
+        return Row(name, captions, split, "", Stored(self._folder, row, self._column), identity)

@@ -1,0 +1,1 @@
+"""The caption run: pipeline, captioner, and what a run decides before its first image."""

@@ -1,0 +1,1 @@
+"""Engine folders: engine.json, its checks, and the packages that run engines."""

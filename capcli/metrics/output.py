@@ -1,0 +1,151 @@
+"""What `capcli evaluate` leaves: a table for people, JSON for programs, a CSV with a row for each image."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from capcli.errors import CapcliError
+from capcli.options import EvaluateOptions
+from capcli.sinks.formats import csv_line
+from capcli.storage import atomic
+from capcli.text import as_text, counted, is_text, printable, raw_bytes
+
+if TYPE_CHECKING:
+    from capcli.metrics.bootstrap import Interval
+    from capcli.metrics.run import Measured, Result
+
+MEASURES = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
+WORDS = {
+    "Bleu_1": "BLEU-1",
+    "Bleu_2": "BLEU-2",
+    "Bleu_3": "BLEU-3",
+    "Bleu_4": "BLEU-4",
+    "ROUGE_L": "ROUGE-L",
+    "words_mean": "words per caption",
+    "words_min": "fewest words",
+    "words_max": "most words",
+    "distinct_captions": "distinct captions",
+    "distinct_share": "distinct share",
+    "repeated_2": "repeat a 2-gram",
+    "repeated_3": "repeat a 3-gram",
+    "repeated_4": "repeat a 4-gram",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+}
+WHOLE = ("words_min", "words_max", "distinct_captions")
+
+
+def result(result: Result, options: EvaluateOptions) -> None:
+    """Writes what was asked for. Raises CapcliError where it cannot be written."""
+    if options.per_image is not None:
+        try:
+            atomic.replace(os.path.realpath(options.per_image), [per_image(result)])
+        except OSError as error:
+            raise CapcliError(f"cannot write {printable(options.per_image)}: {error.strerror or error}") from error
+    try:
+        if options.json:
+            print(json.dumps(document(result), indent=2))
+        else:
+            table(result)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # nobody reads any more, which is no fault
+    except OSError as error:
+        raise CapcliError(f"cannot write to standard output: {error.strerror or error}") from error
+
+
+def document(result: Result) -> dict[str, Any]:
+    """One file's figures by name, and how they came about; of two files `first`, `second` and their `difference`."""
+    how: dict[str, Any] = {"images": len(result.measured[0].scores.names), "tokenizer": result.tokenizer}
+    if result.resamples is not None:
+        how["bootstrap"] = {"resamples": result.resamples, "seed": result.seed, "level": 0.95}
+    if result.difference is None:
+        return one(result.measured[0]) | how
+    difference: dict[str, Any] = dict(result.difference)
+    if result.difference_intervals is not None:
+        difference["intervals"] = result.difference_intervals
+    first, second = map(one, result.measured)
+    return {"first": first, "second": second, "difference": difference} | how
+
+
+def one(measured: Measured) -> dict[str, Any]:
+    matched = measured.matched
+    values: dict[str, Any] = dict(measured.figures)
+    if measured.intervals is not None:
+        values["intervals"] = measured.intervals
+    return values | {
+        "captions": as_text(matched.path),
+        "captions_without_references": matched.captions_without_references,
+        "references_without_caption": matched.references_without_caption,
+    }
+
+
+def table(result: Result) -> None:
+    """A table on standard output: a row for each figure, a column for each file, then the difference."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(
+        title=f"{counted(len(result.measured[0].scores.names), 'image')}, tokens: {result.tokenizer}",
+        title_justify="left",
+    )
+    shown.add_column("")
+    columns: list[tuple[str, Mapping[str, float], Mapping[str, Interval] | None]] = [
+        (each.matched.path, each.figures, each.intervals) for each in result.measured
+    ]
+    if result.difference is not None:
+        columns.append(("difference", result.difference, result.difference_intervals))
+    for heading, _, _ in columns:
+        encoded = printable(heading).encode(sys.stdout.encoding or "utf-8", "backslashreplace")
+        shown.add_column(Text(encoded.decode(sys.stdout.encoding or "utf-8")), justify="right", overflow="fold")
+    for name in result.measured[0].figures:
+        cells = [
+            _cell(name, figures, intervals, signed=figures is result.difference, tall=len(columns) > 1)
+            for _, figures, intervals in columns
+        ]
+        shown.add_row(WORDS.get(name, name), *cells, end_section=name == "CIDEr")
+    if result.resamples is not None:
+        shown.caption = f"95 % intervals: percentile bootstrap over images, {result.resamples:,} resamples"
+    Console(soft_wrap=False).print(shown)
+
+
+def _cell(
+    name: str, figures: Mapping[str, float], intervals: Mapping[str, Interval] | None, *, signed: bool, tall: bool
+) -> str:
+    sign = "+" if signed else ""
+    value = f"{figures[name]:{sign},.0f}" if name in WHOLE else f"{figures[name]:{sign}.4f}"
+    if intervals is None or name not in intervals:
+        return value
+    low, high = intervals[name]
+    between = "\n" if tall else "  "
+    return f"{value}{between}{low:{sign}.4f} to {high:{sign}.4f}"
+
+
+def per_image(result: Result) -> bytes:
+    """CSV: `file_name`, `text`, the measures and `words`; of two files the second's columns begin with `second_`, and
+    those of what it has over the first with `difference_`. Names that are not UTF-8 have their bytes in a last column."""
+    files = result.measured
+    names = files[0].scores.names
+    called = [files[0].matched.called[name] for name in names]
+    measures = [name for name in MEASURES if name in files[0].scores.per_image]
+    columns: dict[str, list[Any]] = {"file_name": [as_text(name) for name in called]}
+    for prefix, file in zip(("", "second_"), files, strict=False):
+        columns[f"{prefix}text"] = [as_text(file.matched.texts[name]) for name in names]
+    for prefix, file in zip(("", "second_"), files, strict=False):
+        for measure in measures:
+            columns[prefix + measure] = [f"{value:.6f}" for value in file.scores.per_image[measure]]
+        columns[f"{prefix}words"] = [len(file.scores.tokens[name].split()) for name in names]
+    if len(files) > 1:
+        for measure in measures:
+            values = files[1].scores.per_image[measure] - files[0].scores.per_image[measure]
+            columns[f"difference_{measure}"] = [f"{value:.6f}" for value in values]
+    if not all(map(is_text, called)):
+        columns["file_name_bytes"] = ["" if is_text(n) else base64.b64encode(raw_bytes(n)).decode() for n in called]
+    rows = zip(*columns.values(), strict=True)
+    return b"".join([csv_line(columns), *(csv_line(map(str, row)) for row in rows)])

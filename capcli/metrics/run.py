@@ -1,0 +1,218 @@
+"""`capcli evaluate` on one page: files -> captions of images with references -> scores -> a table, JSON, CSV."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from capcli.errors import CapcliError, UsageError
+from capcli.interrupts import terminable
+from capcli.metrics import bootstrap, java, output, tokenization
+from capcli.metrics.caption_files import Captions, Given, References, names_by_number, read_captions, read_references
+from capcli.metrics.diversity import variety
+from capcli.metrics.matching import match
+from capcli.metrics.scorer import Scorer, Scores
+from capcli.options import EvaluateOptions
+from capcli.progress import warn
+from capcli.text import brief, printable
+
+
+@dataclass(frozen=True)
+class Matched:
+    """One file's captions of images that have references, by the name the references use.
+
+    `called` are the names in the file itself. The counts are of what is left out on either side.
+    """
+
+    path: str
+    texts: Mapping[str, str]
+    called: Mapping[str, str]
+    captions_without_references: int
+    references_without_caption: int
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One file's figures: `figures` all of them by name, in the order they are shown."""
+
+    matched: Matched
+    scores: Scores
+    figures: Mapping[str, float]
+    intervals: Mapping[str, bootstrap.Interval] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What is shown: the files measured, how, and what the second has over the first."""
+
+    measured: Sequence[Measured]
+    tokenize: str
+    tokenizer: str
+    resamples: int | None
+    seed: int
+    difference: Mapping[str, float] | None = None
+    difference_intervals: Mapping[str, bootstrap.Interval] | None = None
+
+
+def run(options: EvaluateOptions) -> int:
+    """Measure captions and show how good they are; the exit code. Raises CapcliError, and UsageError for a wrong command."""
+    check(options)
+    with terminable(), contextlib.ExitStack() as closing:
+        # Loading METEOR's paraphrases takes seconds, in which the files are read.
+        meteor = None if options.without_java else closing.enter_context(java.Meteor())
+        result = evaluate(options, meteor)
+    output.result(result, options)
+    return 0
+
+
+def check(options: EvaluateOptions) -> None:
+    """What can be said before anything is read."""
+    for part in ("bleu", *(() if options.without_java else ("tokenizer", "meteor"))):
+        java.package_folder(part)
+    for path in (*options.captions, *options.references):
+        if path != "-" and not os.path.exists(path):
+            raise UsageError(f"{printable(path)}: no such file or folder")
+    if "-" in options.references:
+        raise UsageError("references are read from files, not from standard input")
+    if options.per_image is not None:
+        check_output(options.per_image, (*options.captions, *options.references))
+    if not options.without_java:
+        java.java()
+
+
+def check_output(path: str, inputs: Sequence[str]) -> None:
+    """Raises UsageError where the CSV cannot be put at `path`, or would take the place of what is read."""
+    shown = f"--per-image {printable(path)}"
+    if not os.path.isdir(os.path.dirname(path) or os.curdir):
+        raise UsageError(f"{shown}: there is no such folder")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UsageError(f"{shown} is no regular file: name one to write")
+    if os.path.exists(path) and any(each != "-" and os.path.samefile(path, each) for each in inputs):
+        raise UsageError(f"{shown} is read as well, and would be overwritten: name another file")
+
+
+def evaluate(options: EvaluateOptions, meteor: java.Meteor | None) -> Result:
+    columns = {name: getattr(options, name) for name in ("image_column", "caption_column")}
+    given = Given({name: column for name, column in columns.items() if column is not None})
+    references = read_references(options.references, given, options.split)
+    captions = [read_captions(path, given) for path in options.captions]
+    given.check()
+    matched = [matched_captions(each, references) for each in captions]
+    if len(matched) > 1:
+        matched = on_the_same_images(matched)
+    for each in matched:
+        say_what_is_left_out(each)
+
+    tokenize = options.tokenize or tokenization.fitting(text for said in references.texts.values() for text in said)
+    if tokenize == "characters" and options.tokenize is None:
+        warn(
+            "the references are in a script without spaces, so characters are compared (--tokenize ptb compares words); "
+            "METEOR knows only English words' likeness"
+        )
+    if len(matched[0].texts) == 1:
+        warn("one image: its CIDEr is 0, which weighs words by how many images they are said of")
+    wanted = {name: references.texts[name] for each in matched for name in each.texts}
+    by_java = meteor is not None and tokenize == "ptb"
+    scorer = Scorer(wanted, tokenize, many=java.tokenize if by_java else None)
+    measured = [measure(each, scorer, meteor) for each in matched]
+    result = Result(
+        measured,
+        tokenize,
+        tokenize if tokenize == "characters" else "PTB" if by_java else "PTB in Python",
+        options.resamples if options.bootstrap else None,
+        options.seed,
+    )
+    return compared(result, meteor)
+
+
+def matched_captions(captions: Captions, references: References) -> Matched:
+    """Raises CapcliError, with a name from each side, where nothing matches."""
+    known: dict[str, str] = {}  # COCO's numbers that the references themselves explain
+    if captions.numbered:
+        numbers = names_by_number(references.paths)
+        known = {name: numbers[name] for name in captions.texts if numbers.get(name) in references.texts}
+    taken = set(known.values())
+    found = known | match(
+        (name for name in captions.texts if name not in known),
+        (name for name in references.texts if name not in taken),
+    )
+    if not found:
+        raise CapcliError(
+            f"no image in {printable(captions.path)} has references: its names are like "
+            f"{brief(next(iter(captions.texts)))}, the references' like {brief(next(iter(references.texts)))}"
+        )
+    if captions.several:
+        warn(
+            f"{printable(captions.path)}: images with several captions, of which the first counts: {captions.several:,}"
+        )
+    called = {there: here for here, there in found.items()}
+    return Matched(
+        captions.path,
+        {there: captions.texts[here] for here, there in found.items()},
+        called,
+        len(captions.texts) - len(found),
+        len(references.texts) - len(found),
+    )
+
+
+def on_the_same_images(matched: Sequence[Matched]) -> list[Matched]:
+    """Only what all have captions of, in the order of the first, so that they can be compared."""
+    names = [name for name in matched[0].texts if all(name in each.texts for each in matched)]
+    if not names:
+        raise CapcliError(
+            f"{' and '.join(printable(each.path) for each in matched)} have captions of no image in common"
+        )
+    for each in matched:
+        if len(each.texts) > len(names):
+            left_out = len(each.texts) - len(names)
+            warn(f"{printable(each.path)}: images left out, the other file having no caption of them: {left_out:,}")
+    return [
+        Matched(
+            each.path,
+            {name: each.texts[name] for name in names},
+            each.called,
+            each.captions_without_references,
+            each.references_without_caption,
+        )
+        for each in matched
+    ]
+
+
+def say_what_is_left_out(matched: Matched) -> None:
+    path = printable(matched.path)
+    if matched.captions_without_references:
+        warn(f"{path}: captions without references, not counted: {matched.captions_without_references:,}")
+    if matched.references_without_caption:
+        warn(
+            f"{path}: images with references and no caption: {matched.references_without_caption:,} (not counted, which "
+            "flatters a captioner that failed on them)"
+        )
+
+
+def measure(matched: Matched, scorer: Scorer, meteor: java.Meteor | None) -> Measured:
+    scores = scorer.measure(matched.texts, meteor)
+    figures = {name: scores.corpus[name] for name in output.MEASURES if name in scores.corpus}
+    return Measured(matched, scores, figures | variety(list(scores.tokens.values())))
+
+
+def compared(result: Result, meteor: java.Meteor | None) -> Result:
+    """With the difference of two files, and the intervals that were asked for."""
+    measured = list(result.measured)
+    difference = difference_intervals = None
+    if len(measured) > 1:
+        first, second = (each.figures for each in measured)
+        difference = {name: second[name] - first[name] for name in first}
+    if result.resamples is not None:
+        scores = [each.scores for each in measured]
+        drawn = bootstrap.resample(scores, meteor, result.resamples, result.seed)
+        measured = [
+            Measured(each.matched, each.scores, each.figures, bootstrap.intervals(values))
+            for each, values in zip(measured, drawn, strict=True)
+        ]
+        if len(drawn) > 1:
+            difference_intervals = bootstrap.intervals({name: drawn[1][name] - drawn[0][name] for name in drawn[0]})
+    return Result(
+        measured, result.tokenize, result.tokenizer, result.resamples, result.seed, difference, difference_intervals
+    )

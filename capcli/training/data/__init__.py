@@ -1,0 +1,1 @@
+"""Training data: images and captions as pairs, masked captions, several tasks."""

@@ -1,0 +1,1 @@
+"""The training loop: trainer, loss, validation, callbacks."""

@@ -1,0 +1,1 @@
+"""Assembling the captioner to train: pretrained parts, tokenizers, embeddings."""

@@ -1,0 +1,1 @@
+"""What a training run leaves: folder, history, curves, model card, live view."""
