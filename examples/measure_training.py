@@ -26,9 +26,9 @@ from capcli.options import DataOptions, GenerationOptions, ModelOptions, Prepare
 from capcli.prepare import run
 from capcli.training.data.dataset import Data
 from capcli.training.loop.arguments import training_arguments
-from capcli.training.loop.setup import make_trainer
 from capcli.training.model.assembly import Untrained, assemble
 from capcli.training.model.embeddings import extend_embeddings
+from capcli.training.setup import make_trainer
 
 Batch = dict[str, Any]
 SIZES: dict[str, dict[str, Any]] = {

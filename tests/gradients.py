@@ -20,9 +20,9 @@ from capcli.training.data.dataset import Data
 from capcli.training.loop.arguments import training_arguments
 from capcli.training.loop.callbacks import Flow
 from capcli.training.loop.freezing import freeze
-from capcli.training.loop.setup import make_trainer
 from capcli.training.loop.trainer import CaptionTrainer
 from capcli.training.model.assembly import Untrained
+from capcli.training.setup import make_trainer
 
 SAID = [
     ("a dog", "two dogs are running on the sand by the water and one of them jumps"),

@@ -58,7 +58,7 @@ def export(folder: str | None) -> tuple[Any, Any, onnx.ModelProto, onnx.ModelPro
 
     from capcli.export.graphs import encode_graph, step_graph
     from capcli.models.attention import use_attention
-    from capcli.models.build import load_weights, modules, pixel_size
+    from capcli.models.checkpoint import load_weights, modules, pixel_size
     from capcli.models.hub import find_model
     from capcli.pixels import PixelSpec
 

@@ -299,7 +299,7 @@ def test_an_error_nobody_foresaw_is_one_line(photos: Path, monkeypatch: pytest.M
     def break_down(*_: Any) -> None:
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr("capcli.pipeline.run", break_down)
+    monkeypatch.setattr("capcli.captioning.pipeline.run", break_down)
     ended = call("caption", photos)
     assert (ended.code, ended.err) == (1, "capcli: unexpected ZeroDivisionError: by nothing (--debug shows where)\n")
 

@@ -40,7 +40,7 @@ IDLE_WITHOUT_SAMPLING = {"temperature", "top_k", "top_p"}
 
 def taken(command: str, recipe: Path, *more: str) -> Any:
     """What the real command makes of a recipe, instead of doing it."""
-    where = {"prepare": "capcli.prepared.prepare.run", "train": "capcli.training.run.run"}[command]
+    where = {"prepare": "capcli.prepare.run.run", "train": "capcli.training.run.run"}[command]
     with mock.patch(where, return_value=0) as run:
         result = call(command, "--config", recipe, *more)
     assert result.code == 0, result.err

@@ -1,4 +1,4 @@
-"""capcli's own architectures are transformers' too, whichever of the two is imported first, and for the price of neither."""
+"""capcli's own architectures are transformers' too, after `capcli.register()`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from families import save_family
 from running import PATIENCE, environment
 
 ORDERS = {
-    "capcli first": "import capcli; from transformers import AutoModel",
-    "transformers first": "import transformers, capcli; from transformers import AutoModel",
-    "Auto classes first": "from transformers import AutoModel; import capcli",
-    "the family itself first": "import capcli.models.prefix; from transformers import AutoModel",
-    "a model between them": "import capcli; from transformers import GPT2LMHeadModel, AutoModel",
+    "capcli first": "import capcli; capcli.register(); from transformers import AutoModel",
+    "transformers first": "import transformers, capcli; capcli.register(); from transformers import AutoModel",
+    "Auto classes first": "from transformers import AutoModel; import capcli; capcli.register()",
+    "twice": "import capcli; capcli.register(); capcli.register(); from transformers import AutoModel",
+    "the family itself": "import capcli.models.prefix; from transformers import AutoModel",
 }
 
 
@@ -38,7 +38,8 @@ def test_a_folder_loads_as_any_model(folder: Path, order: str) -> None:
 
 
 def test_a_config_loads_alone(folder: Path) -> None:
-    script = "import sys, capcli; from transformers import AutoConfig as A; print(A.from_pretrained(sys.argv[1]).image_tokens)"
+    script = "import sys, capcli; capcli.register(); from transformers import AutoConfig as A; "
+    script += "print(A.from_pretrained(sys.argv[1]).image_tokens)"
     assert ran(script, folder) == "10"
 
 

@@ -58,16 +58,16 @@ def test_what_is_no_number_makes_a_row_none(wrong: float) -> None:
 KERNEL = f"""
 import math, torch
 from test_survey import DTYPES, SIZES, logits
-from capcli.decoding.survey import by_torch
-from capcli.decoding.survey_kernel import survey_rows
+from capcli.decoding.topk import by_torch
+from capcli.decoding.topk_triton import survey_rows
 for size in SIZES:
     for dtype in DTYPES:
         rows = logits(size, dtype, seed=1).flatten(0, 1)
-        for ours, plain in zip(survey_rows(rows), by_torch(rows.float()), strict=True):
+        for ours, plain in zip(survey_rows(rows, {BLOCK}), by_torch(rows.float()), strict=True):
             assert ours.shape == plain.shape
             assert torch.allclose(ours, plain, atol=1e-5), (size, dtype)
         rows[2, 1] = math.nan
-        best, peak, log_sum = survey_rows(rows)
+        best, peak, log_sum = survey_rows(rows, {BLOCK})
         assert log_sum[2].isnan().all() or peak[2].isnan().all()
         assert log_sum[3].isfinite().all()
 print("the same", {BLOCK})
@@ -78,7 +78,7 @@ COMPILED = f"""
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from capcli.decoding.survey_kernel import TOGETHER, read_row
+from capcli.decoding.topk_triton import TOGETHER, read_row
 sizes = {{"count": 50257, "whole": 50257 // {BLOCK}, "block": {BLOCK}, "together": TOGETHER}}
 for kind in ("fp32", "bf16", "fp16"):
     for generation in (75, 80, 90, 100):

@@ -14,7 +14,7 @@ import pytest
 from running import call, ended, spawn, wait_until
 from training import MACHINE, history, paint_data, recipe, weights
 
-from capcli.training.loop.checkpoints import whole
+from capcli.training.output.checkpoints import whole
 from capcli.training.output.history import History
 
 STEPS = 48

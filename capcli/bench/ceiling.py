@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from capcli.decoding.settings import Settings
-from capcli.models.build import modules, quiet_transformers
+from capcli.models.checkpoint import modules, quiet_transformers
+from capcli.models.dtypes import DTYPES
 from capcli.models.families import family_of
 from capcli.models.files import ModelFiles
 from capcli.models.int8 import Int8Linear
 from capcli.models.packing import PackedLinear, can_pack
 from capcli.pixels import PixelSpec
-from capcli.runtimes.base import DTYPES
 
 SECONDS = 0.6  # of measuring each rate
 SIDE = 2048  # of the square matrices multiplied

@@ -14,9 +14,11 @@ from typing import Any
 from capcli import pixels
 from capcli.bench import output, stages
 from capcli.bench.contest import Contestant, Told, contest
+from capcli.captioning.model import choose_dtype, device_of
 from capcli.captioning.plan import load_captioner, search_settings
+from capcli.engine.engine_json import engine_of
 from capcli.errors import CapcliError, ImageError, UsageError
-from capcli.models.build import choose_device, choose_dtype, device_of
+from capcli.models.dtypes import choose_device
 from capcli.models.families import question_of
 from capcli.models.files import ModelFiles
 from capcli.models.hub import find_model
@@ -49,7 +51,8 @@ def run(options: BenchOptions) -> int:
     """
     files = find_model(options.model)  # fetched before clocks run, and by one process
     refuse_peers(options, files)
-    choose_dtype(options.dtype, device_of(options.device, files.engine), files.engine)  # which may refuse
+    engine = engine_of(files)
+    choose_dtype(options.dtype, device_of(options.device, engine), engine)  # which may refuse
     photos = listed(options)
     profile = None if options.quick else profiled(options, photos)
     measured = contested(options, photos, profile)
@@ -72,7 +75,7 @@ def refuse_peers(options: BenchOptions, files: ModelFiles) -> None:
     """Raises UsageError where no peer can run the model."""
     if not options.against:
         return
-    if files.engine is not None:
+    if files.is_engine:
         raise UsageError(f"peers run a captioner's weights, and {options.model} is an engine: leave --against out")
     if question_of(files.config) is not None:
         raise UsageError(f"the encoder of {options.model} is asked a question, which no peer does: leave --against out")
@@ -128,7 +131,7 @@ def profiled(options: BenchOptions, photos: list[str]) -> output.Profile:
     settings = search_settings(wanted, captioner)
     found = stages.measure(captioner, settings, photos, options.batch_size)
     found.once = {"start-up": stages.start_up(), "load": loading}
-    if captioner.files.engine is not None:
+    if captioner.files.is_engine:
         return output.Profile(found, None, None, captioner.model.dtype)
     dtype, device = captioner.model.dtype, captioner.model.runtime.device
     work = work_of(captioner.files, captioner.model.size, settings, found.slots, dtype)

@@ -26,18 +26,20 @@ from PIL import Image
 from capcli import pixels
 from capcli.annotations.tags import tag_text
 from capcli.captioning.feed import ArrivalFeed, Arrivals, Deliver, InPlace, Order, Result
+from capcli.captioning.model import Model, choose_dtype, device_of, load_model
 from capcli.decoding import noise
 from capcli.decoding.capacity import fitting_slots, paying_slots
 from capcli.decoding.loop import Done, Job, Shapes
 from capcli.decoding.parallel import decode_beside
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import NO_WORD, Settings, resolve
+from capcli.engine.engine_json import engine_of
 from capcli.errors import CapcliError, ImageError, UsageError
-from capcli.models.build import Model, choose_device, choose_dtype, device_of, load_model, quiet_transformers
+from capcli.models.checkpoint import quiet_transformers
+from capcli.models.dtypes import choose_device
 from capcli.models.files import ModelFiles
 from capcli.models.hub import find_model
-from capcli.models.questions import gap_names, with_gaps
-from capcli.models.tags import tag_ids
+from capcli.models.questions import gap_names, tag_ids, with_gaps
 from capcli.options import DEFAULT_MODEL, MAX_PIXELS, GenerationOptions
 from capcli.records import Candidate, Caption, Failure, Loaded
 from capcli.text import is_text, printable
@@ -72,8 +74,9 @@ class Captioner:
         """
         choose_device(device)  # which may refuse, before anything is fetched
         files = find_model(model, revision, quiet=True)
-        place = device_of(device, files.engine)
-        return cls(load_model(files, place, choose_dtype(dtype, place, files.engine)), files)
+        engine = engine_of(files)
+        place = device_of(device, engine)
+        return cls(load_model(files, engine, place, choose_dtype(dtype, place, engine)), files)
 
     def caption(
         self,

@@ -27,7 +27,7 @@ from capcli.decoding.settings import Settings
 from capcli.interrupts import Interrupts
 from capcli.loading import Loading, load
 from capcli.loading.gpu_jpeg import Jpegs, OnGpu
-from capcli.models.tags import tag_ids
+from capcli.models.questions import tag_ids
 from capcli.options import CaptionOptions
 from capcli.progress import Progress, Report, say, warn
 from capcli.records import Caption, Entry, Failure

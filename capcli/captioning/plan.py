@@ -12,24 +12,20 @@ from typing import Any
 import torch
 
 from capcli.captioning.captioner import Captioner
+from capcli.captioning.model import Model, choose_dtype, device_of, load_model
 from capcli.captioning.provenance import earlier_shapes
 from capcli.decoding.capacity import paying_loops, paying_slots
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings, idle, resolve
+from capcli.engine.engine_json import engine_of
 from capcli.errors import CapcliError, UsageError
 from capcli.loading import default_workers, usable_cpus
 from capcli.loading.gpu_jpeg import Jpegs, rates, refuse_gpu_decode
-from capcli.models.build import (
-    Model,
-    choose_device,
-    choose_dtype,
-    device_of,
-    int8_refused,
-    load_model,
-    own_generation,
-)
+from capcli.models.checkpoint import own_generation
+from capcli.models.dtypes import choose_device
 from capcli.models.families import family_of, tag_room
 from capcli.models.hub import find_model
+from capcli.models.int8 import int8_refused
 from capcli.models.packing import keep_memory_mapped
 from capcli.options import CaptionOptions
 from capcli.pixels import PixelSpec
@@ -48,24 +44,25 @@ def load_captioner(options: CaptionOptions, receipt: dict[str, Any] | None) -> C
         keep_memory_mapped()
     files = find_model(options.model, options.revision, quiet=options.quiet)
     refuse_unread(options, files.config)
-    device = device_of(options.device, files.engine)
+    engine = engine_of(files)
+    device = device_of(options.device, engine)
     if options.gpu_decode:
         refuse_gpu_decode(PixelSpec.from_config(files.processor), device)
     own = own_generation(files)
     if own is not None:
         resolve(own, options.generation)  # what is wrong with the settings is told before the weights are read
     dtype: str = options.dtype
-    if dtype == "auto" and files.engine is None:
+    if dtype == "auto" and engine is None:
         dtype = earlier.get("settings", {}).get("dtype") or "auto"
         if dtype == "int8" and (why := int8_refused(device)):
             raise UsageError(
                 f"{options.sink.out} was begun in int8, and {why}: go on where it was begun, name another --out, or begin it "
                 "anew with --overwrite"
             )
-    dtype = choose_dtype(dtype, device, files.engine)
+    dtype = choose_dtype(dtype, device, engine)
     most = usable_cpus()
     torch.set_num_threads(options.threads or min(earlier.get("threads") or torch.get_num_threads(), most))
-    return Captioner(load_model(files, device, dtype), files)
+    return Captioner(load_model(files, engine, device, dtype), files)
 
 
 def refuse_unread(options: CaptionOptions, config: Mapping[str, Any]) -> None:

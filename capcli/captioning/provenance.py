@@ -59,7 +59,7 @@ def make_receipt(
             "transformers": transformers.__version__,
             "pillow": PIL.__version__,
             "numpy": numpy.__version__,
-            **(captioner.files.engine.versions if captioner.files.engine else {}),
+            **(captioner.model.engine.versions if captioner.model.engine else {}),
         },
     }
 

@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capcli.decoding.topk import BLOCK
-
 TOGETHER = 16  # blocks that a program reads at a time
 LOWEST = tl.constexpr(-3.0e38)  # a peak to begin with: from -inf there would be no distance
 
@@ -39,11 +37,11 @@ def read_row(  # type: ignore[no-untyped-def]
     tl.store(log_sum + row, tl.log(total))
 
 
-def survey_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits [N, V]: best [N, whole blocks], peak [N, 1] and log_sum [N, 1], float32."""
+def survey_rows(rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits [N, V]: best [N, whole blocks of `block` logits], peak [N, 1] and log_sum [N, 1], float32."""
     rows = rows.contiguous()
-    count, whole = rows.shape[1], rows.shape[1] // BLOCK
+    count, whole = rows.shape[1], rows.shape[1] // block
     best, peak, log_sum = (rows.new_empty(len(rows), n, dtype=torch.float32) for n in (whole, 1, 1))
     with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]  # kernels start on the current device
-        read_row[(len(rows),)](rows, best, peak, log_sum, count, whole, BLOCK, TOGETHER)
+        read_row[(len(rows),)](rows, best, peak, log_sum, count, whole, block, TOGETHER)
     return best, peak, log_sum

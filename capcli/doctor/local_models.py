@@ -12,9 +12,10 @@ from typing import Any
 from capcli.doctor.findings import Line, megabytes, said
 from capcli.doctor.machine import Gpu
 from capcli.engine.check import damages, misfits, strangers
-from capcli.engine.engine_json import ENGINE, ENGINES, Engine, engines_folder, is_engine, read_engine, with_options
+from capcli.engine.engine_json import ENGINES, Engine, engines_folder, read_engine, with_options
 from capcli.engine.packages import RUNTIME
 from capcli.errors import CapcliError
+from capcli.models.files import ENGINE, is_engine
 from capcli.options import DEFAULT_MODEL
 from capcli.text import as_text
 

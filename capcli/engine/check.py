@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 
-from capcli.engine.engine_json import ENCODE, ENGINE, STEP, Engine, file_hash, plan_files
+from capcli.engine.engine_json import ENCODE, STEP, Engine, plan_files
 from capcli.engine.packages import RUNTIME, release
 from capcli.errors import CapcliError
-from capcli.models.files import GENERATION, setting_files, shelf_of
+from capcli.models.files import ENGINE, GENERATION, file_hash, setting_files, shelf_of
 
 
 def damages(folder: str, engine: Engine) -> Iterator[str]:

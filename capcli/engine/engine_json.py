@@ -15,9 +15,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from capcli.decoding.settings import Settings
 from capcli.engine.packages import TENSORRT
 from capcli.errors import CapcliError, UsageError
+from capcli.models.files import ENGINE, ModelFiles, file_hash
 from capcli.storage import atomic
 
-ENGINE, ENCODE, STEP = "engine.json", "encode.onnx", "step.onnx"
+ENCODE, STEP = "encode.onnx", "step.onnx"
 ENGINES = "CAPCLI_ENGINES"
 FORMAT = 1
 Kind = Literal["onnx", "tensorrt"]
@@ -183,15 +184,16 @@ def engines_folder() -> str:
     return os.path.expanduser(os.environ.get(ENGINES) or "engines")
 
 
-def is_engine(folder: str) -> bool:
-    return os.path.isfile(os.path.join(folder, ENGINE))
-
-
 def write_engine(folder: str, engine: Engine) -> None:
     """Writes engine.json, last of all: a folder that has it is whole."""
     known = {"format": FORMAT, **asdict(engine)}
     text = json.dumps({**known, "hash": own_hash(known)}, indent=2) + "\n"
     atomic.replace(os.path.join(folder, ENGINE), [text.encode()])
+
+
+def engine_of(files: ModelFiles) -> Engine | None:
+    """The engine in a captioner's folder; None for a folder of weights. Raises CapcliError as `read_engine`."""
+    return read_engine(files.folder) if files.is_engine else None
 
 
 def read_engine(folder: str) -> Engine:
@@ -235,15 +237,6 @@ def parsed(kind: Any, value: Any, name: str = ENGINE) -> Any:
     if kind is Any or (value in parts if origin is Literal else type(value) is kind):
         return value
     raise TypeError(f"{name} is {json.dumps(value)[:40]}")
-
-
-def file_hash(path: str) -> str:
-    """The SHA-256 of a file. Raises CapcliError where it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CapcliError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def hash_files(folder: str, names: Sequence[str]) -> dict[str, str]:

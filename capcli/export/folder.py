@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
-from capcli.engine.engine_json import ENGINE, engines_folder, is_engine, read_engine
+from capcli.engine.engine_json import engines_folder, read_engine
 from capcli.errors import CapcliError, UsageError
 from capcli.interrupts import terminable
-from capcli.models.files import GENERATION
+from capcli.models.files import ENGINE, GENERATION, is_engine
 from capcli.options import ExportOptions
 from capcli.storage import locks
 

@@ -23,12 +23,13 @@ from capcli.export.parity import PYTORCH
 from capcli.export.quantize import quantize
 from capcli.export.tidy import share_weights
 from capcli.models.attention import use_attention
-from capcli.models.build import explained_tokenizer, generation_of, load_weights, modules, pixel_size
+from capcli.models.checkpoint import explained_tokenizer, generation_of, load_weights, modules, pixel_size
+from capcli.models.dtypes import DTYPES
 from capcli.models.families import family_of, question_of, tag_room
 from capcli.models.files import GENERATION, ModelFiles, fingerprint, setting_files, shelf_of
 from capcli.options import ExportOptions
 from capcli.pixels import PixelSpec
-from capcli.runtimes.base import DTYPES, Seated
+from capcli.runtimes.base import Seated
 from capcli.runtimes.eager import Eager
 
 LARGE = 1024  # bytes from which a weight is stored beside its graph

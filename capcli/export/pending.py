@@ -12,12 +12,12 @@ import torch
 
 from capcli.decoding.settings import Settings
 from capcli.engine.check import refuse_tampered
-from capcli.engine.engine_json import Engine, hash_files, is_engine, with_options, write_engine
+from capcli.engine.engine_json import Engine, hash_files, with_options, write_engine
 from capcli.errors import CapcliError, UsageError
 from capcli.export import tensorrt
 from capcli.export.folder import copy, is_unfinished, put_in_place, written
-from capcli.models.build import own_generation
-from capcli.models.files import GENERATION, ModelFiles
+from capcli.models.checkpoint import own_generation
+from capcli.models.files import GENERATION, ModelFiles, is_engine
 from capcli.options import ExportOptions
 from capcli.runtimes import trt
 from capcli.runtimes.base import Seated

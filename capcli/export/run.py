@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
+from capcli.captioning.model import open_engine
 from capcli.decoding.settings import Settings, resolve
-from capcli.engine.engine_json import ENGINE, Engine, hash_files, write_engine
+from capcli.engine.engine_json import Engine, engine_of, hash_files, write_engine
 from capcli.errors import CapcliError, UsageError
 from capcli.export.folder import building_site, place, put_in_place, written
 from capcli.export.images import listed, loaded
 from capcli.export.origin import Captioner, Origin
 from capcli.export.parity import SLOTS, Pixels, Proof, draw_images, prove, searches
-from capcli.models.build import choose_device, open_engine
-from capcli.models.files import GENERATION, ModelFiles
+from capcli.models.dtypes import choose_device
+from capcli.models.files import ENGINE, GENERATION, ModelFiles
 from capcli.models.hub import find_model
 from capcli.options import ExportOptions, GenerationOptions
 from capcli.pixels import PixelSpec
@@ -46,7 +47,8 @@ def run(options: ExportOptions) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     note = silent if options.quiet else say
-    origin: Origin = Captioner(options, model, out) if model.engine is None else unfinished(options, model, out)
+    engine = engine_of(model)
+    origin: Origin = Captioner(options, model, out) if engine is None else unfinished(options, model, engine, out)
     settings = replace(built_for(options, origin.generation, origin.positions), question=origin.question)
     images = loaded(paths, PixelSpec.from_config(model.processor), origin.size) if paths else draw_images(origin.size)
     with building_site(out) as building:
@@ -71,11 +73,10 @@ def run(options: ExportOptions) -> int:
     return 0
 
 
-def unfinished(options: ExportOptions, model: ModelFiles, out: str) -> Origin:
+def unfinished(options: ExportOptions, model: ModelFiles, engine: Engine, out: str) -> Origin:
     from capcli.export.pending import Unfinished
 
-    assert model.engine is not None
-    return Unfinished(options, model, model.engine, out)
+    return Unfinished(options, model, engine, out)
 
 
 def hashed(folder: str) -> dict[str, str]:

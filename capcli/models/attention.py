@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from capcli.models.abilities import cpu_abilities, multiplies_bfloat16
+from capcli.models.dtypes import cpu_capabilities, multiplies_bfloat16
 
 # What pays was measured on both kinds of CPU (BENCHMARKS.md).
 FEW = 16  # query rows up to which products are quicker: the kernel's tiles are made for many
@@ -81,7 +81,7 @@ def many(query: Tensor) -> bool:
 @cache
 def has_amx() -> bool:
     """Whether this CPU has tiles of bfloat16, which PyTorch's flash kernel uses."""
-    return bool(cpu_abilities().get("amx_bf16"))
+    return bool(cpu_capabilities().get("amx_bf16"))
 
 
 def products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from capcli.engine.engine_json import ENGINE, Engine, file_hash, read_engine
 from capcli.errors import CapcliError
 
 ENCODERS = ("vit", "deit", "beit", "swin", "swinv2")
@@ -28,6 +27,7 @@ CONVERTED = {
 }
 
 CONFIG = "config.json"
+ENGINE = "engine.json"  # of folders that `capcli export` writes
 GENERATION = "generation_config.json"
 PROCESSOR = "preprocessor_config.json"
 PROCESSOR_NESTED = "processor_config.json"
@@ -51,17 +51,18 @@ class IncompleteError(CapcliError):
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A captioner on this disk: `name` as the user gave it, `revision` the commit when it came from a hub.
-
-    `engine` is what its engine.json says, None for a folder of weights.
-    """
+    """A captioner on this disk: `name` as the user gave it, `revision` the commit when it came from a hub."""
 
     name: str
     folder: str
     revision: str | None
     config: dict[str, Any]
     processor: dict[str, Any]
-    engine: Engine | None = None
+
+    @property
+    def is_engine(self) -> bool:
+        """Whether `capcli export` wrote the folder."""
+        return is_engine(self.folder)
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,7 @@ def gather(name: str, shelf: Shelf, revision: str | None) -> ModelFiles:
     if lacks:
         raise IncompleteError(f"{shelf.title} lacks {' and '.join(lacks)}.")
     paths = [shelf.fetch(file) for file in (*settings, *weights)]
-    folder = os.path.dirname(paths[0])
-    engine = read_engine(folder) if ENGINE in shelf.names else None
-    return ModelFiles(name, folder, revision, config, processor, engine)
+    return ModelFiles(name, os.path.dirname(paths[0]), revision, config, processor)
 
 
 def check_architecture(name: str, config: dict[str, Any]) -> None:
@@ -179,7 +178,7 @@ def fingerprint(folder: str) -> str:
     stands there (proof, versions, command) changes no caption. Raise CapcliError when a file cannot be read.
     """
     shelf = shelf_of(folder)
-    told = read_engine(folder).files if ENGINE in shelf.names else {}
+    told = shelf.read_json(ENGINE)["files"] if ENGINE in shelf.names else {}
     whole = hashlib.sha256()
     for name in sorted({*setting_files(shelf.names), *weight_files(shelf)} - {ENGINE}):
         digest = told.get(name) or file_hash(shelf.fetch(name))
@@ -219,3 +218,16 @@ def _has_tokenizer(files: list[str]) -> bool:
     if "tokenizer.json" in files or "vocab.txt" in files or any(file.endswith(".model") for file in files):
         return True
     return "vocab.json" in files and "merges.txt" in files
+
+
+def is_engine(folder: str) -> bool:
+    return os.path.isfile(os.path.join(folder, ENGINE))
+
+
+def file_hash(path: str) -> str:
+    """The SHA-256 of a file. Raises CapcliError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CapcliError(f"{path} cannot be read: {error.strerror}") from error

@@ -1,7 +1,8 @@
 """Linear layers in 8 bits on a CPU: a scale for each output of the weights, and for each row of what they multiply.
 
-A row's scale hangs on that row alone, so no caption depends on its neighbours; on their number it may, for the last bits of what
-stays float32, which 8 bits can round apart. Where a model lets its attention be chosen, that is bfloat16 (capcli.models.build).
+A row's scale hangs on that row alone, so no caption depends on its neighbours; on their number it may, for the last bits of
+what stays float32, which 8 bits can round apart. Where a model lets its attention be chosen, that is bfloat16
+(capcli.captioning.model).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from capcli.models.abilities import cpu_abilities
+from capcli.models.dtypes import cpu_capabilities
 
 if TYPE_CHECKING:
     from capcli.models.modules import Encode, Step
@@ -119,10 +120,15 @@ def lacking() -> str | None:
     """
     if not hasattr(torch.ops.onednn, "qlinear_prepack"):
         return "this PyTorch has no oneDNN"
-    able = cpu_abilities()
+    able = cpu_capabilities()
     if not any(able.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")):
         return "this CPU has no VNNI"
     most = Int8Linear(torch.ones(16, 64), None, gelu=None, fine=False).product(torch.full((1, 64), 127.0))
     if not torch.allclose(most, torch.tensor(64 * 127.0)):
         return "oneDNN does not use this CPU's VNNI (ONEDNN_MAX_CPU_ISA may be set)"
     return None
+
+
+def int8_refused(device: torch.device) -> str | None:
+    """Why a device cannot multiply in int8; None where it can."""
+    return lacking() if device.type == "cpu" else "it is for CPUs"

@@ -22,9 +22,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from capcli.decoding.settings import NO_WORD
 from capcli.models import modules
 from capcli.models.cache import keeping_cache
-from capcli.models.encoders import in_reading_order, seen_size, seen_width, sub_config
-from capcli.models.places import grid
-from capcli.models.registration import register
+from capcli.models.encoders import grid, in_reading_order, register_architecture, seen_size, seen_width, sub_config
 
 LOADER = "AutoModel"
 ENCODER, DECODER = ("encoder",), ("decoder",)
@@ -245,4 +243,4 @@ def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     return {"pixel_values": batch["pixel_values"], "input_ids": batch["decoder_input_ids"], "tags": tags}
 
 
-register(PrefixConfig, PrefixCaptioner)
+register_architecture(PrefixConfig, PrefixCaptioner)

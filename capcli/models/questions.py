@@ -1,11 +1,14 @@
-"""Gaps in a text: <extra_id_0>, <extra_id_1>, ... in a question, and in the answer each before the words for it (T5's way)."""
+"""Text that an encoder reads beside the image: questions, tags, and gaps for the decoder to fill (T5's sentinel tokens)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
+
+from capcli.decoding.settings import NO_WORD
+from capcli.models.checkpoint import quiet_transformers
 
 GAP = re.compile(r"<extra_id_\d+>")
 
@@ -31,3 +34,15 @@ def fillings(text: str) -> dict[str, str]:
     for name, said in zip(GAP.findall(text), words, strict=True):
         found.setdefault(name, said)
     return found
+
+
+def tag_ids(tokenizer: Any, texts: Sequence[str], count: int) -> list[tuple[int, ...]]:
+    """Of each text the ids of its first words, `count` of them, with NO_WORD where there are fewer.
+
+    Text that reads like a special token is never one.
+    """
+    if not texts:
+        return []
+    with quiet_transformers():
+        rows = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [(*row[:count], *(NO_WORD,) * (count - len(row))) for row in rows]

@@ -31,10 +31,16 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from capcli.models import modules
-from capcli.models.encoders import in_reading_order, seen_size, seen_width, sub_config
+from capcli.models.encoders import (
+    grid,
+    in_reading_order,
+    places,
+    register_architecture,
+    seen_size,
+    seen_width,
+    sub_config,
+)
 from capcli.models.modules import split_heads
-from capcli.models.places import grid, places
-from capcli.models.registration import register
 
 LOADER = "AutoModel"
 ENCODER, DECODER = ("encoder", "question_encoder"), ("text_model",)
@@ -282,4 +288,4 @@ def question(config: Mapping[str, Any], tokenizer: Any, prompt: str | None) -> l
     return [*ids, tokenizer.eos_token_id]
 
 
-register(VisionT5Config, VisionT5)
+register_architecture(VisionT5Config, VisionT5)

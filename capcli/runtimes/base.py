@@ -14,14 +14,6 @@ from torch import Tensor
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
 
-# What weights are loaded as; int8 are then made of them (capcli.models.int8), and float32 is the rest.
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int8": torch.float32,
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Encoded:

@@ -15,7 +15,8 @@ from capcli.engine.check import refuse_misfit
 from capcli.engine.engine_json import ENCODE, STEP, Engine
 from capcli.engine.packages import FUSED, ONNXRUNTIME, importing, release
 from capcli.errors import CapcliError
-from capcli.runtimes.base import DTYPES, Seated
+from capcli.models.dtypes import DTYPES
+from capcli.runtimes.base import Seated
 
 # ONNX's numbers for the types that graphs here take and give (onnx.proto, TensorProto.DataType).
 NUMBER = {torch.float32: 1, torch.uint8: 2, torch.int32: 6, torch.bool: 9, torch.float16: 10, torch.bfloat16: 16}

@@ -20,7 +20,8 @@ from capcli.decoding.settings import Settings
 from capcli.engine.check import refuse_misfit
 from capcli.engine.engine_json import Engine, encode_plan, step_plan
 from capcli.errors import CapcliError
-from capcli.runtimes.base import DTYPES, Seated
+from capcli.models.dtypes import DTYPES
+from capcli.runtimes.base import Seated
 from capcli.runtimes.trt_plan import Plan, Plans, import_tensorrt
 
 TYPES = DTYPES | {"int32": torch.int32, "uint8": torch.uint8, "bool": torch.bool}

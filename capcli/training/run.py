@@ -12,7 +12,7 @@ import torch
 
 from capcli.errors import CapcliError
 from capcli.interrupts import Interrupts
-from capcli.models.build import quiet_transformers
+from capcli.models.checkpoint import quiet_transformers
 from capcli.options import TrainOptions
 from capcli.text import counted
 from capcli.training.data.dataset import Data, Facts, Lost, read_data, refuse_unvalidated, validating
@@ -22,14 +22,14 @@ from capcli.training.loop.arguments import total_steps, training_arguments
 from capcli.training.loop.callbacks import Flow, finished
 from capcli.training.loop.freezing import Frozen, freeze, refuse_freezing
 from capcli.training.loop.reporting import Showing, earlier_points, state_at
-from capcli.training.loop.setup import assembled, make_trainer, refuse_unread
 from capcli.training.loop.trainer import CaptionTrainer
 from capcli.training.model.assembly import Untrained
 from capcli.training.model.pretrained import KINDS, refuse_configs
+from capcli.training.outcome import leave_captioner
 from capcli.training.output.folder import EVENTS, LEFT_OUT, Place
 from capcli.training.output.history import History
-from capcli.training.output.outcome import leave_captioner
 from capcli.training.output.view import Sample, View
+from capcli.training.setup import assembled, make_trainer, refuse_unread
 
 LAUNCHER = 5.0  # seconds in which torchrun passes on the signal that a terminal has already sent
 SHOWN = 3  # validation images whose captions are shown at each evaluation

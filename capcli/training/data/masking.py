@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from capcli.errors import UsageError
-from capcli.models.build import quiet_transformers
+from capcli.models.checkpoint import quiet_transformers
 from capcli.records import Failure
 from capcli.training.data.pairs import Images, Pair, Pairs, Tokens
 from capcli.training.model.tokenizers import SpecialTokens

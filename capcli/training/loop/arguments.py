@@ -8,9 +8,9 @@ import os
 import torch
 from transformers import Seq2SeqTrainingArguments
 
+from capcli.captioning.model import choose_dtype
 from capcli.errors import UsageError
 from capcli.loading import default_workers, usable_cpus
-from capcli.models.build import choose_dtype
 from capcli.options import TrainOptions
 
 

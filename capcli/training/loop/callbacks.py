@@ -10,8 +10,8 @@ import torch.distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from capcli.options import TrainOptions
-from capcli.training.loop.checkpoints import best, prune, ranking
 from capcli.training.loop.freezing import Frozen, unfreeze
+from capcli.training.output.checkpoints import best, prune, ranking
 
 Every = int | str
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from capcli.training.loop.checkpoints import Select, ranking
+from capcli.training.output.checkpoints import Select, ranking
 from capcli.training.output.history import History, Point
 from capcli.training.output.view import Sample, View
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from capcli.errors import CapcliError
-from capcli.models.build import modules
+from capcli.models.checkpoint import modules
 from capcli.models.families import family_of
 from capcli.options import TrainOptions
 from capcli.records import Failure
@@ -27,12 +27,12 @@ from capcli.text import counted, printable
 from capcli.training.data.mixing import Drawn, Mixed
 from capcli.training.data.pairs import Collate, Pairs
 from capcli.training.loop import freezing
-from capcli.training.loop.checkpoints import MARK
 from capcli.training.loop.loss import token_loss
 from capcli.training.loop.patches import hide_patches, patch_size
 from capcli.training.loop.task_validation import Validations
 from capcli.training.loop.validation import Validation, captioner_of
 from capcli.training.model.assembly import Untrained
+from capcli.training.output.checkpoints import MARK
 from capcli.training.output.save import save_captioner
 
 

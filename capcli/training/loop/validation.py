@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader, Subset
 
 from capcli.captioning.captioner import Captioner
 from capcli.captioning.feed import Arrivals
+from capcli.captioning.model import Model
 from capcli.errors import CapcliError
 from capcli.metrics import Scorer
 from capcli.models.attention import use_attention
-from capcli.models.build import Model, modules, puts_spaces
-from capcli.models.families import IGNORED, family_of, last_logits, question_of, tag_room
+from capcli.models.checkpoint import modules
+from capcli.models.families import IGNORED, family_of, last_logits
 from capcli.models.files import ModelFiles
 from capcli.options import GenerationOptions
 from capcli.pixels import PixelSpec
@@ -172,18 +173,16 @@ def captioner_of(model: Any, tokenizer: Any, spec: PixelSpec, size: tuple[int, i
     config = model.config.to_dict()
     family, attention = family_of(config), step.decoder.config._attn_implementation  # noqa: SLF001
     use_attention(step.decoder)
-    made = Model(
+    made = Model.of(
+        config,
+        tokenizer,
         runtime=Eager(encode, step, model.device, prefixed=encode.prefixed),
         dtype="float32",
-        tokenizer=tokenizer,
         spec=spec,
         size=size,
         generation=family.generation(config, model.generation_config.to_dict()),
         positions=step.positions,
         vocabulary=step.vocabulary,
-        question=question_of(config),
-        tag_tokens=tag_room(config),
-        spaced=puts_spaces(tokenizer),
     )
     try:
         with torch.inference_mode():

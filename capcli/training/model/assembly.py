@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from capcli.errors import CapcliError, UsageError
-from capcli.models.build import generation_of, load_weights, modules, pixel_size
+from capcli.models.checkpoint import generation_of, load_weights, modules, pixel_size
 from capcli.models.encoders import seen_size
 from capcli.models.files import PROCESSOR
 from capcli.models.hub import find_model

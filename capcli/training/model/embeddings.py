@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from capcli.models.build import quiet_transformers
+from capcli.models.checkpoint import quiet_transformers
 from capcli.training.model.pretrained import seeded
 
 PADDED = 256  # a vocabulary may be rounded up so far for the hardware's sake

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
-from capcli.models.build import quiet_transformers
+from capcli.models.checkpoint import quiet_transformers
 from capcli.models.vision_encoder_decoder import ANY_SIZE
 from capcli.options import ModelOptions
 from capcli.training.model.embeddings import extend_embeddings, renew_embeddings, token_count

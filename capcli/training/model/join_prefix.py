@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from capcli.errors import UsageError
-from capcli.models.build import quiet_transformers
+from capcli.models.checkpoint import quiet_transformers
 from capcli.models.prefix import PrefixCaptioner, PrefixConfig
 from capcli.options import ModelOptions
 from capcli.options.model import IMAGE_TOKENS

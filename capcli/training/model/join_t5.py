@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken
 
-from capcli.models.build import quiet_transformers
+from capcli.models.checkpoint import quiet_transformers
 from capcli.models.vision_t5 import ANY_SIZE, POSITIONS, VisionT5, VisionT5Config
 from capcli.options import ModelOptions
 from capcli.training.model.embeddings import extend_embeddings, renew_embeddings, token_count

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capcli.models.places import waves
+from capcli.models.encoders import waves
 
 
 @torch.no_grad()

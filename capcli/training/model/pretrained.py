@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from capcli.errors import CapcliError, UsageError
-from capcli.models.build import explained, quiet_transformers
+from capcli.models.checkpoint import explained, quiet_transformers
 from capcli.models.files import (
     CONFIG,
     DECODERS,

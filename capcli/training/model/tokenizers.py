@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from capcli.errors import CapcliError
-from capcli.models.build import explained, quiet_transformers
+from capcli.models.checkpoint import explained, quiet_transformers
 from capcli.models.files import IncompleteError, ModelFiles, Shelf, setting_files
 from capcli.models.hub import find_model
 from capcli.training.model.sentencepiece import convert_pieces

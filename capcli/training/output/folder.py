@@ -21,7 +21,7 @@ from capcli.options.model import NEW
 from capcli.records import Annotated
 from capcli.storage import atomic
 from capcli.text import is_text, printable
-from capcli.training.loop import checkpoints
+from capcli.training.output import checkpoints
 
 SETTINGS, FACTS = "train.toml", "run.json"
 LEFT_OUT, CHECKPOINTS, EVENTS = "data.failures.jsonl", "checkpoints", "tensorboard"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from capcli.errors import CapcliError
-from capcli.models.build import quiet_transformers
+from capcli.models.checkpoint import quiet_transformers
 from capcli.models.files import PROCESSOR
 from capcli.storage.atomic import replace
 from capcli.text import is_text, printable

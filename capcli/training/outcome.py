@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from capcli.models import files
-from capcli.models.build import modules, puts_spaces
+from capcli.models.checkpoint import modules, puts_spaces
 from capcli.models.families import family_of, tag_room
 from capcli.options import TaskOptions, TrainOptions
 from capcli.records import Annotated
 from capcli.training.data.dataset import Data
-from capcli.training.loop import checkpoints
 from capcli.training.loop.reporting import point_of
 from capcli.training.loop.task_validation import MASKED
 from capcli.training.loop.trainer import CaptionTrainer
 from capcli.training.model.assembly import Untrained
+from capcli.training.output import checkpoints
 from capcli.training.output.card import CARD, CardFacts, Split, shell_word, write_card
 from capcli.training.output.folder import Place, sources
 

@@ -14,11 +14,10 @@ from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 
 from capcli.errors import UsageError
 from capcli.metrics import Scorer
-from capcli.models.build import modules, pixel_size
+from capcli.models.checkpoint import modules, pixel_size
 from capcli.models.families import question_of, tag_room
 from capcli.models.hub import find_model
-from capcli.models.questions import gap_names, with_gaps
-from capcli.models.tags import tag_ids
+from capcli.models.questions import gap_names, tag_ids, with_gaps
 from capcli.options import ModelOptions, TaskOptions, TrainOptions
 from capcli.options.model import TAG_TOKENS
 from capcli.records import Annotated

@@ -1,0 +1,160 @@
+"""A model ready to caption: what runs it, its tokenizer, and how its pixels are made; from a checkpoint or an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from capcli.engine.check import refuse_tampered
+from capcli.engine.engine_json import Engine
+from capcli.errors import CapcliError, UsageError
+from capcli.models.attention import use_attention
+from capcli.models.checkpoint import (
+    explained_tokenizer,
+    generation_of,
+    load_weights,
+    modules,
+    own_generation,
+    pixel_size,
+    puts_spaces,
+)
+from capcli.models.dtypes import DTYPES, choose_device, multiplies_bfloat16
+from capcli.models.families import question_of, tag_room
+from capcli.models.files import ModelFiles
+from capcli.models.int8 import int8_refused, quantize_both
+from capcli.models.packing import speed_up
+from capcli.pixels import PixelSpec
+from capcli.progress import warn
+from capcli.runtimes.base import Seated
+from capcli.runtimes.eager import Eager
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model ready to caption. `Model.of` builds it.
+
+    `question` makes token ids of a prompt where the encoder reads it; None where the decoder does. `spaced`: the
+    tokenizer puts spaces between tokens, so between characters where those are the tokens. `engine` is what engine.json
+    says where the model is one.
+    """
+
+    runtime: Seated
+    dtype: str
+    tokenizer: PreTrainedTokenizerBase
+    spec: PixelSpec
+    size: tuple[int, int]  # height and width of the pixels that the encoder takes
+    generation: dict[str, Any]
+    positions: int  # the longest sequence, prompt and caption, that the decoder can hold
+    vocabulary: int
+    question: Callable[[Any, str | None], list[int]] | None
+    tag_tokens: int  # tag tokens that its encoder reads at most
+    spaced: bool
+    engine: Engine | None = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, **parts: Any) -> Model:
+        """A model of this config.json; `parts` are the fields that follow from neither config nor tokenizer."""
+        return cls(
+            tokenizer=tokenizer,
+            question=question_of(config),
+            tag_tokens=tag_room(config),
+            spaced=puts_spaces(tokenizer),
+            **parts,
+        )
+
+
+def load_model(files: ModelFiles, engine: Engine | None, device: torch.device, dtype: str) -> Model:
+    """Load weights, or an engine, and the tokenizer. Raises CapcliError where they cannot be used."""
+    return load_checkpoint(files, device, dtype) if engine is None else load_engine(files, engine, device)
+
+
+def load_checkpoint(files: ModelFiles, device: torch.device, dtype: str) -> Model:
+    """The model of a folder of weights, in PyTorch."""
+    spec = PixelSpec.from_config(files.processor)
+    whole = load_weights(files, dtype, device)
+    encode, step = modules(whole, spec)
+    use_attention(encode.encoder, coarse=dtype == "int8" and multiplies_bfloat16())
+    attends = use_attention(step.decoder)
+    # half as much to read in every step, at the same captions (BENCHMARKS.md)
+    keep = torch.bfloat16 if dtype == "int8" and attends else None
+    if dtype == "int8":
+        quantize_both(encode, step)
+    elif device.type == "cpu" and dtype != "float16":  # in which no CPU multiplies fast
+        speed_up(encode)
+        speed_up(step)
+    return Model.of(
+        files.config,
+        explained_tokenizer(files),
+        runtime=Eager(encode, step, device, prefixed=encode.prefixed, keep=keep),
+        dtype=dtype,
+        spec=spec,
+        size=pixel_size(files.name, encode.size, spec, any_size=encode.any_size),
+        generation=generation_of(files, whole),
+        positions=step.positions,
+        vocabulary=step.vocabulary,
+    )
+
+
+def load_engine(files: ModelFiles, engine: Engine, device: torch.device) -> Model:
+    """The model of an engine folder. Raises CapcliError for one that was changed or built for another machine."""
+    refuse_tampered(files.folder, engine)
+    if engine.unfinished:
+        raise CapcliError(
+            f"the engine {files.name} has no plans yet: finish it where TensorRT and a GPU are: {engine.finish}"
+        )
+    if not engine.passed:
+        warn(f"the engine {files.name} failed its parity check ({engine.proof.get('failed')}): its captions may differ")
+    return Model.of(
+        files.config,
+        explained_tokenizer(files),
+        runtime=open_engine(files.folder, engine, device),
+        dtype=engine.precision,
+        spec=PixelSpec.from_config(files.processor),
+        size=engine.pixels,
+        generation=own_generation(files) or {},
+        positions=engine.positions,
+        vocabulary=engine.vocabulary,
+        engine=engine,
+    )
+
+
+def open_engine(folder: str, engine: Engine, device: torch.device) -> Seated:
+    """What runs an engine folder's graphs or plans. Raises CapcliError where they cannot be run."""
+    if engine.kind == "tensorrt":
+        from capcli.runtimes.trt import open_trt
+
+        return open_trt(folder, engine, device)
+    from capcli.runtimes.ort import open_ort
+
+    return open_ort(folder, engine, device)
+
+
+def device_of(name: str, engine: Engine | None) -> torch.device:
+    """`choose_device`, where `auto` is one that the engine was built for and its runtime has."""
+    device = choose_device(name)
+    if engine is None or engine.kind != "onnx" or name != "auto":
+        return device
+    from capcli.runtimes.ort import own_device
+
+    return torch.device("cpu") if engine.quantize else own_device(device)
+
+
+def choose_dtype(name: str, device: torch.device, engine: Engine | None = None) -> str:
+    """`auto` is an engine's own, or bfloat16 where the hardware computes in it, else float32."""
+    if engine is not None and name in ("auto", engine.precision):
+        return engine.precision
+    if engine is not None and name in DTYPES:
+        raise UsageError(f"--dtype {name}: the engine computes in {engine.precision}; leave it out, or export another")
+    if name == "int8" and (why := int8_refused(device)):
+        raise UsageError(f"--dtype int8: {why}; give --dtype auto")
+    if name in DTYPES:
+        return name
+    if name != "auto":
+        raise UsageError(f"--dtype {name}: it is auto, {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if multiplies_bfloat16() else "float32"
