@@ -24,15 +24,15 @@ import numpy as np
 import torch
 
 from capcli.captioning.captioner import Captioner
-from capcli.captioning.pipeline import Run, wanted_entries
+from capcli.captioning.pipeline import CaptionRun, wanted_entries
 from capcli.captioning.plan import choose_shapes, search_settings
-from capcli.captioning.provenance import earlier_naming, make_receipt
+from capcli.captioning.provenance import earlier_naming, make_run_record
 from capcli.decoding.loop import Shapes
 from capcli.loading import Loading, load
 from capcli.options import CaptionOptions, GenerationOptions, SinkOptions, SourceOptions
 from capcli.progress import Report
 from capcli.records import Caption, Entry, Failure
-from capcli.runtimes.base import Encoded
+from capcli.runtimes.base import EncodedChunk
 from capcli.sinks import open_sink
 from capcli.sources import open_source
 
@@ -63,8 +63,8 @@ class OneWord:
     def allocate(self, *_: Any) -> None:
         """Nothing to make room for."""
 
-    def encode(self, *_: Any) -> Encoded:
-        return Encoded((), torch.empty(0))
+    def encode(self, *_: Any) -> EncodedChunk:
+        return EncodedChunk((), torch.empty(0))
 
     def admit(self, _encoded: Any, seats: Sequence[int]) -> torch.Tensor:
         return torch.ones(len(seats), dtype=torch.bool)
@@ -76,7 +76,7 @@ class OneWord:
         return turn
 
 
-class Undecoded(Run):
+class Undecoded(CaptionRun):
     """A run that decodes nothing."""
 
     def pixels(self, entries: Iterable[Entry]) -> Loading:
@@ -129,7 +129,7 @@ def caption(folder: str, out: str, limit: int | None) -> None:
         report = Marks()
         wanted = islice(wanted_entries(source, sink, report), limit)
         settings = search_settings(options, captioner)
-        receipt = make_receipt(options, source, captioner, settings, sink.receipt)
+        receipt = make_run_record(options, source, captioner, settings, sink.receipt)
         shapes, wanted = choose_shapes(options, captioner, settings, wanted, source, sink.receipt)
         Undecoded(options, captioner, settings, shapes, sink, report, receipt).caption_all(wanted, None)
     report.tell()

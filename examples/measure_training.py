@@ -24,9 +24,9 @@ from transformers import TrainerCallback
 from capcli.annotations import read_split
 from capcli.options import DataOptions, GenerationOptions, ModelOptions, PrepareOptions, TrainOptions
 from capcli.prepare import run
-from capcli.training.data.dataset import Data
+from capcli.training.data.dataset import TrainingData
 from capcli.training.loop.arguments import training_arguments
-from capcli.training.model.assembly import Untrained, assemble
+from capcli.training.model.assembly import AssembledCaptioner, assemble
 from capcli.training.model.embeddings import extend_embeddings
 from capcli.training.setup import make_trainer
 
@@ -131,7 +131,7 @@ def synthetic(loader: Iterable[Batch]) -> list[Batch]:
     return made
 
 
-def captioner(options: TrainOptions, data: Data, vocabulary: int) -> Untrained:
+def captioner(options: TrainOptions, data: TrainingData, vocabulary: int) -> AssembledCaptioner:
     """Random weights, with as many embeddings as a captioner of this size has."""
     captions = [text for each in data.train for text in each.captions]
     made = assemble(options.model, lambda: captions, options.generation, 0)
@@ -151,7 +151,7 @@ def sides(arguments: argparse.Namespace, folder: str) -> dict[str, Callable[[], 
         vocab_size=size["vocabulary"],
     )
     places = {"original": asked, "prepared": DataOptions((f"{folder}/prepared",))}
-    made: Untrained | None = None
+    made: AssembledCaptioner | None = None
     trainers = {}
     for name, place in places.items():
         options = TrainOptions(
@@ -166,7 +166,7 @@ def sides(arguments: argparse.Namespace, folder: str) -> dict[str, Callable[[], 
             device=arguments.device,
         )
         split = read_split(place)
-        data = Data(split.train, [], split.report)
+        data = TrainingData(split.train, [], split.report)
         made = made or captioner(options, data, size["vocabulary"])
         trainers[name] = make_trainer(options, training_arguments(options, options.out), made, data)
     trainer = trainers["prepared"]  # one of them trains, so that there is one optimizer

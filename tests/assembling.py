@@ -14,7 +14,7 @@ from running import PROCESSOR
 from tokenizers import ByteLevelBPETokenizer
 
 from capcli.options import GenerationOptions, ModelOptions
-from capcli.training.model.assembly import Untrained, assemble
+from capcli.training.model.assembly import AssembledCaptioner, assemble
 
 RINNA = Path(__file__).parents[2] / "shared" / "data" / "tokenizers" / "rinna-japanese-gpt2"
 CAPTIONS = [
@@ -58,7 +58,7 @@ CLASSIFIERS = {
 
 def new(
     *, captions: Iterable[str] = CAPTIONS, generation: GenerationOptions | None = None, seed: int = 0, **options: Any
-) -> Untrained:
+) -> AssembledCaptioner:
     """An untrained captioner: a tiny ViT and GPT-2 with a new tokenizer, unless `options` say otherwise."""
     if "model" not in options:
         options = {"encoder": VIT, "decoder": GPT2, "tokenizer": "new", "vocab_size": 320, "max_length": 40} | options

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from capcli.decoding.loop import IterableFeed, Job, Shapes
-from capcli.decoding.parallel import decode_beside
+from capcli.decoding.parallel import decode_in_parallel
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import Settings
 from capcli.models.attention import use_attention
@@ -177,7 +177,7 @@ def captions(
     jobs = [Job(i, image, keys[i] if keys else 0, questions[i] if questions else ()) for i, image in enumerate(images)]
     found = {}
     for done in chain.from_iterable(
-        decode_beside(IterableFeed(jobs), eager(model, lag).beside(shapes.loops), settings, shapes)
+        decode_in_parallel(IterableFeed(jobs), eager(model, lag).beside(shapes.loops), settings, shapes)
     ):
         assert done.tag not in found, "captioned twice"
         found[done.tag] = done.hypotheses

@@ -16,12 +16,12 @@ from capcli.annotations import DataReport
 from capcli.interrupts import Interrupts
 from capcli.options import DataOptions, ModelOptions, TrainOptions
 from capcli.records import Annotated
-from capcli.training.data.dataset import Data
+from capcli.training.data.dataset import TrainingData
 from capcli.training.loop.arguments import training_arguments
-from capcli.training.loop.callbacks import Flow
+from capcli.training.loop.callbacks import ScheduleCallback
 from capcli.training.loop.freezing import freeze
 from capcli.training.loop.trainer import CaptionTrainer
-from capcli.training.model.assembly import Untrained
+from capcli.training.model.assembly import AssembledCaptioner
 from capcli.training.setup import make_trainer
 
 SAID = [
@@ -40,7 +40,7 @@ def annotated(folder: Path) -> list[Annotated]:
     return [Annotated(f"{n}.png", str(folder / f"{n}.png"), captions) for n, captions in enumerate(SAID)]
 
 
-def captioner(folder: Path) -> Untrained:
+def captioner(folder: Path) -> AssembledCaptioner:
     """Without dropout; its tokenizer's one special token starts, ends and pads."""
     if not (folder / "vocab.json").exists():
         save_decoder(folder, vocabulary=300)
@@ -63,7 +63,9 @@ class Capture(TrainerCallback):
         self.gradients = {n: w.grad.clone() for n, w in inner.named_parameters() if w.grad is not None}
 
 
-def trainer_of(folder: Path, made: Untrained, batch_size: int, accumulation: int, **more: Any) -> CaptionTrainer:
+def trainer_of(
+    folder: Path, made: AssembledCaptioner, batch_size: int, accumulation: int, **more: Any
+) -> CaptionTrainer:
     """The Trainer of `capcli train` with a run of one step."""
     options = TrainOptions(
         data=DataOptions(data=("captions.txt",)),
@@ -81,11 +83,13 @@ def trainer_of(folder: Path, made: Untrained, batch_size: int, accumulation: int
         options,
         training_arguments(options, str(folder / "out")),
         made,
-        Data(annotated(folder / "images"), [], DataReport()),
+        TrainingData(annotated(folder / "images"), [], DataReport()),
     )
     with Interrupts(quiet=True) as interrupts:
         trainer.add_callback(
-            Flow(options, lambda m: freeze(m, "none"), validates=False, stop=interrupts.asked, say=lambda _: None)
+            ScheduleCallback(
+                options, lambda m: freeze(m, "none"), validates=False, stop=interrupts.asked, say=lambda _: None
+            )
         )
     return trainer
 

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from capcli.decoding import noise
 from capcli.decoding.loop import Shapes
 from capcli.decoding.search import Hypothesis
-from capcli.decoding.settings import NO_WORD, Settings, resolve
+from capcli.decoding.settings import NO_TOKEN, Settings, resolve
 from capcli.models.families import family_of
 from capcli.options import GenerationOptions
 
@@ -42,7 +42,7 @@ class Case:
         own = family_of(config).generation(config, self.config(model).to_dict())
         if asks(model):
             return replace(resolve(own, GenerationOptions(**self.given)), question=question(model, self.prompt))
-        empty = (NO_WORD,) * getattr(model.config, "tag_tokens", 0)
+        empty = (NO_TOKEN,) * getattr(model.config, "tag_tokens", 0)
         return replace(resolve(own, GenerationOptions(**self.given), self.prompt), question=empty)
 
 

@@ -36,7 +36,7 @@ from transformers import AutoTokenizer, VisionEncoderDecoderModel
 from capcli import Captioner
 from capcli.errors import CapcliError, UsageError
 from capcli.models.families import FILES
-from capcli.models.files import DECODERS, ENCODERS
+from capcli.models.model_files import DECODERS, ENCODERS
 from capcli.options import GenerationOptions, ModelOptions
 from capcli.training.model.tokenizers import SpecialTokens, encode_captions, special_tokens
 from capcli.training.output import save as folders

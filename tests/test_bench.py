@@ -10,9 +10,9 @@ from families import FAMILIES, save_family
 from running import VOCABULARY, call, paint, save_captioner
 
 from capcli import Captioner
-from capcli.bench.ceiling import Rates, Work, work_of
+from capcli.bench.ceiling import CaptionCost, Rates, cost_of
 from capcli.decoding.settings import resolve
-from capcli.models.files import gather, shelf_of
+from capcli.models.model_files import collect_files, list_model
 from capcli.options import GenerationOptions
 
 STAGES = {"list", "read", "decode", "resize", "copy", "encode", "step", "search", "text", "write"}
@@ -94,9 +94,9 @@ def test_no_photos_and_no_python(place: Path, tmp_path: Path) -> None:
 
 def test_work_is_what_the_matrices_are(place: Path) -> None:
     """Of a ViT and a GPT-2: two operations for each weight and position, and those of attention."""
-    files = gather("it", shelf_of(str(place / "captioner")), None)
+    files = collect_files("it", list_model(str(place / "captioner")), None)
     settings = resolve({"decoder_start_token_id": 0}, GenerationOptions(max_new_tokens=8, num_beams=3))
-    work = work_of(files, (32, 32), settings, 5, "float32")
+    work = cost_of(files, (32, 32), settings, 5, "float32")
     rows, entries = 3, 3 * 4
     decoder = files.config["decoder"]
     width, layers, vocabulary = decoder["n_embd"], decoder["n_layer"], decoder["vocab_size"]
@@ -127,7 +127,7 @@ def test_what_no_peer_can_run_is_refused(place: Path, tmp_path: Path) -> None:
 def test_every_family_has_a_ceiling(family: str, tmp_path: Path) -> None:
     captioner = Captioner.load(str(save_family(tmp_path, family)), device="cpu", dtype="float32")
     settings = captioner.settings(GenerationOptions(max_new_tokens=8, num_beams=3))
-    work = work_of(captioner.files, captioner.model.size, settings, 5, "float32")
+    work = cost_of(captioner.files, captioner.model.size, settings, 5, "float32")
     said = 2 * 5 * 3 * VOCABULARY * 48  # the head alone; all decoders are 48 wide
     assert said < work.step_flops < 200 * said
     assert work.encode_flops > 1e6
@@ -135,7 +135,7 @@ def test_every_family_has_a_ceiling(family: str, tmp_path: Path) -> None:
 
 
 def test_a_step_is_bound_by_products_or_by_bytes() -> None:
-    work = Work(encode_flops=100.0, step_flops=50.0, step_bytes=10.0, slots=2)
+    work = CaptionCost(encode_flops=100.0, step_flops=50.0, step_bytes=10.0, slots=2)
     assert work.images_per_second(Rates(100.0, 1000.0), tokens=4) == pytest.approx(1 / (1 + 4 * 0.5 / 2))
     assert work.images_per_second(Rates(100.0, 10.0), tokens=4) == pytest.approx(1 / (1 + 4 * 1.0 / 2))
 

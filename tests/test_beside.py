@@ -24,7 +24,7 @@ from test_loop import check, jobs_of, numbers_of, portions_of, shapes_of
 
 from capcli.decoding.capacity import paying_loops
 from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
-from capcli.decoding.parallel import Drawn, decode_beside
+from capcli.decoding.parallel import SharedFeed, decode_in_parallel
 from capcli.errors import CapcliError
 
 
@@ -43,7 +43,7 @@ def fakes(count, before_step=lambda: None, **given):
 
 
 def captioned(feed, runtimes, said, shapes, shrunk=lambda _: None):
-    return list(itertools.chain.from_iterable(decode_beside(feed, runtimes, said, shapes, shrunk)))
+    return list(itertools.chain.from_iterable(decode_in_parallel(feed, runtimes, said, shapes, shrunk)))
 
 
 @hypothesis(max_examples=60, deadline=None)
@@ -116,7 +116,7 @@ def test_what_goes_wrong_in_the_source_stops_the_loops():
 
 def test_captions_that_nobody_takes_any_more_are_not_made():
     feed = Trickle(jobs_of([4] * 2000))
-    made = decode_beside(feed, fakes(2), settings(), Shapes(2, 2))
+    made = decode_in_parallel(feed, fakes(2), settings(), Shapes(2, 2))
     next(done for done in made if done)
     made.close()
     assert feed.taken < 1000
@@ -124,7 +124,7 @@ def test_captions_that_nobody_takes_any_more_are_not_made():
 
 def test_an_interrupt_does_not_cut_the_wait_for_loops_short():
     slow = fakes(2, lambda: time.sleep(0.2))  # they are in a step whenever they are told to stop
-    made = decode_beside(Trickle(jobs_of([4] * 60)), slow, settings(), Shapes(2, 2))
+    made = decode_in_parallel(Trickle(jobs_of([4] * 60)), slow, settings(), Shapes(2, 2))
     next(done for done in made if done)
     impatient = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
     impatient.start()
@@ -133,7 +133,7 @@ def test_an_interrupt_does_not_cut_the_wait_for_loops_short():
 
 
 def test_images_that_come_late_reach_a_loop_that_waits():
-    jobs = Drawn(4)
+    jobs = SharedFeed(4)
     heard = []
     waiting = threading.Thread(target=lambda: heard.append(jobs.take(4, None)))
     waiting.start()

@@ -20,7 +20,7 @@ from running import call, paint, save_captioner
 from capcli.captioning import captioner as captioning
 from capcli.errors import CapcliError
 from capcli.training.output import card
-from capcli.training.output.card import CardFacts, Split, write_card
+from capcli.training.output.card import CardFacts, SplitFacts, write_card
 
 FACTS = CardFacts(
     name="/home/me/runs/flickr",
@@ -31,7 +31,7 @@ FACTS = CardFacts(
     tokenizer="byte-level BPE, 50,257 tokens, of the decoder",
     special_tokens={"start": ("<|endoftext|>", 50256), "end": ("<|endoftext|>", 50256), "pad": ("!", 0)},
     data_files=["/srv/data/flickr8k/captions.txt", "more/captions.zh.txt", "/srv/data/flickr8k/captions.txt"],
-    splits={"train": Split(images=6300, captions=31_500), "val": Split(images=700, captions=3500)},
+    splits={"train": SplitFacts(images=6300, captions=31_500), "val": SplitFacts(images=700, captions=3500)},
     left_out={"missing": 3, "empty caption": 12, "broken": 0},
     settings={
         "learning_rate": 5e-5,
@@ -171,7 +171,7 @@ def test_hostile_names_stay_text(tmp_path: Path):
         tokenizer=HOSTILE,
         special_tokens={"start": (HOSTILE, 1), "pad": ("`", 2), "end": ("", 3), HOSTILE: ("|", 4)},
         data_files=[HOSTILE],
-        splits={HOSTILE: Split(images=1, captions=2)},
+        splits={HOSTILE: SplitFacts(images=1, captions=2)},
         left_out={HOSTILE: 1},
         settings={HOSTILE: HOSTILE, "list": [HOSTILE, "|"]},
         scores={HOSTILE: 0.5},
@@ -204,7 +204,7 @@ def test_what_is_not_known_is_not_said(tmp_path: Path):
         tokenizer="its own",
         special_tokens={},
         data_files=[],
-        splits={"train": Split(images=1, captions=1)},
+        splits={"train": SplitFacts(images=1, captions=1)},
     )
     text = written(tmp_path, bare)
     assert set(front(text)) == {"library_name", "pipeline_tag", "tags"}

@@ -24,7 +24,7 @@ from onnx import TensorProto, helper
 from running import COMMAND, call, change_json, environment, execute
 
 from capcli import __version__
-from capcli.doctor import packages, probe
+from capcli.doctor import probe, versions
 from capcli.doctor.asking import ask
 from capcli.engine.engine_json import Bucket, Engine, Memory, plan_files, write_engine
 from capcli.models.int8 import lacking
@@ -209,9 +209,9 @@ def test_the_extras_and_what_capcli_needs_are_those_of_the_project() -> None:
         bare = [text.partition(">")[0].partition(";")[0].partition("[")[0].partition("=")[0] for text in requirements]
         return tuple(name.strip() for name in bare)
 
-    assert sorted(packages.NEEDED) == sorted(names(PROJECT["dependencies"]))
+    assert sorted(versions.NEEDED) == sorted(names(PROJECT["dependencies"]))
     extras = {name: names(given) for name, given in PROJECT["optional-dependencies"].items() if name != "dev"}
-    assert {name: sorted(packages.EXTRAS[name]) for name in extras} == {name: sorted(extras[name]) for name in extras}
+    assert {name: sorted(versions.EXTRAS[name]) for name in extras} == {name: sorted(extras[name]) for name in extras}
 
 
 def test_the_smallest_model_is_a_model() -> None:
@@ -380,16 +380,16 @@ def test_an_extra_without_one_of_its_packages(monkeypatch: pytest.MonkeyPatch) -
 
     def version(name: str) -> str:
         if name not in there:
-            raise packages.PackageNotFoundError(name)
+            raise versions.PackageNotFoundError(name)
         return there[name]
 
-    monkeypatch.setattr(packages, "version", version)
-    lines = {line.name: line for line in packages.look_at_extras()}
+    monkeypatch.setattr(versions, "version", version)
+    lines = {line.name: line for line in versions.look_at_extras()}
     assert (lines["heif"].state, lines["onnx"].state) == ("ok", "ok")
     assert lines["train"].fix == "pip install 'capcli[train]'"
     assert "datasets" in lines["train"].text
     assert "accelerate" not in lines["train"].text
-    needed = {line.name: line for line in packages.look_at_versions()}
+    needed = {line.name: line for line in versions.look_at_versions()}
     assert "torch" not in needed
     assert needed["pillow"].fix == "pip install pillow"
 

@@ -26,7 +26,7 @@ from capcli.decoding.settings import Settings
 from capcli.engine.engine_json import read_engine, write_engine
 from capcli.export import graphs
 from capcli.export.folder import put_in_place
-from capcli.export.parity import draw_images, prove, searches
+from capcli.export.parity import check_parity, draw_images, searches
 from capcli.options import GenerationOptions
 from capcli.runtimes.eager import Eager
 from capcli.storage import locks
@@ -394,10 +394,10 @@ def test_an_engine_whose_numbers_overflow_fails_its_proof(built: tuple[Path, str
     runtime.step = lambda *given: step(*given) * float("nan")
     settings = truth.settings(GenerationOptions(max_new_tokens=4))
     images = pictures(2)
-    told = prove(runtime, truth.model.runtime, images, searches(settings, (1, 4)), "float16")
+    told = check_parity(runtime, truth.model.runtime, images, searches(settings, (1, 4)), "float16")
     assert not told.passed
     runtime.step = step
-    assert prove(runtime, truth.model.runtime, images, searches(settings, (1, 4)), "float16").passed
+    assert check_parity(runtime, truth.model.runtime, images, searches(settings, (1, 4)), "float16").passed
 
 
 def proof_runtimes() -> tuple[Any, Any, Settings]:
@@ -429,7 +429,7 @@ def test_a_greedy_caption_ties_where_the_tokens_that_part_it_do(lead: float, tie
     truth, engine, settings = proof_runtimes()
     prefer(truth, 5, 6, lead)
     prefer(engine, 6, 5, lead)
-    told = prove(engine, truth, draw_images((32, 32)), {"greedy": settings}, "float32")
+    told = check_parity(engine, truth, draw_images((32, 32)), {"greedy": settings}, "float32")
     assert told.logits < told.bound
     assert told.passed is tied
     assert (told.said[0].equal, told.said[0].ties) == (0, 16 if tied else 0)
@@ -448,7 +448,7 @@ def test_a_greedy_tie_is_one_under_the_constraints() -> None:
             return logits
 
         runtime.step = step
-    told = prove(engine, truth, draw_images((32, 32)), {"greedy": settings}, "float32")
+    told = check_parity(engine, truth, draw_images((32, 32)), {"greedy": settings}, "float32")
     assert (told.said[0].equal, told.said[0].ties) == (0, 16)
 
 
@@ -464,7 +464,7 @@ def test_beams_that_went_wrong_are_no_ties_whatever_lengths_divide_scores_by(pre
 
     engine.step = wrong_behind_the_first
     penalised = searches(replace(settings, length_penalty=9.0), (1, 4))
-    told = prove(engine, truth, draw_images((32, 32)), penalised, precision)
+    told = check_parity(engine, truth, draw_images((32, 32)), penalised, precision)
     assert told.logits < told.bound
     assert told.said[0].equal == 16
     assert not told.passed

@@ -30,7 +30,7 @@ from running import call, change_json, paint
 from transformers import ResNetConfig
 
 from capcli.decoding.loop import Shapes
-from capcli.decoding.settings import NO_WORD
+from capcli.decoding.settings import NO_TOKEN
 from capcli.engine.engine_json import read_engine
 from capcli.export.lint import duplicate_weights
 from capcli.export.origin import plans_refused
@@ -76,7 +76,7 @@ def test_tags_are_of_each_image(search: str) -> None:
     """Some have four, some none, and the empty places are hidden; what is said hangs on them."""
     model, case = random_of_family("tagged"), SEARCHES[search]
     case = replace(case, given={"max_new_tokens": 12, **case.given})
-    tags = [(*range(n, n + n % 5), *(NO_WORD,) * (TAGS - n % 5)) for n in range(9)]
+    tags = [(*range(n, n + n % 5), *(NO_TOKEN,) * (TAGS - n % 5)) for n in range(9)]
     same = [pictures(1)[0]] * 9
     agrees(model, same, case, lag=1, tags=tags)
     said = {h[0].tokens for h in captions(model, same, case.settings(model), questions=tags)}

@@ -25,7 +25,7 @@ from capcli import Captioner, pixels
 from capcli.captioning import plan
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.loading import Decode, load
-from capcli.loading.gpu_jpeg import Decoder, Jpegs, OnGpu, rates, refuse_gpu_decode, resized
+from capcli.loading.gpu_jpeg import Decoder, GpuJpegDecoder, GpuLoading, rates, refuse_gpu_decode, resized
 from capcli.options import MAX_PIXELS, CaptionOptions, SinkOptions, SourceOptions
 from capcli.pixels import PixelSpec
 from capcli.records import Entry, Failure, Loaded
@@ -64,8 +64,8 @@ KEEP = partial(pixels.load_or_keep, spec=SQUARE, max_pixels=MAX_PIXELS, facts=("
 WHOLE = partial(pixels.load, spec=SQUARE, max_pixels=MAX_PIXELS, facts=("width",))
 
 
-def on_gpu(entries: Iterable[Entry], jpegs: Jpegs, whole: Decode = WHOLE, **load_options: float) -> OnGpu:
-    return OnGpu(entries, jpegs, KEEP, whole, partial(load, workers=2, **load_options))
+def on_gpu(entries: Iterable[Entry], jpegs: GpuJpegDecoder, whole: Decode = WHOLE, **load_options: float) -> GpuLoading:
+    return GpuLoading(entries, jpegs, KEEP, whole, partial(load, workers=2, **load_options))
 
 
 def keep(path: Path, spec: PixelSpec = SQUARE) -> np.ndarray:
@@ -77,7 +77,7 @@ def keep(path: Path, spec: PixelSpec = SQUARE) -> np.ndarray:
 def test_pixels_are_the_processor_s_but_for_rounding(tmp_path: Path, spec: PixelSpec, size: tuple[int, int]) -> None:
     path = draw(tmp_path / "photo.jpg", *size)
     exact, _ = pixels.load(str(path), spec, max_pixels=MAX_PIXELS)
-    [made] = Jpegs(spec, libjpeg)([keep(path, spec)])
+    [made] = GpuJpegDecoder(spec, libjpeg)([keep(path, spec)])
     assert isinstance(made, np.ndarray)
     assert made.shape == exact.shape
     assert made.dtype == exact.dtype
@@ -141,16 +141,16 @@ def test_failures_are_those_of_decoding(tmp_path: Path, damage: bytes | None, ki
 
 def test_one_that_cannot_be_decoded_costs_the_others_nothing(tmp_path: Path) -> None:
     files = [keep(draw(tmp_path / f"{n}.jpg", 100 + n, 90)) for n in range(9)]
-    whole = Jpegs(SQUARE, libjpeg)(files)
+    whole = GpuJpegDecoder(SQUARE, libjpeg)(files)
     files[4] = np.frombuffer(files[4].tobytes()[:500], np.uint8).copy()
-    for index, (each, before) in enumerate(zip(Jpegs(SQUARE, libjpeg)(files), whole, strict=True)):
+    for index, (each, before) in enumerate(zip(GpuJpegDecoder(SQUARE, libjpeg)(files), whole, strict=True)):
         assert each is None if index == 4 else np.array_equal(each, before)
 
 
 def test_an_image_that_the_decoder_left_out_is_decoded_by_a_process(tmp_path: Path) -> None:
     path = str(draw(tmp_path / "photo.jpg", 120, 90))
     exact, _ = pixels.load(path, SQUARE, max_pixels=MAX_PIXELS)
-    black = Jpegs(SQUARE, lambda files: [torch.zeros(3, 90, 120, dtype=torch.uint8) for _ in files])
+    black = GpuJpegDecoder(SQUARE, lambda files: [torch.zeros(3, 90, 120, dtype=torch.uint8) for _ in files])
     with on_gpu([Entry(path, path)], black) as arrivals:
         made = arrivals.take()
     assert isinstance(made, Loaded)
@@ -164,7 +164,7 @@ def refuse(files: Sequence[Tensor]) -> list[Tensor]:
 def test_what_the_gpu_refuses_still_has_its_time_limit(tmp_path: Path) -> None:
     paths = [str(draw(tmp_path / f"{n}.jpg", 200, 90)) for n in range(3)]
     entries = [Entry(path, path) for path in paths]
-    with on_gpu(entries, Jpegs(SQUARE, refuse), whole=misbehaving.slow_on_the_second, timeout=1.0) as arrivals:
+    with on_gpu(entries, GpuJpegDecoder(SQUARE, refuse), whole=misbehaving.slow_on_the_second, timeout=1.0) as arrivals:
         found = [arrivals.take(30) for _ in range(3)]
     assert [type(each) for each in found] == [Loaded, Failure, Loaded]
     assert isinstance(found[1], Failure)
@@ -183,7 +183,7 @@ def test_arrivals_come_in_order_whatever_they_are(tmp_path: Path, decode: Decode
     entries = [Entry(path, path, question=(n,)) for n, path in enumerate(paths)]
     expected = list(load(entries, WHOLE, workers=2))
     found: list[Loaded | Failure] = []
-    with on_gpu(entries, Jpegs(SQUARE, decode)) as arrivals:
+    with on_gpu(entries, GpuJpegDecoder(SQUARE, decode)) as arrivals:
         while not arrivals.done:
             if (came := arrivals.take(5)) is not None:
                 found.append(came)
@@ -205,7 +205,7 @@ def test_what_the_source_raises_comes_after_its_images(tmp_path: Path) -> None:
         yield Entry(path, path)
         raise CapcliError("the list ended in the middle")
 
-    with on_gpu(entries(), Jpegs(SQUARE, libjpeg)) as arrivals:
+    with on_gpu(entries(), GpuJpegDecoder(SQUARE, libjpeg)) as arrivals:
         assert isinstance(arrivals.take(), Loaded)
         with pytest.raises(CapcliError, match="ended in the middle"):
             arrivals.take()
@@ -216,7 +216,7 @@ def test_what_the_source_raises_comes_after_its_images(tmp_path: Path) -> None:
 def test_closing_ends_at_once_though_nobody_takes(tmp_path: Path, decode: Decoder) -> None:
     path = str(draw(tmp_path / "photo.jpg", 100, 90))
     entries = (Entry(f"{n}", path) for n in range(10**9))
-    arrivals = on_gpu(entries, Jpegs(SQUARE, decode))
+    arrivals = on_gpu(entries, GpuJpegDecoder(SQUARE, decode))
     assert isinstance(arrivals.take(), Loaded)
     time.sleep(1)  # until all room is taken
     began = time.monotonic()
@@ -230,8 +230,8 @@ def test_a_gpu_decodes_where_it_is_quicker_and_a_run_goes_on_as_it_began(
     save_captioner(tmp_path / "captioner")
     model = Captioner.load(str(tmp_path / "captioner"), device="cpu").model
     asked = CaptionOptions(SourceOptions(), SinkOptions(out="rows.jsonl"), gpu_decode=True, workers=8)
-    monkeypatch.setattr(Jpegs, "on", lambda _, spec: Jpegs(spec, libjpeg))
-    assert all(rate > 0 for rate in rates(Jpegs(SQUARE, libjpeg)))
+    monkeypatch.setattr(GpuJpegDecoder, "on", lambda _, spec: GpuJpegDecoder(spec, libjpeg))
+    assert all(rate > 0 for rate in rates(GpuJpegDecoder(SQUARE, libjpeg)))
     assert not plan.settle_gpu_decode(replace(asked, workers=10_000), model, None).gpu_decode
     assert "--gpu-decode has no effect: the GPU decodes" in capsys.readouterr().err
     monkeypatch.setattr(plan, "rates", lambda _: (9.0, 1.0))
@@ -245,7 +245,7 @@ def test_a_gpu_decodes_where_it_is_quicker_and_a_run_goes_on_as_it_began(
 
 def test_a_gpu_that_decodes_nothing_is_told() -> None:
     with pytest.raises(CapcliError, match=r"decodes no JPEG on this GPU \(none of 64\)"):
-        rates(Jpegs(SQUARE, refuse))
+        rates(GpuJpegDecoder(SQUARE, refuse))
 
 
 def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_nvjpeg_decodes_what_libjpeg_does(tmp_path: Path, size: tuple[int, int])
     device = torch.device("cuda:0")
     refuse_gpu_decode(SQUARE, device)
     paths = [draw(tmp_path / f"{n}.jpg", size[0] + n, size[1], quality=60 + 6 * n) for n in range(6)]
-    for path, made in zip(paths, Jpegs.on(device, SQUARE)([*map(keep, paths)]), strict=True):
+    for path, made in zip(paths, GpuJpegDecoder.on(device, SQUARE)([*map(keep, paths)]), strict=True):
         exact, _ = pixels.load(str(path), SQUARE, max_pixels=MAX_PIXELS)
         assert np.abs(made.astype(int) - exact).mean() < 1
         assert np.abs(made.astype(int) - exact).max() < 12

@@ -19,9 +19,9 @@ import pytest
 from fake_hub import FakeHub, Repo, files_of
 
 from capcli.errors import CapcliError, UsageError
-from capcli.models.files import ModelFiles, fingerprint
 from capcli.models.hub import find_model
 from capcli.models.load_errors import explain_load_error
+from capcli.models.model_files import ModelFiles, fingerprint
 
 NAME = "someone/captioner"
 APART = ("unshare", "--map-root-user", "--mount")

@@ -21,7 +21,7 @@ from capcli.errors import CapcliError
 from capcli.options import SinkOptions
 from capcli.records import Candidate, Caption, Entry, Failure
 from capcli.sinks import open_sink
-from capcli.sinks.formats import Columns, JsonCaptions
+from capcli.sinks.formats import JsonCaptions, RowFields
 from capcli.sinks.keys import Keys, key
 from capcli.text import raw_bytes
 
@@ -353,7 +353,7 @@ def test_the_lock_outlives_a_widening(tmp_path: Path) -> None:
     byte=st.one_of(st.none(), st.sampled_from(b'"\\,:{}e0-.n\n\x01\xff'), st.integers(0, 255)),
 )
 def test_the_name_of_a_row_is_what_a_parser_of_json_reads(name: str, text: str, place: int, byte: int | None) -> None:
-    rows = JsonCaptions(Columns(candidates=False, fields=("width", "mode")))
+    rows = JsonCaptions(RowFields(candidates=False, fields=("width", "mode")))
     record = bytearray(rows.line(Caption(name, (Candidate(text, -0.25),), {"width": 3})))
     if byte is not None:
         record[place % len(record)] = byte

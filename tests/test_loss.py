@@ -12,12 +12,12 @@ from captioners import pictures, values
 from gradients import SAID, captioner, gradients, trainer_of
 from running import environment
 
-from capcli.training.model.assembly import Untrained
+from capcli.training.model.assembly import AssembledCaptioner
 
 LONGEST = 40
 
 
-def sentence(made: Untrained, text: str) -> list[int]:
+def sentence(made: AssembledCaptioner, text: str) -> list[int]:
     """What is learnt of a caption, by hand."""
     tokenizer = made.tokenizer
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)[: LONGEST - 1]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from capcli.decoding import noise
 from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
 from capcli.decoding.settings import Settings
-from capcli.runtimes.base import Encoded
+from capcli.runtimes.base import EncodedChunk
 
 MANY = 20_000
 
@@ -134,7 +134,7 @@ class TinyVocabulary:
         self.shape = (shapes.slots, settings.rows, 5)
 
     def encode(self, *_):
-        return Encoded((), torch.empty(0))
+        return EncodedChunk((), torch.empty(0))
 
     def admit(self, _encoded, seats):
         return torch.ones(len(seats), dtype=torch.bool)

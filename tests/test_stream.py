@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capcli.captioning import feed
-from capcli.captioning.feed import ArrivalFeed, InPlace, Order
+from capcli.captioning.feed import ArrivalFeed, LocalArrivals, Order
 from capcli.decoding.loop import Job, Shapes, decode
 from capcli.errors import ImageError
 from capcli.records import Candidate, Caption, Failure, Loaded
@@ -149,7 +149,7 @@ def test_images_in_place_become_arrivals_and_their_errors_failures():
             raise ImageError("unreadable", "no image")
         return Loaded(str(index), np.zeros((2, 2, 3), np.uint8))
 
-    arrivals = InPlace(["a.png", "bad.png", object(), "c.png"], make)
+    arrivals = LocalArrivals(["a.png", "bad.png", object(), "c.png"], make)
     found = []
     while not arrivals.done:
         found.append(arrivals.take())
@@ -159,7 +159,7 @@ def test_images_in_place_become_arrivals_and_their_errors_failures():
 
 def test_images_in_place_are_made_one_at_a_time():
     made = []
-    feed = feed_of(InPlace(range(100), lambda i, _: made.append(i) or good(i % 10)))
+    feed = feed_of(LocalArrivals(range(100), lambda i, _: made.append(i) or good(i % 10)))
     feed.take(3, 0)
     assert made == [0, 1, 2]
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from capcli.decoding.topk import BLOCK, by_log_softmax, by_torch, fused, survey
+from capcli.decoding.topk import BLOCK, by_log_softmax, by_torch, fused, summarize_logits
 
 SIZES = [3, BLOCK - 1, BLOCK, BLOCK + 1, 20 * BLOCK, 33 * BLOCK + 7]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -34,7 +34,7 @@ def logits(size: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("size", SIZES)
 def test_log_probabilities_are_those_of_log_softmax(size: int, dtype: torch.dtype) -> None:
     x = logits(size, dtype)
-    found = survey(x)
+    found = summarize_logits(x)
     tokens = torch.randint(0, size, (2, 3, 4))
     expected = x.float().log_softmax(-1).gather(2, tokens)
     assert torch.allclose(found.log_probabilities(x, tokens), expected, atol=1e-5)
@@ -49,7 +49,7 @@ def test_log_probabilities_are_those_of_log_softmax(size: int, dtype: torch.dtyp
 def test_what_is_no_number_makes_a_row_none(wrong: float) -> None:
     x = logits(600, torch.float32)
     x[0, 0, 17] = wrong
-    told = survey(x).log_probabilities(x, torch.zeros(2, 3, 1, dtype=torch.long))[..., 0]
+    told = summarize_logits(x).log_probabilities(x, torch.zeros(2, 3, 1, dtype=torch.long))[..., 0]
     assert told[0, 0].isnan()
     assert told[0, 2].isfinite()
     assert told[1].isfinite().all()
@@ -105,6 +105,6 @@ def test_the_kernel_says_the_same(program: str, interpret: str, tmp_path: Path) 
 def test_the_kernel_is_used_on_cuda_and_says_the_same(size: int, dtype: torch.dtype) -> None:
     assert fused() is not None, "Triton, or a C compiler for it, is missing"
     x = logits(size, dtype)
-    there, here = survey(x.cuda()), survey(x)
+    there, here = summarize_logits(x.cuda()), summarize_logits(x)
     for name in ("best", "peak", "log_sum"):
         assert torch.allclose(getattr(there, name).cpu(), getattr(here, name), atol=1e-4)

@@ -21,14 +21,14 @@ from transformers import AutoModel, T5Config, T5ForConditionalGeneration
 
 from capcli import Captioner
 from capcli.annotations import read_split
-from capcli.decoding.loop import Done
+from capcli.decoding.loop import Finished
 from capcli.decoding.search import Hypothesis
 from capcli.errors import UsageError
 from capcli.models.vision_t5 import QUESTION, question
 from capcli.options import DataOptions, GenerationOptions
 from capcli.records import Caption, Loaded
 from capcli.training.data.masking import SHARE, MaskedPairs, choose, encode_words, gaps_of
-from capcli.training.data.mixing import Drawn, Mixed, shares
+from capcli.training.data.mixing import TaskMixture, TaskSampler, shares
 from capcli.training.data.pairs import Pairs
 from capcli.training.loop.freezing import refuse_freezing
 from capcli.training.loop.patches import hide_patches, patch_size
@@ -136,7 +136,7 @@ def test_the_answer_to_gaps_names_them_and_other_answers_do_not(tmp_path: Path, 
     captioner = Captioner.load(str(tmp_path / "out"), device="cpu")
     text = "<extra_id_0> two dogs <extra_id_1> sand <extra_id_2>"
     said = [made.specials.pad, *made.tokenizer(text, add_special_tokens=False)["input_ids"], made.specials.end]
-    done = Done((0, None), [Hypothesis(tuple(said), 0.0, 0.0)])
+    done = Finished((0, None), [Hypothesis(tuple(said), 0.0, 0.0)])
     loaded = Loaded("one.png", np.zeros((0, 8, 3), np.uint8))
     asked = captioner.settings(GenerationOptions(), "a <extra_id_0> on <extra_id_1>")
     filled = captioner.result(loaded, done, asked)
@@ -171,8 +171,8 @@ class Numbers(Pairs):
         return self.name, index, draw
 
 
-def epoch(mixed: Mixed, number: int, seed: int = 3) -> list[Any]:
-    drawn = Drawn(mixed, seed)
+def epoch(mixed: TaskMixture, number: int, seed: int = 3) -> list[Any]:
+    drawn = TaskSampler(mixed, seed)
     drawn.set_epoch(number)
     serials = list(drawn)
     assert len(serials) == len(drawn) == len(mixed)
@@ -180,7 +180,7 @@ def epoch(mixed: Mixed, number: int, seed: int = 3) -> list[Any]:
 
 
 def test_tasks_are_drawn_by_weight_and_none_of_a_tasks_pairs_before_its_turn() -> None:
-    mixed = Mixed([Numbers("a", 100), Numbers("b", 10), Numbers("c", 90)], [1, 1, 2])
+    mixed = TaskMixture([Numbers("a", 100), Numbers("b", 10), Numbers("c", 90)], [1, 1, 2])
     for number in range(3):
         drawn = epoch(mixed, number)
         assert Counter(name for name, _, _ in drawn) == {"a": 50, "b": 50, "c": 100}

@@ -25,7 +25,7 @@ from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
 from capcli.engine.engine_json import Bucket, Engine, plan_files, step_plan
 from capcli.errors import CapcliError, UsageError
 from capcli.export import tensorrt
-from capcli.export.parity import draw_images, prove
+from capcli.export.parity import check_parity, draw_images
 from capcli.export.parser_rules import attribute, lint
 from capcli.export.plan_builder import build_plan
 from capcli.runtimes import trt
@@ -172,7 +172,7 @@ def test_a_run_of_fewer_slots_and_entries_takes_a_bigger_bucket(instead):
 
 def test_the_proof_sees_every_plan(built, monkeypatch):
     images, said = draw_images((SIZE, SIZE)), settings(built, LENGTH)
-    told = prove(built.runtime(), captioners.eager(built.model), images, {"greedy": said}, "float32", (1, 4))
+    told = check_parity(built.runtime(), captioners.eager(built.model), images, {"greedy": said}, "float32", (1, 4))
     assert told.passed
     assert [(each.search, each.equal) for each in told.said] == [("greedy, 1 slots", 16), ("greedy, 4 slots", 16)]
     step = Trt.step
@@ -181,7 +181,7 @@ def test_the_proof_sees_every_plan(built, monkeypatch):
         return step(self, *given).roll(1, -1) if len(given[0]) == 4 else step(self, *given)
 
     monkeypatch.setattr(Trt, "step", wrong_with_four)
-    told = prove(built.runtime(), captioners.eager(built.model), images, {"greedy": said}, "float32", (1, 4))
+    told = check_parity(built.runtime(), captioners.eager(built.model), images, {"greedy": said}, "float32", (1, 4))
     assert not told.passed
 
 

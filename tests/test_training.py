@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from training import MACHINE, history, paint_data, recipe, weights
 
 from capcli.training.data.pairs import Images
-from capcli.training.loop.callbacks import Flow
+from capcli.training.loop.callbacks import ScheduleCallback
 from capcli.training.loop.loss import token_loss
 from capcli.training.output.history import History
 
@@ -78,18 +78,18 @@ def checkpoints(folder: Path) -> set[int]:
 def stopping_at(step: int) -> Iterator[None]:
     """In it, a run is interrupted at this step, as a signal would have it."""
 
-    def asked(callback: Flow, args: Any) -> bool:  # noqa: ARG001
+    def asked(callback: ScheduleCallback, args: Any) -> bool:  # noqa: ARG001
         return steps.global_step == step
 
     steps = None
 
-    def heed(callback: Flow, args: Any, state: Any, control: Any, **given: Any) -> Any:
+    def heed(callback: ScheduleCallback, args: Any, state: Any, control: Any, **given: Any) -> Any:
         nonlocal steps
         steps = state
         return original(callback, args, state, control, **given)
 
-    original = Flow.on_step_end
-    with mock.patch.multiple(Flow, on_step_end=heed, _asked_to_stop=asked):
+    original = ScheduleCallback.on_step_end
+    with mock.patch.multiple(ScheduleCallback, on_step_end=heed, _asked_to_stop=asked):
         yield
 
 

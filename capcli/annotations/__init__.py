@@ -12,8 +12,8 @@ import gc
 import os
 from collections.abc import Iterator, Sequence
 
-from capcli.annotations.check import check_images
 from capcli.annotations.data_report import DataReport
+from capcli.annotations.decode_check import check_images
 from capcli.annotations.detection import recognise
 from capcli.annotations.images import Image, gather, usable
 from capcli.annotations.rows import Annotations

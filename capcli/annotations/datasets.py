@@ -76,7 +76,7 @@ def _json(path: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class DatasetLayout:
     """Which columns of a split hold what: `image` the pictures themselves, `name` what they are called."""
 
     names: tuple[str, ...]
@@ -88,7 +88,7 @@ class Layout:
     said_split: bool
 
 
-def _layout(folder: str, options: DataOptions) -> Layout:
+def _layout(folder: str, options: DataOptions) -> DatasetLayout:
     schema = _table(folder).schema
     names = tuple(schema.names)
     caption = pick(names, options.caption_column, CAPTION_COLUMNS)
@@ -108,7 +108,7 @@ def _layout(folder: str, options: DataOptions) -> Layout:
     if image is None and name is None:
         raise no_column(folder, names, options.image_column, "image", "--image-column")
     split, tags = split_column(names, options, folder), tags_column(names, options, folder)
-    return Layout(names, caption, image, name, split, tags, options.split_column is not None)
+    return DatasetLayout(names, caption, image, name, split, tags, options.split_column is not None)
 
 
 def _is_prepared(path: str) -> bool:
@@ -152,7 +152,7 @@ def _choice(folder: str) -> Any:
     return _joined([os.path.join(folder, str(name)) for name in files]).column(0) if files else None
 
 
-def _rows(folder: str, split: str | None, layout: Layout) -> Iterator[Row]:
+def _rows(folder: str, split: str | None, layout: DatasetLayout) -> Iterator[Row]:
     """The rows of one split, a batch at a time."""
     table, choice = _table(folder), _choice(folder)
     wanted = (layout.caption, layout.name, layout.split, layout.tags, BYTES_COLUMN)

@@ -14,7 +14,7 @@ from capcli.annotations.rows import (
     IMAGE_COLUMNS,
     SPLIT_COLUMNS,
     Annotations,
-    Columns,
+    ColumnNames,
     Row,
     captions_of,
     named,
@@ -206,7 +206,7 @@ def _objects(path: str, entries: Iterable[tuple[int, Any]], options: DataOptions
 
     One that names no image cannot be read. Raises CapcliError where no object at all has a caption or the split that was given.
     """
-    layouts: dict[tuple[str, ...], Columns] = {}
+    layouts: dict[tuple[str, ...], ColumnNames] = {}
     for number, entry in entries:
         if not isinstance(entry, dict):
             wrong = f"{printable(path)}: line {number} is no object, but {_seen(entry)}"
@@ -231,10 +231,10 @@ def _objects(path: str, entries: Iterable[tuple[int, Any]], options: DataOptions
         raise no_column(path, every, options.tags_column, "tags", "--tags-column")
 
 
-def _columns(path: str, keys: Sequence[str], options: DataOptions) -> Columns:
+def _columns(path: str, keys: Sequence[str], options: DataOptions) -> ColumnNames:
     image = pick(keys, options.image_column, IMAGE_COLUMNS)
     if image is None and BYTES_COLUMN not in keys:
         raise no_column(path, keys, options.image_column, "image's name", "--image-column")
     caption = pick(keys, options.caption_column, CAPTION_COLUMNS)
     split, tags = pick(keys, options.split_column, SPLIT_COLUMNS), pick(keys, options.tags_column, ())
-    return Columns(image or BYTES_COLUMN, caption or "", split, tags)
+    return ColumnNames(image or BYTES_COLUMN, caption or "", split, tags)

@@ -63,7 +63,7 @@ def _listed(folder: str) -> frozenset[str] | None:
     return None
 
 
-class Place:
+class ImageFinder:
     """Where the images of one file of annotations are.
 
     The folder is chosen by the first names: the one, in `candidates`, in which most of them are. In it a name is first

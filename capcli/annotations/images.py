@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from capcli.annotations.data_report import EMPTY, MISSING, UNREAD, WITHOUT, DataReport
-from capcli.annotations.image_files import SAMPLE, Listings, Place
+from capcli.annotations.image_files import SAMPLE, ImageFinder, Listings
 from capcli.annotations.rows import Annotations, texts
 from capcli.annotations.tags import tag_text
 from capcli.errors import CapcliError
@@ -159,7 +159,7 @@ def _joined(first: Annotated, second: Annotated) -> Annotated:
     return replace(first, captions=first.captions + fresh, split=split, tags=first.tags or second.tags)
 
 
-def _places(images: Sequence[Image], root: str | None, listings: Listings) -> dict[Annotations, Place]:
+def _places(images: Sequence[Image], root: str | None, listings: Listings) -> dict[Annotations, ImageFinder]:
     """Where the images of each file of annotations are, by the first of them."""
     samples: dict[Annotations, list[tuple[str, str, str | None]]] = {}
     for image in images:
@@ -167,7 +167,7 @@ def _places(images: Sequence[Image], root: str | None, listings: Listings) -> di
             sample = samples.setdefault(image.file, [])
             if len(sample) < SAMPLE:
                 sample.append((image.name, image.folder, image.split))
-    places = {file: Place(file, root, listings) for file in samples}
+    places = {file: ImageFinder(file, root, listings) for file in samples}
     for file, place in places.items():
         place.choose(samples[file])
     return places
@@ -190,7 +190,9 @@ def usable(
         raise CapcliError(
             f"{read}, names addresses such as {brief(first.name)}: capcli prepare --url-column downloads them"
         )
-    tried = dict.fromkeys(os.path.normpath(folder or os.curdir) for folder in Place(file, root, Listings()).candidates)
+    tried = dict.fromkeys(
+        os.path.normpath(folder or os.curdir) for folder in ImageFinder(file, root, Listings()).candidates
+    )
     raise CapcliError(
         f"none of {counted(len(images), 'image')} is there. {read}, names {brief(first.name)}, which was looked for in "
         f"{', '.join(map(printable, tried))}; say where the images are with --image-root"

@@ -127,7 +127,7 @@ def split_of(word: object, path: str, *, said: bool) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class ColumnNames:
     """Which columns, or keys, of a table hold what."""
 
     image: str
@@ -136,7 +136,7 @@ class Columns:
     tags: str | None = None
 
     @classmethod
-    def among(cls, names: Sequence[str], options: DataOptions, path: str) -> Columns:
+    def among(cls, names: Sequence[str], options: DataOptions, path: str) -> ColumnNames:
         """Those of a table with columns `names`; raises UsageError, or CapcliError where no usual one is there."""
         image = pick(names, options.image_column, IMAGE_COLUMNS)
         caption = pick(names, options.caption_column, CAPTION_COLUMNS)
@@ -196,7 +196,7 @@ def named(value: object) -> str:
     return "" if value is None or value != value else str(value)
 
 
-def object_row(entry: Mapping[str, Any], columns: Columns, path: str, *, said: bool) -> Row:
+def object_row(entry: Mapping[str, Any], columns: ColumnNames, path: str, *, said: bool) -> Row:
     """The row that an object with these keys is."""
     encoded = entry.get(BYTES_COLUMN)
     name = raw_name(encoded, path) if encoded else named(entry.get(columns.image))

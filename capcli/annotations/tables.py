@@ -15,7 +15,7 @@ from typing import Any
 from capcli.annotations.rows import (
     BYTES_COLUMN,
     Annotations,
-    Columns,
+    ColumnNames,
     Row,
     captions_of,
     object_row,
@@ -35,13 +35,13 @@ _BATCH = 1 << 14  # rows of a Parquet file in memory at a time
 
 
 @dataclass(frozen=True)
-class Layout:
+class TableLayout:
     """How a text table is cut into cells: `names` are its columns, `header` whether the file begins with them."""
 
     separator: str
     names: tuple[str, ...]
     header: bool
-    columns: Columns
+    columns: ColumnNames
     said_split: bool
 
     @property
@@ -68,7 +68,7 @@ def _cells(line: str, separator: str) -> list[str]:
     return next(csv.reader([line], delimiter=separator, skipinitialspace=spaced), [])
 
 
-def _with_header(path: str, first: str, options: DataOptions) -> Layout | None:
+def _with_header(path: str, first: str, options: DataOptions) -> TableLayout | None:
     tried: list[tuple[str, list[str]]] = []
     for separator in _SEPARATORS:
         names = next(csv.reader([first], delimiter=separator), [])
@@ -76,16 +76,16 @@ def _with_header(path: str, first: str, options: DataOptions) -> Layout | None:
             continue
         tried.append((separator, names))
         try:
-            columns = Columns.among(names, options, path)
+            columns = ColumnNames.among(names, options, path)
         except CapcliError:
             continue
-        return Layout(separator, tuple(names), True, columns, options.split_column is not None)
+        return TableLayout(separator, tuple(names), True, columns, options.split_column is not None)
     if tried:  # the error of the separator that makes most columns
-        Columns.among(max(tried, key=lambda each: len(each[1]))[1], options, path)
+        ColumnNames.among(max(tried, key=lambda each: len(each[1]))[1], options, path)
     return None
 
 
-def _without_header(first: str, options: DataOptions) -> Layout | None:
+def _without_header(first: str, options: DataOptions) -> TableLayout | None:
     """A table of bare rows: columns are given by number, from 1, or its first line is an image's name and a text."""
     numbers = (options.image_column, options.caption_column)
     if all(number is not None and number.isdecimal() and number != "0" for number in numbers):
@@ -94,12 +94,14 @@ def _without_header(first: str, options: DataOptions) -> Layout | None:
             width = len(_cells(first, separator))
             if width >= max(image, caption):
                 names = tuple(map(str, range(1, width + 1)))
-                return Layout(separator, names, False, Columns(names[image - 1], names[caption - 1], None), False)
+                return TableLayout(
+                    separator, names, False, ColumnNames(names[image - 1], names[caption - 1], None), False
+                )
     if numbers == (None, None):
         for separator in _SEPARATORS:
             cells = _cells(first, separator)
             if len(cells) > 1 and _is_image(cells[0]) and not _is_image(cells[1]) and cells[1].strip():
-                return Layout(separator, ("1", "2"), False, Columns("1", "2", None), False)
+                return TableLayout(separator, ("1", "2"), False, ColumnNames("1", "2", None), False)
     return None
 
 
@@ -107,7 +109,7 @@ def _is_image(cell: str) -> bool:
     return os.path.splitext(cell.strip())[1].lower() in IMAGE_SUFFIXES
 
 
-def _text_rows(path: str, layout: Layout) -> Iterator[Row]:
+def _text_rows(path: str, layout: TableLayout) -> Iterator[Row]:
     columns, names = layout.columns, layout.names
     image = names.index(columns.image)
     captions = [n for n, name in enumerate(names) if _folded(name) == _folded(columns.caption)]  # two may bear one name
@@ -135,7 +137,7 @@ def _folded(name: str) -> str:
     return name.strip().casefold()
 
 
-def _records(stream: Iterable[str], layout: Layout, path: str) -> Iterator[tuple[int, list[str]]]:
+def _records(stream: Iterable[str], layout: TableLayout, path: str) -> Iterator[tuple[int, list[str]]]:
     """The cells of each record that is not blank, with the number of its first line."""
     held: list[str] = []
 
@@ -159,7 +161,7 @@ def _records(stream: Iterable[str], layout: Layout, path: str) -> Iterator[tuple
         raise CapcliError(f"{printable(path)}: line {number} is no row of a table: {error}") from None
 
 
-def _refuse_unclosed(record: Sequence[str], layout: Layout, path: str, number: int) -> None:
+def _refuse_unclosed(record: Sequence[str], layout: TableLayout, path: str, number: int) -> None:
     """A quote that is never closed would swallow the images after it."""
     if len(record) == 1 and record[0].count('"') % 2 == 0:
         return
@@ -171,7 +173,7 @@ def _refuse_unclosed(record: Sequence[str], layout: Layout, path: str, number: i
             raise CapcliError(f"{printable(path)}: line {number} opens a quote that is never closed") from None
 
 
-def _fitted(cells: list[str], layout: Layout, caption: int, path: str, number: int) -> list[str]:
+def _fitted(cells: list[str], layout: TableLayout, caption: int, path: str, number: int) -> list[str]:
     """A record as wide as the header. Cells too many are a caption with separators that nobody quoted, if it is last."""
     width = len(layout.names)
     rest = cells[width:]
@@ -199,7 +201,7 @@ def parquet_table(path: str, options: DataOptions) -> Annotations:
     """A Parquet file: columns as in any table, captions possibly as lists. Raises CapcliError without pyarrow."""
     with opened_parquet(path) as file:
         schema = file.schema_arrow
-    columns = Columns.among(schema.names, options, path)
+    columns = ColumnNames.among(schema.names, options, path)
     kind = schema.field(columns.image).type
     path_inside = "path" in _children(kind)
     inside = path_inside or is_bytes(kind)
@@ -224,7 +226,7 @@ def _children(kind: Any) -> list[str]:
     return [kind.field(index).name for index in range(kind.num_fields)]
 
 
-def _parquet_rows(path: str, columns: Columns, wanted: list[str], *, said: bool) -> Iterator[Row]:
+def _parquet_rows(path: str, columns: ColumnNames, wanted: list[str], *, said: bool) -> Iterator[Row]:
     with opened_parquet(path) as file:
         for batch in file.iter_batches(_BATCH, columns=wanted):
             for entry in batch.to_pylist():

@@ -26,7 +26,7 @@ def tag_text(value: object) -> str:
     return "" if value is None or value != value else clean(str(value))
 
 
-class TagsBeside:
+class MetadataTags:
     """The tags of images by their paths: of the `field` of the metadata file in the image's folder, or in one above it.
 
     Files without the field are passed over once one has been found that has it.

@@ -16,8 +16,8 @@ from capcli.decoding.settings import Settings
 from capcli.models.checkpoint import modules, quiet_transformers
 from capcli.models.dtypes import DTYPES
 from capcli.models.families import family_of
-from capcli.models.files import ModelFiles
 from capcli.models.int8 import Int8Linear
+from capcli.models.model_files import ModelFiles
 from capcli.models.packing import PackedLinear, can_pack
 from capcli.pixels import PixelSpec
 
@@ -35,7 +35,7 @@ class Rates:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class CaptionCost:
     """What captions cost: operations to encode an image; operations and bytes of one step over all slots, of mean length."""
 
     encode_flops: float
@@ -87,7 +87,7 @@ def fastest(do: Callable[[], Any], device: torch.device) -> float:
     return best
 
 
-def work_of(files: ModelFiles, size: tuple[int, int], settings: Settings, slots: int, dtype: str) -> Work:
+def cost_of(files: ModelFiles, size: tuple[int, int], settings: Settings, slots: int, dtype: str) -> CaptionCost:
     """Counted on the captioner's modules without weights, at half of the longest caption's entries."""
     with torch.device("meta"), quiet_transformers():
         whole = unfilled(files.config).to(DTYPES[dtype]).eval()
@@ -103,7 +103,7 @@ def work_of(files: ModelFiles, size: tuple[int, int], settings: Settings, slots:
     with torch.inference_mode(), FlopCounterMode(display=False) as stepping:
         step(tokens, tokens, tokens[:, 0], visible, memory, pool)
     moved = sum(_size(x) for x in (*memory, *pool)) + weight_bytes(step) // (4 if dtype == "int8" else 1)
-    return Work(float(encoding.get_total_flops()), float(stepping.get_total_flops()), float(moved), slots)
+    return CaptionCost(float(encoding.get_total_flops()), float(stepping.get_total_flops()), float(moved), slots)
 
 
 def unfilled(config: dict[str, Any]) -> Any:

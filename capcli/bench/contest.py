@@ -25,7 +25,7 @@ class Round:
 
 
 @dataclass(slots=True)
-class Told:
+class ContestantResult:
     """What a contestant did in all its rounds; `failed` says why it could not go on."""
 
     name: str
@@ -43,7 +43,7 @@ class Contestant:
     """A process that is told its task, says a line of JSON when it is ready, and one after every `go`."""
 
     def __init__(self, name: str, command: Sequence[str], task: Mapping[str, Any]) -> None:
-        self.told, self._task = Told(name), task
+        self.told, self._task = ContestantResult(name), task
         self._errors: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         try:
             self._process = subprocess.Popen(

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from capcli.captioning.pipeline import Run, wanted_entries
+from capcli.captioning.pipeline import CaptionRun, wanted_entries
 from capcli.captioning.plan import choose_shapes, load_captioner, search_settings, settle_gpu_decode
 from capcli.options import CaptionOptions, GenerationOptions, SinkOptions, SourceOptions
 from capcli.progress import Report
@@ -62,7 +62,7 @@ def caption(options: CaptionOptions, captioner: Any, settings: Any) -> tuple[flo
         source = open_source(options.source, lambda _: None, None)
         report = Report()
         shapes, wanted = choose_shapes(options, captioner, settings, wanted_entries(source, sink, report), source, None)
-        Run(options, captioner, settings, shapes, sink, report, {}).caption_all(wanted, None)
+        CaptionRun(options, captioner, settings, shapes, sink, report, {}).caption_all(wanted, None)
     return time.perf_counter() - began, shapes.loops * shapes.slots
 
 

@@ -6,14 +6,14 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from capcli.bench.contest import Told, equal_share
+from capcli.bench.contest import ContestantResult, equal_share
 from capcli.bench.stages import Stages
 from capcli.options import BenchOptions
 from capcli.text import counted
 
 if TYPE_CHECKING:
-    from capcli.bench.ceiling import Rates, Work
-    from capcli.bench.run import Measured
+    from capcli.bench.ceiling import CaptionCost, Rates
+    from capcli.bench.run import Comparison
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Profile:
     """Stages, and what the ceiling is made of: None for an engine, whose arithmetic its graphs hide."""
 
     stages: Stages
-    work: Work | None
+    work: CaptionCost | None
     rates: Rates | None
     dtype: str
 
@@ -33,7 +33,7 @@ class Profile:
         return self.work.images_per_second(self.rates, self.stages.tokens)
 
 
-def result(measured: Measured, options: BenchOptions) -> None:
+def result(measured: Comparison, options: BenchOptions) -> None:
     """Tables for people, unless JSON alone is asked for, and last the line of JSON."""
     if not options.json:
         if measured.profile is not None:
@@ -62,7 +62,7 @@ def profile(found: Profile) -> None:
     print(f"  {'all':<8}{whole * 1e3:10.3f}   {1 / whole:.1f} images/s one after another")
 
 
-def contest(measured: Measured) -> None:
+def contest(measured: Comparison) -> None:
     images, rounds = counted(measured.images, "image"), counted(len(measured.ours.rounds), "round")
     print(f"{images}, files in, rows out, medians of {rounds} in turns:")
     print(f"  {'':<10}{'images/s':>9}{'capcli is':>11}{'equal':>8}  {'in':<9} batch")
@@ -78,13 +78,13 @@ def contest(measured: Measured) -> None:
         print(f"  {peer.name:<10}{peer.rate:9.2f}{ratio:>11}{equal:8.1%}  {computed(peer)}")
 
 
-def computed(told: Told) -> str:
+def computed(told: ContestantResult) -> str:
     """In what it computed, and how many images at a time."""
     decoded = ", JPEGs decoded on the GPU" if told.facts.get("gpu_decode") else ""
     return f"{told.facts['dtype']:<9} {told.facts['batch_size']}{decoded}"
 
 
-def document(measured: Measured) -> dict[str, Any]:
+def document(measured: Comparison) -> dict[str, Any]:
     """All of it for programs; times in seconds."""
     found = measured.profile
     contestants = {}

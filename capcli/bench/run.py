@@ -13,15 +13,15 @@ from typing import Any
 
 from capcli import pixels
 from capcli.bench import output, stages
-from capcli.bench.contest import Contestant, Told, contest
+from capcli.bench.contest import Contestant, ContestantResult, contest
 from capcli.captioning.model import choose_dtype, device_of
 from capcli.captioning.plan import load_captioner, search_settings
 from capcli.engine.engine_json import engine_of
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.models.dtypes import choose_device
 from capcli.models.families import question_of
-from capcli.models.files import ModelFiles
 from capcli.models.hub import find_model
+from capcli.models.model_files import ModelFiles
 from capcli.options import MAX_PIXELS, BenchOptions, CaptionOptions, SinkOptions, SourceOptions
 from capcli.progress import warn
 from capcli.sources import open_source
@@ -31,15 +31,15 @@ PEERS = os.path.join(os.path.dirname(__file__), "peers.py")
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Comparison:
     """All that a bench found; `profile` None where it was quick."""
 
     images: int
     profile: output.Profile | None
-    ours: Told
-    peers: list[Told]
+    ours: ContestantResult
+    peers: list[ContestantResult]
 
-    def ratio(self, peer: Told) -> float:
+    def ratio(self, peer: ContestantResult) -> float:
         """How many times as fast capcli is."""
         return self.ours.rate / peer.rate
 
@@ -122,7 +122,7 @@ def caption_options(options: BenchOptions, photos: list[str]) -> CaptionOptions:
 
 def profiled(options: BenchOptions, photos: list[str]) -> output.Profile:
     """Stages, and the ceiling. The captioner is let go again: contestants have their own."""
-    from capcli.bench.ceiling import peak_rates, work_of
+    from capcli.bench.ceiling import cost_of, peak_rates
 
     wanted = caption_options(options, photos)
     began = time.perf_counter()
@@ -134,11 +134,11 @@ def profiled(options: BenchOptions, photos: list[str]) -> output.Profile:
     if captioner.files.is_engine:
         return output.Profile(found, None, None, captioner.model.dtype)
     dtype, device = captioner.model.dtype, captioner.model.runtime.device
-    work = work_of(captioner.files, captioner.model.size, settings, found.slots, dtype)
+    work = cost_of(captioner.files, captioner.model.size, settings, found.slots, dtype)
     return output.Profile(found, work, peak_rates(device, dtype), dtype)
 
 
-def contested(options: BenchOptions, photos: list[str], profile: output.Profile | None) -> Measured:
+def contested(options: BenchOptions, photos: list[str], profile: output.Profile | None) -> Comparison:
     task: dict[str, Any] = {
         "files": photos,
         "model": options.model,
@@ -161,4 +161,4 @@ def contested(options: BenchOptions, photos: list[str], profile: output.Profile 
             )
         contest(everyone, options.rounds)
     told = [each.told for each in everyone]
-    return Measured(len(photos), profile, told[0], told[1:])
+    return Comparison(len(photos), profile, told[0], told[1:])

@@ -18,7 +18,7 @@ import torch
 
 from capcli import pixels
 from capcli.captioning.captioner import Captioner
-from capcli.decoding.loop import Batch, Done, IterableFeed, Job
+from capcli.decoding.loop import Batch, Finished, IterableFeed, Job
 from capcli.decoding.settings import Settings
 from capcli.errors import CapcliError, ImageError
 from capcli.options import MAX_PIXELS, SinkOptions, SourceOptions
@@ -89,12 +89,12 @@ def _loaded(stages: Stages, entries: Sequence[Entry], captioner: Captioner) -> l
 
 def _decoded(
     stages: Stages, captioner: Captioner, settings: Settings, loaded: Sequence[Loaded], batch_size: int | None
-) -> list[Done]:
+) -> list[Finished]:
     """The decode loop with a watch on each of its parts; the first time over to warm up."""
     runtime, count = captioner.model.runtime, len(loaded)
     shapes = captioner.shapes(settings, count, batch_size)
     jobs = [Job(index, each.pixels) for index, each in enumerate(loaded)]
-    done: list[Done] = []
+    done: list[Finished] = []
     for _ in range(2):
         stages.each = {
             name: value for name, value in stages.each.items() if name not in ("copy", "encode", "step", "search")
@@ -150,7 +150,7 @@ def _written(
     settings: Settings,
     entries: Sequence[Entry],
     loaded: Sequence[Loaded],
-    done: Sequence[Done],
+    done: Sequence[Finished],
 ) -> None:
     count, named = len(loaded), {entry.name: entry for entry in entries}
     with stages.timed("text", count):

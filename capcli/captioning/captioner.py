@@ -25,20 +25,20 @@ from PIL import Image
 
 from capcli import pixels
 from capcli.annotations.tags import tag_text
-from capcli.captioning.feed import ArrivalFeed, Arrivals, Deliver, InPlace, Order, Result
+from capcli.captioning.feed import ArrivalFeed, Arrivals, Deliver, LocalArrivals, Order, Result
 from capcli.captioning.model import Model, choose_dtype, device_of, load_model
 from capcli.decoding import noise
 from capcli.decoding.capacity import fitting_slots, paying_slots
-from capcli.decoding.loop import Done, Job, Shapes
-from capcli.decoding.parallel import decode_beside
+from capcli.decoding.loop import Finished, Job, Shapes
+from capcli.decoding.parallel import decode_in_parallel
 from capcli.decoding.search import Hypothesis
-from capcli.decoding.settings import NO_WORD, Settings, resolve
+from capcli.decoding.settings import NO_TOKEN, Settings, resolve
 from capcli.engine.engine_json import engine_of
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.models.checkpoint import quiet_transformers
 from capcli.models.dtypes import choose_device
-from capcli.models.files import ModelFiles
 from capcli.models.hub import find_model
+from capcli.models.model_files import ModelFiles
 from capcli.models.questions import gap_names, tag_ids, with_gaps
 from capcli.options import DEFAULT_MODEL, MAX_PIXELS, GenerationOptions
 from capcli.records import Candidate, Caption, Failure, Loaded
@@ -145,7 +145,7 @@ class Captioner:
         batch_size: int | None,
     ) -> Iterator[Result]:
         shapes = self.shapes(settings, len(images) if isinstance(images, Sized) else None, batch_size)
-        arrivals = InPlace(images, prepare)
+        arrivals = LocalArrivals(images, prepare)
         ready: deque[Result] = deque()
         for _ in self.run(arrivals, settings, shapes, lambda _, result: ready.append(result), before=before):
             while ready:
@@ -158,7 +158,7 @@ class Captioner:
         if self.model.question:
             settings = replace(settings, question=tuple(ids))
         elif self.model.tag_tokens:  # of images without tags
-            settings = replace(settings, question=(NO_WORD,) * self.model.tag_tokens)
+            settings = replace(settings, question=(NO_TOKEN,) * self.model.tag_tokens)
         room = self.model.positions - len(settings.prompt) + 1  # the last token is never given back to the decoder
         if room < 1:
             raise UsageError(
@@ -190,7 +190,7 @@ class Captioner:
         named = {"the prompt": (*s.prompt, *s.question), "forced tokens": (*forced, *s.forced_eos_token_ids)}
         named |= {"suppressed tokens": (*s.suppress_tokens, *s.begin_suppress_tokens)}
         for what, ids in named.items():
-            strange = [i for i in ids if not 0 <= i < self.model.vocabulary and i != NO_WORD]
+            strange = [i for i in ids if not 0 <= i < self.model.vocabulary and i != NO_TOKEN]
             if strange:
                 raise CapcliError(
                     f"{what} hold token {strange[0]}, and the decoder has {self.model.vocabulary}: tokenizer or "
@@ -233,7 +233,7 @@ class Captioner:
         """
         give = Order(deliver).put if ordered else deliver
         feed = ArrivalFeed(arrivals, partial(self._job, settings), give, stop)
-        for ended in decode_beside(feed, self.model.runtime.beside(shapes.loops), settings, shapes, shrunk):
+        for ended in decode_in_parallel(feed, self.model.runtime.beside(shapes.loops), settings, shapes, shrunk):
             for done in ended:
                 index, loaded = done.tag
                 give(index, self.result(loaded, done, settings, before))
@@ -256,7 +256,7 @@ class Captioner:
             loaded.question,
         )
 
-    def result(self, loaded: Loaded, done: Done, settings: Settings, before: tuple[int, ...] = ()) -> Result:
+    def result(self, loaded: Loaded, done: Finished, settings: Settings, before: tuple[int, ...] = ()) -> Result:
         """What was said of an image, as text."""
         if not done.hypotheses:
             return Failure(loaded.name, "not-finite", self._overflow())

@@ -13,7 +13,7 @@ from capcli.records import Caption, Failure, Loaded
 
 Result = Caption | Failure
 Deliver = Callable[[int, Result], None]
-HEED = 0.2  # seconds after which a wait looks whether it should stop
+POLL_SECONDS = 0.2  # seconds after which a wait looks whether it should stop
 
 
 class Arrivals(Protocol):
@@ -27,7 +27,7 @@ class Arrivals(Protocol):
         """The next one; None when none came within `timeout` seconds (None: ever)."""
 
 
-class InPlace:
+class LocalArrivals:
     """Arrivals made here and now: `make(index, image)` gives an image's pixels or raises ImageError."""
 
     def __init__(self, images: Iterable[Any], make: Callable[[int, Any], Loaded]) -> None:
@@ -72,7 +72,7 @@ class ArrivalFeed:
             if self._stop():
                 self._halted = True
                 break
-            left = HEED if until is None else max(0.0, min(HEED, until - time.monotonic()))
+            left = POLL_SECONDS if until is None else max(0.0, min(POLL_SECONDS, until - time.monotonic()))
             arrival = self._arrivals.take(0 if jobs else left)
             if arrival is not None:
                 drawn += 1

@@ -24,12 +24,12 @@ from capcli.models.checkpoint import (
 )
 from capcli.models.dtypes import DTYPES, choose_device, multiplies_bfloat16
 from capcli.models.families import question_of, tag_room
-from capcli.models.files import ModelFiles
 from capcli.models.int8 import int8_refused, quantize_both
+from capcli.models.model_files import ModelFiles
 from capcli.models.packing import speed_up
 from capcli.pixels import PixelSpec
 from capcli.progress import warn
-from capcli.runtimes.base import Seated
+from capcli.runtimes.base import SlotRuntime
 from capcli.runtimes.eager import Eager
 
 
@@ -42,7 +42,7 @@ class Model:
     says where the model is one.
     """
 
-    runtime: Seated
+    runtime: SlotRuntime
     dtype: str
     tokenizer: PreTrainedTokenizerBase
     spec: PixelSpec
@@ -122,7 +122,7 @@ def load_engine(files: ModelFiles, engine: Engine, device: torch.device) -> Mode
     )
 
 
-def open_engine(folder: str, engine: Engine, device: torch.device) -> Seated:
+def open_engine(folder: str, engine: Engine, device: torch.device) -> SlotRuntime:
     """What runs an engine folder's graphs or plans. Raises CapcliError where they cannot be run."""
     if engine.kind == "tensorrt":
         from capcli.runtimes.trt import open_trt

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from capcli import pixels
-from capcli.annotations.tags import TagsBeside
+from capcli.annotations.tags import MetadataTags
 from capcli.captioning.captioner import Captioner
 from capcli.captioning.plan import (
     choose_shapes,
@@ -21,12 +21,12 @@ from capcli.captioning.plan import (
     search_settings,
     settle_gpu_decode,
 )
-from capcli.captioning.provenance import earlier_naming, finished, make_receipt, refuse_other_settings, with_shapes
+from capcli.captioning.provenance import earlier_naming, finished, make_run_record, refuse_other_settings, with_shapes
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
 from capcli.interrupts import Interrupts
 from capcli.loading import Loading, load
-from capcli.loading.gpu_jpeg import Jpegs, OnGpu
+from capcli.loading.gpu_jpeg import GpuJpegDecoder, GpuLoading
 from capcli.models.questions import tag_ids
 from capcli.options import CaptionOptions
 from capcli.progress import Progress, Report, say, warn
@@ -50,13 +50,13 @@ def run(options: CaptionOptions) -> int:
         if options.dry_run:
             return list_only(wanted, report)
         captioner = load_captioner(options, sink.receipt)
-        tags = TagsBeside(options.tags_field) if options.tags_field else None
+        tags = MetadataTags(options.tags_field) if options.tags_field else None
         settings = search_settings(options, captioner)
         options = settle_gpu_decode(options, captioner.model, sink.receipt)
-        receipt = make_receipt(options, source, captioner, settings, sink.receipt)
+        receipt = make_run_record(options, source, captioner, settings, sink.receipt)
         refuse_other_settings(sink.receipt, receipt, options.sink.out)
         shapes, wanted = choose_shapes(options, captioner, settings, wanted, source, sink.receipt)
-        run = Run(options, captioner, settings, shapes, sink, report, receipt, tags)
+        run = CaptionRun(options, captioner, settings, shapes, sink, report, receipt, tags)
         try:
             return run.caption_all(wanted, counter(source, options))
         except ClosedPipeError:
@@ -64,7 +64,7 @@ def run(options: CaptionOptions) -> int:
 
 
 @dataclass
-class Run:
+class CaptionRun:
     """A run whose every choice is made."""
 
     options: CaptionOptions
@@ -74,7 +74,7 @@ class Run:
     sink: Sink
     report: Report
     receipt: dict[str, Any]
-    tags: TagsBeside | None = None
+    tags: MetadataTags | None = None
 
     def caption_all(self, wanted: Iterable[Entry], total: Callable[[], int] | None) -> int:
         """source -> pixels -> captions -> sinks; the exit code. A signal ends it once what is under way is done."""
@@ -147,7 +147,7 @@ class Run:
         where = f" in one of {shapes.loops} loops" if shapes.loops > 1 else ""
         warn(f"the device ran out of memory: going on with a batch size of {shapes.slots}{where}")
 
-    def pixels(self, entries: Iterable[Entry]) -> Loading | OnGpu:
+    def pixels(self, entries: Iterable[Entry]) -> Loading | GpuLoading:
         """Decoder processes at work on `entries`, and the GPU on their JPEGs where it is to be."""
         options, model = self.options, self.captioner.model
         device = model.runtime.device
@@ -157,7 +157,7 @@ class Run:
         if not options.gpu_decode:
             return start(entries, whole)
         keep = partial(pixels.load_or_keep, **of_all)
-        return OnGpu(entries, Jpegs.on(device, model.spec), keep, whole, start)
+        return GpuLoading(entries, GpuJpegDecoder.on(device, model.spec), keep, whole, start)
 
     @property
     def shows_progress(self) -> bool:

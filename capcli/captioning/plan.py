@@ -20,7 +20,7 @@ from capcli.decoding.settings import Settings, idle, resolve
 from capcli.engine.engine_json import engine_of
 from capcli.errors import CapcliError, UsageError
 from capcli.loading import default_workers, usable_cpus
-from capcli.loading.gpu_jpeg import Jpegs, rates, refuse_gpu_decode
+from capcli.loading.gpu_jpeg import GpuJpegDecoder, rates, refuse_gpu_decode
 from capcli.models.checkpoint import own_generation
 from capcli.models.dtypes import choose_device
 from capcli.models.families import family_of, tag_room
@@ -96,7 +96,7 @@ def settle_gpu_decode(options: CaptionOptions, model: Model, receipt: Mapping[st
             )
         return replace(options, gpu_decode=begun)
     processes = decoder_processes(options, model.runtime.device)
-    ours, process = rates(Jpegs.on(model.runtime.device, model.spec))
+    ours, process = rates(GpuJpegDecoder.on(model.runtime.device, model.spec))
     if ours <= process * processes:
         warn(
             f"--gpu-decode has no effect: the GPU decodes {ours:,.0f} photos a second here, "

@@ -16,14 +16,14 @@ from capcli.captioning.captioner import Captioner
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
 from capcli.errors import UsageError
-from capcli.models.files import fingerprint
+from capcli.models.model_files import fingerprint
 from capcli.options import CaptionOptions
 from capcli.progress import Report
 from capcli.sinks import Sink, difference
 from capcli.sources import Naming, Source
 
 
-def make_receipt(
+def make_run_record(
     options: CaptionOptions, source: Source, captioner: Captioner, settings: Settings, earlier: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """A run's receipt, as it stands before the first image.

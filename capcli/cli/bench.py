@@ -9,7 +9,7 @@ import click
 
 from capcli.cli.generation import generation_options, taken_generation
 from capcli.cli.model import leave_cores_to, model_options
-from capcli.cli.sections import SectionedCommand, SectionedOption, comma_separated, leave_word
+from capcli.cli.sections import SectionedCommand, SectionedOption, comma_separated, set_note
 from capcli.options import BenchOptions
 from capcli.options.bench import LEAST_ROUNDS, PEERS
 
@@ -48,7 +48,7 @@ contest, running = (
 @running("--gpu-decode", is_flag=True, help="As in capcli caption; stages are told as without it.")
 @running("--quick", is_flag=True, help="The contest only: no stages, no ceiling.")
 @running("--json", is_flag=True, help="The line of JSON only.")
-@running("--debug", is_flag=True, expose_value=False, callback=leave_word, help="Show where an error came from.")
+@running("--debug", is_flag=True, expose_value=False, callback=set_note, help="Show where an error came from.")
 def bench(**given: Any) -> int:
     """Measure how fast PHOTOS are captioned: the ceiling of this machine, every stage, and all of it from files to rows.
 

@@ -10,7 +10,7 @@ import click
 
 from capcli.cli.generation import generation_options, taken_generation
 from capcli.cli.model import leave_cores_to, model_options
-from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, comma_separated, leave_word
+from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, comma_separated, set_note
 from capcli.options import DECODE_TIMEOUT, MAX_PIXELS, CaptionOptions, SinkOptions, SourceOptions
 from capcli.records import FACTS
 
@@ -119,7 +119,7 @@ source, generation, model, output, running = map(under, ("Source", "Generation",
 )
 @running("--dry-run", is_flag=True, help="List what would be captioned and stop.")
 @running("-q", "--quiet", is_flag=True, help="No progress and no closing line.")
-@running("--debug", is_flag=True, expose_value=False, callback=leave_word, help="Show where an error came from.")
+@running("--debug", is_flag=True, expose_value=False, callback=set_note, help="Show where an error came from.")
 def caption(**given: Any) -> int:
     """Caption SOURCES: image files, folders, quoted glob patterns, or - for paths on standard input.
 

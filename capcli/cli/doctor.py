@@ -6,7 +6,7 @@ from functools import partial
 
 import click
 
-from capcli.cli.sections import SectionedCommand, SectionedOption, leave_word
+from capcli.cli.sections import SectionedCommand, SectionedOption, set_note
 
 output, running = (
     partial(click.option, cls=SectionedOption, section=section, show_envvar=False) for section in ("Output", "Running")
@@ -15,7 +15,7 @@ output, running = (
 
 @click.command(cls=SectionedCommand, short_help="Tell what is installed, what works here, and how to mend the rest.")
 @output("--json", "as_json", is_flag=True, help="JSON on standard output in place of the table.")
-@running("--debug", is_flag=True, expose_value=False, callback=leave_word, help="Show where an error came from.")
+@running("--debug", is_flag=True, expose_value=False, callback=set_note, help="Show where an error came from.")
 def doctor(as_json: bool) -> int:
     """Tell what is installed, what this machine can do, and the command that mends each thing missing.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from capcli.cli.sections import SectionedCommand, SectionedOption, leave_word
+from capcli.cli.sections import SectionedCommand, SectionedOption, set_note
 from capcli.options import EvaluateOptions
 
 references, measuring, output, running = (
@@ -53,7 +53,7 @@ references, measuring, output, running = (
 @measuring("--seed", metavar="N", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
 @output("--per-image", metavar="FILE", type=click.Path(), help="Write the scores of each image to a CSV file.")
 @output("--json", is_flag=True, help="JSON on standard output in place of the table.")
-@running("--debug", is_flag=True, expose_value=False, callback=leave_word, help="Show where an error came from.")
+@running("--debug", is_flag=True, expose_value=False, callback=set_note, help="Show where an error came from.")
 def evaluate(**given: Any) -> int:
     """Measure CAPTIONS, as capcli caption writes them or COCO's results, against what people wrote of the same images.
 

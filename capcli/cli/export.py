@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from capcli.cli.config import config_option
-from capcli.cli.sections import SectionedCommand, SectionedOption, leave_word
+from capcli.cli.sections import SectionedCommand, SectionedOption, set_note
 from capcli.errors import CapcliError, UsageError
 from capcli.options import DEFAULT_MODEL, ExportOptions
 
@@ -91,7 +91,7 @@ class Numbers(click.ParamType[Any]):
 )
 @running("--threads", metavar="N", type=click.IntRange(min=1), help="CPU threads for the proof. [default: all cores]")
 @running("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
-@running("--debug", is_flag=True, expose_value=False, callback=leave_word, help="Show where an error came from.")
+@running("--debug", is_flag=True, expose_value=False, callback=set_note, help="Show where an error came from.")
 def export(**given: Any) -> int:
     """Build an engine from a captioner, and prove that it says the same.
 

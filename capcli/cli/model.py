@@ -56,7 +56,7 @@ def leave_cores_to(model: str) -> None:
 
     OpenMP reads the variable when torch is imported, so this comes before; a value that is there stays.
     """
-    from capcli.models.files import is_engine
+    from capcli.models.model_files import is_engine
 
     if is_engine(os.path.expanduser(model)):
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")

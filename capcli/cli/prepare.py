@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from capcli.cli.config import config_option
 from capcli.cli.data import data_options, taken_data_options
-from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, leave_word
+from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, set_note
 from capcli.errors import CapcliError, UsageError
 from capcli.options import DECODE_TIMEOUT, MAX_PIXELS, DownloadOptions, PrepareOptions
 
@@ -121,7 +121,7 @@ data, output, download, running = (
 )
 @config_option()
 @running("-q", "--quiet", is_flag=True, help="No progress and no closing line.")
-@running("--debug", is_flag=True, expose_value=False, callback=leave_word, help="Show where an error came from.")
+@running("--debug", is_flag=True, expose_value=False, callback=set_note, help="Show where an error came from.")
 def prepare(**given: Any) -> int:
     """Store a compact copy of images and captions, which `capcli train` reads at full speed.
 

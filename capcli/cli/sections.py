@@ -57,7 +57,7 @@ def comma_separated(_ctx: click.Context, _param: click.Parameter, value: str | N
     return tuple(part.strip() for part in (value or "").split(",") if part.strip())
 
 
-def leave_word(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+def set_note(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
     """A callback: tells the program, which shows errors, what a flag says."""
     ctx.ensure_object(dict)[param.name] = value
     return value

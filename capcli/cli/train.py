@@ -14,10 +14,10 @@ from capcli.cli.config import chosen, config_option, read
 from capcli.cli.data import data_options, taken_data_options
 from capcli.cli.generation import generation_options, taken_generation
 from capcli.cli.parts import parts_options
-from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, leave_word
+from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, set_note
 from capcli.errors import CapcliError, UsageError
 from capcli.options import DECODE_TIMEOUT, MAX_PIXELS, ModelOptions, TrainOptions, task_of
-from capcli.options.model import PARTS
+from capcli.options.training_model import PARTS
 
 Decorator = Callable[[Any], Any]
 SETTINGS = "train.toml"  # what a run keeps its settings in
@@ -270,7 +270,7 @@ def from_file(ctx: click.Context, name: str) -> bool:
 )
 @config_option()
 @running("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
-@running("--debug", is_flag=True, expose_value=False, callback=leave_word, help="Show where an error came from.")
+@running("--debug", is_flag=True, expose_value=False, callback=set_note, help="Show where an error came from.")
 def train(**given: Any) -> int:
     """Train a captioner: from an encoder and a decoder, or from a captioner that is there.
 
@@ -290,9 +290,9 @@ def train(**given: Any) -> int:
     Exit codes: 0 trained; 2 wrong usage; 1 could not run; 130 or 143 interrupted (--resume goes on from there).
     """
     options = train_options(given)
-    from capcli.training.output.folder import Place
+    from capcli.training.output.folder import RunFolder
 
-    place = Place.open(options)  # which may refuse, before torch is loaded
+    place = RunFolder.open(options)  # which may refuse, before torch is loaded
     if options.unfreeze_after is not None:
         # Several processes look for weights at rest at every step, and once all learn PyTorch would call that a mistake, in a
         # line of C++'s that nothing else silences. It is read when torch is loaded.

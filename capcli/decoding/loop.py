@@ -71,7 +71,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class Finished:
     """A captioned job; no hypotheses when what the encoder made of it is not finite."""
 
     tag: Any
@@ -89,7 +89,7 @@ class Feed(Protocol):
         """At most `most` jobs, those there now; waits `wait` seconds (None: for ever) for the first. Empty when none came."""
 
 
-class Encoded(Protocol):
+class EncodedImages(Protocol):
     """What a runtime's encode makes of a chunk."""
 
     def ready(self) -> bool:
@@ -146,14 +146,14 @@ class IterableFeed:
 
 def decode(
     feed: Feed, runtime: Runtime, settings: Settings, shapes: Shapes, shrunk: Callable[[Shapes], None] = lambda _: None
-) -> Iterator[Done]:
+) -> Iterator[Finished]:
     """Captions everything `feed` gives, in the order in which captions end; errors as `decode_steps`."""
     return chain.from_iterable(decode_steps(feed, runtime, settings, shapes, shrunk))
 
 
 def decode_steps(
     feed: Feed, runtime: Runtime, settings: Settings, shapes: Shapes, shrunk: Callable[[Shapes], None] = lambda _: None
-) -> Iterator[list[Done]]:
+) -> Iterator[list[Finished]]:
     """`decode`, step by step: what ended with each; nothing, often, also where the feed woke up without a job.
 
     When the device runs out of memory, what was under way starts again with half the slots, and `shrunk` is told the new shapes.
@@ -194,7 +194,7 @@ class Batch:
     def __init__(self, feed: Feed, runtime: Runtime, settings: Settings, shapes: Shapes, waiting: deque[Job]) -> None:
         self.feed, self.runtime, self.shapes, self.waiting = feed, runtime, shapes, waiting
         self.coming: list[Job] = []  # the chunk that is encoded but not seated
-        self.encoded: Encoded | None = None
+        self.encoded: EncodedImages | None = None
         self.question = settings.question
         self.slots: Slots[Job] = Slots(shapes.slots)
         self.search = make_search(settings, shapes.slots, runtime.device)
@@ -203,9 +203,9 @@ class Batch:
         self.since = 0.0
         self.turn = runtime.repeated(self.say)
 
-    def captions(self) -> Iterator[list[Done]]:
+    def captions(self) -> Iterator[list[Finished]]:
         while True:
-            done: list[Done] = []
+            done: list[Finished] = []
             with torch.inference_mode():  # never across a yield: who takes the captions may be training
                 if self.slots.busy or self.coming or self.waiting or self.fetch(wait=None):
                     self.fill()
@@ -251,7 +251,7 @@ class Batch:
             self.waiting.extend(came)
         return bool(self.waiting)
 
-    def seat(self, encoded: Encoded) -> None:
+    def seat(self, encoded: EncodedImages) -> None:
         jobs, self.coming, self.encoded = self.coming, [], None
         seats = self.slots.seat(jobs)
         finite = self.runtime.admit(encoded, seats)
@@ -279,7 +279,7 @@ class Batch:
         event.record()
         return flags, broken, event
 
-    def retire(self) -> list[Done]:
+    def retire(self) -> list[Finished]:
         """Reads the flags once they are old enough and empties the slots that have ended."""
         if len(self.readings) <= self.runtime.lag:
             return []
@@ -293,5 +293,5 @@ class Batch:
         done = []
         for seat, found in zip(seats, hypotheses, strict=True):
             sound = not broken[seat] and all(math.isfinite(h.score) for h in found)
-            done.append(Done(self.slots.leave(seat).tag, found if sound else []))
+            done.append(Finished(self.slots.leave(seat).tag, found if sound else []))
         return done

@@ -12,21 +12,21 @@ from typing import Self
 
 import torch
 
-from capcli.decoding.loop import LINGER, Done, Feed, Job, Runtime, Shapes, decode_steps
+from capcli.decoding.loop import LINGER, Feed, Finished, Job, Runtime, Shapes, decode_steps
 from capcli.decoding.settings import Settings
 from capcli.interrupts import Interrupts
 
 TURN = 0.02  # seconds for which the caller's thread waits for images, or for captions, before it looks for the other
-Said = list[Done] | Shapes | BaseException | None  # what ended, fewer slots, what went wrong, that the loop is over
+Said = list[Finished] | Shapes | BaseException | None  # what ended, fewer slots, what went wrong, that the loop is over
 
 
-def decode_beside(
+def decode_in_parallel(
     feed: Feed,
     runtimes: Sequence[Runtime],
     settings: Settings,
     shapes: Shapes,
     shrunk: Callable[[Shapes], None] = lambda _: None,
-) -> Iterator[list[Done]]:
+) -> Iterator[list[Finished]]:
     """`decode_steps` in a loop for each of `runtimes`; they share the feed and PyTorch's threads.
 
     Loops only encode and step: the feed is asked, and `shrunk` told, in the thread that takes what this yields. Raises what a
@@ -35,7 +35,7 @@ def decode_beside(
     if len(runtimes) == 1:
         yield from decode_steps(feed, runtimes[0], settings, shapes, shrunk)
         return
-    jobs = Drawn(shapes.chunk)
+    jobs = SharedFeed(shapes.chunk)
     with Loops(jobs, runtimes, settings, shapes) as loops:
         while loops.running:
             drawing = jobs.room > 0 and not feed.ended
@@ -49,7 +49,7 @@ def decode_beside(
 class Loops:
     """The loops' threads: they begin as this is entered, and when it is left they stop after the step that they are in."""
 
-    def __init__(self, jobs: Drawn, runtimes: Sequence[Runtime], settings: Settings, shapes: Shapes) -> None:
+    def __init__(self, jobs: SharedFeed, runtimes: Sequence[Runtime], settings: Settings, shapes: Shapes) -> None:
         self._jobs, self._settings, self._shapes = jobs, settings, shapes
         self._said: SimpleQueue[Said] = SimpleQueue()
         self._halted = threading.Event()
@@ -77,9 +77,9 @@ class Loops:
                     each.join()
         torch.set_num_threads(self._threads_before)
 
-    def done(self, wait: float, shrunk: Callable[[Shapes], None]) -> list[Done]:
+    def done(self, wait: float, shrunk: Callable[[Shapes], None]) -> list[Finished]:
         """What has ended since; waits so many seconds for something to be said."""
-        done: list[Done] = []
+        done: list[Finished] = []
         for what in heard(self._said, wait):
             if what is None:
                 self.running -= 1
@@ -113,7 +113,7 @@ def heard(said: SimpleQueue[Said], wait: float) -> Iterator[Said]:
         pass
 
 
-class Drawn:
+class SharedFeed:
     """The feed of several loops: jobs that another thread has drawn, a chunk of them at most.
 
     A loop gets as many as it asks for, or none: fewer only when no others came for LINGER seconds, or will come. So the loops

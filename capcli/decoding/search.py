@@ -17,7 +17,7 @@ from torch import Tensor
 from capcli.decoding import noise
 from capcli.decoding.constraints import Constraints
 from capcli.decoding.settings import Settings
-from capcli.decoding.topk import BLOCK, best_of_blocks, survey
+from capcli.decoding.topk import BLOCK, best_of_blocks, summarize_logits
 
 FAR_BELOW = -1.0e9  # generate()'s constant for a score that nothing reaches
 
@@ -125,7 +125,7 @@ class Independent(Search):
         if self.settings.do_sample:
             scores = scores + self.noise(scores.shape)
         tokens = scores.max(-1).indices  # [S, R], the first of several; on a CPU argmax takes several times as long
-        said = survey(logits).log_probabilities(logits, tokens[:, :, None])[:, :, 0]
+        said = summarize_logits(logits).log_probabilities(logits, tokens[:, :, None])[:, :, 0]
         position = self.position + 1
         live = ~self.ended[:, None] & ~self.row_ended
         self.keep(
@@ -211,7 +211,7 @@ class Beams(Search):
 
     def pick_few(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`pick` where nothing is scored anew: the best of a row are the best of its logits, and only those need be scored."""
-        few, surveyed = min(self.candidates, logits.shape[2]), survey(logits)
+        few, surveyed = min(self.candidates, logits.shape[2]), summarize_logits(logits)
         allowed = self.constrained(logits)
         best, token = top_few(allowed, few, surveyed.best if allowed is logits else best_of_blocks(allowed))
         plain = surveyed.log_probabilities(logits, token)  # [S, R, few]

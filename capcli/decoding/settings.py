@@ -80,7 +80,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "token_healing": (False,),
     "use_mtp": (False,),
 }
-NO_WORD = -1  # among the ids that an encoder reads: there is none
+NO_TOKEN = -1  # among the ids that an encoder reads: there is none
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")  # without effect where nothing is drawn
 BEAM_SEARCH = ("length_penalty", "early_stopping")
 

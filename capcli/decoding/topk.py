@@ -17,7 +17,7 @@ CACHED = 1 << 18  # logits that are read at a time on a CPU, in float32
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class LogitSummary:
     """Of logits [S, R, V]: `best` [S, R, B] of each block but the last, if that is shorter; in float32.
 
     `peak` and `log_sum` [S, R, 1] are such that log_softmax(x) is x - peak - log_sum, and as it rounds it.
@@ -32,7 +32,7 @@ class Survey:
         return logits.gather(2, tokens).float() - self.peak - self.log_sum
 
 
-def survey(logits: Tensor) -> Survey:
+def summarize_logits(logits: Tensor) -> LogitSummary:
     """Reads logits [S, R, V] of any floating dtype: on CUDA by one kernel, on a CPU a few rows at a time."""
     rows = logits.flatten(0, 1)
     if logits.device.type == "cpu":
@@ -41,7 +41,7 @@ def survey(logits: Tensor) -> Survey:
     else:
         kernel = (fused() if logits.device.type == "cuda" else None) or by_log_softmax
         found = list(kernel(rows))
-    return Survey(*(each.view(*logits.shape[:2], each.shape[1]) for each in found))
+    return LogitSummary(*(each.view(*logits.shape[:2], each.shape[1]) for each in found))
 
 
 Found = tuple[Tensor, Tensor, Tensor]  # best, peak and log_sum of rows [N, V]
@@ -70,9 +70,9 @@ def by_log_softmax(rows: Tensor) -> Found:
 def fused() -> Callable[[Tensor], Found] | None:
     """The kernel for CUDA; None where Triton, or the C compiler that it needs, is missing, or it says something else."""
     try:
-        from capcli.decoding.topk_triton import survey_rows
+        from capcli.decoding.topk_triton import summarize_rows
 
-        by_kernel = partial(survey_rows, block=BLOCK)
+        by_kernel = partial(summarize_rows, block=BLOCK)
         rows = torch.randn(3, 5 * BLOCK + 7, device="cuda")
         same = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(by_kernel(rows), by_torch(rows), strict=True))
     except Exception:  # of whatever kind: it is only quicker

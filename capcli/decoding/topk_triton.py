@@ -37,7 +37,7 @@ def read_row(  # type: ignore[no-untyped-def]
     tl.store(log_sum + row, tl.log(total))
 
 
-def survey_rows(rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+def summarize_rows(rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of logits [N, V]: best [N, whole blocks of `block` logits], peak [N, 1] and log_sum [N, 1], float32."""
     rows = rows.contiguous()
     count, whole = rows.shape[1], rows.shape[1] // block

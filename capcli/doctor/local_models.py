@@ -15,7 +15,7 @@ from capcli.engine.check import damages, misfits, strangers
 from capcli.engine.engine_json import ENGINES, Engine, engines_folder, read_engine, with_options
 from capcli.engine.packages import RUNTIME
 from capcli.errors import CapcliError
-from capcli.models.files import ENGINE, is_engine
+from capcli.models.model_files import ENGINE, is_engine
 from capcli.options import DEFAULT_MODEL
 from capcli.text import as_text
 
@@ -51,7 +51,7 @@ def look_at_models() -> Iterator[Line]:
 
 def captioner_line(repo: Any) -> Line | None:
     """A cached captioner; None for another model."""
-    from capcli.models.files import CONFIG, IncompleteError, check_architecture, gather, shelf_of
+    from capcli.models.model_files import CONFIG, IncompleteError, check_architecture, collect_files, list_model
 
     name, size = str(repo.repo_id), int(repo.size_on_disk)
     revisions = sorted(repo.revisions, key=lambda each: ("main" in each.refs, each.last_modified))
@@ -60,7 +60,7 @@ def captioner_line(repo: Any) -> Line | None:
     newest = revisions[-1]
     facts = {"bytes": size, "revision": newest.commit_hash}
     try:
-        shelf = shelf_of(str(newest.snapshot_path), "The cached copy")
+        shelf = list_model(str(newest.snapshot_path), "The cached copy")
         if CONFIG not in shelf.names:
             return None
         check_architecture(name, shelf.read_json(CONFIG))
@@ -69,7 +69,7 @@ def captioner_line(repo: Any) -> Line | None:
     except Exception as error:
         return Line(name, "broken", f"{megabytes(size)}; cannot be read: {said(error)}", f"hf download {name}", facts)
     try:
-        gather(name, shelf, newest.commit_hash)
+        collect_files(name, shelf, newest.commit_hash)
     except IncompleteError as lack:
         return Line(name, "missing", f"{megabytes(size)}; {lack}", f"hf download {name}", facts)
     except Exception as error:

@@ -10,8 +10,8 @@ from capcli.doctor.asking import Answer, ask
 from capcli.doctor.findings import Section, section
 from capcli.doctor.local_models import Here, look_at_engines, look_at_models
 from capcli.doctor.machine import find_gpus, look_at_cpu, look_at_gpus
-from capcli.doctor.packages import look_at_extras, look_at_versions
 from capcli.doctor.runtimes import look_at_runtimes
+from capcli.doctor.versions import look_at_extras, look_at_versions
 
 
 def run(*, as_json: bool) -> int:

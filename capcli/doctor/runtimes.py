@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from capcli.doctor.asking import Answer
 from capcli.doctor.findings import Line
-from capcli.doctor.packages import installed
+from capcli.doctor.versions import installed
 from capcli.engine.packages import FUSED, KEEPS, ONNXRUNTIME, TENSORRT, release
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"

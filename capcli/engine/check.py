@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from capcli.engine.engine_json import ENCODE, STEP, Engine, plan_files
 from capcli.engine.packages import RUNTIME, release
 from capcli.errors import CapcliError
-from capcli.models.files import ENGINE, GENERATION, file_hash, setting_files, shelf_of
+from capcli.models.model_files import ENGINE, GENERATION, file_hash, list_model, setting_files
 
 
 def damages(folder: str, engine: Engine) -> Iterator[str]:
     """What of the folder is not as it was built and proved, a line each; the generation settings are a user's to change."""
-    there = shelf_of(folder).names
+    there = list_model(folder).names
     if GENERATION not in there:
         yield f"it lacks {GENERATION}"
     package = RUNTIME[engine.kind]
@@ -31,7 +31,7 @@ def damages(folder: str, engine: Engine) -> Iterator[str]:
 
 def strangers(folder: str, engine: Engine) -> list[str]:
     """Files that would be read, and that the engine was not built with."""
-    there = setting_files(shelf_of(folder).names)
+    there = setting_files(list_model(folder).names)
     return [name for name in there if name not in engine.files and name != GENERATION]
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from capcli.decoding.settings import Settings
 from capcli.engine.packages import TENSORRT
 from capcli.errors import CapcliError, UsageError
-from capcli.models.files import ENGINE, ModelFiles, file_hash
+from capcli.models.model_files import ENGINE, ModelFiles, file_hash
 from capcli.storage import atomic
 
 ENCODE, STEP = "encode.onnx", "step.onnx"

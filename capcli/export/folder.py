@@ -12,14 +12,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from capcli.engine.engine_json import engines_folder, read_engine
 from capcli.errors import CapcliError, UsageError
 from capcli.interrupts import terminable
-from capcli.models.files import ENGINE, GENERATION, is_engine
+from capcli.models.model_files import ENGINE, GENERATION, is_engine
 from capcli.options import ExportOptions
 from capcli.storage import locks
 
 LOCK = "lock"
 
 
-def place(options: ExportOptions) -> str:
+def target_folder(options: ExportOptions) -> str:
     """The engine's folder. Raises UsageError where something lies that an export must not replace."""
     model = os.path.realpath(os.path.expanduser(options.model))
     finished_in = model if options.kind == "tensorrt" and is_unfinished(model) else None
@@ -69,7 +69,7 @@ def refuse_strangers(out: str) -> None:
 
 
 @contextmanager
-def building_site(out: str) -> Iterator[str]:
+def build_folder(out: str) -> Iterator[str]:
     """A new folder beside `out`, which goes unless it took its place; SIGTERM unwinds. What a killed export left goes first.
 
     Raises CapcliError where nothing can be written.

@@ -14,7 +14,7 @@ import transformers
 from onnx.external_data_helper import set_external_data
 
 from capcli import __version__
-from capcli.decoding.settings import NO_WORD, Settings
+from capcli.decoding.settings import NO_TOKEN, Settings
 from capcli.engine.engine_json import ENCODE, STEP, Bucket, Engine
 from capcli.errors import CapcliError
 from capcli.export import graphs
@@ -26,10 +26,10 @@ from capcli.models.attention import use_attention
 from capcli.models.checkpoint import explained_tokenizer, generation_of, load_weights, modules, pixel_size
 from capcli.models.dtypes import DTYPES
 from capcli.models.families import family_of, question_of, tag_room
-from capcli.models.files import GENERATION, ModelFiles, fingerprint, setting_files, shelf_of
+from capcli.models.model_files import GENERATION, ModelFiles, fingerprint, list_model, setting_files
 from capcli.options import ExportOptions
 from capcli.pixels import PixelSpec
-from capcli.runtimes.base import Seated
+from capcli.runtimes.base import SlotRuntime
 from capcli.runtimes.eager import Eager
 
 LARGE = 1024  # bytes from which a weight is stored beside its graph
@@ -48,11 +48,11 @@ class Origin(Protocol):
     def write(self, folder: str, settings: Settings) -> Engine:
         """Graphs, tokenizer, processor and settings; what engine.json will say but for the proof."""
 
-    def truth(self, device: torch.device) -> Seated:
+    def truth(self, device: torch.device) -> SlotRuntime:
         """What says the right captions, for an engine on this device."""
 
 
-class Captioner:
+class CheckpointOrigin:
     """A captioner as an Origin."""
 
     against = PYTORCH
@@ -90,7 +90,7 @@ class Captioner:
                 write_ready(folder, (ENCODE, STEP))
             with open(os.path.join(folder, GENERATION), "w", encoding="utf-8") as file:
                 json.dump(generation, file, indent=2)
-        for name in setting_files(shelf_of(model.folder).names):
+        for name in setting_files(list_model(model.folder).names):
             if name != GENERATION:
                 copy(os.path.join(model.folder, name), os.path.join(folder, name))
         return Engine(
@@ -110,7 +110,7 @@ class Captioner:
             made_with={"torch": torch.__version__, "transformers": transformers.__version__, "onnx": onnx.__version__},
         )
 
-    def truth(self, device: torch.device) -> Seated:
+    def truth(self, device: torch.device) -> SlotRuntime:
         """PyTorch in float32, whatever the engine computes in."""
         torch.backends.cudnn.allow_tf32 = False  # it is float32 in its convolutions too
         encode, step = modules(load_weights(self.model, "float32", device), self.spec)
@@ -131,7 +131,7 @@ def tags(config: Mapping[str, Any]) -> tuple[int, ...]:
     """Any words for half of the places that a captioner of tagged images has for them, and none for the others."""
     room = tag_room(config)
     words = room - room // 2
-    return (*range(words), *(NO_WORD,) * (room - words))
+    return (*range(words), *(NO_TOKEN,) * (room - words))
 
 
 def built_in(generation: Mapping[str, Any], settings: Settings) -> dict[str, Any]:

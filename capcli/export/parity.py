@@ -16,7 +16,7 @@ from capcli.decoding.loop import IterableFeed, Job, decode
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import Settings
 from capcli.errors import CapcliError
-from capcli.runtimes.base import Seated
+from capcli.runtimes.base import SlotRuntime
 from capcli.text import counted
 
 Pixels = npt.NDArray[np.uint8]
@@ -32,7 +32,7 @@ PYTORCH = "PyTorch's in float32"
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class SearchResult:
     """What of one kind of search was the same: captions, and among those that differ, ties."""
 
     search: str
@@ -42,7 +42,7 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
+class ParityResult:
     """`logits` is the largest difference of teacher-forced logits in units of their spread, `bound` what it may be.
 
     `against` is what it was held against.
@@ -53,7 +53,7 @@ class Proof:
     images: int
     logits: float
     bound: float
-    said: tuple[Said, ...]
+    said: tuple[SearchResult, ...]
     against: str
 
     def line(self) -> str:
@@ -70,15 +70,15 @@ class Proof:
         return asdict(self)
 
 
-def prove(
-    engine: Seated,
-    truth: Seated,
+def check_parity(
+    engine: SlotRuntime,
+    truth: SlotRuntime,
     images: Sequence[Pixels],
     searches: Mapping[str, Settings],
     precision: str,
     batches: Sequence[int] = (SLOTS,),
     against: str = PYTORCH,
-) -> Proof:
+) -> ParityResult:
     """Captions `images` with both in each of these searches, and holds the logits of the same tokens against each other.
 
     `truth`, which people know as `against`, computes in float32, or in the engine's own precision. In float32 an engine must
@@ -106,7 +106,7 @@ def prove(
         failed = f"its logits are {apart:.1e} of their spread from {against}, and {bound:.0e} is allowed"
     elif worst.equal + worst.ties < least * worst.captions:
         failed = f"{worst.captions - worst.equal - worst.ties} of {worst.captions} captions differ ({worst.search})"
-    return Proof(failed is None, failed, len(images), apart, bound, tuple(said), against)
+    return ParityResult(failed is None, failed, len(images), apart, bound, tuple(said), against)
 
 
 def searches(settings: Settings, beams: Sequence[int]) -> dict[str, Settings]:
@@ -115,7 +115,7 @@ def searches(settings: Settings, beams: Sequence[int]) -> dict[str, Settings]:
     return {"greedy" if n == 1 else f"{n} beams": replace(plain, num_beams=n) for n in beams}
 
 
-def captions(runtime: Seated, images: Sequence[Pixels], settings: Settings, slots: int) -> list[list[Hypothesis]]:
+def captions(runtime: SlotRuntime, images: Sequence[Pixels], settings: Settings, slots: int) -> list[list[Hypothesis]]:
     jobs = [Job(index, pixels) for index, pixels in enumerate(images)]
     shapes = runtime.shapes(slots, settings)
     found = {done.tag: done.hypotheses for done in decode(IterableFeed(jobs), runtime, settings, shapes)}
@@ -124,23 +124,23 @@ def captions(runtime: Seated, images: Sequence[Pixels], settings: Settings, slot
 
 def compare(
     search: str,
-    truth: Seated,
+    truth: SlotRuntime,
     images: Sequence[Pixels],
     settings: Settings,
     ours: Sequence[list[Hypothesis]],
     theirs: Sequence[list[Hypothesis]],
-) -> Said:
+) -> SearchResult:
     equal = ties = 0
     for image, mine, true in zip(images, ours, theirs, strict=True):
         if [h.tokens for h in mine] == [h.tokens for h in true]:
             equal += 1
         elif mine and margin(truth, image, settings, mine[0], true[0]) < TIE:
             ties += 1
-    return Said(search, len(theirs), equal, ties)
+    return SearchResult(search, len(theirs), equal, ties)
 
 
 @torch.inference_mode()
-def margin(truth: Seated, image: Pixels, settings: Settings, one: Hypothesis, other: Hypothesis) -> float:
+def margin(truth: SlotRuntime, image: Pixels, settings: Settings, one: Hypothesis, other: Hypothesis) -> float:
     """The log-probability by which the search chose `other`, which is what `truth` said, over `one`.
 
     Greedy: at the first token that differs. Beams: of the whole captions, as their scores were before lengths divided them.
@@ -171,7 +171,7 @@ def distance(ours: Iterable[torch.Tensor], true: Iterable[torch.Tensor]) -> floa
 
 @torch.inference_mode()
 def forced_logits(
-    runtime: Seated, images: Sequence[Pixels], settings: Settings, spoken: Sequence[Hypothesis], slots: int
+    runtime: SlotRuntime, images: Sequence[Pixels], settings: Settings, spoken: Sequence[Hypothesis], slots: int
 ) -> Iterator[torch.Tensor]:
     """For each image [steps, V] in float32 on the CPU: of a slot's first row, all rows being given the tokens `spoken`."""
     shapes = runtime.shapes(slots, settings)

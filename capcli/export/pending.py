@@ -17,10 +17,10 @@ from capcli.errors import CapcliError, UsageError
 from capcli.export import tensorrt
 from capcli.export.folder import copy, is_unfinished, put_in_place, written
 from capcli.models.checkpoint import own_generation
-from capcli.models.files import GENERATION, ModelFiles, is_engine
+from capcli.models.model_files import GENERATION, ModelFiles, is_engine
 from capcli.options import ExportOptions
 from capcli.runtimes import trt
-from capcli.runtimes.base import Seated
+from capcli.runtimes.base import SlotRuntime
 from capcli.text import flag
 
 UNFINISHED = "its plans are not built yet"
@@ -28,7 +28,7 @@ GRAPHS = (".onnx", ".onnx.data")
 CAPTIONER = "give the captioner that it was built from"
 
 
-class Unfinished:
+class PendingOrigin:
     """An engine whose graphs wait for TensorRT, as what an export begins from: see `capcli.export.origin.Origin`.
 
     Raises CapcliError where it was changed or cannot be finished here, UsageError for another engine, or one that `options`
@@ -57,7 +57,7 @@ class Unfinished:
             copy(os.path.join(self.folder, name), os.path.join(folder, name))
         return self.engine
 
-    def truth(self, device: torch.device) -> Seated:  # noqa: ARG002
+    def truth(self, device: torch.device) -> SlotRuntime:  # noqa: ARG002
         """The graphs themselves, on the CPU."""
         from capcli.runtimes.ort import open_ort
 

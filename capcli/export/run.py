@@ -14,17 +14,17 @@ from capcli.captioning.model import open_engine
 from capcli.decoding.settings import Settings, resolve
 from capcli.engine.engine_json import Engine, engine_of, hash_files, write_engine
 from capcli.errors import CapcliError, UsageError
-from capcli.export.folder import building_site, place, put_in_place, written
+from capcli.export.folder import build_folder, put_in_place, target_folder, written
 from capcli.export.images import listed, loaded
-from capcli.export.origin import Captioner, Origin
-from capcli.export.parity import SLOTS, Pixels, Proof, draw_images, prove, searches
+from capcli.export.origin import CheckpointOrigin, Origin
+from capcli.export.parity import SLOTS, ParityResult, Pixels, check_parity, draw_images, searches
 from capcli.models.dtypes import choose_device
-from capcli.models.files import ENGINE, GENERATION, ModelFiles
 from capcli.models.hub import find_model
+from capcli.models.model_files import ENGINE, GENERATION, ModelFiles
 from capcli.options import ExportOptions, GenerationOptions
 from capcli.pixels import PixelSpec
 from capcli.progress import say, warn
-from capcli.runtimes.base import Seated
+from capcli.runtimes.base import SlotRuntime
 from capcli.runtimes.ort import import_onnxruntime, own_device
 
 MOST_TOKENS = 64  # of a proof's captions
@@ -36,7 +36,7 @@ def run(options: ExportOptions) -> int:
     Raises UsageError for what cannot be meant, before anything is fetched, loaded or exported, as far as it shows by then,
     and CapcliError when it cannot be built or fails its proof.
     """
-    out = place(options)
+    out = target_folder(options)
     onnxruntime = import_onnxruntime(options.profile)
     device = choose_device(options.device)
     if options.kind == "onnx" and options.device == "auto":
@@ -48,10 +48,12 @@ def run(options: ExportOptions) -> int:
         torch.set_num_threads(options.threads)
     note = silent if options.quiet else say
     engine = engine_of(model)
-    origin: Origin = Captioner(options, model, out) if engine is None else unfinished(options, model, engine, out)
+    origin: Origin = (
+        CheckpointOrigin(options, model, out) if engine is None else unfinished(options, model, engine, out)
+    )
     settings = replace(built_for(options, origin.generation, origin.positions), question=origin.question)
     images = loaded(paths, PixelSpec.from_config(model.processor), origin.size) if paths else draw_images(origin.size)
-    with building_site(out) as building:
+    with build_folder(out) as building:
         note(f"exporting {options.model}")
         engine = replace(origin.write(building, settings), versions={"onnxruntime": onnxruntime.__version__})
         if options.kind == "tensorrt":
@@ -74,9 +76,9 @@ def run(options: ExportOptions) -> int:
 
 
 def unfinished(options: ExportOptions, model: ModelFiles, engine: Engine, out: str) -> Origin:
-    from capcli.export.pending import Unfinished
+    from capcli.export.pending import PendingOrigin
 
-    return Unfinished(options, model, engine, out)
+    return PendingOrigin(options, model, engine, out)
 
 
 def hashed(folder: str) -> dict[str, str]:
@@ -98,12 +100,14 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def proved(runtime: Seated, origin: Origin, images: list[Pixels], settings: Settings, engine: Engine) -> Proof:
+def proved(
+    runtime: SlotRuntime, origin: Origin, images: list[Pixels], settings: Settings, engine: Engine
+) -> ParityResult:
     settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, MOST_TOKENS))
     beams = (1, 4) if engine.kind == "onnx" else (settings.rows,)
     batches = [bucket.slots for bucket in engine.buckets] or [SLOTS]
     truth = origin.truth(runtime.device)
-    return prove(runtime, truth, images, searches(settings, beams), engine.precision, batches, origin.against)
+    return check_parity(runtime, truth, images, searches(settings, beams), engine.precision, batches, origin.against)
 
 
 def built_for(options: ExportOptions, generation: Mapping[str, Any], positions: int) -> Settings:

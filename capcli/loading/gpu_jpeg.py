@@ -31,7 +31,7 @@ from capcli.pixels.processor import BICUBIC, BILINEAR
 from capcli.records import Entry, Failure, Loaded
 
 MOST, MOST_BYTES = 128, 32 << 20  # files decoded at a time; decoded they are ten times as large, or more
-HEED = 0.2  # seconds after which a wait looks whether it should end
+POLL_SECONDS = 0.2  # seconds after which a wait looks whether it should end
 FILTERS = {BILINEAR: "bilinear", BICUBIC: "bicubic"}  # Pillow's numbers, PyTorch's names
 TRIED, TRIED_SIZE = 64, (640, 480)  # how many JPEGs, of which width and height, GPU and processes are compared by
 
@@ -71,7 +71,7 @@ def nvjpeg(device: torch.device) -> Decoder:
     return decode
 
 
-class Jpegs:
+class GpuJpegDecoder:
     """Files of plain JPEGs to pixels uint8 [height, width, 3], as `pixels.load` makes them.
 
     But for rounding, and for what a decoder puts between the colours of pixels that share one.
@@ -81,7 +81,7 @@ class Jpegs:
         self.spec, self._decode, self._stream = spec, decode, stream
 
     @classmethod
-    def on(cls, device: torch.device, spec: PixelSpec) -> Jpegs:
+    def on(cls, device: torch.device, spec: PixelSpec) -> GpuJpegDecoder:
         """By nvJPEG on a CUDA device, on a stream beside that of the decode loop's steps."""
         return cls(spec, nvjpeg(device), torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
@@ -127,7 +127,7 @@ def resized(image: Tensor, spec: PixelSpec) -> Tensor:
     return made
 
 
-def rates(jpegs: Jpegs) -> tuple[float, float]:
+def rates(jpegs: GpuJpegDecoder) -> tuple[float, float]:
     """Images per second by `jpegs`, and by one decoder process, of a JPEG that is drawn here.
 
     Raises CapcliError where the GPU cannot decode it.
@@ -151,14 +151,16 @@ def rates(jpegs: Jpegs) -> tuple[float, float]:
     return TRIED / (between - began), TRIED // 8 / (time.perf_counter() - between)
 
 
-class OnGpu:
+class GpuLoading:
     """Arrivals of which a GPU decodes the plain JPEGs, in the entries' order, each as soon as those before it are there.
 
     Decoder processes read all files: `keep` leaves them the JPEGs for `jpegs`. What those do not decode goes to processes
     again, which `whole` decodes in. `start(entries, decode)` starts them.
     """
 
-    def __init__(self, entries: Iterable[Entry], jpegs: Jpegs, keep: Decode, whole: Decode, start: Start) -> None:
+    def __init__(
+        self, entries: Iterable[Entry], jpegs: GpuJpegDecoder, keep: Decode, whole: Decode, start: Start
+    ) -> None:
         self._jpegs = jpegs
         self._entries: deque[Entry] = deque()  # of those under way
         self._loading = start(self._noted(entries), keep)
@@ -223,7 +225,7 @@ class OnGpu:
         size = 0
         while len(gathered) < MOST and size < MOST_BYTES:
             try:
-                came = self._loading.take(0 if gathered else HEED)
+                came = self._loading.take(0 if gathered else POLL_SECONDS)
             except Exception as error:  # to be told after what came before it
                 self._error = error
                 break
@@ -249,7 +251,7 @@ class OnGpu:
     def _put(self, what: Loaded | Failure | BaseException | None) -> None:
         while not self._closed.is_set():
             try:
-                self._ready.put(what, timeout=HEED)
+                self._ready.put(what, timeout=POLL_SECONDS)
                 return
             except Full:
                 continue
@@ -272,7 +274,7 @@ class Refused:
         for _ in entries:
             came = None
             while came is None and self._loading and not self._closed.is_set():
-                came = self._loading.take(HEED)
+                came = self._loading.take(POLL_SECONDS)
             if came is not None:
                 yield came
 

@@ -17,7 +17,7 @@ from capcli.text import as_text, counted, is_text, printable, raw_bytes
 
 if TYPE_CHECKING:
     from capcli.metrics.bootstrap import Interval
-    from capcli.metrics.run import Measured, Result
+    from capcli.metrics.run import FileScores, Result
 
 MEASURES = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
 WORDS = {
@@ -73,7 +73,7 @@ def document(result: Result) -> dict[str, Any]:
     return {"first": first, "second": second, "difference": difference} | how
 
 
-def one(measured: Measured) -> dict[str, Any]:
+def one(measured: FileScores) -> dict[str, Any]:
     matched = measured.matched
     values: dict[str, Any] = dict(measured.figures)
     if measured.intervals is not None:

@@ -34,7 +34,7 @@ class Matched:
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class FileScores:
     """One file's figures: `figures` all of them by name, in the order they are shown."""
 
     matched: Matched
@@ -47,7 +47,7 @@ class Measured:
 class Result:
     """What is shown: the files measured, how, and what the second has over the first."""
 
-    measured: Sequence[Measured]
+    measured: Sequence[FileScores]
     tokenize: str
     tokenizer: str
     resamples: int | None
@@ -191,10 +191,10 @@ def say_what_is_left_out(matched: Matched) -> None:
         )
 
 
-def measure(matched: Matched, scorer: Scorer, meteor: java.Meteor | None) -> Measured:
+def measure(matched: Matched, scorer: Scorer, meteor: java.Meteor | None) -> FileScores:
     scores = scorer.measure(matched.texts, meteor)
     figures = {name: scores.corpus[name] for name in output.MEASURES if name in scores.corpus}
-    return Measured(matched, scores, figures | variety(list(scores.tokens.values())))
+    return FileScores(matched, scores, figures | variety(list(scores.tokens.values())))
 
 
 def compared(result: Result, meteor: java.Meteor | None) -> Result:
@@ -208,7 +208,7 @@ def compared(result: Result, meteor: java.Meteor | None) -> Result:
         scores = [each.scores for each in measured]
         drawn = bootstrap.resample(scores, meteor, result.resamples, result.seed)
         measured = [
-            Measured(each.matched, each.scores, each.figures, bootstrap.intervals(values))
+            FileScores(each.matched, each.scores, each.figures, bootstrap.intervals(values))
             for each, values in zip(measured, drawn, strict=True)
         ]
         if len(drawn) > 1:

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from capcli.errors import CapcliError
 from capcli.models.dtypes import DTYPES
 from capcli.models.families import family_of
-from capcli.models.files import GENERATION, ModelFiles
 from capcli.models.load_errors import explain_load_error
+from capcli.models.model_files import GENERATION, ModelFiles
 from capcli.models.modules import Encode, Step
 from capcli.pixels import PixelSpec
 

@@ -22,24 +22,24 @@ def sub_config(given: dict[str, Any] | PretrainedConfig | None, kind: str) -> Pr
     return made
 
 
-def seen_size(encoder: Any) -> Any:
+def image_size_of(encoder: Any) -> Any:
     """The image size that an encoder's config names, or the usual one."""
     return getattr(encoder, "image_size", None) or USUAL_SIZE
 
 
-def seen_width(encoder: Any) -> int:
+def feature_width(encoder: Any) -> int:
     """Channels of an encoder's last_hidden_state."""
     if encoder.model_type == "resnet":
         return int(encoder.hidden_sizes[-1])
     return int(encoder.hidden_size)
 
 
-def in_reading_order(seen: Tensor) -> Tensor:
+def flatten_features(seen: Tensor) -> Tensor:
     """[E, C, h, w], or [E, M, C] already -> [E, M, C]."""
     return seen.flatten(2).transpose(1, 2) if seen.dim() == 4 else seen
 
 
-def waves(height: int, width: int, channels: int) -> Tensor:
+def position_waves(height: int, width: int, channels: int) -> Tensor:
     """[height * width, channels]: a quarter each of the column's sines and cosines, and the row's."""
     rate = WAVES ** -torch.linspace(0, 1, channels // 4)
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -47,7 +47,7 @@ def waves(height: int, width: int, channels: int) -> Tensor:
     return torch.cat((column.sin(), column.cos(), row.sin(), row.cos()), 1)
 
 
-def places(seen: Tensor, rows: int, columns: int) -> Tensor:
+def position_features(seen: Tensor, rows: int, columns: int) -> Tensor:
     """For each token of an image's [E, M, C] sines and cosines of its row and column [M, C]; 0 for what has no place.
 
     An odd C has none.
@@ -55,7 +55,7 @@ def places(seen: Tensor, rows: int, columns: int) -> Tensor:
     others = seen.shape[1] - rows * columns  # of the class token, which comes first
     if seen.shape[2] % 4 or others < 0:
         return seen.new_zeros(())
-    there = waves(rows, columns, seen.shape[2]).to(seen)
+    there = position_waves(rows, columns, seen.shape[2]).to(seen)
     return torch.cat((there.new_zeros(others, there.shape[1]), there))
 
 

@@ -64,5 +64,5 @@ def tag_room(config: Mapping[str, Any]) -> int:
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json that `capcli.models.files` lets through."""
+    """The family of a config.json that `capcli.models.model_files` lets through."""
     return cast("Family", import_module(f"capcli.models.{FILES[config['model_type']]}"))

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 
 from capcli import __version__
 from capcli.errors import CapcliError, UsageError
-from capcli.models.files import CONFIG, IncompleteError, ModelFiles, Shelf, gather, shelf_of
+from capcli.models.model_files import CONFIG, IncompleteError, ModelFiles, ModelListing, collect_files, list_model
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 COMMIT = re.compile("[0-9a-f]{40}")
-Gather = Callable[[str, Shelf, str | None], ModelFiles]  # which files are taken, and what is refused
+Gather = Callable[[str, ModelListing, str | None], ModelFiles]  # which files are taken, and what is refused
 
 
 class _RefusedError(CapcliError):
@@ -32,7 +32,7 @@ def find_model(
     revision: str | None = None,
     *,
     quiet: bool = False,
-    take: Gather = gather,
+    take: Gather = collect_files,
     option: str = "--model",
 ) -> ModelFiles:
     """Give the files of the captioner that `model` names: a folder, or a name on the hub (downloaded into its cache).
@@ -46,7 +46,7 @@ def find_model(
     if os.path.isdir(folder):
         if revision is not None:
             raise UsageError(f"--revision is for models on the hub, and {model} is a folder: leave it out.")
-        return take(model, shelf_of(folder), None)
+        return take(model, list_model(folder), None)
     _refuse_malformed(model, option)
     return _from_hub(model, revision, quiet, take, option)
 
@@ -103,7 +103,7 @@ def _cached(model: str, revision: str | None, take: Gather) -> ModelFiles:
         wanted = model if revision is None else f"{model} at revision {revision}"
         raise IncompleteError(f"{wanted} is not in the cache ({constants.HF_HUB_CACHE}).")
     folder = os.path.dirname(path)
-    return take(model, shelf_of(folder, f"The cached copy of {model}"), os.path.basename(folder))
+    return take(model, list_model(folder, f"The cached copy of {model}"), os.path.basename(folder))
 
 
 def _download(model: str, revision: str | None, quiet: bool, take: Gather) -> ModelFiles:
@@ -127,7 +127,7 @@ def _download(model: str, revision: str | None, quiet: bool, take: Gather) -> Mo
             return hf_hub_download(model, name, revision=commit, library_name="capcli", library_version=__version__)
 
     with _progress(shown=not quiet and sys.stderr.isatty()):
-        files = take(model, Shelf(f"{model} on the hub", names, fetch), commit)
+        files = take(model, ModelListing(f"{model} on the hub", names, fetch), commit)
         _bind(model, revision, files)
     return files
 

@@ -8,7 +8,7 @@ import pickle
 from typing import BinaryIO
 
 from capcli.errors import CapcliError
-from capcli.models.files import ModelFiles, shelf_of, weight_files
+from capcli.models.model_files import ModelFiles, list_model, weight_files
 
 LFS_POINTER = b"version https://git-lfs"
 MISMATCH = ("size mismatch", "ignore_mismatched_sizes", "mismatched")
@@ -46,7 +46,7 @@ def explain_load_error(error: Exception, files: ModelFiles) -> CapcliError:
 
 def broken_weights(folder: str) -> str | None:
     """Say which weight file is cut short or not what its name says; None when all look whole."""
-    shelf = shelf_of(folder)
+    shelf = list_model(folder)
     for name in weight_files(shelf):
         path = shelf.fetch(name)
         try:

@@ -19,10 +19,17 @@ from transformers import AutoConfig, AutoModel, GenerationMixin, GPT2LMHeadModel
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import CausalLMOutput
 
-from capcli.decoding.settings import NO_WORD
+from capcli.decoding.settings import NO_TOKEN
 from capcli.models import modules
 from capcli.models.cache import keeping_cache
-from capcli.models.encoders import grid, in_reading_order, register_architecture, seen_size, seen_width, sub_config
+from capcli.models.encoders import (
+    feature_width,
+    flatten_features,
+    grid,
+    image_size_of,
+    register_architecture,
+    sub_config,
+)
 
 LOADER = "AutoModel"
 ENCODER, DECODER = ("encoder",), ("decoder",)
@@ -74,7 +81,7 @@ class PrefixCaptioner(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         self.decoder: Any = decoder or GPT2LMHeadModel(text)
         # what parts were given becomes what this config says of them
         self.config.vision_config, self.config.text_config = self.encoder.config, self.decoder.config
-        self.project = nn.Linear(seen_width(self.encoder.config), self.decoder.config.n_embd)
+        self.project = nn.Linear(feature_width(self.encoder.config), self.decoder.config.n_embd)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -98,7 +105,7 @@ class PrefixCaptioner(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         """[E, 3, h, w] -> the image's tokens [E, image_tokens, n_embd], not yet at their positions."""
         seen = self.encoder(pixel_values=pixel_values).last_hidden_state
         rows, columns = grid(self.encoder.config, seen, *pixel_values.shape[2:])
-        seen = in_reading_order(seen)
+        seen = flatten_features(seen)
         seen = seen[:, seen.shape[1] - rows * columns :]  # without class tokens, which come first
         means: Tensor = seen.new_tensor(pooling(self.config.image_tokens, rows, columns))
         tokens: Tensor = self.project(means @ seen)
@@ -111,7 +118,7 @@ class PrefixCaptioner(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         if not self.config.tag_tokens:
             return image, there
         if tags is None:
-            tags = torch.full((len(image), self.config.tag_tokens), NO_WORD, device=image.device)
+            tags = torch.full((len(image), self.config.tag_tokens), NO_TOKEN, device=image.device)
         words = self.get_input_embeddings()(tags.clamp(min=0))
         return torch.cat((image, words), 1), torch.cat((there, tags >= 0), 1)
 
@@ -193,7 +200,7 @@ class Encode(modules.Encode):
 
     def __init__(self, model: nn.Module, rescale: float, mean: Sequence[float], std: Sequence[float]) -> None:
         whole: Any = model
-        super().__init__(whole.encoder, rescale, mean, std, size=seen_size(whole.encoder.config))
+        super().__init__(whole.encoder, rescale, mean, std, size=image_size_of(whole.encoder.config))
         self.whole = whole
 
     def forward(self, pixels: Tensor, question: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -239,7 +246,7 @@ class Step(modules.Step):
 def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """What the model learns from."""
     tags, room = batch["question"], model.config.tag_tokens
-    tags = nn.functional.pad(tags.clamp(min=NO_WORD), (0, room - tags.shape[1]), value=NO_WORD) if room else None
+    tags = nn.functional.pad(tags.clamp(min=NO_TOKEN), (0, room - tags.shape[1]), value=NO_TOKEN) if room else None
     return {"pixel_values": batch["pixel_values"], "input_ids": batch["decoder_input_ids"], "tags": tags}
 
 

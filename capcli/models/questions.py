@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from capcli.decoding.settings import NO_WORD
+from capcli.decoding.settings import NO_TOKEN
 from capcli.models.checkpoint import quiet_transformers
 
 GAP = re.compile(r"<extra_id_\d+>")
@@ -45,4 +45,4 @@ def tag_ids(tokenizer: Any, texts: Sequence[str], count: int) -> list[tuple[int,
         return []
     with quiet_transformers():
         rows = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [(*row[:count], *(NO_WORD,) * (count - len(row))) for row in rows]
+    return [(*row[:count], *(NO_TOKEN,) * (count - len(row))) for row in rows]

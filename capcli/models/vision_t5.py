@@ -32,12 +32,12 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from capcli.models import modules
 from capcli.models.encoders import (
+    feature_width,
+    flatten_features,
     grid,
-    in_reading_order,
-    places,
+    image_size_of,
+    position_features,
     register_architecture,
-    seen_size,
-    seen_width,
     sub_config,
 )
 from capcli.models.modules import split_heads
@@ -117,7 +117,7 @@ class VisionT5(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-cal
         if self.question_encoder is not None:
             reads = config.question_config = self.question_encoder.config
         width = config.text_config.d_model
-        self.image_projection = nn.Linear(seen_width(config.vision_config), width)
+        self.image_projection = nn.Linear(feature_width(config.vision_config), width)
         self.question_projection = nn.Linear(reads.d_model, width)
         head = self.text_model.lm_head.weight
         self.post_init()  # type: ignore[no-untyped-call]
@@ -160,8 +160,8 @@ class VisionT5(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-cal
         """Images [E, 3, h, w] and questions [E, W] -> what the T5's encoder makes of both, and the mask [E, M + W] of it."""
         seen = self.encoder(pixel_values=pixel_values).last_hidden_state
         rows, columns = grid(self.config.vision_config, seen, *pixel_values.shape[2:])
-        image = self.image_projection(in_reading_order(seen))
-        image = image + places(image, rows, columns)
+        image = self.image_projection(flatten_features(seen))
+        image = image + position_features(image, rows, columns)
         x = torch.cat((image, self.read_question(input_ids, attention_mask)), 1)
         if attention_mask is not None:
             attention_mask = torch.cat((attention_mask.new_ones(image.shape[:2]), attention_mask), 1)
@@ -213,7 +213,7 @@ class Encode(modules.Encode):
 
     def __init__(self, model: nn.Module, rescale: float, mean: Sequence[float], std: Sequence[float]) -> None:
         whole: Any = model
-        super().__init__(whole.encoder, rescale, mean, std, size=seen_size(whole.encoder.config))
+        super().__init__(whole.encoder, rescale, mean, std, size=image_size_of(whole.encoder.config))
         self.any_size = whole.encoder.config.model_type in ANY_SIZE
         self.whole = whole
 

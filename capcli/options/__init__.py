@@ -17,10 +17,10 @@ from capcli.options.caption import (
 from capcli.options.data import DataOptions
 from capcli.options.evaluate import EvaluateOptions
 from capcli.options.export import ExportOptions
-from capcli.options.model import ModelOptions
 from capcli.options.prepare import DownloadOptions, ImageFormat, PrepareOptions
 from capcli.options.task import TaskOptions, table_of, task_of
 from capcli.options.train import TrainOptions
+from capcli.options.training_model import ModelOptions
 
 __all__ = [
     "DECODE_TIMEOUT",

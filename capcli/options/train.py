@@ -10,8 +10,8 @@ from typing import Literal
 from capcli.errors import UsageError
 from capcli.options.caption import DECODE_TIMEOUT, MAX_PIXELS, GenerationOptions
 from capcli.options.data import DataOptions
-from capcli.options.model import ModelOptions
 from capcli.options.task import LISTS, TaskOptions
+from capcli.options.training_model import ModelOptions
 from capcli.text import flag
 
 Every = int | Literal["epoch"]

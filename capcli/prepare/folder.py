@@ -20,8 +20,8 @@ from typing import Any, Self
 from capcli.annotations.data_report import EMPTY, UNREAD
 from capcli.errors import CapcliError, UsageError
 from capcli.prepare.downloads import sweep
-from capcli.prepare.manifest import Plan, Shard
-from capcli.prepare.shard_log import Part, begun
+from capcli.prepare.manifest import Shard, ShardPlan
+from capcli.prepare.shard_log import ShardLog, begun
 from capcli.prepare.shards import ShardWriter, SplitFiles, describe, features_of
 from capcli.records import Failure
 from capcli.sinks.failures import failure_line
@@ -47,7 +47,7 @@ REMAINS = re.compile(r"(train|val)-\d{5,}\.(arrow|\w+\.tmp)")  # of these, what 
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class WrittenShard:
     """A shard that is written: `failures` are its images that are not in it, `failed` their positions.
 
     `again` says that what failed before was tried again for it.
@@ -62,7 +62,7 @@ class Done:
     again: bool = False
 
 
-class Folder:
+class PreparedFolder:
     """The folder that a copy is written to, locked while it is entered."""
 
     def __init__(self, path: str) -> None:
@@ -147,7 +147,7 @@ class Folder:
             with contextlib.suppress(OSError):  # it holds what others put there
                 os.rmdir(folder)
 
-    def begin(self, plan: Plan, *, anew: bool) -> None:
+    def begin(self, plan: ShardPlan, *, anew: bool) -> None:
         """Write down what is going to be there, and make room for it; what a kill left half done goes."""
         if anew:
             run_file.write(os.path.join(self.path, MANIFEST), plan.manifest())
@@ -156,7 +156,7 @@ class Folder:
             os.makedirs(os.path.join(self.path, name), exist_ok=True)
         sweep(self.work, REMAINS)
 
-    def reopen(self, plan: Plan, manifest: dict[str, Any]) -> None:
+    def reopen(self, plan: ShardPlan, manifest: dict[str, Any]) -> None:
         """Make a finished copy an unfinished one, all of whose shards are noted as done; it can be read all the time."""
         os.makedirs(self.work, exist_ok=True)
         reasons = iter(self._reasons(manifest))
@@ -165,7 +165,7 @@ class Folder:
                 failed = tuple(map(int, entry["failed"].split()))
                 failures = tuple(Failure(shard.images[position].name, *next(reasons)) for position in failed)
                 held = {key: entry[key] for key in ("rows", "captions", "bytes", "sha256")}
-                self._write_note(shard, Done(**held, failures=failures, failed=failed))
+                self._write_note(shard, WrittenShard(**held, failures=failures, failed=failed))
         self._restate(manifest, {"state": "unfinished"})
 
     def _reasons(self, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -188,13 +188,13 @@ class Folder:
         manifest |= what
         run_file.write(os.path.join(self.path, MANIFEST), manifest)
 
-    def done(self, shard: Shard) -> Done | None:
+    def done(self, shard: Shard) -> WrittenShard | None:
         """What is known of a shard that is written, by its note; None where it is still to be done."""
         try:
             with open(self._note(shard), "rb") as file:
                 note = json.load(file)
             failures = tuple(Failure(**failure) for failure in note.pop("failures"))
-            done = Done(**note | {"failed": tuple(note.get("failed", ()))}, failures=failures)
+            done = WrittenShard(**note | {"failed": tuple(note.get("failed", ()))}, failures=failures)
             return done if os.path.getsize(self.file(shard)) == done.bytes else None
         except (OSError, ValueError, TypeError, KeyError):
             return None
@@ -205,38 +205,42 @@ class Folder:
     def _note(self, shard: Shard) -> str:
         return os.path.join(self.work, f"{shard.label}.json")
 
-    def _write_note(self, shard: Shard, done: Done) -> None:
+    def _write_note(self, shard: Shard, done: WrittenShard) -> None:
         atomic.replace(self._note(shard), [json.dumps(asdict(done)).encode()])
 
     def begun(self, shard: Shard, *, again: bool) -> frozenset[int]:
         """The positions of the images that are done in a shard that is not."""
         return begun(self._part(shard), again=again)
 
-    def part(self, shard: Shard, *, again: bool) -> Part:
-        return Part(self._part(shard), again=again)
+    def part(self, shard: Shard, *, again: bool) -> ShardLog:
+        return ShardLog(self._part(shard), again=again)
 
     def _part(self, shard: Shard) -> str:
         return os.path.join(self.work, f"{shard.label}.part")
 
-    def writer(self, shard: Shard, plan: Plan) -> ShardWriter:
+    def writer(self, shard: Shard, plan: ShardPlan) -> ShardWriter:
         return ShardWriter(
             os.path.join(self.work, f"{shard.label}.arrow"), features_of(odd_names=plan.odd_names, tagged=plan.tagged)
         )
 
-    def settle(self, shard: Shard, writer: ShardWriter, failures: Mapping[int, Failure], *, again: bool) -> Done:
+    def settle(
+        self, shard: Shard, writer: ShardWriter, failures: Mapping[int, Failure], *, again: bool
+    ) -> WrittenShard:
         """Put a shard that is written where it belongs; its note first, which is good only of a file of that size."""
         temporary = os.path.join(self.work, f"{shard.label}.arrow")
         with open(temporary, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = os.path.getsize(temporary)
-        done = Done(writer.rows, writer.captions, size, digest, tuple(failures.values()), tuple(failures), again)
+        done = WrittenShard(
+            writer.rows, writer.captions, size, digest, tuple(failures.values()), tuple(failures), again
+        )
         self._write_note(shard, done)
         atomic.settle(temporary, self.file(shard))
         os.unlink(self._part(shard))
         return done
 
     def finish(
-        self, plan: Plan, manifest: dict[str, Any], done: Mapping[Shard, Done], failures: Sequence[Failure]
+        self, plan: ShardPlan, manifest: dict[str, Any], done: Mapping[Shard, WrittenShard], failures: Sequence[Failure]
     ) -> None:
         """Make the copy whole: what was left out, what `datasets` wants, and the manifest of what is there."""
         self.write_failures(failures)

@@ -38,7 +38,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShardPlan:
     """All that decides what is written; `odd_names` where some name is not UTF-8, so that its bytes want a column,
     `tagged` where images may have tags.
     """
@@ -107,7 +107,7 @@ class Plan:
         return lines
 
 
-def make_plan(options: PrepareOptions, splits: Mapping[str, Sequence[Annotated]]) -> Plan:
+def make_plan(options: PrepareOptions, splits: Mapping[str, Sequence[Annotated]]) -> ShardPlan:
     """Cut the images of each split into shards; a split without images is left out."""
     quality = 95 if options.quality is None and options.format != "png" else options.quality
     settings = {
@@ -124,7 +124,7 @@ def make_plan(options: PrepareOptions, splits: Mapping[str, Sequence[Annotated]]
         name: _cut(name, images, options.shard_size, addresses=addresses) for name, images in splits.items() if images
     }
     odd_names = not all(is_text(image.name) for images in splits.values() for image in images)
-    return Plan(settings, asked, cut, odd_names, tagged=options.data.tags_column is not None)
+    return ShardPlan(settings, asked, cut, odd_names, tagged=options.data.tags_column is not None)
 
 
 def _cut(split: str, images: Sequence[Annotated], size: int, *, addresses: bool) -> list[Shard]:

@@ -16,15 +16,15 @@ from capcli.loading import Loading, load, usable_cpus
 from capcli.options import PrepareOptions
 from capcli.prepare.downloads import Downloads
 from capcli.prepare.encoding import Encoder, address_of
-from capcli.prepare.folder import Done, Folder
+from capcli.prepare.folder import PreparedFolder, WrittenShard
 from capcli.prepare.listing import read_source, refuse_own
-from capcli.prepare.manifest import Plan, Shard, make_plan
+from capcli.prepare.manifest import Shard, ShardPlan, make_plan
 from capcli.prepare.shards import stored_copies
 from capcli.progress import Progress, say
 from capcli.records import Annotated, Entry, Failure, Loaded
 from capcli.text import brief, counted, printable
 
-HEED = 0.2  # seconds after which a wait shows how far things are
+POLL_SECONDS = 0.2  # seconds after which a wait shows how far things are
 GRACE = 5.0  # seconds after an interrupt in which what is under way may still come
 PROVEN_BY = 16  # images, one of which is mostly good
 
@@ -34,7 +34,7 @@ class StoppedError(Exception):
 
 
 @dataclass(slots=True)
-class Report:
+class PrepareReport:
     """What a run did so far; `skipped` images were done by an earlier one."""
 
     stored: int = 0
@@ -59,22 +59,22 @@ def run(options: PrepareOptions) -> int:
     """
     source = read_source(options)
     plan = make_plan(options, source.splits)
-    with Folder(options.out) as folder:
+    with PreparedFolder(options.out) as folder:
         manifest = folder.manifest()
-        run = Run(options, plan, folder, source.failures, manifest or plan.manifest())
+        run = PrepareRun(options, plan, folder, source.failures, manifest or plan.manifest())
         if manifest is None:
             return run.store_all(anew=True)
         refuse_own(options, source, folder.own(manifest))
         if options.overwrite:
             run.prove()
             folder.clear(manifest)
-            return Run(options, plan, folder, source.failures, plan.manifest()).store_all(anew=True)
+            return PrepareRun(options, plan, folder, source.failures, plan.manifest()).store_all(anew=True)
         plan.refuse_other(manifest, options.out)
         if manifest["state"] == "finished":
             damaged = folder.damaged(manifest)
             if not damaged and not (options.retry_failed and manifest["images_left_out"]):
                 folder.tidy()
-                return close(options, folder, manifest, Report())
+                return close(options, folder, manifest, PrepareReport())
             for path in damaged:
                 run.tell(f"{printable(path)} is not as it was written, or gone: it is made anew")
             folder.reopen(plan, manifest)
@@ -84,11 +84,11 @@ def run(options: PrepareOptions) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class ShardWork:
     """A shard to be made: of a file that is there (`earlier`) what it lacks, else all; but what is `begun` already."""
 
     shard: Shard
-    earlier: Done | None
+    earlier: WrittenShard | None
     begun: frozenset[int]
 
     @property
@@ -105,15 +105,15 @@ class Work:
 
 
 @dataclass
-class Run:
+class PrepareRun:
     """A run whose every choice is made."""
 
     options: PrepareOptions
-    plan: Plan
-    folder: Folder
+    plan: ShardPlan
+    folder: PreparedFolder
     left_out: Sequence[Failure]
     manifest: dict[str, Any]
-    report: Report = field(default_factory=Report)
+    report: PrepareReport = field(default_factory=PrepareReport)
 
     @property
     def again(self) -> bool:
@@ -124,7 +124,7 @@ class Run:
         """Raises CapcliError where no image at all can be had: nothing is to be overwritten for that."""
         first: Failure | None = None
         for most in (PROVEN_BY, None):
-            entries = islice(listed(Work(shard, None, frozenset()) for shard in self.plan.shards), most)
+            entries = islice(listed(ShardWork(shard, None, frozenset()) for shard in self.plan.shards), most)
             with self.at_work(entries) as (images, drop):
                 for result in images:
                     drop()
@@ -141,14 +141,14 @@ class Run:
         """Every shard that is not there yet; the exit code. A signal ends the run, and what is done is kept."""
         try:
             self.folder.begin(self.plan, anew=anew)
-            done: dict[Shard, Done] = {}
-            works: list[Work] = []
+            done: dict[Shard, WrittenShard] = {}
+            works: list[ShardWork] = []
             for shard in self.plan.shards:
                 found = self.folder.done(shard)
                 if found is not None and not (self.again and found.failures and not found.again):
                     done[shard] = found
                 else:
-                    works.append(Work(shard, found, self.folder.begun(shard, again=self.again)))
+                    works.append(ShardWork(shard, found, self.folder.begun(shard, again=self.again)))
             self.report.skipped = self.plan.count - sum(len(work.wanted) for work in works)
             interrupts = self.store(works, done)
             if interrupts.exit_code and len(done) < len(self.plan.shards):
@@ -159,7 +159,7 @@ class Run:
         except OSError as error:
             raise CapcliError(f"cannot write to {printable(self.options.out)}: {error.strerror or error}") from error
 
-    def store(self, works: Sequence[Work], done: dict[Shard, Done]) -> Interrupts:
+    def store(self, works: Sequence[ShardWork], done: dict[Shard, WrittenShard]) -> Interrupts:
         """Store shards, each image a row of its shard or a failure."""
         progress = Progress(self.report, shown=not self.options.quiet, total=lambda: self.plan.count, task="preparing")
         with (
@@ -173,7 +173,7 @@ class Run:
                 done[work.shard] = self.store_shard(work, results)
         return interrupts
 
-    def store_shard(self, work: Work, results: Iterator[Loaded | Failure]) -> Done:
+    def store_shard(self, work: ShardWork, results: Iterator[Loaded | Failure]) -> WrittenShard:
         """Write a shard, of what is done of it already and of `results`; raises StoppedError where these break off."""
         shard, wanted = work.shard, set(work.wanted)
         failures: dict[int, Failure] = {}
@@ -202,7 +202,7 @@ class Run:
         while True:
             if interrupts.asked():
                 last = min(last, time.monotonic() + GRACE)
-            result = images.take(HEED)
+            result = images.take(POLL_SECONDS)
             if result is not None:
                 drop()
                 self.report.failed += isinstance(result, Failure)
@@ -228,7 +228,7 @@ class Run:
                 drop,
             )
 
-    def finish(self, done: Mapping[Shard, Done]) -> int:
+    def finish(self, done: Mapping[Shard, WrittenShard]) -> int:
         failures = [*self.left_out, *(failure for shard in self.plan.shards for failure in done[shard].failures)]
         if not any(each.rows for each in done.values()):
             self.folder.write_failures(failures)
@@ -246,7 +246,7 @@ class Run:
             say(line)
 
 
-def listed(works: Iterable[Work]) -> Iterator[Entry]:
+def listed(works: Iterable[ShardWork]) -> Iterator[Entry]:
     for work in works:
         for image in map(work.shard.images.__getitem__, work.wanted):
             yield Entry(image.name, image.name if image.image is None else address_of(image.image))
@@ -264,7 +264,7 @@ def until(ended: Callable[[], bool], entries: Iterator[Entry]) -> Iterator[Entry
         yield entry
 
 
-def close(options: PrepareOptions, folder: Folder, manifest: Mapping[str, Any], report: Report) -> int:
+def close(options: PrepareOptions, folder: PreparedFolder, manifest: Mapping[str, Any], report: PrepareReport) -> int:
     """The closing line, and the exit code."""
     total = {key: sum(split[key] for split in manifest["splits"].values()) for key in ("rows", "captions", "bytes")}
     line = f"{counted(total['rows'], 'image')}, {counted(total['captions'], 'caption')}, {total['bytes'] / 1e6:,.1f} MB"

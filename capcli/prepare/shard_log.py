@@ -13,7 +13,7 @@ from capcli.records import Failure, Loaded
 from capcli.sources.fetching import NO_ANSWER
 
 
-class Part:
+class ShardLog:
     """The results of a shard's images so far, by their positions in it; to be entered.
 
     What got no answer is forgotten when a run goes on, for it may have been our network; what failed before all was to be

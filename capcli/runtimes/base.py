@@ -16,7 +16,7 @@ from capcli.decoding.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedChunk:
     """Memory or prefixes `seen` and the questions `asked` of a chunk; there once `done`, a CUDA event, has happened."""
 
     seen: Sequence[Tensor]
@@ -27,7 +27,7 @@ class Encoded:
         return self.done is None or bool(self.done.query())  # type: ignore[no-untyped-call]
 
 
-class Seated(ABC):
+class SlotRuntime(ABC):
     """A runtime but for what executes the two graphs; see `capcli.decoding.loop.Runtime`.
 
     What encode leaves of an image is its memory, for cross-attention, or, with `prefixed`, the first entries of its pool.
@@ -58,7 +58,7 @@ class Seated(ABC):
     ) -> Tensor:
         """tokens and position [S, Q], at [S], visible [S, Q, N] -> logits [S, Q, V]; writes into the pool."""
 
-    def beside(self, count: int) -> Sequence[Seated]:  # noqa: ARG002
+    def beside(self, count: int) -> Sequence[SlotRuntime]:  # noqa: ARG002
         """Itself and others over the same weights, each for a thread of its own: `count`, or itself alone if no others can be."""
         return [self]
 
@@ -84,11 +84,11 @@ class Seated(ABC):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def encode(self, pixels: npt.NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> Encoded:
+    def encode(self, pixels: npt.NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> EncodedChunk:
         asked = torch.tensor(questions, dtype=torch.long, device=self.device)  # [E, W]
-        return Encoded(self._encode(pixels, asked), asked)
+        return EncodedChunk(self._encode(pixels, asked), asked)
 
-    def admit(self, encoded: Encoded, seats: Sequence[int]) -> Tensor:
+    def admit(self, encoded: EncodedChunk, seats: Sequence[int]) -> Tensor:
         seen, asked = encoded.seen, encoded.asked
         if not self._pool:
             self._make_room(seen)

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
-from capcli.runtimes.base import Encoded, Seated
+from capcli.runtimes.base import EncodedChunk, SlotRuntime
 
 WARM_UPS = 2  # turns before the recording: libraries set themselves up at the first, which no capture allows
 
 
-class Eager(Seated):
+class Eager(SlotRuntime):
     """Runs a captioner's `encode` and `step` modules. `record`: whether steps on CUDA become a CUDA graph."""
 
     def __init__(
@@ -51,14 +51,14 @@ class Eager(Seated):
         if self._aside is not None:
             self._aside.wait_stream(torch.cuda.current_stream(self.device))  # what loads the weights
 
-    def encode(self, pixels: npt.NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> Encoded:
+    def encode(self, pixels: npt.NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> EncodedChunk:
         if self._aside is None:
             return super().encode(pixels, questions)
         with torch.cuda.stream(self._aside):
             encoded = super().encode(pixels, questions)
             return replace(encoded, done=self._aside.record_event())
 
-    def admit(self, encoded: Encoded, seats: Sequence[int]) -> Tensor:
+    def admit(self, encoded: EncodedChunk, seats: Sequence[int]) -> Tensor:
         if encoded.done is not None:
             steps = torch.cuda.current_stream(self.device)
             steps.wait_event(encoded.done)

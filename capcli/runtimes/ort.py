@@ -16,7 +16,7 @@ from capcli.engine.engine_json import ENCODE, STEP, Engine
 from capcli.engine.packages import FUSED, ONNXRUNTIME, importing, release
 from capcli.errors import CapcliError
 from capcli.models.dtypes import DTYPES
-from capcli.runtimes.base import Seated
+from capcli.runtimes.base import SlotRuntime
 
 # ONNX's numbers for the types that graphs here take and give (onnx.proto, TensorProto.DataType).
 NUMBER = {torch.float32: 1, torch.uint8: 2, torch.int32: 6, torch.bool: 9, torch.float16: 10, torch.bfloat16: 16}
@@ -58,7 +58,7 @@ def import_onnxruntime(profile: str = "portable") -> Any:
     return onnxruntime
 
 
-class Ort(Seated):
+class Ort(SlotRuntime):
     """Runs two sessions; memory, pool and logits are bound once for all steps of a run, the pool in place."""
 
     def __init__(self, encode: Any, step: Any, engine: Engine, device: torch.device) -> None:

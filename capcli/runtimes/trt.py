@@ -21,7 +21,7 @@ from capcli.engine.check import refuse_misfit
 from capcli.engine.engine_json import Engine, encode_plan, step_plan
 from capcli.errors import CapcliError
 from capcli.models.dtypes import DTYPES
-from capcli.runtimes.base import Seated
+from capcli.runtimes.base import SlotRuntime
 from capcli.runtimes.trt_plan import Plan, Plans, import_tensorrt
 
 TYPES = DTYPES | {"int32": torch.int32, "uint8": torch.uint8, "bool": torch.bool}
@@ -56,7 +56,7 @@ def open_trt(folder: str, engine: Engine, device: torch.device) -> Trt:
 
 
 @dataclass
-class Sides:
+class SideBuffers:
     """The pool before and after a step: the same buffers where a plan writes in place, else two sets that take turns."""
 
     name: str
@@ -119,7 +119,7 @@ class Replayed:
         current.wait_stream(aside)
 
 
-class Trt(Seated):
+class Trt(SlotRuntime):
     """Runs the plans that `load` reads by file name."""
 
     def __init__(self, engine: Engine, load: Callable[[str], Plan], device: torch.device) -> None:
@@ -134,8 +134,8 @@ class Trt(Seated):
         """Lets go of every buffer: those of another run come after."""
         self._encoding: dict[str, Tensor] = {}
         self._stepping: dict[str, Tensor] = {}
-        self._main: Sides | None = None
-        self._scratch: Sides | None = None
+        self._main: SideBuffers | None = None
+        self._scratch: SideBuffers | None = None
 
     def shapes(self, slots: int, settings: Settings, most: int | None = None, count: int | None = None) -> Shapes:
         """A bucket's, whole. Raises UsageError for a search that no plan has room for, and for too many slots."""
@@ -211,14 +211,14 @@ class Trt(Seated):
                 what = ", ".join(f"{name} {found.get(name, ('is missing',))}" for name in strange[:3])
                 raise CapcliError(f"{plan.name} is not the plan that its name says ({what}): {engine.rebuild}")
 
-    def _sides(self, name: str) -> Sides:
+    def _sides(self, name: str) -> SideBuffers:
         """The plan's own pool buffers, or, for another name, others like them."""
         before = [self._stepping[f"pool_{layer}"] for layer in self._names]
         after = [self._stepping[f"pool_out_{layer}"] for layer in self._names]
         if name == "main":
-            return Sides(name, before, after)
+            return SideBuffers(name, before, after)
         mine = [torch.zeros_like(x) for x in before]
-        return Sides(
+        return SideBuffers(
             name, mine, [m if a is b else torch.zeros_like(a) for m, b, a in zip(mine, before, after, strict=True)]
         )
 
@@ -246,7 +246,7 @@ class Trt(Seated):
         self._pool = self._main.before
         return logits
 
-    def _pass(self, pool: Sides, tokens: Tensor, position: Tensor, at: Tensor, visible: Tensor) -> Tensor:
+    def _pass(self, pool: SideBuffers, tokens: Tensor, position: Tensor, at: Tensor, visible: Tensor) -> Tensor:
         """One step over the plan's own memory and `pool`, whose sides turn; the plan's further slots stay idle."""
         slots = len(tokens)
         for name, x in (("tokens", tokens), ("position", position), ("at", at)):

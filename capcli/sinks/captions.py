@@ -6,20 +6,20 @@ from collections.abc import Iterator
 
 from capcli.options import Format
 from capcli.records import Caption
-from capcli.sinks.formats import Columns, Csv, JsonCaptions
+from capcli.sinks.formats import Csv, JsonCaptions, RowFields
 from capcli.sinks.journal import Journal
 from capcli.sinks.keys import Keys, key
 from capcli.text import is_text
 
 
-def rows_for(kind: Format, columns: Columns) -> JsonCaptions | Csv:
+def rows_for(kind: Format, columns: RowFields) -> JsonCaptions | Csv:
     return Csv(columns, wide=False) if kind == "csv" else JsonCaptions(columns)
 
 
 class CaptionFile:
     """Rows in a file that a later run goes on with. The order of calls is open, begin, start, write, close."""
 
-    def __init__(self, path: str, kind: Format, columns: Columns) -> None:
+    def __init__(self, path: str, kind: Format, columns: RowFields) -> None:
         self._journal = Journal(path, "--out")
         self._rows = rows_for(kind, columns)
         self.keys = Keys()

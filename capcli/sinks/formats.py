@@ -42,7 +42,7 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
-class Columns:
+class RowFields:
     """What a captions file holds for each image, apart from its name, caption and score."""
 
     candidates: bool
@@ -147,7 +147,7 @@ class JsonLines:
 class JsonCaptions(JsonLines):
     """Captions as JSON lines."""
 
-    def __init__(self, columns: Columns) -> None:
+    def __init__(self, columns: RowFields) -> None:
         super().__init__(("file_name", "text"))
         self.columns = columns
 
@@ -163,7 +163,7 @@ _CELL = rb"(%s|%s)" % (_PLAIN, _QUOTED)
 class Csv:
     """One record per image under a header. When `wide`, a last column holds the bytes of names that are not UTF-8."""
 
-    def __init__(self, columns: Columns, *, wide: bool) -> None:
+    def __init__(self, columns: RowFields, *, wide: bool) -> None:
         names = columns.names
         self.columns = columns
         self.wide = wide

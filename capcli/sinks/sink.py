@@ -10,7 +10,7 @@ from capcli.options import SinkOptions
 from capcli.records import Caption, Entry, Failure
 from capcli.sinks.captions import CaptionFile
 from capcli.sinks.failures import FailureFile
-from capcli.sinks.formats import Columns
+from capcli.sinks.formats import RowFields
 from capcli.sinks.keys import Keys, key
 from capcli.sinks.paths import Paths, format_of
 from capcli.sinks.sidecar import Sidecars
@@ -29,7 +29,7 @@ class Sink:
         self._options = options
         self._warn = warn
         self._paths = Paths.of(options)
-        columns = Columns(options.candidates, options.fields)
+        columns = RowFields(options.candidates, options.fields)
         self._file: CaptionFile | None = None
         self._console: Console | None = None
         if self._paths.out is not None:

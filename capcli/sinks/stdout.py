@@ -12,7 +12,7 @@ from capcli.errors import CapcliError
 from capcli.options import Format
 from capcli.records import Caption
 from capcli.sinks.captions import rows_for
-from capcli.sinks.formats import Columns, Csv
+from capcli.sinks.formats import Csv, RowFields
 from capcli.text import is_text, printable
 
 
@@ -25,7 +25,7 @@ class ClosedPipeError(CapcliError):
 class Console:
     """Each row is out before the next is made. `kind` None: JSON lines, or readable lines on a terminal."""
 
-    def __init__(self, kind: Format | None, columns: Columns, warn: Callable[[str], None]) -> None:
+    def __init__(self, kind: Format | None, columns: RowFields, warn: Callable[[str], None]) -> None:
         self._readable = kind is None and sys.stdout.isatty()
         self._rows = rows_for(kind or "jsonl", columns)
         self._warn = warn

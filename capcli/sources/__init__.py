@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from capcli.errors import UsageError
 from capcli.options import SourceOptions
 from capcli.records import Entry
-from capcli.sources.files import IMAGE_SUFFIXES, Folder, Glob, is_folder
+from capcli.sources.files import IMAGE_SUFFIXES, FolderSource, GlobSource, is_folder
 from capcli.sources.lists import ListStream, open_list
-from capcli.sources.patterns import MAGIC, Sieve
+from capcli.sources.patterns import MAGIC, PatternFilter
 from capcli.text import printable
 
 __all__ = ["IMAGE_SUFFIXES", "Source", "open_source"]
@@ -64,21 +64,23 @@ def open_source(options: SourceOptions, warn: Callable[[str], None], earlier: Na
     _check(options, lists)
     tell = _once(warn)
     only = len(options.sources) == 1 and options.from_file is None
-    sieve = Sieve.of(options.include, options.exclude, IMAGE_SUFFIXES)
+    sieve = PatternFilter.of(options.include, options.exclude, IMAGE_SUFFIXES)
     parts = [
         _open(source, options, sieve, tell, bare=earlier.bare(source) if earlier else only)
         for source in options.sources
     ]
     if options.from_file is not None:
         parts.append(open_list(options.from_file, null=options.null))
-    if (options.include or options.exclude) and not any(isinstance(part, Folder | Glob) for part in parts):
+    if (options.include or options.exclude) and not any(isinstance(part, FolderSource | GlobSource) for part in parts):
         raise UsageError("include and exclude patterns sift folders and glob patterns: no SOURCE is one")
     given = [_described(source) for source in options.sources]
     given += [] if options.from_file is None else [_described(options.from_file, "list ")]
     return Source(
         parts=tuple(parts),
         given=tuple(given),
-        root=next((os.path.realpath(part.path) for part in parts if isinstance(part, Folder) and part.bare), None),
+        root=next(
+            (os.path.realpath(part.path) for part in parts if isinstance(part, FolderSource) and part.bare), None
+        ),
         streaming=any(isinstance(part, ListStream) for part in parts),
     )
 
@@ -93,7 +95,7 @@ def _check(options: SourceOptions, lists: list[str]) -> None:
 
 
 def _open(
-    source: str, options: SourceOptions, sieve: Sieve, warn: Callable[[str], None], *, bare: bool
+    source: str, options: SourceOptions, sieve: PatternFilter, warn: Callable[[str], None], *, bare: bool
 ) -> Iterable[Entry]:
     if source == "-":
         return open_list("-", null=options.null)
@@ -102,14 +104,14 @@ def _open(
             os.scandir(source).close()
         except OSError as error:
             raise UsageError(f"{printable(source)}: {error.strerror or error}") from None
-        return Folder(source, sieve, options.recursive, bare, warn)
+        return FolderSource(source, sieve, options.recursive, bare, warn)
     if os.path.lexists(source):
         return (Entry(source, source),)
     if not MAGIC.search(source):
         raise UsageError(f"{printable(source)}: no such file or folder")
-    glob = Glob.of(source, sieve, warn)
+    glob = GlobSource.of(source, sieve, warn)
     # A glob is walked up to its first match: nothing but a walk can tell that there is none.
-    if next(iter(Glob(glob.folder, glob.pattern, glob.sieve, lambda _: None)), None) is None:
+    if next(iter(GlobSource(glob.folder, glob.pattern, glob.sieve, lambda _: None)), None) is None:
         kind = "file" if options.include else "file with an image suffix"
         raise UsageError(f"{printable(source)}: no {kind} matches")
     return glob

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from capcli.records import Entry
-from capcli.sources.patterns import MAGIC, Pattern, Sieve
+from capcli.sources.patterns import MAGIC, Pattern, PatternFilter
 from capcli.text import printable
 
 # What Pillow (with its HEIF, AVIF and JPEG XL plugins) opens and people call a photo or a picture.
@@ -26,11 +26,11 @@ Identity = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Folder:
+class FolderSource:
     """A folder as a source. `bare`: its entries are named relative to it, not with its own path in front."""
 
     path: str
-    sieve: Sieve
+    sieve: PatternFilter
     recursive: bool
     bare: bool
     warn: Warn
@@ -49,16 +49,16 @@ class Folder:
 
 
 @dataclass(frozen=True, slots=True)
-class Glob:
+class GlobSource:
     """A pattern as a source: the files that match it, never what lies in folders that match it."""
 
     folder: str  # the part of the pattern before the first wildcard; "" for the working folder
     pattern: Pattern
-    sieve: Sieve
+    sieve: PatternFilter
     warn: Warn
 
     @classmethod
-    def of(cls, text: str, sieve: Sieve, warn: Warn) -> Glob:
+    def of(cls, text: str, sieve: PatternFilter, warn: Warn) -> GlobSource:
         parts = slashed(text).split("/")
         fixed = next(index for index, part in enumerate(parts) if MAGIC.search(part))
         folder = "/".join(parts[:fixed])

@@ -75,7 +75,7 @@ def _part(text: str, *, hidden: bool) -> re.Pattern[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Sieve:
+class PatternFilter:
     """What of a folder is wanted, by names relative to it."""
 
     include: tuple[Pattern, ...]
@@ -83,7 +83,7 @@ class Sieve:
     suffixes: tuple[str, ...]
 
     @classmethod
-    def of(cls, include: Iterable[str], exclude: Iterable[str], suffixes: tuple[str, ...]) -> Sieve:
+    def of(cls, include: Iterable[str], exclude: Iterable[str], suffixes: tuple[str, ...]) -> PatternFilter:
         return cls(
             tuple(Pattern.loose(text) for text in include),
             tuple(Pattern.loose(text, hidden=True) for text in exclude),

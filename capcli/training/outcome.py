@@ -8,19 +8,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from capcli.models import files
+from capcli.models import model_files
 from capcli.models.checkpoint import modules, puts_spaces
 from capcli.models.families import family_of, tag_room
 from capcli.options import TaskOptions, TrainOptions
 from capcli.records import Annotated
-from capcli.training.data.dataset import Data
+from capcli.training.data.dataset import TrainingData
 from capcli.training.loop.reporting import point_of
 from capcli.training.loop.task_validation import MASKED
 from capcli.training.loop.trainer import CaptionTrainer
-from capcli.training.model.assembly import Untrained
+from capcli.training.model.assembly import AssembledCaptioner
 from capcli.training.output import checkpoints
-from capcli.training.output.card import CARD, CardFacts, Split, shell_word, write_card
-from capcli.training.output.folder import Place, sources
+from capcli.training.output.card import CARD, CardFacts, SplitFacts, shell_word, write_card
+from capcli.training.output.folder import RunFolder, sources
 
 # What a card tells of how captions are searched for: those of a generation_config that a reader can do something with.
 SEARCH = {
@@ -31,7 +31,9 @@ DEPTH = ("num_hidden_layers", "n_layer", "depths")
 WIDTH = ("hidden_size", "n_embd", "embed_dim")
 
 
-def leave_captioner(options: TrainOptions, place: Place, made: Untrained, data: Data, trainer: CaptionTrainer) -> str:
+def leave_captioner(
+    options: TrainOptions, place: RunFolder, made: AssembledCaptioner, data: TrainingData, trainer: CaptionTrainer
+) -> str:
     """Puts the best checkpoint into the folder itself, with a model card; gives a line that says how good it is."""
     log = trainer.state.log_history
     there = checkpoints.whole(place.checkpoints)
@@ -51,10 +53,10 @@ def leave_captioner(options: TrainOptions, place: Place, made: Untrained, data: 
     return f"step {step}{good}: capcli caption FOLDER --model {shell_word(place.folder)}"
 
 
-def put_in_place(checkpoint: str, place: Place) -> None:
+def put_in_place(checkpoint: str, place: RunFolder) -> None:
     """Copies a checkpoint's captioner; each file is there whole or not at all, the weights last."""
-    shelf = files.shelf_of(checkpoint)
-    names = [*files.setting_files(shelf.names), *files.weight_files(shelf)]
+    shelf = model_files.list_model(checkpoint)
+    names = [*model_files.setting_files(shelf.names), *model_files.weight_files(shelf)]
     place.remember(left=sorted({CARD, *names, *place.recall().get("left", ())}))
     for name in names:
         temporary = place.path(f"{name}.tmp")
@@ -64,9 +66,9 @@ def put_in_place(checkpoint: str, place: Place) -> None:
 
 def card_facts(
     options: TrainOptions,
-    place: Place,
-    made: Untrained,
-    data: Data,
+    place: RunFolder,
+    made: AssembledCaptioner,
+    data: TrainingData,
     trainer: CaptionTrainer,
     step: int,
     loss: float | None,
@@ -118,8 +120,8 @@ def prompt_of(task: TaskOptions, config: Any) -> str:
     return task.question or getattr(config, "question", None) or ""
 
 
-def split(annotated: Sequence[Annotated]) -> Split:
-    return Split(images=len(annotated), captions=sum(len(each.captions) for each in annotated))
+def split(annotated: Sequence[Annotated]) -> SplitFacts:
+    return SplitFacts(images=len(annotated), captions=sum(len(each.captions) for each in annotated))
 
 
 def described(config: Any, given: object) -> str:

@@ -15,18 +15,18 @@ from capcli.interrupts import Interrupts
 from capcli.models.checkpoint import quiet_transformers
 from capcli.options import TrainOptions
 from capcli.text import counted
-from capcli.training.data.dataset import Data, Facts, Lost, read_data, refuse_unvalidated, validating
-from capcli.training.data.mixing import Mixed, shares
+from capcli.training.data.dataset import Facts, Lost, TrainingData, read_data, refuse_unvalidated, validating
+from capcli.training.data.mixing import TaskMixture, shares
 from capcli.training.data.pairs import Pairs
 from capcli.training.loop.arguments import total_steps, training_arguments
-from capcli.training.loop.callbacks import Flow, finished
+from capcli.training.loop.callbacks import ScheduleCallback, finished
 from capcli.training.loop.freezing import Frozen, freeze, refuse_freezing
-from capcli.training.loop.reporting import Showing, earlier_points, state_at
+from capcli.training.loop.reporting import ReportCallback, earlier_points, state_at
 from capcli.training.loop.trainer import CaptionTrainer
-from capcli.training.model.assembly import Untrained
+from capcli.training.model.assembly import AssembledCaptioner
 from capcli.training.model.pretrained import KINDS, refuse_configs
 from capcli.training.outcome import leave_captioner
-from capcli.training.output.folder import EVENTS, LEFT_OUT, Place
+from capcli.training.output.folder import EVENTS, LEFT_OUT, RunFolder
 from capcli.training.output.history import History
 from capcli.training.output.view import Sample, View
 from capcli.training.setup import assembled, make_trainer, refuse_unread
@@ -35,7 +35,7 @@ LAUNCHER = 5.0  # seconds in which torchrun passes on the signal that a terminal
 SHOWN = 3  # validation images whose captions are shown at each evaluation
 
 
-def run(options: TrainOptions, place: Place) -> int:
+def run(options: TrainOptions, place: RunFolder) -> int:
     """Train a captioner in a folder that was opened for it, or go on with the one there; the exit code.
 
     Raises UsageError for what cannot be meant, before a model is loaded, and CapcliError when the run cannot be done.
@@ -68,7 +68,7 @@ def run(options: TrainOptions, place: Place) -> int:
         spare = Interrupts(quiet=options.quiet or not main, grace=LAUNCHER if arguments.world_size > 1 else 0.0)
         with spare as interrupts, View(steps, quiet=options.quiet or not main) as view:
             describe(options, view, made, data, trainer, frozen)
-            flow = Flow(options, hold, validates=bool(data.val), stop=interrupts.asked, say=view.say)
+            flow = ScheduleCallback(options, hold, validates=bool(data.val), stop=interrupts.asked, say=view.say)
             trainer.add_callback(flow)
             if main:
                 trainer.add_callback(show(trainer, options, place, data, view))
@@ -103,14 +103,14 @@ def learn(trainer: CaptionTrainer, checkpoint: str | None, view: View) -> None:
         ) from error
 
 
-def move_end(place: Place, step: int, before: int, after: int, view: View) -> None:
+def move_end(place: RunFolder, step: int, before: int, after: int, view: View) -> None:
     """Tells people, and keeps for the card, that a run goes on to another end than it went for."""
     earlier = [each for each in place.recall().get("moved", ()) if each[0] < step]
     place.remember(moved=[*earlier, [step, before, after]])
     view.say(f"from step {step:,} on the schedule runs to step {after:,}, no longer to {before:,}")
 
 
-def pinned_new(options: TrainOptions, place: Place, facts: Facts, made: Untrained) -> frozenset[str]:
+def pinned_new(options: TrainOptions, place: RunFolder, facts: Facts, made: AssembledCaptioner) -> frozenset[str]:
     """Which parts had random weights when the run began: a checkpoint no longer tells, and freezing leaves them out."""
     if place.checkpoint is not None:
         return frozenset(facts["new"])
@@ -130,7 +130,12 @@ def freezer(options: TrainOptions, new: frozenset[str]) -> Callable[[Any], Froze
 
 
 def describe(
-    options: TrainOptions, view: View, made: Untrained, data: Data, trainer: CaptionTrainer, frozen: Frozen | None
+    options: TrainOptions,
+    view: View,
+    made: AssembledCaptioner,
+    data: TrainingData,
+    trainer: CaptionTrainer,
+    frozen: Frozen | None,
 ) -> None:
     """What is about to learn from what."""
     view.say(f"{data.report.line()}; {counted(len(data.train), 'image')} to train on, {len(data.val):,} to validate")
@@ -155,15 +160,17 @@ def describe(
         )
 
 
-def never_drawn(options: TrainOptions, pairs: Pairs | Mixed) -> Iterator[str]:
+def never_drawn(options: TrainOptions, pairs: Pairs | TaskMixture) -> Iterator[str]:
     """A line on each task whose weight is too small for a single draw."""
-    if isinstance(pairs, Mixed):
+    if isinstance(pairs, TaskMixture):
         counts = shares(len(pairs), pairs.weights)
         for name in (task.name for task, count in zip(options.task, counts, strict=True) if not count):
             yield f"task {name} is drawn 0 times in an epoch of {len(pairs):,} pairs: give it more weight"
 
 
-def show(trainer: CaptionTrainer, options: TrainOptions, place: Place, data: Data, view: View) -> Showing:
+def show(
+    trainer: CaptionTrainer, options: TrainOptions, place: RunFolder, data: TrainingData, view: View
+) -> ReportCallback:
     """Reports go to the view, history.csv, curves.png and TensorBoard; a run that goes on keeps what it had reported."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -176,4 +183,4 @@ def show(trainer: CaptionTrainer, options: TrainOptions, place: Place, data: Dat
         shown = trainer.validation.samples(trainer.captions, SHOWN) if trainer.validation else ()
         return [Sample(*each) for each in shown]
 
-    return Showing(view, History(place.folder, points), events, options.select, samples)
+    return ReportCallback(view, History(place.folder, points), events, options.select, samples)

@@ -19,22 +19,22 @@ from capcli.models.families import question_of, tag_room
 from capcli.models.hub import find_model
 from capcli.models.questions import gap_names, tag_ids, with_gaps
 from capcli.options import ModelOptions, TaskOptions, TrainOptions
-from capcli.options.model import TAG_TOKENS
+from capcli.options.training_model import TAG_TOKENS
 from capcli.records import Annotated
-from capcli.training.data.dataset import Data
+from capcli.training.data.dataset import TrainingData
 from capcli.training.data.masking import MaskedPairs, encode_words, gaps_of
-from capcli.training.data.mixing import Mixed
+from capcli.training.data.mixing import TaskMixture
 from capcli.training.data.pairs import Collate, Images, Pairs, Tokens
 from capcli.training.loop.arguments import loader_workers
 from capcli.training.loop.task_validation import CAPTION, MASKED, Validations
 from capcli.training.loop.trainer import CaptionTrainer
 from capcli.training.loop.validation import Validation
-from capcli.training.model.assembly import Untrained, assemble
+from capcli.training.model.assembly import AssembledCaptioner, assemble
 from capcli.training.model.tokenizers import encode_captions
 from capcli.training.output.folder import sources
 
 
-def assembled(options: TrainOptions, checkpoint: str | None, data: Data, *, quiet: bool) -> Untrained:
+def assembled(options: TrainOptions, checkpoint: str | None, data: TrainingData, *, quiet: bool) -> AssembledCaptioner:
     """The captioner before training; as it is at a checkpoint."""
     wanted = options.model
     if options.data.tags_column is not None and wanted.join == "prefix" and wanted.tag_tokens is None:
@@ -64,14 +64,14 @@ def refuse_unread(options: TrainOptions, *, quiet: bool) -> None:
 
 
 def make_trainer(
-    options: TrainOptions, arguments: Seq2SeqTrainingArguments, made: Untrained, data: Data
+    options: TrainOptions, arguments: Seq2SeqTrainingArguments, made: AssembledCaptioner, data: TrainingData
 ) -> CaptionTrainer:
     encode, _ = modules(made.model, made.spec)
     name = options.model.model or "the captioner"
     size = pixel_size(name, encode.size, made.spec, any_size=encode.any_size)
     collate = Collate(size, made.specials.start, made.specials.pad)
     pairs = partial(make_pairs, options=options, made=made, size=size)
-    train: Pairs | Mixed
+    train: Pairs | TaskMixture
     validation: Validation | Validations | None
     if options.task:
         train, validation = make_tasks(options, made, data, size, collate)
@@ -94,7 +94,7 @@ def make_pairs(
     annotated: Sequence[Annotated],
     *,
     options: TrainOptions,
-    made: Untrained,
+    made: AssembledCaptioner,
     size: tuple[int, int],
     asked: str | None = None,
 ) -> Pairs:
@@ -106,21 +106,21 @@ def make_pairs(
     return Pairs(images, tokens, question(made, asked), tags_of(annotated, made))
 
 
-def tags_of(annotated: Sequence[Annotated], made: Untrained) -> Tokens | None:
+def tags_of(annotated: Sequence[Annotated], made: AssembledCaptioner) -> Tokens | None:
     """The tags of each image as a tagged captioner reads them; None for any other captioner."""
     room = tag_room(made.model.config.to_dict())
     return np.array(tag_ids(made.tokenizer, [each.tags for each in annotated], room), np.int32) if room else None
 
 
-def question(made: Untrained, asked: str | None) -> Sequence[int]:
+def question(made: AssembledCaptioner, asked: str | None) -> Sequence[int]:
     """What the encoder is asked, in a family whose encoder is asked."""
     ask = question_of(made.model.config.to_dict())
     return ask(made.tokenizer, asked) if ask else ()
 
 
 def make_tasks(
-    options: TrainOptions, made: Untrained, data: Data, size: tuple[int, int], collate: Collate
-) -> tuple[Mixed, Validations | None]:
+    options: TrainOptions, made: AssembledCaptioner, data: TrainingData, size: tuple[int, int], collate: Collate
+) -> tuple[TaskMixture, Validations | None]:
     """The pairs of all tasks, and what validates each. Raises UsageError for a model that cannot learn one of them."""
     ask = question_of(made.model.config.to_dict())
     if ask is None:
@@ -139,9 +139,9 @@ def make_tasks(
         if val:
             held[task.name] = make_task_validation(options, task, made, make(val), collate, val)
     weights = [task.weight for task in options.task]
-    validating = Mixed([each.pairs for each in held.values()], [1.0] * len(held)) if held else None
+    validating = TaskMixture([each.pairs for each in held.values()], [1.0] * len(held)) if held else None
     kinds = {task.name: task.kind for task in options.task}
-    return Mixed(learnt, weights), None if validating is None else Validations(validating, collate, held, kinds)
+    return TaskMixture(learnt, weights), None if validating is None else Validations(validating, collate, held, kinds)
 
 
 def keep_question(config: Any, tasks: Sequence[TaskOptions]) -> None:
@@ -152,7 +152,12 @@ def keep_question(config: Any, tasks: Sequence[TaskOptions]) -> None:
 
 
 def make_task_pairs(
-    annotated: Sequence[Annotated], *, task: TaskOptions, options: TrainOptions, made: Untrained, size: tuple[int, int]
+    annotated: Sequence[Annotated],
+    *,
+    task: TaskOptions,
+    options: TrainOptions,
+    made: AssembledCaptioner,
+    size: tuple[int, int],
 ) -> Pairs:
     if task.kind != MASKED:
         return make_pairs(annotated, options=options, made=made, size=size, asked=task.question)
@@ -170,7 +175,12 @@ def make_task_pairs(
 
 
 def make_task_validation(
-    options: TrainOptions, task: TaskOptions, made: Untrained, pairs: Pairs, collate: Collate, val: Sequence[Annotated]
+    options: TrainOptions,
+    task: TaskOptions,
+    made: AssembledCaptioner,
+    pairs: Pairs,
+    collate: Collate,
+    val: Sequence[Annotated],
 ) -> Validation:
     """As `make_validation`; what is masked in a caption is the same at every evaluation."""
     held = make_validation(options, pairs, collate, val)

@@ -15,14 +15,14 @@ from capcli.options import TrainOptions
 from capcli.progress import Progress
 from capcli.records import Annotated, Failure
 from capcli.text import counted
-from capcli.training.output.folder import LEFT_OUT, Place, digest, sources
+from capcli.training.output.folder import LEFT_OUT, RunFolder, digest, sources
 
 Facts = dict[str, Any]  # for run.json
 Part = tuple[list[Annotated], list[Annotated]]
 
 
 @dataclass(frozen=True)
-class Data:
+class TrainingData:
     """What a run learns from and is held against; `report` says what was left out.
 
     `parts` are the same by where they come from, in the order of `place.sources`: each what to learn from, and what validates.
@@ -34,21 +34,21 @@ class Data:
     parts: Sequence[Part] = ()
 
     @classmethod
-    def of(cls, parts: Sequence[Part], report: DataReport) -> Data:
+    def of(cls, parts: Sequence[Part], report: DataReport) -> TrainingData:
         train, val = ([image for part in parts for image in part[which]] for which in (0, 1))
         return cls(train, val, report, parts)
 
-    def only(self, kept: Container[int]) -> Data:
+    def only(self, kept: Container[int]) -> TrainingData:
         """The images whose `id` is among `kept`."""
         parts = [
             ([image for image in train if id(image) in kept], [image for image in val if id(image) in kept])
             for train, val in self.parts
         ]
-        return Data.of(parts, self.report)
+        return TrainingData.of(parts, self.report)
 
 
 @dataclass(slots=True)
-class Looked:
+class CheckedImages:
     """How many images were looked at so far."""
 
     done: int = 0
@@ -61,7 +61,7 @@ class Looked:
         return self.done / max(time.monotonic() - self.began, 1e-9)
 
 
-def read_data(options: TrainOptions, place: Place, arguments: Any) -> tuple[Data, Facts]:
+def read_data(options: TrainOptions, place: RunFolder, arguments: Any) -> tuple[TrainingData, Facts]:
     """The split, without images that cannot be used, and what a run that goes on needs to know of that. The first process
     looks at every image; the others, and a run that goes on, take its word, so that all of them learn from the same.
 
@@ -93,25 +93,25 @@ def read_data(options: TrainOptions, place: Place, arguments: Any) -> tuple[Data
     return data, known
 
 
-def _together(splits: Sequence[Split]) -> Data:
+def _together(splits: Sequence[Split]) -> TrainingData:
     """Several splits as one: what validates in one of them is learnt from in none."""
     if len(splits) == 1:
         [split] = splits
-        return Data.of([(split.train, split.val)], split.report)
+        return TrainingData.of([(split.train, split.val)], split.report)
     report = DataReport()
     for each in splits:
         report.failures += each.report.failures
         report.notes += each.report.notes
     held_out = {image.image for split in splits for image in split.val}
     parts = [([image for image in split.train if image.image not in held_out], split.val) for split in splits]
-    data = Data.of(parts, report)
+    data = TrainingData.of(parts, report)
     report.count(data.train)
     report.count(data.val)
     return data
 
 
-def _looked_at(options: TrainOptions, data: Data) -> tuple[Data, Facts]:
-    looked = Looked()
+def _looked_at(options: TrainOptions, data: TrainingData) -> tuple[TrainingData, Facts]:
+    looked = CheckedImages()
     count, before = len(data.train) + len(data.val), len(data.report.failures)
     with Progress(looked, shown=not options.quiet, total=lambda: count, task="looking at the images") as bar:
 
@@ -142,14 +142,14 @@ def _looked_at(options: TrainOptions, data: Data) -> tuple[Data, Facts]:
     }
 
 
-def _without(broken: set[int], data: Data) -> Data:
+def _without(broken: set[int], data: TrainingData) -> TrainingData:
     """The data without images that were found broken before; names would not do, for two folders may share them."""
     every = [*data.train, *data.val]
     data.report.count((every[number] for number in broken if number < len(every)), -1)
     return data.only({id(each) for number, each in enumerate(every) if number not in broken})
 
 
-def refuse_unvalidated(options: TrainOptions, data: Data) -> None:
+def refuse_unvalidated(options: TrainOptions, data: TrainingData) -> None:
     """Raises UsageError where something goes by validation and nothing validates."""
     if data.val:
         return
@@ -167,7 +167,7 @@ def validating(options: TrainOptions) -> str:
 class Lost:
     """Images that broke while a run went on, each told once and listed with those left out before."""
 
-    def __init__(self, place: Place, report: DataReport, say: Callable[[str], None]) -> None:
+    def __init__(self, place: RunFolder, report: DataReport, say: Callable[[str], None]) -> None:
         self._path, self._report, self._say = place.path(LEFT_OUT), report, say
         known = place.recall().get("lost", [])
         self._place, self._names = place, {each[0] for each in known}

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 from capcli.training.data.pairs import Pair, Pairs
 
 
-class Mixed(Dataset[Pair]):
+class TaskMixture(Dataset[Pair]):
     """The pairs of several tasks, one after the other. Beyond its length it begins again: index + draw * length is a pair as it
     is drawn for another time, which masked captions heed.
     """
@@ -34,12 +34,12 @@ class Mixed(Dataset[Pair]):
         return self.parts[part].pair(at - (self._ends[part] - len(self.parts[part])), draw)
 
 
-class Drawn(Sampler[int]):
+class TaskSampler(Sampler[int]):
     """An epoch of as many draws as there are pairs, each task as often as its weight says, none of its pairs twice as often
     as another before all have come. Epochs differ, by `set_epoch`, which transformers' Trainer calls, also when it goes on.
     """
 
-    def __init__(self, mixed: Mixed, seed: int) -> None:
+    def __init__(self, mixed: TaskMixture, seed: int) -> None:
         self._sizes, self._weights = [len(part) for part in mixed.parts], mixed.weights
         self._seed, self._epoch = seed, 0
 

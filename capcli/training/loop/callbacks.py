@@ -16,7 +16,7 @@ from capcli.training.output.checkpoints import best, prune, ranking
 Every = int | str
 
 
-class Flow(TrainerCallback):
+class ScheduleCallback(TrainerCallback):
     """Takes the place of transformers' own flow. The last step always ends reported, evaluated and saved.
 
     `hold` freezes what the options want frozen. `stop` says whether somebody asked the run to end; any process may hear it,

@@ -39,7 +39,7 @@ def state_at(checkpoint: str) -> TrainerState:
     return state
 
 
-class Showing(TrainerCallback):
+class ReportCallback(TrainerCallback):
     """Shows what the main process logs. `samples` gives what to show at an evaluation; `events` is TensorBoard's writer."""
 
     def __init__(

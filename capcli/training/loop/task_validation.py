@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from capcli.captioning.captioner import Captioner
 from capcli.models.questions import fillings
-from capcli.training.data.mixing import Mixed
+from capcli.training.data.mixing import TaskMixture
 from capcli.training.data.pairs import Collate
 from capcli.training.loop.validation import Prepare, Validation, mean_loss
 
@@ -24,7 +24,7 @@ class Validations:
     Scores of the first task that captions have their usual names, for the best may be chosen by them.
     """
 
-    pairs: Mixed
+    pairs: TaskMixture
     collate: Collate
     tasks: Mapping[str, Validation]
     kinds: Mapping[str, str]

@@ -24,14 +24,14 @@ from capcli.options import TrainOptions
 from capcli.records import Failure
 from capcli.storage import atomic
 from capcli.text import counted, printable
-from capcli.training.data.mixing import Drawn, Mixed
+from capcli.training.data.mixing import TaskMixture, TaskSampler
 from capcli.training.data.pairs import Collate, Pairs
 from capcli.training.loop import freezing
 from capcli.training.loop.loss import token_loss
 from capcli.training.loop.patches import hide_patches, patch_size
 from capcli.training.loop.task_validation import Validations
 from capcli.training.loop.validation import Validation, captioner_of
-from capcli.training.model.assembly import Untrained
+from capcli.training.model.assembly import AssembledCaptioner
 from capcli.training.output.checkpoints import MARK
 from capcli.training.output.save import save_captioner
 
@@ -78,9 +78,9 @@ class CaptionTrainer(Seq2SeqTrainer):
 
     def __init__(
         self,
-        made: Untrained,
+        made: AssembledCaptioner,
         args: Seq2SeqTrainingArguments,
-        train: Pairs | Mixed,
+        train: Pairs | TaskMixture,
         collate: Collate,
         validation: Validation | Validations | None,
         options: TrainOptions,
@@ -106,8 +106,8 @@ class CaptionTrainer(Seq2SeqTrainer):
     # Batches
 
     def _get_train_sampler(self, *given: Any) -> Any:
-        if isinstance(self.pairs, Mixed):
-            return Drawn(self.pairs, self.args.data_seed or 0)
+        if isinstance(self.pairs, TaskMixture):
+            return TaskSampler(self.pairs, self.args.data_seed or 0)
         return super()._get_train_sampler(*given)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:

@@ -21,7 +21,7 @@ from capcli.metrics import Scorer
 from capcli.models.attention import use_attention
 from capcli.models.checkpoint import modules
 from capcli.models.families import IGNORED, family_of, last_logits
-from capcli.models.files import ModelFiles
+from capcli.models.model_files import ModelFiles
 from capcli.options import GenerationOptions
 from capcli.pixels import PixelSpec
 from capcli.records import Caption, Failure, Loaded

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from capcli.errors import CapcliError, UsageError
 from capcli.models.checkpoint import generation_of, load_weights, modules, pixel_size
-from capcli.models.encoders import seen_size
-from capcli.models.files import PROCESSOR
+from capcli.models.encoders import image_size_of
 from capcli.models.hub import find_model
+from capcli.models.model_files import PROCESSOR
 from capcli.options import GenerationOptions, ModelOptions
-from capcli.options.model import DEFAULT_LENGTH, NEW
+from capcli.options.training_model import DEFAULT_LENGTH, NEW
 from capcli.pixels import PixelSpec
 from capcli.training.model.embeddings import is_foreign
 from capcli.training.model.generation_config import set_generation
@@ -34,7 +34,7 @@ from capcli.training.model.tokenizers import (
 
 
 @dataclass(frozen=True, slots=True)
-class Untrained:
+class AssembledCaptioner:
     """A captioner before training, in float32 on the CPU and in eval mode.
 
     `processor` is the preprocessor_config.json to write beside it and `spec` the same as it is carried out. `new` names what
@@ -65,7 +65,7 @@ def assemble(
     seed: int,
     *,
     quiet: bool = False,
-) -> Untrained:
+) -> AssembledCaptioner:
     """The captioner that the options describe; `captions` gives those that a new tokenizer is trained on.
 
     The same options, captions and seed give the same weights. Raises UsageError for what cannot be right, CapcliError for
@@ -101,10 +101,10 @@ def assemble(
     notes += [part.strange for part in (encoder, decoder, reader) if part is not None and part.strange]
     notes += [line for line in new.values() if line]
     notes += set_generation(model, specials, generation, max_length)
-    return Untrained(model, tokenizer, processor, specials, spec, frozenset(new), max_length, tuple(notes))
+    return AssembledCaptioner(model, tokenizer, processor, specials, spec, frozenset(new), max_length, tuple(notes))
 
 
-def _go_on(name: str, options: ModelOptions, generation: GenerationOptions, quiet: bool) -> Untrained:
+def _go_on(name: str, options: ModelOptions, generation: GenerationOptions, quiet: bool) -> AssembledCaptioner:
     files = find_model(name, quiet=quiet)
     spec = PixelSpec.from_config(files.processor)
     tokenizer: Any = read_tokenizer(files)
@@ -115,7 +115,9 @@ def _go_on(name: str, options: ModelOptions, generation: GenerationOptions, quie
     leave_idle(model)
     specials = _specials_in_force(generation_of(files, model), tokenizer, model.config)
     notes = set_generation(model, specials, generation, None)
-    return Untrained(model, tokenizer, dict(files.processor), specials, spec, frozenset(), max_length, tuple(notes))
+    return AssembledCaptioner(
+        model, tokenizer, dict(files.processor), specials, spec, frozenset(), max_length, tuple(notes)
+    )
 
 
 def _specials_in_force(generation: dict[str, Any], tokenizer: Any, config: Any) -> SpecialTokens:
@@ -141,7 +143,7 @@ def _processor(encoder: Config) -> tuple[dict[str, Any], list[str]]:
     """The encoder's own image processor, else ViT's at its size, and a line when weights came without one."""
     if encoder.files is not None and encoder.files.processor:
         return dict(encoder.files.processor), []
-    size = seen_size(config_of(encoder))
+    size = image_size_of(config_of(encoder))
     height, width = (size, size) if isinstance(size, int) else size
     made = {
         "image_processor_type": "ViTImageProcessor",
@@ -165,7 +167,7 @@ def _processor(encoder: Config) -> tuple[dict[str, Any], list[str]]:
 def _pixels(title: str, processor: dict[str, Any], encoder: Any, *, any_size: bool) -> PixelSpec:
     """Raises CapcliError unless the processor makes the size that the encoder takes, of every image."""
     spec = PixelSpec.from_config(processor)
-    _refuse_unequal(title, seen_size(encoder), spec, any_size=any_size)
+    _refuse_unequal(title, image_size_of(encoder), spec, any_size=any_size)
     return spec
 
 

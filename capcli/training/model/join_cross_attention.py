@@ -12,7 +12,15 @@ from capcli.models.vision_encoder_decoder import ANY_SIZE
 from capcli.options import ModelOptions
 from capcli.training.model.embeddings import extend_embeddings, renew_embeddings, token_count
 from capcli.training.model.joining import Joined, Parts
-from capcli.training.model.pretrained import CROSS_ATTENTION, HEADS, Config, Part, config_of, make_part, seeded
+from capcli.training.model.pretrained import (
+    CROSS_ATTENTION,
+    HEADS,
+    Config,
+    PretrainedPart,
+    config_of,
+    make_part,
+    seeded,
+)
 
 FAMILY, ASKED = "vision-encoder-decoder", False
 
@@ -43,7 +51,7 @@ def both_parts(parts: Parts, *, cross: bool) -> tuple[Any, Any, dict[str, str]]:
     return encoder, decoder, new
 
 
-def speaking_part(parts: Parts, *, cross: bool) -> tuple[Part, dict[str, str]]:
+def speaking_part(parts: Parts, *, cross: bool) -> tuple[PretrainedPart, dict[str, str]]:
     """The decoder with an embedding for every token, and cross-attention or none; what of it is random, with a line on it."""
     decoder, specials, seed = parts.decoder, parts.specials, parts.seed
     changes: dict[str, Any] = {"is_decoder": True, "add_cross_attention": cross, "cross_attention_hidden_size": None}
@@ -66,5 +74,5 @@ def speaking_part(parts: Parts, *, cross: bool) -> tuple[Part, dict[str, str]]:
     return part, new
 
 
-def _lacks(part: Part, signs: tuple[str, ...]) -> bool:
+def _lacks(part: PretrainedPart, signs: tuple[str, ...]) -> bool:
     return any(sign in name for name in part.missing for sign in signs)

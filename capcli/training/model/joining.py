@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 from transformers import PreTrainedModel
 
 from capcli.errors import UsageError
-from capcli.models.files import JOINED
+from capcli.models.model_files import JOINED
 from capcli.options import ModelOptions
 from capcli.training.model.pretrained import Config
 from capcli.training.model.tokenizers import SpecialTokens

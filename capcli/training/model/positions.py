@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capcli.models.encoders import waves
+from capcli.models.encoders import position_waves
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def set_positions(encoder: Any) -> None:
     if embeddings.shape[2] % 4 or others < 0:
         return
     embeddings[:, :others] = 0
-    embeddings[:, others:] = waves(height, width, embeddings.shape[2])
+    embeddings[:, others:] = position_waves(height, width, embeddings.shape[2])
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

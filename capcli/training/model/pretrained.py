@@ -17,7 +17,8 @@ import transformers
 
 from capcli.errors import CapcliError, UsageError
 from capcli.models.checkpoint import explained, quiet_transformers
-from capcli.models.files import (
+from capcli.models.hub import find_model
+from capcli.models.model_files import (
     CONFIG,
     DECODERS,
     ENCODERS,
@@ -25,12 +26,11 @@ from capcli.models.files import (
     WHOLE,
     IncompleteError,
     ModelFiles,
-    Shelf,
+    ModelListing,
     processor_of,
     setting_files,
     weight_files,
 )
-from capcli.models.hub import find_model
 from capcli.text import printable
 from capcli.training.model.positions import set_positions
 
@@ -93,7 +93,7 @@ class Config:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PretrainedPart:
     """A model, and which of its weights its checkpoint lacked: those are random."""
 
     model: Any
@@ -137,18 +137,18 @@ def config_of(part: Config, **changes: Any) -> Any:
         raise UsageError(f"No {part.kind} can be made from {part.title}: {_line(error)}") from error
 
 
-def make_part(part: Config, seed: int, **changes: Any) -> Part:
+def make_part(part: Config, seed: int, **changes: Any) -> PretrainedPart:
     """The model in float32, with `changes` to its config; what is random in it depends on the seed alone."""
     kind, config = getattr(transformers, CLASSES[part.kind]), config_of(part, **changes)
     if part.files is None:
-        return Part(_random_model(part, kind, config, seed))
+        return PretrainedPart(_random_model(part, kind, config, seed))
     with explained(part.files), quiet_transformers(), seeded(seed, part.role):
         model, report = kind.from_pretrained(
             part.files.folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
     missing = frozenset(report["missing_keys"])
     _refuse_missing(part, missing)
-    return Part(model, missing)
+    return PretrainedPart(model, missing)
 
 
 @contextmanager
@@ -236,7 +236,7 @@ def _strange(title: str, kind: str, values: Collection[str]) -> str | None:
     return f"{title} sets {', '.join(shown)}: {kind} has {such}" if unknown else None
 
 
-def _gather(role: str, name: str, shelf: Shelf, revision: str | None) -> ModelFiles:
+def _gather(role: str, name: str, shelf: ModelListing, revision: str | None) -> ModelFiles:
     """Fetch an encoder's or decoder's files, the weights last; processor and tokenizer are taken where they are."""
     if CONFIG not in shelf.names:
         raise IncompleteError(f"{shelf.title} has no {CONFIG}, so it is no model in the format of transformers.")

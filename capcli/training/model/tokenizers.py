@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from capcli.errors import CapcliError
 from capcli.models.checkpoint import explained, quiet_transformers
-from capcli.models.files import IncompleteError, ModelFiles, Shelf, setting_files
 from capcli.models.hub import find_model
+from capcli.models.model_files import IncompleteError, ModelFiles, ModelListing, setting_files
 from capcli.training.model.sentencepiece import convert_pieces
 
 START, END, PAD = "<s>", "</s>", "<pad>"  # of a new tokenizer
@@ -147,7 +147,7 @@ def load_tokenizer(name: str, *, quiet: bool = False) -> PreTrainedTokenizerBase
     return read_tokenizer(find_model(name, quiet=quiet, take=gather_tokenizer, option="--tokenizer"))
 
 
-def gather_tokenizer(name: str, shelf: Shelf, revision: str | None) -> ModelFiles:
+def gather_tokenizer(name: str, shelf: ModelListing, revision: str | None) -> ModelFiles:
     """Fetch a tokenizer's files. Raises IncompleteError when there are none."""
     files = setting_files(shelf.names)
     if not has_tokenizer(shelf.names):

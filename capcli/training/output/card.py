@@ -26,7 +26,7 @@ WIDE = r"[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
+class SplitFacts:
     """How much a part of the data holds."""
 
     images: int
@@ -58,7 +58,7 @@ class CardFacts:
     tokenizer: str
     special_tokens: Mapping[str, tuple[str, int]]
     data_files: Sequence[str]
-    splits: Mapping[str, Split]
+    splits: Mapping[str, SplitFacts]
     left_out: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
     step: int | None = None
@@ -232,7 +232,7 @@ def by_transformers(facts: CardFacts, loader: str) -> list[str]:
 
 
 def limits(facts: CardFacts) -> str:
-    first = next(iter(facts.splits.values()), Split(images=0, captions=0))
+    first = next(iter(facts.splits.values()), SplitFacts(images=0, captions=0))
     train = facts.splits.get("train", first)
     captions, images = counted(train.captions, "caption"), counted(train.images, "image")
     return (

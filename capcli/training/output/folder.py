@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from capcli.errors import CapcliError, UsageError
-from capcli.models import files
+from capcli.models import model_files
 from capcli.options import DataOptions, TrainOptions, table_of
-from capcli.options.model import NEW
+from capcli.options.training_model import NEW
 from capcli.records import Annotated
 from capcli.storage import atomic
 from capcli.text import is_text, printable
@@ -28,7 +28,7 @@ LEFT_OUT, CHECKPOINTS, EVENTS = "data.failures.jsonl", "checkpoints", "tensorboa
 KNOWN = {"broken", "left_out", "data", "new"}  # what run.json of a run of capcli holds from its first moment
 # What a run writes as it goes, and what it leaves when it ends: run.json says whether it did.
 EARLY = {SETTINGS, FACTS, LEFT_OUT, CHECKPOINTS, EVENTS, "history.csv", "curves.png"}
-LATE = {"README.md", *files.SETTINGS, *files.TOKENIZER, *files.WEIGHTS}
+LATE = {"README.md", *model_files.SETTINGS, *model_files.TOKENIZER, *model_files.WEIGHTS}
 # What of a folder is a run's; the rest of it is somebody else's.
 INSIDE = {CHECKPOINTS: re.compile(r"checkpoint-\d+"), EVENTS: re.compile(r"events\.out\.tfevents\..+")}
 # What a run that goes on may do otherwise: the same batches come all the same. Another end (of which people are told)
@@ -41,7 +41,7 @@ UNSAVED = ("out", "resume", "overwrite", "quiet", "data", "model", "generation",
 
 
 @dataclass(frozen=True)
-class Place:
+class RunFolder:
     """A run's folder. `checkpoint` is the one to go on from, None at the beginning; `old` is what beginning removes."""
 
     folder: str
@@ -49,7 +49,7 @@ class Place:
     old: frozenset[str] = frozenset()
 
     @classmethod
-    def open(cls, options: TrainOptions) -> Place:
+    def open(cls, options: TrainOptions) -> RunFolder:
         """Touches nothing. Raises UsageError when the folder holds something that this run must not touch, or a run of other
         settings, and when beginning anew would remove what the run is to read.
         """

@@ -8,7 +8,7 @@ MARKS = 100  # of the recent past: the pace is theirs
 MARK_EVERY = 1.0  # seconds at least between two
 
 
-class Pace:
+class TimeLeft:
     """Told of steps and evaluations with the seconds of one clock, it estimates what is left.
 
     Evaluations are pauses in the steps' time. They are taken to come again at the distance of the last two, and to take

@@ -9,7 +9,7 @@ from typing import Any
 
 from capcli.errors import CapcliError
 from capcli.models.checkpoint import quiet_transformers
-from capcli.models.files import PROCESSOR
+from capcli.models.model_files import PROCESSOR
 from capcli.storage.atomic import replace
 from capcli.text import is_text, printable
 

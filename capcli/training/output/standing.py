@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 from capcli.progress import duration
 from capcli.training.output.history import Point
-from capcli.training.output.trail import Trail
+from capcli.training.output.trail import Sparkline
 
 TOLD = ("_accuracy", "_restored", "_CIDEr")  # of what several tasks measure
 
 
 @dataclass(slots=True)
-class Standing:
+class TrainingState:
     """The latest of everything that a run has told of itself."""
 
     total: int
@@ -25,7 +25,7 @@ class Standing:
     best: int | None = None  # the step of the best evaluation
     evaluating: tuple[int, int] | None = None  # images done, of how many
     left: float | None = None  # seconds
-    losses: Trail = field(default_factory=Trail)
+    losses: Sparkline = field(default_factory=Sparkline)
 
     def heed(self, point: Point) -> None:
         self.step, self.epoch = point.step, point.epoch
@@ -37,13 +37,13 @@ class Standing:
         self.cider = point.scores.get("CIDEr", self.cider)
 
 
-def progress_line(now: Standing) -> str:
+def progress_line(now: TrainingState) -> str:
     """Where the run stands, for a log."""
     facts = [] if now.loss is None else [f"loss {figure(now.loss)}"]
     return f"step {now.step}/{now.total}: {', '.join([*facts, *speed(now)]) or 'under way'}"
 
 
-def evaluation_line(now: Standing, point: Point, best: bool) -> str:
+def evaluation_line(now: TrainingState, point: Point, best: bool) -> str:
     """What an evaluation measured."""
     facts = [] if now.loss is None else [f"loss {figure(now.loss)}"]
     measured = [] if point.val_loss is None else [f"validation loss {figure(point.val_loss)}"]
@@ -55,7 +55,7 @@ def evaluation_line(now: Standing, point: Point, best: bool) -> str:
     return f"step {point.step}/{now.total}: {', '.join([*facts, *measured]) or 'evaluated'}"
 
 
-def speed(now: Standing) -> list[str]:
+def speed(now: TrainingState) -> list[str]:
     """Images per second and the time left, where they are known."""
     rate = [] if now.rate is None else [f"{per_second(now.rate)} images/s"]
     left = [] if now.left is None or now.step >= now.total else [f"{duration(now.left)} left"]

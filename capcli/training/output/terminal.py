@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from capcli.progress import duration
-from capcli.training.output.standing import Standing, figure, per_second
+from capcli.training.output.standing import TrainingState, figure, per_second
 
 WIDEST = 100  # cells of the display, on however wide a terminal
 SPARK = 24
@@ -67,7 +67,7 @@ class Terminal:
         with contextlib.suppress(OSError, ValueError, IndexError):  # IndexError: rich's, for what never started
             self._live.stop()
 
-    def show(self, now: Standing) -> None:
+    def show(self, now: TrainingState) -> None:
         self._live.update(self._display(now), refresh=True)
 
     def write(self, lines: Iterable[str]) -> None:
@@ -93,7 +93,7 @@ class Terminal:
             table.add_row(*row)
         self._console.print(Text(line, style="bold"), *([Padding(table, (0, 0, 0, 2))] if rows else []), sep="\n")
 
-    def _display(self, now: Standing) -> RenderableType:
+    def _display(self, now: TrainingState) -> RenderableType:
         width = min(self._console.width, WIDEST)
         bar = ProgressBar(total=max(1, now.total), completed=min(now.step, now.total), width=width)
         lines = Table.grid()
@@ -103,7 +103,7 @@ class Terminal:
             lines.add_row(line)
         return lines
 
-    def _way(self, now: Standing) -> Iterable[Text]:
+    def _way(self, now: TrainingState) -> Iterable[Text]:
         yield fact("step", f"{now.step}/{now.total}")
         if now.epoch is not None:
             yield fact("epoch", f"{now.epoch:.2f}")
@@ -114,7 +114,7 @@ class Terminal:
         if now.left is not None:
             yield fact("", duration(now.left), "left")
 
-    def _measures(self, now: Standing) -> Iterable[Text]:
+    def _measures(self, now: TrainingState) -> Iterable[Text]:
         if now.loss is not None:
             line = fact("loss", figure(now.loss))
             if "utf" in self._console.encoding:

@@ -10,7 +10,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 LONGEST = 256  # means that are kept; twice as long ones take their place when there are more
 
 
-class Trail:
+class Sparkline:
     """Values as they come, remembered as means of equally many each."""
 
     def __init__(self) -> None:

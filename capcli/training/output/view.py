@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Self
 from capcli.progress import BAR_EVERY, PLAIN_EVERY, say
 from capcli.text import counted, printable
 from capcli.training.output.history import Point
-from capcli.training.output.pace import Pace
-from capcli.training.output.standing import Standing, evaluation_line, progress_line, speed
+from capcli.training.output.pace import TimeLeft
+from capcli.training.output.standing import TrainingState, evaluation_line, progress_line, speed
 
 if TYPE_CHECKING:
     from capcli.training.output.terminal import Terminal
@@ -45,8 +45,8 @@ class View:
         first_step: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._now = Standing(total_steps, first_step)
-        self._pace = Pace(total_steps, first_step)
+        self._now = TrainingState(total_steps, first_step)
+        self._pace = TimeLeft(total_steps, first_step)
         self._quiet, self._clock = quiet or sys.stderr is None, clock  # None: closed before the program began
         self._terminal: Terminal | None = None
         self._next = clock() + PLAIN_EVERY

@@ -66,7 +66,7 @@ class ModelFiles:
 
 
 @dataclass(frozen=True)
-class Shelf:
+class ModelListing:
     """What is there to take (no sub-folders), and `fetch`, which gives the path of a file on this disk."""
 
     title: str
@@ -88,17 +88,17 @@ class Shelf:
         return value
 
 
-def shelf_of(folder: str, title: str | None = None) -> Shelf:
+def list_model(folder: str, title: str | None = None) -> ModelListing:
     try:
         with os.scandir(folder) as entries:
             # A dangling link is a file that is not there: caches have them when a blob was removed.
             names = frozenset(entry.name for entry in entries if entry.is_file())
     except OSError as error:
         raise CapcliError(f"Cannot read the folder {folder}: {error.strerror}.") from error
-    return Shelf(title or folder, names, lambda name: os.path.join(folder, name))
+    return ModelListing(title or folder, names, lambda name: os.path.join(folder, name))
 
 
-def gather(name: str, shelf: Shelf, revision: str | None) -> ModelFiles:
+def collect_files(name: str, shelf: ModelListing, revision: str | None) -> ModelFiles:
     """Fetch all that captioning needs, the weights last: a folder that has its weights has everything.
 
     Raise IncompleteError when a file is missing and CapcliError when the architecture is not supported; both before any
@@ -151,7 +151,7 @@ def setting_files(names: frozenset[str]) -> list[str]:
     return listed + sorted(name for name in names if name.endswith(".model"))
 
 
-def weight_files(shelf: Shelf) -> list[str]:
+def weight_files(shelf: ModelListing) -> list[str]:
     """Give the files of the preferred weights, the index of sharded ones first; nothing when there are none.
 
     Shards are listed as their index names them, there or not; an engine's files as its engine.json does.
@@ -177,7 +177,7 @@ def fingerprint(folder: str) -> str:
     Of an engine's files it takes the hashes that engine.json tells, which are held against them when it is loaded; what else
     stands there (proof, versions, command) changes no caption. Raise CapcliError when a file cannot be read.
     """
-    shelf = shelf_of(folder)
+    shelf = list_model(folder)
     told = shelf.read_json(ENGINE)["files"] if ENGINE in shelf.names else {}
     whole = hashlib.sha256()
     for name in sorted({*setting_files(shelf.names), *weight_files(shelf)} - {ENGINE}):
@@ -190,7 +190,7 @@ def _model_type(part: Any) -> str | None:
     return part.get("model_type") if isinstance(part, dict) else None
 
 
-def processor_of(shelf: Shelf) -> dict[str, Any]:
+def processor_of(shelf: ModelListing) -> dict[str, Any]:
     """Give the image processor's settings, from where transformers takes them first; empty when there are none."""
     if PROCESSOR_NESTED in shelf.names:
         nested = shelf.read_json(PROCESSOR_NESTED).get("image_processor")
@@ -199,7 +199,7 @@ def processor_of(shelf: Shelf) -> dict[str, Any]:
     return shelf.read_json(PROCESSOR) if PROCESSOR in shelf.names else {}
 
 
-def _missing(shelf: Shelf, settings: list[str], processor: dict[str, Any], weights: list[str]) -> list[str]:
+def _missing(shelf: ModelListing, settings: list[str], processor: dict[str, Any], weights: list[str]) -> list[str]:
     lacks = []
     if not processor:
         lacks.append(f"{PROCESSOR} (how images are resized and normalised)")
