@@ -57,7 +57,7 @@ def peak_rates(device: torch.device, dtype: str) -> Rates:
     left = torch.randn(SIDE, SIDE, device=device).to(kind)
     right = torch.randn(SIDE, SIDE, device=device).to(kind)
     products: list[Callable[[], Any]] = [lambda: left @ right]
-    if device.type == "cpu" and can_pack() and dtype != "float16":
+    if device.type == "cpu" and can_pack(kind):
         packed = PackedLinear(right, None, gelu=False)
         products.append(lambda: packed(left))
     flops = max(2 * SIDE**3 / fastest(each, device) for each in products)

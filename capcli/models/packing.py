@@ -42,9 +42,9 @@ class PackedLinear(nn.Module):
 
 def speed_up(module: nn.Module) -> None:
     """Packs every linear layer of a module in place; its weights are float32 or bfloat16 and on the CPU."""
-    if not can_pack():
-        return
     for parent, name, layer, weight in list(linear_layers(module)):
+        if not can_pack(weight.dtype):
+            continue
         # written out in six operations it costs more than the layer; the exact one is quicker by itself (BENCHMARKS.md)
         gelu = take_gelu(parent, name, NewGELUActivation) is not None
         setattr(parent, name, PackedLinear(weight, detached(layer.bias), gelu=gelu))
@@ -59,9 +59,13 @@ def linear_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any, Tens
                 yield parent, name, child, weight.detach()
 
 
-def can_pack() -> bool:
-    there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return bool(there) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of this dtype here: float32 everywhere, bfloat16 on CPUs with AVX-512 or AVX-NE-CONVERT."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
+    return dtype == torch.float32
 
 
 def detached(bias: Tensor | None) -> Tensor | None:
