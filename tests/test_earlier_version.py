@@ -1,4 +1,4 @@
-"""Files that an earlier version of capcli wrote are still read: captions and their run files, engines, prepared data, training runs.
+"""What an earlier version of capcli wrote is still read: captions, run files, engines, prepared data, training runs.
 
 `earlier_version/` holds them as `capcli caption`, `export`, `prepare` and `train` of November 2026 left them: ten of the
 scenes captioned greedily and with beams, and twelve painted pictures with a captioner trained on them for 12 steps (`trained`),
@@ -42,7 +42,16 @@ def captions(earlier: Path) -> Path:
 @pytest.mark.parametrize(("name", "beams"), [("greedy.jsonl", 1), ("beams.csv", 4)])
 def test_a_caption_run_goes_on(captions: Path, name: str, beams: int) -> None:
     before = (captions / name).read_bytes()
-    demo = ("caption", EXAMPLES / "scenes", "--model", EXAMPLES / "demo-model", "--dtype", "float32", "--out", captions / name)
+    demo = (
+        "caption",
+        EXAMPLES / "scenes",
+        "--model",
+        EXAMPLES / "demo-model",
+        "--dtype",
+        "float32",
+        "--out",
+        captions / name,
+    )
     refused = capcli(captions, *demo, "--num-beams", 2)
     assert refused.code == 2, refused.err
     assert f"num_beams was {beams}, is now 2" in refused.err
@@ -82,7 +91,18 @@ def test_prepared_data_can_be_trained_on_and_is_not_overwritten(earlier: Path) -
     assert refused.code == 2, refused.err
     assert "--overwrite" in refused.err
     trained = capcli(
-        earlier, "train", "--data", "prepared", "--model", "trained", "--max-steps", 2, "--device", "cpu", "--out", "more"
+        earlier,
+        "train",
+        "--data",
+        "prepared",
+        "--model",
+        "trained",
+        "--max-steps",
+        2,
+        "--device",
+        "cpu",
+        "--out",
+        "more",
     )
     assert trained.code == 0, trained.err
     assert shards == {path: path.read_bytes() for path in (earlier / "prepared").rglob("*.arrow")}
