@@ -171,10 +171,12 @@ def captions(
     shapes: Shapes = Shapes(4, 2),  # noqa: B008
     keys: Sequence[int] | None = None,
     lag: int = 0,
-    questions: Sequence[tuple[int, ...]] | None = None,
+    encoder_ids: Sequence[tuple[int, ...]] | None = None,
 ) -> list[list[Hypothesis]]:
     """What capcli says of each of `images`."""
-    jobs = [Job(i, image, keys[i] if keys else 0, questions[i] if questions else ()) for i, image in enumerate(images)]
+    jobs = [
+        Job(i, image, keys[i] if keys else 0, encoder_ids[i] if encoder_ids else ()) for i, image in enumerate(images)
+    ]
     found = {}
     for done in chain.from_iterable(
         decode_in_parallel(IterableFeed(jobs), eager(model, lag).beside(shapes.loops), settings, shapes)

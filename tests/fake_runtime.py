@@ -78,10 +78,10 @@ class FakeRuntime:
         self.seated = {}
         self.call()
 
-    def encode(self, pixels: np.ndarray, questions: Sequence[Sequence[int]]) -> Chunk:
+    def encode(self, pixels: np.ndarray, encoder_ids: Sequence[Sequence[int]]) -> Chunk:
         self.call()
         assert pixels.shape == (self.shapes.chunk, 2, 2, 3), "encode has one shape"
-        assert len(questions) == len(pixels)
+        assert len(encoder_ids) == len(pixels)
         self.encoded += 1
         return Chunk(pixels[:, 0, 0, 0].tolist(), self._slow.pop(0) if self._slow else 0)
 

@@ -157,7 +157,7 @@ def test_slots_keep_entries_in_bfloat16_in_every_loop_where_the_decoder_attends_
     image = pictures(1)[0][None]
     for runtime in captioner.model.runtime.beside(2):
         runtime.allocate(Shapes(2, 1), settings)
-        runtime.admit(runtime.encode(image, [settings.question]), [0])
+        runtime.admit(runtime.encode(image, [settings.encoder_ids]), [0])
         held = [*runtime._memory, *runtime._pool]  # noqa: SLF001
         assert {each.dtype for each in held} == {kept}
         assert 2 * runtime.slot_bytes(image, settings) == sum(each.nbytes for each in held)

@@ -272,8 +272,8 @@ def test_an_image_that_is_not_finite_leaves_its_neighbours_and_successors_alone(
         for tensor in state:
             tensor[seat] = torch.nan
 
-    def encode_known(pixels, questions):
-        encoded = encode(pixels, questions)
+    def encode_known(pixels, encoder_ids):
+        encoded = encode(pixels, encoder_ids)
         pictured[id(encoded)] = pixels
         return encoded
 

@@ -119,7 +119,7 @@ def search_settings(options: CaptionOptions, captioner: Captioner) -> Settings:
     settings = captioner.settings(options.generation, options.prompt)
     for line in idle(options.generation, settings):
         warn(line)
-    if options.keep_prompt and captioner.model.question:
+    if options.keep_prompt and captioner.model.encoder_prompt:
         warn("--keep-prompt has no effect: the prompt is asked of the encoder, and no caption begins with it")
     if settings.num_return_sequences > 1 and not options.sink.candidates:
         n = settings.num_return_sequences

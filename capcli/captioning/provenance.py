@@ -45,7 +45,7 @@ def make_run_record(
             **({} if options.tags_field is None else {"tags_field": options.tags_field}),
             "sidecar": options.sink.sidecar,
             "sidecar_dir": options.sink.sidecar_dir,
-            "generation": settings.receipt(),
+            "generation": settings.in_run_file(),
             **({"fast_decode": True} if options.fast_decode else {}),
             **({"gpu_decode": True} if options.gpu_decode else {}),
         },

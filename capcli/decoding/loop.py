@@ -61,13 +61,13 @@ class Shapes:
 class Job:
     """One image to caption: `pixels` uint8 [height, width, 3], `key` for its sampling noise, `tag` the caller's own.
 
-    `question` are the ids that its encoder reads beside it, as many for every image of a run; none: the settings' own.
+    `encoder_ids` are the ids that its encoder reads beside it, as many for every image of a run; none: the settings' own.
     """
 
     tag: Any
     pixels: npt.NDArray[np.uint8]
     key: int = 0
-    question: tuple[int, ...] = ()
+    encoder_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +109,10 @@ class Runtime(Protocol):
     def fewer(self, shapes: Shapes, settings: Settings) -> Shapes:
         """About half the slots, for less memory; `shapes` themselves where there is nothing smaller."""
 
-    def encode(self, pixels: npt.NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> Any:
+    def encode(self, pixels: npt.NDArray[np.uint8], encoder_ids: Sequence[Sequence[int]]) -> Any:
         """Begins to encode `pixels` [E, h, w, 3]; gives an Encoded, which `admit` takes.
 
-        `questions` are E rows of as many ids, none where the encoder reads none; an id below 0 is no word.
+        `encoder_ids` are E rows of as many ids, none where the encoder reads none; an id below 0 is no word.
         """
 
     def admit(self, encoded: Any, seats: Sequence[int]) -> torch.Tensor:
@@ -195,7 +195,7 @@ class Batch:
         self.feed, self.runtime, self.shapes, self.waiting = feed, runtime, shapes, waiting
         self.coming: list[Job] = []  # the chunk that is encoded but not seated
         self.encoded: EncodedImages | None = None
-        self.question = settings.question
+        self.encoder_ids = settings.encoder_ids
         self.slots: Slots[Job] = Slots(shapes.slots)
         self.search = make_search(settings, shapes.slots, runtime.device)
         self.readings: deque[tuple[int, torch.Tensor, torch.Tensor, Any]] = deque()
@@ -238,8 +238,8 @@ class Batch:
         if complete and (self.runtime.ahead or self.slots.free >= most):
             self.coming = [self.waiting.popleft() for _ in range(most)]
             full = [*self.coming, *[self.coming[0]] * (self.shapes.chunk - most)]
-            questions = [job.question or self.question for job in full]
-            self.encoded = self.runtime.encode(np.stack([job.pixels for job in full]), questions)
+            encoder_ids = [job.encoder_ids or self.encoder_ids for job in full]
+            self.encoded = self.runtime.encode(np.stack([job.pixels for job in full]), encoder_ids)
 
     def fetch(self, wait: float | None) -> bool:
         """Adds what has come to those waiting, a chunk at most; says whether anyone waits."""

@@ -83,6 +83,9 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 NO_TOKEN = -1  # among the ids that an encoder reads: there is none
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")  # without effect where nothing is drawn
 BEAM_SEARCH = ("length_penalty", "early_stopping")
+RUN_FILE_NAMES = {
+    "encoder_ids": "question"
+}  # under which earlier versions wrote it: a run file must still compare equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ class Settings:
     """How captions are searched for; names and meanings are those of transformers' `GenerationConfig`.
 
     `max_new_tokens` is resolved (a `max_length` counts the prompt, this does not), so is `min_new_tokens`. `prompt` holds the
-    ids given to the decoder before the caption, its start token first; `question` those that the encoder reads, where it does.
+    ids given to the decoder before the caption, its start token first; `encoder_ids` those that the encoder reads, where it does.
     """
 
     prompt: tuple[int, ...]
@@ -115,7 +118,7 @@ class Settings:
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()
     seed: int = 0
-    question: tuple[int, ...] = ()
+    encoder_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_return_sequences > self.num_beams and not (self.do_sample and self.num_beams == 1):
@@ -139,11 +142,12 @@ class Settings:
         """Entries of a slot's pool: the prefix (all of the prompt but its last token), then every row's every token."""
         return len(self.prompt) - 1 + self.rows * self.max_new_tokens
 
-    def receipt(self) -> dict[str, Any]:
-        """The settings as a run's receipt shows them: those that have an effect."""
+    def in_run_file(self) -> dict[str, Any]:
+        """The settings that have an effect, as the run file shows them."""
         idle = (*(() if self.do_sample else SAMPLING), *(() if self.num_beams > 1 else BEAM_SEARCH))
-        idle += () if self.question else ("question",)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in idle}
+        idle += () if self.encoder_ids else ("encoder_ids",)
+        shown = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in idle}
+        return {RUN_FILE_NAMES.get(name, name): value for name, value in shown.items()}
 
 
 def resolve(config: Mapping[str, Any], given: GenerationOptions, prompt: Iterable[int] = ()) -> Settings:

@@ -41,10 +41,10 @@ class Encode(modules.Encode):
         self.project: nn.Module = whole.model.multi_modal_projector
         self.reader: Any = whole.model.language_model
 
-    def forward(self, pixels: Tensor, question: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(self, pixels: Tensor, encoder_ids: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """uint8 [E, h, w, 3] and the questions' ids [E, W] -> 2 x layers of [E, H, image tokens + W, D]."""
         seen = self.project(self.encoder(self.normalise(pixels)).last_hidden_state)
-        words = self.reader.get_input_embeddings()(question)
+        words = self.reader.get_input_embeddings()(encoder_ids)
         return self.remember(self.reader.encoder(inputs_embeds=torch.cat((seen, words), 1)).last_hidden_state)
 
     def remember(self, seen: Tensor) -> tuple[Tensor, ...]:
@@ -76,7 +76,7 @@ class Step(modules.Step):
         return logits
 
 
-def question(_config: Mapping[str, Any], tokenizer: Any, prompt: str | None) -> list[int]:
+def encoder_prompt(_config: Mapping[str, Any], tokenizer: Any, prompt: str | None) -> list[int]:
     """The ids of what the encoder is asked: a task such as <CAPTION>, which is asked where nothing is, or words of one's own.
 
     Raises UsageError for a task that gives no caption.
@@ -98,10 +98,12 @@ def refuse_prompt(prompt: str) -> None:
 
 def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """What the model learns from: place holders for the image tokens stand before the question."""
-    pixels, question = batch["pixel_values"], batch["question"]
-    held = question.new_full((len(question), image_tokens(model.config.vision_config, *pixels.shape[2:])), 1).bool()
-    known = torch.cat((held, question >= 0), 1)
-    ids = torch.cat((held * model.config.image_token_id, question.clamp(min=0)), 1)
+    pixels, encoder_ids = batch["pixel_values"], batch["encoder_ids"]
+    held = encoder_ids.new_full(
+        (len(encoder_ids), image_tokens(model.config.vision_config, *pixels.shape[2:])), 1
+    ).bool()
+    known = torch.cat((held, encoder_ids >= 0), 1)
+    ids = torch.cat((held * model.config.image_token_id, encoder_ids.clamp(min=0)), 1)
     read = {"input_ids": ids, "attention_mask": known.long(), "decoder_input_ids": batch["decoder_input_ids"]}
     return {"pixel_values": pixels, **read, "use_cache": False}
 

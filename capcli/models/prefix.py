@@ -203,9 +203,9 @@ class Encode(modules.Encode):
         super().__init__(whole.encoder, rescale, mean, std, size=image_size_of(whole.encoder.config))
         self.whole = whole
 
-    def forward(self, pixels: Tensor, question: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(self, pixels: Tensor, encoder_ids: Tensor | None = None) -> tuple[Tensor, ...]:
         """uint8 [E, h, w, 3] and tags [E, tag_tokens] -> 2 x layers of [E, H, image_tokens + tag_tokens, D]."""
-        return self.read(*self.whole.prefix(self.normalise(pixels), question))
+        return self.read(*self.whole.prefix(self.normalise(pixels), encoder_ids))
 
     def read(self, x: Tensor, there: Tensor) -> tuple[Tensor, ...]:
         reader = self.whole.decoder.transformer
@@ -245,7 +245,7 @@ class Step(modules.Step):
 
 def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """What the model learns from."""
-    tags, room = batch["question"], model.config.tag_tokens
+    tags, room = batch["encoder_ids"], model.config.tag_tokens
     tags = nn.functional.pad(tags.clamp(min=NO_TOKEN), (0, room - tags.shape[1]), value=NO_TOKEN) if room else None
     return {"pixel_values": batch["pixel_values"], "input_ids": batch["decoder_input_ids"], "tags": tags}
 

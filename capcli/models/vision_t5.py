@@ -217,9 +217,9 @@ class Encode(modules.Encode):
         self.any_size = whole.encoder.config.model_type in ANY_SIZE
         self.whole = whole
 
-    def forward(self, pixels: Tensor, question: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(self, pixels: Tensor, encoder_ids: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """uint8 [E, h, w, 3] and the questions' ids [E, W] -> 2 x layers of [E, H, image tokens + W, D]."""
-        return self.remember(self.whole.read(self.normalise(pixels), question)[0])
+        return self.remember(self.whole.read(self.normalise(pixels), encoder_ids)[0])
 
     def remember(self, seen: Tensor) -> tuple[Tensor, ...]:
         layers = [block.layer[1].EncDecAttention for block in self.whole.text_model.decoder.block]
@@ -276,13 +276,13 @@ def bias_by_distance(decoder: Any) -> Tensor:
 
 def inputs(_model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """What the model learns from."""
-    asked = batch["question"]
+    asked = batch["encoder_ids"]
     read = {"input_ids": asked.clamp(min=0), "attention_mask": (asked >= 0).long()}
     said = {"decoder_input_ids": batch["decoder_input_ids"], "use_cache": False}
     return {"pixel_values": batch["pixel_values"], **read, **said}
 
 
-def question(config: Mapping[str, Any], tokenizer: Any, prompt: str | None) -> list[int]:
+def encoder_prompt(config: Mapping[str, Any], tokenizer: Any, prompt: str | None) -> list[int]:
     """The ids of what the encoder is asked, its end as T5 reads it; `<extra_id_0>` and the like are the gaps to fill."""
     ids: list[int] = tokenizer(prompt or config.get("question") or QUESTION, add_special_tokens=False)["input_ids"]
     return [*ids, tokenizer.eos_token_id]

@@ -17,7 +17,7 @@ from capcli.decoding.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class EncodedChunk:
-    """Memory or prefixes `seen` and the questions `asked` of a chunk; there once `done`, a CUDA event, has happened."""
+    """Memory or prefixes `seen` and the encoder_ids `asked` of a chunk; there once `done`, a CUDA event, has happened."""
 
     seen: Sequence[Tensor]
     asked: Tensor
@@ -43,7 +43,7 @@ class SlotRuntime(ABC):
         self._pool: list[Tensor] = []
 
     @abstractmethod
-    def _encode(self, pixels: npt.NDArray[np.uint8], questions: Tensor) -> Sequence[Tensor]:
+    def _encode(self, pixels: npt.NDArray[np.uint8], encoder_ids: Tensor) -> Sequence[Tensor]:
         """[E, h, w, 3] and int64 [E, W] -> memory or prefix, 2 x layers of [E, H, M, D]."""
 
     @abstractmethod
@@ -84,8 +84,8 @@ class SlotRuntime(ABC):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def encode(self, pixels: npt.NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> EncodedChunk:
-        asked = torch.tensor(questions, dtype=torch.long, device=self.device)  # [E, W]
+    def encode(self, pixels: npt.NDArray[np.uint8], encoder_ids: Sequence[Sequence[int]]) -> EncodedChunk:
+        asked = torch.tensor(encoder_ids, dtype=torch.long, device=self.device)  # [E, W]
         return EncodedChunk(self._encode(pixels, asked), asked)
 
     def admit(self, encoded: EncodedChunk, seats: Sequence[int]) -> Tensor:
@@ -117,7 +117,7 @@ class SlotRuntime(ABC):
 
     def slot_bytes(self, pixels: npt.NDArray[np.uint8], settings: Settings) -> int:
         """What a slot's memory and pool hold; `pixels` [1, h, w, 3] is any one image."""
-        seen = self._encode(pixels, torch.tensor([settings.question], dtype=torch.long, device=self.device))
+        seen = self._encode(pixels, torch.tensor([settings.encoder_ids], dtype=torch.long, device=self.device))
         kept = [x.to(self._keep or x.dtype) for x in seen]
         return sum(x.nbytes + x.nbytes // x.shape[2] * settings.entries for x in kept)
 

@@ -51,11 +51,11 @@ class Eager(SlotRuntime):
         if self._aside is not None:
             self._aside.wait_stream(torch.cuda.current_stream(self.device))  # what loads the weights
 
-    def encode(self, pixels: npt.NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> EncodedChunk:
+    def encode(self, pixels: npt.NDArray[np.uint8], encoder_ids: Sequence[Sequence[int]]) -> EncodedChunk:
         if self._aside is None:
-            return super().encode(pixels, questions)
+            return super().encode(pixels, encoder_ids)
         with torch.cuda.stream(self._aside):
-            encoded = super().encode(pixels, questions)
+            encoded = super().encode(pixels, encoder_ids)
             return replace(encoded, done=self._aside.record_event())
 
     def admit(self, encoded: EncodedChunk, seats: Sequence[int]) -> Tensor:
@@ -70,12 +70,12 @@ class Eager(SlotRuntime):
         """`turn`, or on CUDA its recording: a step is hundreds of small kernels, and one launch starts them all."""
         return Recorded(turn, self.device) if self._record else turn
 
-    def _encode(self, pixels: npt.NDArray[np.uint8], questions: Tensor) -> Sequence[Tensor]:
+    def _encode(self, pixels: npt.NDArray[np.uint8], encoder_ids: Tensor) -> Sequence[Tensor]:
         image = torch.from_numpy(pixels)
         if self.device.type == "cuda":
             image = image.pin_memory()  # only then does the host not wait for the copy
         image = image.to(self.device, non_blocking=True)
-        memory: tuple[Tensor, ...] = self._encode_module(image, *((questions,) if questions.shape[1] else ()))
+        memory: tuple[Tensor, ...] = self._encode_module(image, *((encoder_ids,) if encoder_ids.shape[1] else ()))
         return memory
 
     def _run_step(

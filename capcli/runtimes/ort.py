@@ -70,11 +70,11 @@ class Ort(SlotRuntime):
         self._shape, self._asked = (held.heads, held.positions, held.head_size), held.asked
         self._bound: tuple[Any, ...] = ()
 
-    def _encode(self, pixels: npt.NDArray[np.uint8], questions: Tensor) -> Sequence[Tensor]:
+    def _encode(self, pixels: npt.NDArray[np.uint8], encoder_ids: Tensor) -> Sequence[Tensor]:
         image = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device, non_blocking=True)
-        given = {"pixels": image} | ({"question": questions.int()} if self._asked else {})
+        given = {"pixels": image} | ({"question": encoder_ids.int()} if self._asked else {})
         heads, entries, head_size = self._shape
-        shape = (len(image), heads, entries + (questions.shape[1] if self._asked else 0), head_size)
+        shape = (len(image), heads, entries + (encoder_ids.shape[1] if self._asked else 0), head_size)
         memory = [image.new_empty(shape, dtype=self._dtype) for _ in self._layers]
         names = [f"memory_{name}" for name in self._layers]
         self._run(self._encoder, bind(self._encoder, given, dict(zip(names, memory, strict=True))))

@@ -222,11 +222,11 @@ class Trt(SlotRuntime):
             name, mine, [m if a is b else torch.zeros_like(a) for m, b, a in zip(mine, before, after, strict=True)]
         )
 
-    def _encode(self, pixels: npt.NDArray[np.uint8], questions: Tensor) -> Sequence[Tensor]:
+    def _encode(self, pixels: npt.NDArray[np.uint8], encoder_ids: Tensor) -> Sequence[Tensor]:
         most = self._bucket.chunk
         if len(pixels) > most:
             parts = [slice(start, start + most) for start in range(0, len(pixels), most)]
-            told = [[x.clone() for x in self._encode(pixels[part], questions[part])] for part in parts]
+            told = [[x.clone() for x in self._encode(pixels[part], encoder_ids[part])] for part in parts]
             return [torch.cat(each) for each in zip(*told, strict=True)]
         self._encoding["pixels"][: len(pixels)].copy_(torch.from_numpy(np.ascontiguousarray(pixels)))
         self._encoder.run(self._encoding)
