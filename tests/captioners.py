@@ -24,10 +24,11 @@ from transformers import (
     ViTConfig,
 )
 
-from capcli.decoding.loop import IterableFeed, Job, Shapes
+from capcli.decoding.loop import IterableFeed, Job
 from capcli.decoding.parallel import decode_in_parallel
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import Settings
+from capcli.decoding.shapes import Shapes
 from capcli.models.attention import use_attention
 from capcli.models.families import family_of
 from capcli.models.modules import Encode, Step
@@ -179,7 +180,7 @@ def captions(
     ]
     found = {}
     for done in chain.from_iterable(
-        decode_in_parallel(IterableFeed(jobs), eager(model, lag).beside(shapes.loops), settings, shapes)
+        decode_in_parallel(IterableFeed(jobs), eager(model, lag).replicas(shapes.loops), settings, shapes)
     ):
         assert done.tag not in found, "captioned twice"
         found[done.tag] = done.hypotheses

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from capcli.decoding.loop import Job, Shapes
+from capcli.decoding.loop import Job
 from capcli.decoding.settings import Settings
+from capcli.decoding.shapes import Shapes
 
 VOCABULARY, END, START = 23, 22, 0
 BROKEN = 255  # an image of this number makes no finite memory

@@ -16,9 +16,9 @@ from families import asks, encoder_ids, prompted
 from transformers import GenerationConfig, PreTrainedModel
 
 from capcli.decoding import noise
-from capcli.decoding.loop import Shapes
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import NO_TOKEN, Settings, resolve
+from capcli.decoding.shapes import Shapes
 from capcli.models.families import family_of
 from capcli.options import GenerationOptions
 

@@ -29,8 +29,8 @@ from PIL import Image
 from running import call, change_json, paint
 from transformers import ResNetConfig
 
-from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import NO_TOKEN
+from capcli.decoding.shapes import Shapes
 from capcli.engine.engine_json import read_engine
 from capcli.export.lint import duplicate_weights
 from capcli.export.origin import plans_refused

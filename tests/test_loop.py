@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from oracle import Case
 
 from capcli.decoding import loop, noise
-from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
+from capcli.decoding.loop import IterableFeed, Job, decode
+from capcli.decoding.shapes import Shapes
 from capcli.errors import CapcliError
 
 

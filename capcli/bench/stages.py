@@ -140,8 +140,8 @@ class Watched:
             logits: torch.Tensor = self._runtime.step(*given)
         return logits
 
-    def repeated(self, turn: Callable[[], None]) -> Callable[[], None]:
-        return turn
+    def repeated(self, step: Callable[[], None]) -> Callable[[], None]:
+        return step
 
 
 def _written(

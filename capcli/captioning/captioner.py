@@ -28,11 +28,11 @@ from capcli.annotations.tags import tag_text
 from capcli.captioning.feed import ArrivalFeed, Arrivals, Deliver, LocalArrivals, Order, Result
 from capcli.captioning.model import Model, choose_dtype, device_of, load_model
 from capcli.decoding import noise
-from capcli.decoding.capacity import fitting_slots, paying_slots
-from capcli.decoding.loop import Finished, Job, Shapes
+from capcli.decoding.loop import Finished, Job
 from capcli.decoding.parallel import decode_in_parallel
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import NO_TOKEN, Settings, resolve
+from capcli.decoding.shapes import Shapes, fitting_slots, useful_slots
 from capcli.engine.engine_json import engine_of
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.models.checkpoint import quiet_transformers
@@ -206,7 +206,7 @@ class Captioner:
         each = None if count is None else math.ceil(count / loops)
         if batch_size is None:
             most = fitting_slots(runtime.device, self._bytes_per_slot(settings)) // loops
-            shapes = runtime.shapes(paying_slots(runtime.device, settings), settings, max(1, most), each)
+            shapes = runtime.shapes(useful_slots(runtime.device, settings), settings, max(1, most), each)
         else:
             slots = batch_size // loops
             shapes = runtime.shapes(slots, settings)
@@ -233,7 +233,7 @@ class Captioner:
         """
         give = Order(deliver).put if ordered else deliver
         feed = ArrivalFeed(arrivals, partial(self._job, settings), give, stop)
-        for ended in decode_in_parallel(feed, self.model.runtime.beside(shapes.loops), settings, shapes, shrunk):
+        for ended in decode_in_parallel(feed, self.model.runtime.replicas(shapes.loops), settings, shapes, shrunk):
             for done in ended:
                 index, loaded = done.tag
                 give(index, self.result(loaded, done, settings, before))

@@ -77,7 +77,7 @@ def load_checkpoint(files: ModelFiles, device: torch.device, dtype: str) -> Mode
     spec = PixelSpec.from_config(files.processor)
     whole = load_weights(files, dtype, device)
     encode, step = modules(whole, spec)
-    use_attention(encode.encoder, coarse=dtype == "int8" and multiplies_bfloat16())
+    use_attention(encode.encoder, bfloat16=dtype == "int8" and multiplies_bfloat16())
     attends = use_attention(step.decoder)
     # half as much to read in every step, at the same captions (BENCHMARKS.md)
     keep = torch.bfloat16 if dtype == "int8" and attends else None

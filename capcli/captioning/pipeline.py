@@ -22,8 +22,8 @@ from capcli.captioning.plan import (
     settle_gpu_decode,
 )
 from capcli.captioning.provenance import earlier_naming, finished, make_run_record, refuse_other_settings, with_shapes
-from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
+from capcli.decoding.shapes import Shapes
 from capcli.interrupts import Interrupts
 from capcli.loading import Loading, load
 from capcli.loading.gpu_jpeg import GpuJpegDecoder, GpuLoading

@@ -13,8 +13,8 @@ import transformers
 
 from capcli import __version__
 from capcli.captioning.captioner import Captioner
-from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
+from capcli.decoding.shapes import Shapes
 from capcli.errors import UsageError
 from capcli.models.model_files import fingerprint
 from capcli.options import CaptionOptions
