@@ -19,13 +19,13 @@ class Entry:
     """One image that a source lists.
 
     `name` is what it is recorded under, `path` what is opened. Both may hold any bytes but NUL: those that are not UTF-8
-    are lone surrogates (`os.fsdecode`). `question` are the ids that the encoder reads
-    beside it, where it is asked one of its own.
+    are lone surrogates (`os.fsdecode`). `encoder_ids` are the token ids that the
+    encoder reads beside this image; empty: those of the run's settings.
     """
 
     name: str
     path: str
-    question: tuple[int, ...] = ()
+    encoder_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +35,13 @@ class Loaded:
     Where images are encoded anew, to be stored, `pixels` is the new file's bytes, uint8 [n].
 
     `facts` holds what was asked for of the file itself (`width`, `height`, `sha256`, ...), the size after orientation.
-    `question` is its entry's.
+    `encoder_ids` are those of the entry.
     """
 
     name: str
     pixels: npt.NDArray[np.uint8]
     facts: Facts = field(default_factory=dict)
-    question: tuple[int, ...] = ()
+    encoder_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from capcli.annotations import read_split
 from capcli.decoding.loop import Finished
 from capcli.decoding.search import Hypothesis
 from capcli.errors import UsageError
-from capcli.models.vision_t5 import QUESTION, question
+from capcli.models.vision_t5 import QUESTION, encoder_prompt
 from capcli.options import DataOptions, GenerationOptions
 from capcli.records import Caption, Loaded
 from capcli.training.data.masking import SHARE, MaskedPairs, choose, encode_words, gaps_of
@@ -114,7 +114,7 @@ def test_a_prompt_with_gaps_is_what_was_learnt_from(tmp_path: Path, pieces: bool
         asked, _ = pairs.masked(0, draw)
         lost = choose(len(words), np.random.default_rng((7, 0, draw)), 9).index(True)
         prompt = " ".join("<extra_id_0>" if n == lost else word for n, word in enumerate(text.split()))
-        assert question({}, tokenizer, prompt) == asked
+        assert encoder_prompt({}, tokenizer, prompt) == asked
 
 
 def test_what_is_told_of_answers() -> None:
@@ -322,7 +322,7 @@ def test_the_question_of_the_first_captioning_task_is_kept(place: Path) -> None:
     assert "| more | `what is here?` |" in (place / "out" / "README.md").read_text()
     captioner = Captioner.load(str(place / "out"), device="cpu")
     by_itself, asked, other = (
-        captioner.settings(GenerationOptions(), prompt).question for prompt in (None, "what is here?", QUESTION)
+        captioner.settings(GenerationOptions(), prompt).encoder_ids for prompt in (None, "what is here?", QUESTION)
     )
     assert by_itself == asked != other
 
