@@ -131,7 +131,10 @@ def test_a_second_interrupt_leaves_at_once(captioner: Path, photos: Path, tmp_pa
     wait_until(lambda: size(out) > 2000, process)
     os.killpg(process.pid, signal.SIGINT)
     assert process.stderr is not None
-    assert process.stderr.readline() == b"capcli: interrupted; finishing the work in progress (interrupt again to exit at once)\n"
+    assert (
+        process.stderr.readline()
+        == b"capcli: interrupted; finishing the work in progress (interrupt again to exit at once)\n"
+    )
     os.killpg(process.pid, signal.SIGINT)
     done = ended(process)
     assert (done.code, done.err.strip()) == (130, "")
