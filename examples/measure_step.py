@@ -23,7 +23,7 @@ import torch
 from transformers import VisionEncoderDecoderModel
 
 from capcli import Captioner
-from capcli.cli.shared_options import set_openmp_wait_policy
+from capcli.cli.model import leave_cores_to
 from capcli.decoding.loop import Shapes
 from capcli.decoding.search import make_search
 from capcli.models.packing import keep_memory_mapped
@@ -99,7 +99,7 @@ def main() -> None:
     pipes, times = {}, {name: list[list[float]]() for name in sides}
     for name, (make, folder) in sides.items():
         if name == "engine":  # last: its process alone is started as the command would be
-            set_openmp_wait_policy(folder)
+            leave_cores_to(folder)
         pipes[name], there = context.Pipe()
         context.Process(target=serve, args=(make, folder, options, there), daemon=True).start()
     for _ in range(options.rounds):
