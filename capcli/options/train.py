@@ -70,8 +70,8 @@ class ModelOptions:
         parts = [name for name in names if getattr(self, name) is not None]
         if self.model is not None and parts:
             raise UsageError(
-                f"--model is a whole captioner: leave {' and '.join(map(flag, parts))} out, "
-                "or give --encoder and --decoder instead"
+                f"--model is a whole captioner and goes without {' and '.join(map(flag, parts))}: "
+                "give either --model, or --encoder and --decoder"
             )
         for name in ("model", *PARTS, "tokenizer"):
             if getattr(self, name) == "":
