@@ -71,10 +71,10 @@ def test_json_is_all_there_is_and_too_slow_is_a_failure(place: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--against", "nobody"), "--against nobody: it must be one of single, batched"),
-        (("--at-least", 2), "--at-least compares with baselines"),
-        (("--against", "batched,batched"), "names a baseline twice"),
-        (("--against", "batched", "--do-sample"), "leave --do-sample out"),
+        (("--against", "nobody"), "--against nobody: it is single, batched"),
+        (("--at-least", 2), "--at-least compares with a peer"),
+        (("--against", "batched,batched"), "names a peer twice"),
+        (("--against", "batched", "--do-sample"), "drawn at random"),
     ],
 )
 def test_what_cannot_be_meant(place: Path, flags: tuple[object, ...], message: str) -> None:
