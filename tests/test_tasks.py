@@ -391,8 +391,8 @@ def test_a_task_that_cannot_be_is_told(place: Path, changes: dict[str, Any], wor
 
 def test_tasks_that_do_not_go_together_are_told(place: Path) -> None:
     task = {"name": "say", "data": str(place / "pictures" / "captions.txt")}
-    assert "two tasks have the same name" in told(place, [task, task]).err
-    assert "a [[task]] has no name" in told(place, [{"data": "x"}]).err
+    assert "two tasks have one name" in told(place, [task, task]).err
+    assert "a task has no name" in told(place, [{"data": "x"}]).err
     assert "is asked nothing, so it learns one task" in told(place, [task], decoder=GPT2, extra_tokens=0).err
     assert "tables of the file that --config names" in call("train", "--task", "x", "--out", place / "out").err
     path = recipe(place, select="cider")

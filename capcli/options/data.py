@@ -99,7 +99,7 @@ def task_of(table: Mapping[str, Any], seed: int) -> TaskOptions:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UsageError(f"a [[task]] has the unknown key {name}{hint}")
     if "name" not in values:
-        raise UsageError("a [[task]] has no name: give each task one")
+        raise UsageError("a task has no name: give each [[task]] one")
     data = {name: checked_value(name, value) for name, value in values.items() if name in data_fields}
     if values.get("kind") == "classify":
         data.setdefault("label_template", DEFAULT_TEMPLATE)

@@ -172,4 +172,4 @@ def check_data(data: DataOptions, tasks: tuple[TaskOptions, ...]) -> None:
         advice = "tasks read no tags: leave it out" if of_run[0] == "tags_column" else "put it into the [[task]] tables"
         raise UsageError(f"{flag(of_run[0])} is given for the whole run, but each task has its own data: {advice}")
     if len({task.name for task in tasks}) < len(tasks):
-        raise UsageError("two tasks have the same name: give each its own")
+        raise UsageError("two tasks have one name: give each its own")
