@@ -114,7 +114,7 @@ def caption_options(options: BenchOptions, photos: list[str]) -> CaptionOptions:
         generation=options.generation,
         model=options.model,
         device=options.device,
-        dtype=options.dtype,  # type: ignore[arg-type]
+        dtype=options.dtype,
         threads=options.threads,
         quiet=True,
     )

@@ -19,7 +19,7 @@ from capcli.models.encoder_text import gap_names, tag_ids, with_gaps
 from capcli.models.families import encoder_prompt_of, tag_room
 from capcli.models.hub import find_model
 from capcli.options import ModelOptions, TaskOptions, TrainOptions
-from capcli.options.training_model import TAG_TOKENS
+from capcli.options.train import TAG_TOKENS
 from capcli.records import Annotated
 from capcli.training.data.dataset import TrainingData
 from capcli.training.data.masking import MaskedPairs, encode_words, gaps_of
