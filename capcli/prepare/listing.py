@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from capcli.annotations import read_split
-from capcli.annotations.datasets import is_stored
+from capcli.annotations.datasets import is_dataset
 from capcli.errors import UsageError
 from capcli.options import PrepareOptions
 from capcli.progress import warn
@@ -53,7 +53,7 @@ def refuse_own(options: PrepareOptions, listed: Listed, own: Iterable[str]) -> N
 def _files(path: str) -> Iterator[str]:
     """The file at `path`, or those of the dataset that is there, as they are without links."""
     yield os.path.realpath(path)
-    if os.path.isdir(path) and is_stored(path):
+    if os.path.isdir(path) and is_dataset(path):
         with os.scandir(path) as entries:
             for entry in entries:
                 yield os.path.realpath(entry.path)
