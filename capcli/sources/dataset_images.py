@@ -46,12 +46,16 @@ class StoredImages:
         """
         if not address.startswith("\0"):
             return address
-        match json.loads(address[1:]):
+        try:
+            place = json.loads(address[1:])
+        except ValueError:  # a name in annotations may begin with NUL too
+            place = None
+        match place:
             case [str(folder), int(row), str(column)]:
                 return self.read(Stored(folder, row, column))
             case {"error": str(kind), "message": str(message)}:
                 raise ImageError(kind, message)
-        raise ImageError("missing", "the address of the image is damaged")
+        raise ImageError("missing", "there is no such file: its path begins with NUL")
 
     def read(self, stored: Stored) -> bytes:
         """The bytes of the image's file.
