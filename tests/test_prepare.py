@@ -16,10 +16,13 @@ import time
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import datasets
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from running import Ended, call, ended, paint, shell, spawn, wait_until
 
@@ -27,7 +30,7 @@ from capcli.annotations import read_split
 from capcli.errors import CapcliError, ImageError
 from capcli.options import DataOptions
 from capcli.records import Stored
-from capcli.sources.dataset_images import StoredImages
+from capcli.sources.dataset_images import StoredImages, address_of
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 
@@ -352,6 +355,7 @@ def test_a_damaged_or_missing_file_is_written_again(damaged: str, tmp_path: Path
     notes.mkdir()
     for number, shard in enumerate(values["splits"]["train"]["shards"]):
         note = {"rows": 3, "captions": 6, "bytes": shard["bytes"], "sha256": shard["sha256"], "failures": []}
+        note |= {"failed": [], "again": bool(number)}
         (notes / f"train-{number:05d}.json").write_text(json.dumps(note))
     path = out / damaged
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -637,6 +641,33 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
 
 
 # Reading
+
+
+@given(st.builds(Stored, st.text(st.characters()), st.integers(0), st.text()))
+def test_an_address_of_a_dataset_row_is_text_that_leads_to_the_row(row: Stored) -> None:
+    images = StoredImages()
+    with mock.patch.object(images, "read", side_effect=lambda found: repr(found).encode()):
+        address = address_of(row)
+        assert images.find(os.fsdecode(os.fsencode(address))) == repr(row).encode()
+
+
+def test_other_addresses() -> None:
+    assert StoredImages().find(address_of("a [0].png")) == "a [0].png"
+    with pytest.raises(ImageError, match="why\n") as caught:
+        StoredImages().find(address_of(ImageError("kind", "why\n")))
+    assert caught.value.kind == "kind"
+    for damaged in ("\0", "\0[1]", "\0a.png"):
+        with pytest.raises(ImageError, match="NUL"):
+            StoredImages().find(damaged)
+
+
+def test_a_path_through_a_link_is_opened_as_it_is(tmp_path: Path) -> None:
+    paint(tmp_path / "real", "a.png")
+    (tmp_path / "real" / "annotations").mkdir()
+    annotate(tmp_path / "real" / "annotations" / "c.jsonl", {"../a.png": ["x"]})
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "annotations")
+    assert prepare(tmp_path / "link" / "c.jsonl", tmp_path / "out").code == 0
+    assert list(stored(tmp_path / "out")) == ["../a.png"]
 
 
 def a_dataset(folder: Path, count: int = 12) -> tuple[list[Path], datasets.Dataset]:
