@@ -284,7 +284,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch):
         ("", "no source"),
         ("nosuch.jpg", "nosuch.jpg: no such file or folder"),
         ("photos 'nosuch/*.jpg'", "no file with an image suffix matches"),
-        ("- -", "asked for twice"),
+        ("- -", "given twice"),
         ("photos -0", "there is no list"),
         ("--from-file nosuch.txt", "cannot read the list nosuch.txt"),
         ("photos/a.png --include '*.png'", "no SOURCE is one"),

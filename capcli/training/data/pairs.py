@@ -17,7 +17,7 @@ from capcli.errors import ImageError
 from capcli.models.families import IGNORED
 from capcli.pixels import PixelSpec
 from capcli.records import Annotated, Failure, Loaded, Stored
-from capcli.sources.dataset_images import StoredImages
+from capcli.sources.dataset_images import StoredImages, address_of
 
 Tokens = npt.NDArray[np.int32]
 
@@ -43,7 +43,7 @@ class Images:
     def __init__(self, annotated: Sequence[Annotated], spec: PixelSpec, size: tuple[int, int], max_pixels: int) -> None:
         self.spec, self.size, self.max_pixels = spec, size, max_pixels
         self._names = Packed(os.fsencode(each.name) for each in annotated)
-        self._places = Packed(_place(each.image) for each in annotated)
+        self._addresses = Packed(_address(each.image) for each in annotated)
         self._stored = StoredImages()
 
     def __len__(self) -> int:
@@ -54,13 +54,7 @@ class Images:
 
     def load(self, index: int) -> npt.NDArray[np.uint8]:
         """uint8 [height, width, 3]. Raises ImageError."""
-        place = self._places[index]
-        source: bytes | str
-        if place.startswith(b"\0"):
-            folder, column, row = place[1:].split(b"\0")
-            source = self._stored.read(Stored(os.fsdecode(folder), int(row), column.decode()))
-        else:
-            source = os.fsdecode(place)
+        source = self._stored.find(os.fsdecode(self._addresses[index]))
         made, _ = pixels.load(source, self.spec, max_pixels=self.max_pixels)
         if made.shape[:2] != self.size:
             height, width = made.shape[:2]
@@ -75,12 +69,9 @@ class Images:
             return Failure(self.name(index), error.kind, str(error))
 
 
-def _place(image: str | Stored | None) -> bytes:
-    """A path, or between NULs, which no path holds, a row of a dataset on disk."""
-    if isinstance(image, Stored):
-        return b"\0".join((b"", os.fsencode(image.folder), image.column.encode(), str(image.row).encode()))
-    assert image is not None, "annotations that were not located cannot be trained on"
-    return os.fsencode(image)
+def _address(image: str | Stored | None) -> bytes:
+    assert image is not None, "annotations whose images were not located cannot be trained on"
+    return os.fsencode(address_of(image))
 
 
 @dataclass(frozen=True, slots=True)
