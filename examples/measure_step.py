@@ -20,10 +20,10 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
+from capcli.cli.model import leave_cores_to
 from transformers import VisionEncoderDecoderModel
 
 from capcli import Captioner
-from capcli.cli.model import leave_cores_to
 from capcli.decoding.search import make_search
 from capcli.decoding.shapes import Shapes
 from capcli.models.packing import keep_memory_mapped
