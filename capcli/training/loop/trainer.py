@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from capcli.errors import CapcliError
-from capcli.models.checkpoint import modules
+from capcli.models.checkpoint import encode_and_step
 from capcli.models.families import family_of
 from capcli.options import TrainOptions
 from capcli.records import Failure
@@ -99,7 +99,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.failed: Callable[[Failure], None] = lambda _: None
         self.meter = Meter()
         self.captions: dict[str, str] = {}
-        encode, _ = modules(made.model, made.spec)
+        encode, _ = encode_and_step(made.model, made.spec)
         self._normalise, self._seeing = encode.normalise, encode.encoder.config
         self._family = family_of(made.model.config.to_dict())
 

@@ -19,7 +19,7 @@ from capcli.captioning.model import Model
 from capcli.errors import CapcliError
 from capcli.metrics import Scorer
 from capcli.models.attention import use_attention
-from capcli.models.checkpoint import modules
+from capcli.models.checkpoint import encode_and_step
 from capcli.models.families import IGNORED, family_of, last_logits
 from capcli.models.model_files import ModelFiles
 from capcli.options import GenerationOptions
@@ -169,7 +169,7 @@ def captioner_of(model: Any, tokenizer: Any, spec: PixelSpec, size: tuple[int, i
     """A model in training as the captioner it is by now; it goes on training as it was."""
     training = model.training
     model.eval()
-    encode, step = modules(model, spec)
+    encode, step = encode_and_step(model, spec)
     config = model.config.to_dict()
     family, attention = family_of(config), step.decoder.config._attn_implementation  # noqa: SLF001
     use_attention(step.decoder)

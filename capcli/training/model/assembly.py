@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from capcli.errors import CapcliError, UsageError
-from capcli.models.checkpoint import generation_of, load_weights, modules, pixel_size
+from capcli.models.checkpoint import encode_and_step, generation_of, load_weights, pixel_size
 from capcli.models.encoders import image_size_of
 from capcli.models.hub import find_model
 from capcli.models.model_files import PROCESSOR
@@ -109,7 +109,7 @@ def _go_on(name: str, options: ModelOptions, generation: GenerationOptions, quie
     spec = PixelSpec.from_config(files.processor)
     tokenizer: Any = read_tokenizer(files)
     model = load_weights(files, "float32", torch.device("cpu"))
-    encode, step = modules(model, spec)
+    encode, step = encode_and_step(model, spec)
     _refuse_unequal(name, encode.size, spec, any_size=encode.any_size)
     max_length = _length(name, step.positions, options.max_length)
     leave_idle(model)
