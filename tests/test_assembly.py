@@ -457,7 +457,7 @@ FROM_HUB = """
 import sys
 from capcli.errors import CapcliError
 from capcli.options import GenerationOptions, ModelOptions
-from capcli.training.assembly import assemble
+from capcli.training.model.assembly import assemble
 for encoder, decoder in (("who/sees", "who/speaks"), ("who/is-not", "who/speaks")):
     try:
         made = assemble(ModelOptions(encoder=encoder, decoder=decoder), list, GenerationOptions(), 0)

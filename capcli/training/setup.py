@@ -14,7 +14,7 @@ from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 
 from capcli.errors import UsageError
 from capcli.metrics import Scorer
-from capcli.models.checkpoint import encode_and_step, pixel_size
+from capcli.models.checkpoint import pixel_size
 from capcli.models.families import question_of, tag_room
 from capcli.models.hub import find_model
 from capcli.models.questions import gap_names, tag_ids, with_gaps
@@ -66,9 +66,8 @@ def refuse_unread(options: TrainOptions, *, quiet: bool) -> None:
 def make_trainer(
     options: TrainOptions, arguments: Seq2SeqTrainingArguments, made: AssembledCaptioner, data: TrainingData
 ) -> CaptionTrainer:
-    encode, _ = encode_and_step(made.model, made.spec)
     name = options.model.model or "the captioner"
-    size = pixel_size(name, encode.size, made.spec, any_size=encode.any_size)
+    size = pixel_size(name, made.encode.size, made.spec, any_size=made.encode.any_size)
     collate = Collate(size, made.specials.start, made.specials.pad)
     pairs = partial(make_pairs, options=options, made=made, size=size)
     train: Pairs | TaskMixture

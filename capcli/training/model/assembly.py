@@ -16,6 +16,7 @@ from capcli.models.checkpoint import encode_and_step, generation_of, load_weight
 from capcli.models.encoders import image_size_of
 from capcli.models.hub import find_model
 from capcli.models.model_files import PROCESSOR
+from capcli.models.modules import Encode, Step
 from capcli.options import GenerationOptions, ModelOptions
 from capcli.options.training_model import DEFAULT_LENGTH, NEW
 from capcli.pixels import PixelSpec
@@ -45,6 +46,8 @@ class AssembledCaptioner:
     """
 
     model: PreTrainedModel
+    encode: Encode
+    step: Step
     tokenizer: Any
     processor: dict[str, Any]
     specials: SpecialTokens
@@ -101,7 +104,10 @@ def assemble(
     notes += [part.strange for part in (encoder, decoder, reader) if part is not None and part.strange]
     notes += [line for line in new.values() if line]
     notes += set_generation(model, specials, generation, max_length)
-    return AssembledCaptioner(model, tokenizer, processor, specials, spec, frozenset(new), max_length, tuple(notes))
+    encode, step = encode_and_step(model, spec)
+    return AssembledCaptioner(
+        model, encode, step, tokenizer, processor, specials, spec, frozenset(new), max_length, tuple(notes)
+    )
 
 
 def _go_on(name: str, options: ModelOptions, generation: GenerationOptions, quiet: bool) -> AssembledCaptioner:
@@ -116,7 +122,7 @@ def _go_on(name: str, options: ModelOptions, generation: GenerationOptions, quie
     specials = _specials_in_force(generation_of(files, model), tokenizer, model.config)
     notes = set_generation(model, specials, generation, None)
     return AssembledCaptioner(
-        model, tokenizer, dict(files.processor), specials, spec, frozenset(), max_length, tuple(notes)
+        model, encode, step, tokenizer, dict(files.processor), specials, spec, frozenset(), max_length, tuple(notes)
     )
 
 

@@ -15,7 +15,7 @@ from capcli.options import ModelOptions
 from capcli.training.model.pretrained import Config
 from capcli.training.model.tokenizers import SpecialTokens
 
-BY_DECODER, PREFIX = ("joining_cross", "joining_t5"), ("joining_prefix",)  # files of this folder
+BY_DECODER, PREFIX = ("join_cross_attention", "join_t5"), ("join_prefix",)  # files of this folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Joining(Protocol):
 
 def joining_of(options: ModelOptions, encoder: Config, decoder: Config) -> Joining:
     """The way that goes by the decoder and by what was asked for. Raises UsageError for parts that do not go together."""
-    ways = [cast("Joining", import_module(f"capcli.training.{name}")) for name in ways_of(options)]
+    ways = [cast("Joining", import_module(f"capcli.training.model.{name}")) for name in ways_of(options)]
     way = next((way for way in ways if decoder.kind in JOINED[way.FAMILY][2]), None)
     if way is None:
         decoders = [kind for each in ways for kind in JOINED[each.FAMILY][2]]
