@@ -151,11 +151,11 @@ def test_the_answer_to_gaps_names_them_and_other_answers_do_not(tmp_path: Path, 
 
 def test_answers_that_are_cut_are_counted() -> None:
     words = [[2], [3, 4, 5], [6]]
-    assert masked(words, max_length=8).cut(END) == 0
+    assert masked(words, max_length=8).count_truncated(END) == 0
     for most in range(2, 9):
         pairs = masked(words, max_length=most)
-        assert pairs.cut(END) == (pairs.masked(0)[1][-1] != END)
-    assert masked(words, max_length=3).cut(END) == 1
+        assert pairs.count_truncated(END) == (pairs.masked(0)[1][-1] != END)
+    assert masked(words, max_length=3).count_truncated(END) == 1
 
 
 class Numbers(Pairs):

@@ -1,4 +1,4 @@
-"""What training reads: pairs of an image and one of its captions, loaded by worker processes and put into batches."""
+"""Pairs of an image and one of its captions, loaded by worker processes and collated into batches."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from capcli.sources.dataset_images import StoredImages
 Tokens = npt.NDArray[np.int32]
 
 
-class Packed:
-    """Strings in one block of bytes: a million of them in worker processes are not copied when they are looked at."""
+class PackedStrings:
+    """Byte strings in one array: forked workers share it, where reading a million Python objects would copy their pages."""
 
     def __init__(self, strings: Iterable[bytes]) -> None:
-        held = list(strings)
-        self._bytes = np.frombuffer(b"".join(held), np.uint8)
-        self._ends = np.cumsum([0, *map(len, held)])
+        parts = list(strings)
+        self._bytes = np.frombuffer(b"".join(parts), np.uint8)
+        self._ends = np.cumsum([0, *map(len, parts)])
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -38,12 +38,12 @@ class Packed:
 
 
 class Images:
-    """The images of a split, by number, as their processor leaves them."""
+    """The images of a split by number, as pixels of `spec` and `size` (height, width)."""
 
     def __init__(self, annotated: Sequence[Annotated], spec: PixelSpec, size: tuple[int, int], max_pixels: int) -> None:
         self.spec, self.size, self.max_pixels = spec, size, max_pixels
-        self._names = Packed(os.fsencode(each.name) for each in annotated)
-        self._places = Packed(_place(each.image) for each in annotated)
+        self._names = PackedStrings(os.fsencode(image.name) for image in annotated)
+        self._locations = PackedStrings(_location(image.image) for image in annotated)
         self._stored = StoredImages()
 
     def __len__(self) -> int:
@@ -54,32 +54,34 @@ class Images:
 
     def load(self, index: int) -> npt.NDArray[np.uint8]:
         """uint8 [height, width, 3]. Raises ImageError."""
-        place = self._places[index]
+        location = self._locations[index]
         source: bytes | str
-        if place.startswith(b"\0"):
-            folder, column, row = place[1:].split(b"\0")
+        if location.startswith(b"\0"):
+            folder, column, row = location[1:].split(b"\0")
             source = self._stored.read(Stored(os.fsdecode(folder), int(row), column.decode()))
         else:
-            source = os.fsdecode(place)
-        made, _ = pixels.load(source, self.spec, max_pixels=self.max_pixels)
-        if made.shape[:2] != self.size:
-            height, width = made.shape[:2]
-            raise ImageError("shape", f"the processor leaves it {width}x{height}, the encoder takes {self.size[::-1]}")
-        return made
+            source = os.fsdecode(location)
+        image, _ = pixels.load(source, self.spec, max_pixels=self.max_pixels)
+        if image.shape[:2] != self.size:
+            (height, width), (encoder_height, encoder_width) = image.shape[:2], self.size
+            raise ImageError(
+                "shape", f"the processor makes it {width}x{height}, the encoder takes {encoder_width}x{encoder_height}"
+            )
+        return image
 
     def loaded(self, index: int) -> Loaded | Failure:
-        """The same under its name, or why not."""
+        """The image under its name, or the reason why it cannot be loaded."""
         try:
             return Loaded(self.name(index), self.load(index))
         except ImageError as error:
             return Failure(self.name(index), error.kind, str(error))
 
 
-def _place(image: str | Stored | None) -> bytes:
-    """A path, or between NULs, which no path holds, a row of a dataset on disk."""
+def _location(image: str | Stored | None) -> bytes:
+    """A path; or a row of a dataset on disk as NUL-separated fields after a NUL, which no path contains."""
     if isinstance(image, Stored):
         return b"\0".join((b"", os.fsencode(image.folder), image.column.encode(), str(image.row).encode()))
-    assert image is not None, "annotations that were not located cannot be trained on"
+    assert image is not None, "training needs annotations whose images were located"
     return os.fsencode(image)
 
 
@@ -87,19 +89,19 @@ def _place(image: str | Stored | None) -> bytes:
 class Pair:
     """One image with one of its captions; `pixels` is None where the image could not be loaded, and `failure` says why.
 
-    `question` are the ids that an encoder is asked, of a family whose encoder is.
+    `question` holds the token ids that the encoder reads beside the image, in families whose encoder reads any.
     """
 
     pixels: npt.NDArray[np.uint8] | None  # [height, width, 3]
-    tokens: Tokens  # [T], no start token
+    tokens: Tokens  # [T], without the start token
     failure: Failure | None = None
     question: Sequence[int] | Tokens = ()
 
 
 class Pairs(Dataset[Pair]):
-    """Every caption of every image, with its image: `tokens[i]` holds the token ids of the captions of image i.
+    """Every caption of every image, with its image: `tokens[i]` holds the token ids of each caption of image i.
 
-    `question` is what the encoder is asked for all of them, `tags` [images, W] what it reads with each.
+    `question` is what the encoder reads beside every image; `tags` [images, W], where given, what it reads beside each.
     """
 
     def __init__(
@@ -112,7 +114,7 @@ class Pairs(Dataset[Pair]):
         self.images, self.question, self.tags = images, question, tags
         flat = [ids for captions in tokens for ids in captions]
         self._image = np.repeat(np.arange(len(tokens), dtype=np.int64), [len(captions) for captions in tokens])
-        self._ids = np.fromiter((each for ids in flat for each in ids), np.int32)
+        self._ids = np.fromiter((i for ids in flat for i in ids), np.int32)
         self._ends = np.cumsum([0, *map(len, flat)])
 
     def __len__(self) -> int:
@@ -121,23 +123,23 @@ class Pairs(Dataset[Pair]):
     def tokens(self, index: int) -> Tokens:
         return self._ids[self._ends[index] : self._ends[index + 1]]
 
-    def cut(self, end: int) -> int:
-        """How many captions do not end: they were longer than the labels may be."""
+    def count_truncated(self, end: int) -> int:
+        """How many captions are longer than the labels may be, and so lack the `end` token."""
         return int((self._ids[self._ends[1:] - 1] != end).sum())
 
     def image(self, index: int) -> int:
-        """The number of the image that a pair is of."""
+        """The number of a pair's image."""
         return int(self._image[index])
 
     def first(self, image: int) -> int:
-        """The number of an image's first pair."""
+        """The index of an image's first pair."""
         return int(np.searchsorted(self._image, image))
 
     def __getitem__(self, index: int) -> Pair:
         return self.pair(index)
 
     def pair(self, index: int, draw: int = 0) -> Pair:  # noqa: ARG002
-        """A pair; the same whenever it is drawn."""
+        """A pair; `draw`, how often it was drawn before, only matters to masked captions."""
         image = self.image(index)
         loaded, question = self.images.loaded(image), self.question if self.tags is None else self.tags[image]
         if isinstance(loaded, Failure):
@@ -149,12 +151,12 @@ class Pairs(Dataset[Pair]):
 class Collate:
     """Pairs -> a batch: `pixel_values` uint8 [B, height, width, 3], `decoder_input_ids` and `labels` [B, T], `question` [B, W].
 
-    The decoder reads the start token and then the caption, and is to say the caption; what is behind its end is IGNORED.
-    Nothing is told by token ids, so a tokenizer whose pad is its end loses nothing. A pair without its image is black and
-    IGNORED as a whole; its failure is in `failures`.
+    The decoder reads the start token and the caption without its last token; the labels are the caption, and IGNORED after
+    its end. Which labels are IGNORED depends on lengths, never on token ids, so a tokenizer whose padding is its end token
+    still learns to end. A pair without its image has black pixels and only IGNORED labels; its failure is in `failures`.
     """
 
-    size: tuple[int, int]
+    size: tuple[int, int]  # height, width
     start: int
     pad: int
 
@@ -162,19 +164,19 @@ class Collate:
         longest = max(len(pair.tokens) for pair in pairs)
         pixels = np.zeros((len(pairs), *self.size, 3), np.uint8)
         labels = np.full((len(pairs), longest), IGNORED, np.int64)
-        read = np.full((len(pairs), longest), self.pad, np.int64)
-        read[:, 0] = self.start
+        decoder_input = np.full((len(pairs), longest), self.pad, np.int64)
+        decoder_input[:, 0] = self.start
         question = np.full((len(pairs), max(len(pair.question) for pair in pairs)), IGNORED, np.int64)
         for row, pair in enumerate(pairs):
             count = len(pair.tokens)
-            read[row, 1:count] = pair.tokens[:-1]
+            decoder_input[row, 1:count] = pair.tokens[:-1]
             question[row, : len(pair.question)] = pair.question
             if pair.pixels is not None:
                 pixels[row] = pair.pixels
                 labels[row, :count] = pair.tokens
         return {
             "pixel_values": torch.from_numpy(pixels),
-            "decoder_input_ids": torch.from_numpy(read),
+            "decoder_input_ids": torch.from_numpy(decoder_input),
             "labels": torch.from_numpy(labels),
             "question": torch.from_numpy(question),
             "failures": [pair.failure for pair in pairs if pair.failure],
