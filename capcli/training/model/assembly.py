@@ -110,7 +110,13 @@ def _from_parts(
         tokenizer.add_tokens([f"<loc_{number}>" for number in range(options.extra_tokens)])
     joined = join.join(
         JoinInputs(
-            *(encoder, decoder, question_encoder, tokenizer, specials, options, seed),
+            encoder,
+            decoder,
+            question_encoder,
+            tokenizer,
+            specials,
+            options,
+            seed,
             new_embeddings=new_embeddings,
             new_question_embeddings=new_question_embeddings,
         )
