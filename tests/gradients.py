@@ -45,11 +45,11 @@ def captioner(folder: Path) -> AssembledCaptioner:
     if not (folder / "vocab.json").exists():
         save_decoder(folder, vocabulary=300)
         save_bytes(folder)
-    made = new(decoder=str(folder), tokenizer=None)
-    for part in made.model.modules():
+    assembled = new(decoder=str(folder), tokenizer=None)
+    for part in assembled.model.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
-    return made
+    return assembled
 
 
 class Capture(TrainerCallback):
@@ -64,7 +64,7 @@ class Capture(TrainerCallback):
 
 
 def trainer_of(
-    folder: Path, made: AssembledCaptioner, batch_size: int, accumulation: int, **more: Any
+    folder: Path, assembled: AssembledCaptioner, batch_size: int, accumulation: int, **more: Any
 ) -> CaptionTrainer:
     """The Trainer of `capcli train`, for one step."""
     options = TrainOptions(
@@ -82,7 +82,7 @@ def trainer_of(
     trainer = make_trainer(
         options,
         training_arguments(options, str(folder / "out")),
-        made,
+        assembled,
         TrainingData(annotated(folder / "images"), [], DataReport()),
     )
     with Interrupts(quiet=True) as interrupts:

@@ -50,8 +50,8 @@ def table(kind: str) -> dict[str, Any]:
     return TABLES[kind] | {"model_type": kind}
 
 
-def save(made: Any, place: Path) -> Path:
-    folders.save_captioner(place, made.model, made.tokenizer, made.processor)
+def save(assembled: Any, place: Path) -> Path:
+    folders.save_captioner(place, assembled.model, assembled.tokenizer, assembled.processor)
     return place
 
 
@@ -65,11 +65,11 @@ def same(one: Any, other: Any) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def loss_of(made: Any, captions: list[str]) -> torch.Tensor:
+def loss_of(assembled: Any, captions: list[str]) -> torch.Tensor:
     """transformers' own loss, which depends on every weight that captioning uses."""
-    labels = torch.tensor(encode_captions(made.tokenizer, captions, made.specials, 40))
+    labels = torch.tensor(encode_captions(assembled.tokenizer, captions, assembled.specials, 40))
     pixels = torch.cat([values(picture) for picture in pictures(len(captions))])
-    loss: torch.Tensor = made.model(pixel_values=pixels, labels=labels).loss
+    loss: torch.Tensor = assembled.model(pixel_values=pixels, labels=labels).loss
     return loss
 
 
@@ -78,19 +78,21 @@ def loss_of(made: Any, captions: list[str]) -> torch.Tensor:
     [*((kind, "gpt2") for kind in ENCODERS), *(("vit", kind) for kind in DECODERS if kind != "gpt2")],
 )
 def test_new_captioners_of_every_kind_caption_like_transformers(tmp_path: Path, encoder: str, decoder: str) -> None:
-    made = new(
+    assembled = new(
         encoder=table(encoder),
         decoder={"gpt2": GPT2, "bert": BERT}[decoder],
         generation=GenerationOptions(num_beams=3, max_new_tokens=7, length_penalty=0.5),
     )
-    assert made.new == {"encoder", "decoder"}
-    loss_of(made, CAPTIONS[:1]).backward()
-    unused = [name for name, weight in made.model.named_parameters() if weight.requires_grad and weight.grad is None]
+    assert assembled.new == {"encoder", "decoder"}
+    loss_of(assembled, CAPTIONS[:1]).backward()
+    unused = [
+        name for name, weight in assembled.model.named_parameters() if weight.requires_grad and weight.grad is None
+    ]
     assert unused == []  # DDP waits for the gradient of every weight that requires one
 
-    place = save(made, tmp_path / "a folder")
+    place = save(assembled, tmp_path / "a folder")
     loaded, report = VisionEncoderDecoderModel.from_pretrained(place, output_loading_info=True)
-    assert same(loaded, made.model)
+    assert same(loaded, assembled.model)
     assert not any(report.values())
     assert loaded.config.architectures == ["VisionEncoderDecoderModel"]
     saved = loaded.generation_config
@@ -112,64 +114,64 @@ def test_tokenizers_of_every_kind_are_saved_whole(
     tmp_path: Path, kind: Callable[[Path], object], decoder: dict[str, Any]
 ) -> None:
     kind(tmp_path / "tokenizer")
-    made = new(decoder=decoder, tokenizer=str(tmp_path / "tokenizer"))
-    count = len(made.tokenizer)
-    place = save(made, tmp_path / "saved")
+    assembled = new(decoder=decoder, tokenizer=str(tmp_path / "tokenizer"))
+    count = len(assembled.tokenizer)
+    place = save(assembled, tmp_path / "saved")
     assert not list(place.glob("*.model"))
     config = json.loads((place / "config.json").read_text())
     assert config["decoder"]["vocab_size"] == count
-    s = made.specials
+    s = assembled.specials
     for part in (config, json.loads((place / "generation_config.json").read_text())):
         ids = [part[name] for name in ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")]
         assert ids == [s.start, s.start, s.end, s.pad]
     again: Any = AutoTokenizer.from_pretrained(place)
     captioner = Captioner.load(str(place), device="cpu", dtype="float32")
     every = list(range(count))
-    assert again.decode(every) == made.tokenizer.decode(every) == captioner.model.tokenizer.decode(every)
+    assert again.decode(every) == assembled.tokenizer.decode(every) == captioner.model.tokenizer.decode(every)
     assert special_tokens(again) == s
     assert again.pad_token_id == s.pad
 
 
 @pytest.mark.skipif(not RINNA.exists(), reason="the shared data is not here")
 def test_rinnas_real_config_and_tokenizer_are_read(tmp_path: Path) -> None:
-    made = new(decoder=str(RINNA / "gpt2-ja-xsmall-config.json"), tokenizer=None)
-    assert made.specials == SpecialTokens(1, 2, 3)
-    decoder = made.model.config.decoder
+    assembled = new(decoder=str(RINNA / "gpt2-ja-xsmall-config.json"), tokenizer=None)
+    assert assembled.specials == SpecialTokens(1, 2, 3)
+    decoder = assembled.model.config.decoder
     assert (decoder.n_embd, decoder.n_inner, decoder.n_layer, decoder.vocab_size) == (512, 2304, 6, 32000)
-    again: Any = AutoTokenizer.from_pretrained(save(made, tmp_path / "saved"))
-    labels = encode_captions(again, ["犬がボールで遊んでいる。"], made.specials, 40)
+    again: Any = AutoTokenizer.from_pretrained(save(assembled, tmp_path / "saved"))
+    labels = encode_captions(again, ["犬がボールで遊んでいる。"], assembled.specials, 40)
     assert again.decode(labels[0], skip_special_tokens=True) == "犬がボールで遊んでいる。"
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_an_encoder_keeps_its_weights_without_the_head(tmp_path: Path, encoder: str) -> None:
     classifier = save_encoder(tmp_path / "encoder", encoder, resample=3, size=32)
-    made = new(encoder=str(tmp_path / "encoder"))
+    assembled = new(encoder=str(tmp_path / "encoder"))
     original = state(getattr(classifier, classifier.base_model_prefix))
-    encoder_weights = state(made.model.encoder)
+    encoder_weights = state(assembled.model.encoder)
     assert original.keys() - encoder_weights.keys() <= {"embeddings.mask_token"}
     assert all(torch.equal(encoder_weights[name], original[name]) for name in original.keys() & encoder_weights.keys())
     assert {name for name in encoder_weights.keys() - original.keys() if "pooler." not in name} == set()
-    assert made.new == {"decoder"}
-    assert made.processor == json.loads((tmp_path / "encoder" / "preprocessor_config.json").read_text())
-    place = save(made, tmp_path / "saved")
-    assert json.loads((place / "preprocessor_config.json").read_text()) == made.processor
-    assert made.spec.resample == 3
+    assert assembled.new == {"decoder"}
+    assert assembled.processor == json.loads((tmp_path / "encoder" / "preprocessor_config.json").read_text())
+    place = save(assembled, tmp_path / "saved")
+    assert json.loads((place / "preprocessor_config.json").read_text()) == assembled.processor
+    assert assembled.spec.resample == 3
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_decoder_keeps_its_weights_and_gets_new_cross_attention(tmp_path: Path, decoder: str) -> None:
     original = save_decoder(tmp_path / "decoder", decoder, vocabulary=300)
     save_bytes(tmp_path / "decoder")
-    made = new(decoder=str(tmp_path / "decoder"), tokenizer=None)
-    assert made.new == {"encoder", "cross-attention"}
-    weights = state(made.model.decoder)
+    assembled = new(decoder=str(tmp_path / "decoder"), tokenizer=None)
+    assert assembled.new == {"encoder", "cross-attention"}
+    weights = state(assembled.model.decoder)
     assert all(torch.equal(weights[name], weight) for name, weight in state(original).items())
     new_weights = {name for name in weights if name not in state(original)}
     assert new_weights
     assert all("crossattention" in name or "ln_cross_attn" in name for name in new_weights)
-    assert made.model.config.decoder.add_cross_attention
-    assert made.model.config.decoder.is_decoder
+    assert assembled.model.config.decoder.add_cross_attention
+    assert assembled.model.config.decoder.is_decoder
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -180,7 +182,7 @@ def test_another_tokenizer_gets_new_embeddings(tmp_path: Path, decoder: str) -> 
     other = new(decoder=str(tmp_path / "decoder"), vocab_size=300)
     assert other.new == {"encoder", "cross-attention", "embeddings"}
     assert any("embeddings are new" in note for note in other.notes)
-    rows, old = (made.model.get_input_embeddings().weight for made in (other, kept))
+    rows, old = (assembled.model.get_input_embeddings().weight for assembled in (other, kept))
     assert len(rows) == len(other.tokenizer)
     shared = min(len(rows), len(old))
     assert not (rows[:shared] == old[:shared]).all(1).any()
@@ -197,10 +199,10 @@ def test_added_tokens_get_new_embeddings_and_the_others_keep_theirs(tmp_path: Pa
     count = len(tokenizer)
     tokenizer.add_tokens([f"<extra {n}>" for n in range(50)])
     tokenizer.save_pretrained(tmp_path / "longer")
-    made = new(decoder=str(tmp_path / "decoder"), tokenizer=str(tmp_path / "longer"))
+    assembled = new(decoder=str(tmp_path / "decoder"), tokenizer=str(tmp_path / "longer"))
     plain = new(decoder=str(tmp_path / "decoder"), tokenizer=None)
-    assert made.new == {"encoder", "cross-attention"}
-    rows, old = (each.model.get_input_embeddings().weight for each in (made, plain))
+    assert assembled.new == {"encoder", "cross-attention"}
+    rows, old = (each.model.get_input_embeddings().weight for each in (assembled, plain))
     assert len(rows) == count + 50
     assert torch.equal(rows[:count], old[:count])
 
@@ -228,15 +230,15 @@ def test_only_different_widths_are_joined_by_a_projection() -> None:
 
 
 def test_a_start_token_that_is_also_padding_is_learned(tmp_path: Path) -> None:
-    made = new(decoder=BERT, tokenizer=str(save_bytes(tmp_path)))
-    assert made.specials.start == made.specials.pad
-    again = new(model=str(save(made, tmp_path / "saved")))
+    assembled = new(decoder=BERT, tokenizer=str(save_bytes(tmp_path)))
+    assert assembled.specials.start == assembled.specials.pad
+    again = new(model=str(save(assembled, tmp_path / "saved")))
     gradients = []
-    for each in (made, again):
+    for each in (assembled, again):
         loss_of(each, CAPTIONS[:1]).backward()
         embeddings = each.model.decoder.bert.embeddings.word_embeddings
         assert embeddings.padding_idx is None
-        gradients.append(embeddings.weight.grad[made.specials.start])
+        gradients.append(embeddings.weight.grad[assembled.specials.start])
     assert gradients[0].abs().sum() > 0
     assert torch.equal(*gradients)
 
@@ -244,28 +246,28 @@ def test_a_start_token_that_is_also_padding_is_learned(tmp_path: Path) -> None:
 def test_weights_in_half_precision_become_float32(tmp_path: Path) -> None:
     encoder = save_encoder(tmp_path / "encoder").half()
     encoder.save_pretrained(tmp_path / "encoder")
-    made = new(encoder=str(tmp_path / "encoder"))
-    assert {weight.dtype for weight in made.model.parameters()} == {torch.float32}
-    assert VisionEncoderDecoderModel.from_pretrained(save(made, tmp_path / "saved")).dtype == torch.float32
+    assembled = new(encoder=str(tmp_path / "encoder"))
+    assert {weight.dtype for weight in assembled.model.parameters()} == {torch.float32}
+    assert VisionEncoderDecoderModel.from_pretrained(save(assembled, tmp_path / "saved")).dtype == torch.float32
 
 
 def test_search_settings_are_written_to_the_generation_config(tmp_path: Path) -> None:
     given = GenerationOptions(
         num_beams=5, do_sample=True, temperature=1.2, top_k=50, top_p=0.95, no_repeat_ngram_size=3
     )
-    made = new(generation=given)
-    written = json.loads((save(made, tmp_path) / "generation_config.json").read_text())
+    assembled = new(generation=given)
+    written = json.loads((save(assembled, tmp_path) / "generation_config.json").read_text())
     named = ("num_beams", "do_sample", "temperature", "top_k", "top_p", "no_repeat_ngram_size")
     assert {name: written[name] for name in named} == {name: getattr(given, name) for name in named}
     assert written["max_new_tokens"] == 40
-    assert made.notes[-1] == "the encoder has new random weights"
+    assert assembled.notes[-1] == "the encoder has new random weights"
 
 
 def test_settings_without_effect_are_reported_and_not_written(tmp_path: Path) -> None:
-    made = new(generation=GenerationOptions(temperature=0.7, length_penalty=2.0, seed=3))
-    assert "--temperature has no effect without --do-sample" in made.notes
-    assert "--length-penalty has no effect with one beam" in made.notes
-    written = json.loads((save(made, tmp_path) / "generation_config.json").read_text())
+    assembled = new(generation=GenerationOptions(temperature=0.7, length_penalty=2.0, seed=3))
+    assert "--temperature has no effect without --do-sample" in assembled.notes
+    assert "--length-penalty has no effect with one beam" in assembled.notes
+    written = json.loads((save(assembled, tmp_path) / "generation_config.json").read_text())
     assert not {"temperature", "length_penalty", "seed"} & written.keys()
 
 
@@ -303,9 +305,9 @@ def test_parts_are_taken_from_a_captioners_config(tmp_path: Path) -> None:
     whole = write_json(
         tmp_path / "config.json", {"model_type": "vision-encoder-decoder", "encoder": VIT, "decoder": GPT2}
     )
-    made = new(encoder=str(whole), decoder=str(whole))
-    assert made.model.config.encoder.hidden_size == 40
-    assert made.model.config.decoder.n_embd == 48
+    assembled = new(encoder=str(whole), decoder=str(whole))
+    assert assembled.model.config.encoder.hidden_size == 40
+    assert assembled.model.config.decoder.n_embd == 48
 
 
 @pytest.mark.parametrize(
@@ -319,8 +321,8 @@ def test_parts_are_taken_from_a_captioners_config(tmp_path: Path) -> None:
         ({"decoder": GPT2 | {"model_type": "llama"}}, "of the kind llama; supported as decoder are gpt2, bert"),
         ({"encoder": VIT | {"hiden_size": 40}}, r"the encoder table sets hiden_size \(did you mean hidden_size\?\)"),
         ({"encoder": VIT | {"colour": 1}}, "sets colour: vit has no such setting"),
-        ({"decoder": GPT2 | {"n_head": 7}}, "No gpt2 can be made from the decoder table"),
-        ({"encoder": VIT | {"hidden_size": "wide"}}, "No vit can be made from the encoder table"),
+        ({"decoder": GPT2 | {"n_head": 7}}, "No gpt2 can be assembled from the decoder table"),
+        ({"encoder": VIT | {"hidden_size": "wide"}}, "No vit can be assembled from the encoder table"),
         (
             {"decoder": GPT2 | {"n_positions": 39}},
             "--max-length is 40, but the decoder table holds 39 tokens: give 39 or less",
@@ -359,9 +361,9 @@ def test_contradicting_options_are_refused(options: dict[str, Any], message: str
 
 def test_captions_are_by_default_as_long_as_the_decoder_holds(tmp_path: Path) -> None:
     for holds, expected in ((39, 39), (64, 50)):
-        made = new(decoder=GPT2 | {"n_positions": holds}, max_length=None)
-        assert made.max_length == made.model.generation_config.max_new_tokens == expected
-        folders.save_captioner(tmp_path / str(holds), made.model, made.tokenizer, made.processor)
+        assembled = new(decoder=GPT2 | {"n_positions": holds}, max_length=None)
+        assert assembled.max_length == assembled.model.generation_config.max_new_tokens == expected
+        folders.save_captioner(tmp_path / str(holds), assembled.model, assembled.tokenizer, assembled.processor)
         assert new(model=str(tmp_path / str(holds))).max_length == expected
     with pytest.raises(UsageError, match=r"--max-length is 40, but .* holds 39 tokens"):
         new(model=str(tmp_path / "39"), max_length=40)
@@ -407,9 +409,9 @@ def test_folders_without_a_usable_encoder_are_refused_with_the_reason(tmp_path: 
 def test_an_encoder_without_a_processor_gets_one_with_a_note(tmp_path: Path) -> None:
     save_encoder(tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
-    made = new(encoder=str(tmp_path))
-    assert "has no preprocessor_config.json: images are resized to 32x32" in made.notes[0]
-    assert (made.spec.height, made.spec.width, made.spec.mean) == (32, 32, (0.5, 0.5, 0.5))
+    assembled = new(encoder=str(tmp_path))
+    assert "has no preprocessor_config.json: images are resized to 32x32" in assembled.notes[0]
+    assert (assembled.spec.height, assembled.spec.width, assembled.spec.mean) == (32, 32, (0.5, 0.5, 0.5))
 
 
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
@@ -419,10 +421,10 @@ def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_folder_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    made = new()
+    assembled = new()
     with pytest.raises(CapcliError, match="its name is not UTF-8"):
         folders.save_captioner(
-            os.fsdecode(os.fsencode(tmp_path) + b"/\xff"), made.model, made.tokenizer, made.processor
+            os.fsdecode(os.fsencode(tmp_path) + b"/\xff"), assembled.model, assembled.tokenizer, assembled.processor
         )
 
 
@@ -430,9 +432,9 @@ def test_a_new_tokenizer_gets_new_embeddings_whatever_the_decoder_has(tmp_path: 
     count = len(new().tokenizer)
     original = save_decoder(tmp_path / "decoder", vocabulary=count)  # of the same size, by chance
     (tmp_path / "decoder" / "tokenizer.json").write_text("broken, and not read")
-    made = new(decoder=str(tmp_path / "decoder"))
-    assert "embeddings" in made.new
-    assert not (made.model.get_input_embeddings().weight == original.get_input_embeddings().weight).all(1).any()
+    assembled = new(decoder=str(tmp_path / "decoder"))
+    assert "embeddings" in assembled.new
+    assert not (assembled.model.get_input_embeddings().weight == original.get_input_embeddings().weight).all(1).any()
 
 
 def test_weights_in_a_pickle_are_read_without_running_its_code(tmp_path: Path) -> None:
@@ -463,8 +465,8 @@ from capcli.training.model.assembly import assemble
 def attempts():
     for encoder, decoder in (("who/sees", "who/speaks"), ("who/is-not", "who/speaks")):
         try:
-            made = assemble(ModelOptions(encoder=encoder, decoder=decoder), list, GenerationOptions(), 0)
-            print(sorted(made.new), made.model.config.encoder.model_type, made.tokenizer.name_or_path, flush=True)
+            assembled = assemble(ModelOptions(encoder=encoder, decoder=decoder), list, GenerationOptions(), 0)
+            print(sorted(assembled.new), assembled.model.config.encoder.model_type, assembled.tokenizer.name_or_path, flush=True)
         except CapcliError as error:
             print(error, flush=True)
 attempts()
@@ -502,9 +504,9 @@ def test_parts_come_from_the_hub_and_then_from_its_cache(tmp_path: Path) -> None
 @pytest.mark.parametrize("encoder", ["vit", "deit"])
 def test_a_new_encoder_starts_with_position_embeddings(encoder: str) -> None:
     """Every position has its own; near patches are more similar than far ones, equally in rows and columns."""
-    made = new(encoder=table(encoder))
-    positions = made.model.encoder.embeddings.position_embeddings[0].detach()
-    config = made.model.config.encoder
+    assembled = new(encoder=table(encoder))
+    positions = assembled.model.encoder.embeddings.position_embeddings[0].detach()
+    config = assembled.model.config.encoder
     side = config.image_size // config.patch_size
     grid = positions[-side * side :].reshape(side, side, -1)
     similarity = torch.nn.functional.cosine_similarity(grid[:1, :1], grid, dim=-1)

@@ -92,10 +92,10 @@ def test_masks_depend_on_draw_and_seed_alone() -> None:
 
 
 def test_words_together_are_the_tokens_of_the_caption(tmp_path: Path) -> None:
-    made = new(vocab_size=320)
-    specials = made.specials
-    for text, words in zip(CAPTIONS, encode_words(made.tokenizer, CAPTIONS, specials), strict=True):
-        [label] = encode_captions(made.tokenizer, [text], specials, 999)
+    assembled = new(vocab_size=320)
+    specials = assembled.specials
+    for text, words in zip(CAPTIONS, encode_words(assembled.tokenizer, CAPTIONS, specials), strict=True):
+        [label] = encode_captions(assembled.tokenizer, [text], specials, 999)
         assert [i for word in words for i in word] == label[:-1]
         assert len(words) == (len(text.split()) if " " in text else len(label) - 1)
     save_pieces(tmp_path)
@@ -134,11 +134,15 @@ def test_answers_are_compared_without_spaces_and_gap_by_gap() -> None:
 def test_only_the_answer_to_a_prompt_with_gaps_names_them(tmp_path: Path, pieces: bool) -> None:
     if pieces:
         save_t5(tmp_path / "t5", gated=False)
-    made = new(decoder=str(tmp_path / "t5") if pieces else T5, tokenizer=None if pieces else "new")
-    save_captioner(str(tmp_path / "out"), made.model, made.tokenizer, made.processor)
+    assembled = new(decoder=str(tmp_path / "t5") if pieces else T5, tokenizer=None if pieces else "new")
+    save_captioner(str(tmp_path / "out"), assembled.model, assembled.tokenizer, assembled.processor)
     captioner = Captioner.load(str(tmp_path / "out"), device="cpu")
     text = "<extra_id_0> two dogs <extra_id_1> sand <extra_id_2>"
-    tokens = [made.specials.pad, *made.tokenizer(text, add_special_tokens=False)["input_ids"], made.specials.end]
+    tokens = [
+        assembled.specials.pad,
+        *assembled.tokenizer(text, add_special_tokens=False)["input_ids"],
+        assembled.specials.end,
+    ]
     done = Finished((0, None), [Hypothesis(tuple(tokens), 0.0, 0.0)])
     loaded = Loaded("one.png", np.zeros((0, 8, 3), np.uint8))
     with_gaps = captioner.settings(GenerationOptions(), "a <extra_id_0> on <extra_id_1>")
@@ -440,10 +444,10 @@ def test_a_t5_keeps_its_weights_and_gets_missing_embeddings(tmp_path: Path, gate
         "tokenizer": None,
         "vocab_size": 15000,
     }
-    made = new(**parts, extra_tokens=40, question_encoder=str(tmp_path / "t5"))
-    model: Any = made.model
-    assert "decoder" not in made.new
-    assert made.specials.start == made.specials.pad == model.generation_config.decoder_start_token_id
+    assembled = new(**parts, extra_tokens=40, question_encoder=str(tmp_path / "t5"))
+    model: Any = assembled.model
+    assert "decoder" not in assembled.new
+    assert assembled.specials.start == assembled.specials.pad == model.generation_config.decoder_start_token_id
     ours = model.text_model
     assert torch.equal(ours.shared.weight[:260], original.shared.weight)
     assert torch.equal(ours.lm_head.weight[:260], original.lm_head.weight)
@@ -454,9 +458,9 @@ def test_a_t5_keeps_its_weights_and_gets_missing_embeddings(tmp_path: Path, gate
         (original.encoder.block[0].layer[0].SelfAttention.q.weight),
     )
     assert torch.equal(model.encoder.embeddings.norm.weight, encoder.swinv2.embeddings.norm.weight)
-    assert len(gaps_of(made.tokenizer)) == 100
-    ids = made.tokenizer("a <loc_39> dog", add_special_tokens=False)["input_ids"]
-    assert made.tokenizer.decode(ids) == "a <loc_39> dog"
+    assert len(gaps_of(assembled.tokenizer)) == 100
+    ids = assembled.tokenizer("a <loc_39> dog", add_special_tokens=False)["input_ids"]
+    assert assembled.tokenizer.decode(ids) == "a <loc_39> dog"
     assert ours.shared.num_embeddings > max(ids)
     model.save_pretrained(tmp_path / "whole")
     again = AutoModel.from_pretrained(tmp_path / "whole")
@@ -499,10 +503,10 @@ def test_a_question_encoder_shares_the_vocabulary_or_gets_new_embeddings(tmp_pat
     assert torch.equal(kept.model.question_encoder.shared.weight[:260], original.shared.weight)
     fresh = new(decoder=str(tmp_path / "t5"), question_encoder=T5)
     assert "the question encoder has new random weights" in fresh.notes
-    for made in (renewed, fresh):
+    for assembled in (renewed, fresh):
         with pytest.raises(UsageError, match="freeze is encoder, but the question encoder"):
-            refuse_freezing("encoder", made.new - {"encoder"})
-        refuse_freezing("decoder", made.new)
+            refuse_freezing("encoder", assembled.new - {"encoder"})
+        refuse_freezing("decoder", assembled.new)
 
 
 def test_a_t5_is_trained_with_a_resnet(tmp_path: Path) -> None:

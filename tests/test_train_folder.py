@@ -34,7 +34,7 @@ def train(place: Path, out: Path, *arguments: object) -> Ended:
     return call("train", "--config", place / "run.toml", "--out", out, *arguments)
 
 
-def whole(folder: Path) -> dict[str, bytes]:
+def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -54,30 +54,30 @@ def whole(folder: Path) -> dict[str, bytes]:
     ids=lambda wrong: wrong[-2],
 )
 def test_a_wrong_command_changes_nothing(place: Path, out: Path, tmp_path: Path, wrong: tuple[object, ...]) -> None:
-    before = whole(out)
+    before = contents(out)
     given = [str(each).format(tmp_path) for each in wrong]
     result = train(place, out, "--overwrite", *given)
     assert result.code in (1, 2), result.err
-    assert whole(out) == before
+    assert contents(out) == before
     assert train(place, tmp_path / "new", *given).code == result.code
     assert not (tmp_path / "new").exists()
 
 
 def test_only_files_that_a_run_wrote_are_overwritten(place: Path, out: Path) -> None:
-    mine = [out / name for name in ("notes.txt", "checkpoints/mine", "tensorboard/mine", "vocab.txt")]
-    for path in mine[:3]:
+    foreign = [out / name for name in ("notes.txt", "checkpoints/mine", "tensorboard/mine", "vocab.txt")]
+    for path in foreign[:3]:
         path.write_text("mine")
     (out / "checkpoints" / "checkpoint-1").mkdir()
     assert train(place, out, "--overwrite").code == 0
-    assert [path.read_text() for path in mine[:3]] == ["mine"] * 3
+    assert [path.read_text() for path in foreign[:3]] == ["mine"] * 3
     assert sorted(os.listdir(out / "checkpoints")) == ["checkpoint-2", "mine"]
     assert len(os.listdir(out / "tensorboard")) == 2
     assert weights(out) == weights(place / "done")
-    mine[3].write_text("a vocabulary")
+    foreign[3].write_text("a vocabulary")
     refused = train(place, out, "--overwrite")
     assert refused.code == 2
     assert "vocab.txt, which no training run wrote" in refused.err
-    assert mine[3].read_text() == "a vocabulary"
+    assert foreign[3].read_text() == "a vocabulary"
 
 
 @pytest.mark.parametrize(
@@ -93,11 +93,11 @@ def test_only_files_that_a_run_wrote_are_overwritten(place: Path, out: Path) -> 
 )
 def test_inputs_of_the_run_are_not_overwritten(place: Path, out: Path, option: str, path: str) -> None:
     (out / ".." / "link").symlink_to(out)
-    before = whole(out)
+    before = contents(out)
     result = train(place, out, "--overwrite", f"--{option}", out / path)
     assert result.code == 2
     assert f"--{option} {out / path} lies in what --overwrite would remove" in result.err
-    assert whole(out) == before
+    assert contents(out) == before
 
 
 @pytest.mark.parametrize("flag", [(), ("--resume",), ("--overwrite",)])
@@ -111,10 +111,10 @@ def test_a_folder_that_no_run_wrote_is_refused(
         (out / "checkpoints" / "game.sav").write_text("level 9")
     for name, text in {"README.md": "mine", "config.json": "{}", **begun}.items():
         (out / name).write_text(text)
-    before = whole(out)
+    before = contents(out)
     result = train(place, out, *flag)
     assert result.code == 2
-    assert whole(out) == before
+    assert contents(out) == before
 
 
 def test_a_run_killed_at_its_start_is_begun_again_without_removing_other_files(place: Path, out: Path) -> None:
@@ -136,12 +136,12 @@ def test_a_run_killed_at_its_start_is_begun_again_without_removing_other_files(p
 
 def test_a_folder_without_its_checkpoints_still_counts_as_a_run(place: Path, out: Path) -> None:
     shutil.rmtree(out / "checkpoints")
-    before = whole(out)
+    before = contents(out)
     for flag, words in (((), "--overwrite throws it away"), (("--resume",), "no checkpoint to go on from")):
         result = train(place, out, *flag)
         assert result.code == 2
         assert words in result.err
-        assert whole(out) == before
+        assert contents(out) == before
     assert train(place, out, "--overwrite").code == 0
     assert history(out)[-1]["step"] == "2"
 

@@ -87,8 +87,7 @@ def _from_parts(
     spec = PixelSpec.from_config(processor)
     _check_pixels(encoder.title, image_size_of(config_of(encoder)), spec, any_size=join.any_size(encoder))
     max_length = _max_length(decoder.title, join.max_tokens(decoder, options), options.max_length)
-    own_tokenizer = None if options.tokenizer == NEW else _tokenizer_of(decoder)
-    tokenizer = _choose_tokenizer(options, decoder, own_tokenizer, captions, quiet)
+    tokenizer, new_embeddings = _tokenizer_for(decoder, options, captions, quiet)
     if options.tokenizer == NEW and len(tokenizer) < options.vocab_size:
         notes.append(
             f"the new tokenizer has {len(tokenizer):,} tokens, fewer than --vocab-size {options.vocab_size:,}: the captions "
@@ -97,9 +96,6 @@ def _from_parts(
     specials = special_tokens(tokenizer, config_of(decoder))
     if tokenizer.pad_token_id is None:  # GPT-2's has none: all files of the folder must name the same one
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(specials.pad)
-    new_embeddings = options.tokenizer == NEW or needs_new_embeddings(
-        tokenizer, own_tokenizer, config_of(decoder).vocab_size
-    )
     question_encoder, new_question_embeddings = None, False
     if options.question_encoder is not None:
         question_encoder = find_part("question-encoder", options.question_encoder, quiet=quiet)
@@ -224,16 +220,17 @@ def _max_length(title: str, positions: int, max_length: int | None) -> int:
     return max_length
 
 
-def _choose_tokenizer(
-    options: ModelOptions, decoder: PartConfig, own_tokenizer: Any, captions: Callable[[], Iterable[str]], quiet: bool
-) -> Any:
+def _tokenizer_for(
+    decoder: PartConfig, options: ModelOptions, captions: Callable[[], Iterable[str]], quiet: bool
+) -> tuple[Any, bool]:
+    """The tokenizer that the options name, and whether the decoder needs new embeddings for it."""
     if options.tokenizer == NEW:
-        return new_tokenizer(captions(), options.vocab_size)
-    if options.tokenizer is not None:
-        return load_tokenizer(options.tokenizer, quiet=quiet)
-    if own_tokenizer is None:
+        return new_tokenizer(captions(), options.vocab_size), True
+    own_tokenizer = _tokenizer_of(decoder)
+    tokenizer = own_tokenizer if options.tokenizer is None else load_tokenizer(options.tokenizer, quiet=quiet)
+    if tokenizer is None:
         raise UsageError(f"{decoder.title} has no tokenizer: give --tokenizer, a name, a folder, or {NEW}")
-    return own_tokenizer
+    return tokenizer, needs_new_embeddings(tokenizer, own_tokenizer, config_of(decoder).vocab_size)
 
 
 def _tokenizer_of(part: PartConfig) -> Any:
