@@ -459,6 +459,7 @@ def test_loading_and_saving_print_nothing(tmp_path: Path, capfd: pytest.CaptureF
 
 
 FROM_HUB = """
+from huggingface_hub import close_session
 from capcli.errors import CapcliError
 from capcli.options import GenerationOptions, ModelOptions
 from capcli.training.model.assembly import assemble
@@ -471,6 +472,7 @@ def attempts():
             print(error, flush=True)
 attempts()
 input()  # until the hub is gone
+close_session()  # its server still answers on open connections
 attempts()
 """
 

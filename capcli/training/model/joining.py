@@ -249,7 +249,7 @@ def _fit_decoder(decoder: Any, count: int, inputs: JoinInputs) -> dict[str, str]
     fit_embeddings(decoder, count, inputs.seed, new=inputs.new_embeddings)
     if not inputs.new_embeddings:
         return {}
-    return {"embeddings": f"the decoder's {count:,} embeddings are new: the tokenizer is not its own"}
+    return {"embeddings": f"the decoder's embeddings are new ({count:,}): the tokenizer is not its own"}
 
 
 def _question_encoder(part: PartConfig, count: int, inputs: JoinInputs) -> tuple[Any, dict[str, str]]:
@@ -262,7 +262,7 @@ def _question_encoder(part: PartConfig, count: int, inputs: JoinInputs) -> tuple
     fit_embeddings(model, count, inputs.seed, new=inputs.new_question_embeddings)
     if not inputs.new_question_embeddings:
         return model, {}
-    return model, {"question-embeddings": f"the question encoder's {count:,} embeddings are new"}
+    return model, {"question-embeddings": f"the question encoder's embeddings are new ({count:,})"}
 
 
 def _lacks(part: PretrainedPart, names: tuple[str, ...]) -> bool:
