@@ -397,9 +397,7 @@ def test_folders_without_a_usable_encoder_are_refused_with_the_reason(tmp_path: 
     for kind in FILES:
         write_json(tmp_path / kind / "config.json", {"model_type": kind})
         for part in ("encoder", "decoder"):
-            with pytest.raises(
-                UsageError, match=f"of the kind {kind}.* It is a whole captioner: --model goes on from it"
-            ):
+            with pytest.raises(UsageError, match=f"of the kind {kind}.* It is a whole captioner: give it as --model"):
                 new(**{part: str(tmp_path / kind)})
     (place / "config.json").write_text("{")
     with pytest.raises(CapcliError, match=r"config\.json of .*enc is not JSON"):

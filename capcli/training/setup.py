@@ -59,7 +59,9 @@ def refuse_unread_tags(options: TrainOptions, *, quiet: bool) -> None:
     """Raises UsageError for a tags column that the captioner would not read."""
     column, model = options.data.tags_column, options.model.model
     if column is not None and options.model.tag_tokens == 0:
-        raise UsageError(f"--tags-column is {column}, but --tag-tokens is 0, so no tags are read: leave one out")
+        raise UsageError(
+            f"--tags-column is {column}, but --tag-tokens is 0, which leaves no room for tags: leave one out"
+        )
     if column is None or model is None:
         return
     if not tag_room(find_model(model, quiet=quiet).config):

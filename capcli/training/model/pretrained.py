@@ -93,7 +93,7 @@ class PartConfig:
 
 @dataclass(frozen=True, slots=True)
 class PretrainedPart:
-    """A model, and the names of its weights that its checkpoint lacked: those are random."""
+    """A loaded part; `missing` names the weights that its checkpoint lacked, which are random."""
 
     model: Any
     missing: frozenset[str] = frozenset()
@@ -115,7 +115,7 @@ def find_part(role: str, given: str | Mapping[str, Any], *, quiet: bool = False)
 
 
 def is_config(given: str | Mapping[str, Any]) -> bool:
-    """Whether an option gives a config for new random weights, not a folder or name with weights."""
+    """Whether an option value is a config, for new random weights, and not a folder or name with weights."""
     return isinstance(given, Mapping) or (given.endswith(".json") and not os.path.isdir(os.path.expanduser(given)))
 
 
@@ -210,7 +210,7 @@ def _kind(role: str, title: str, values: Mapping[str, Any]) -> tuple[str, dict[s
     message = f"{title} is of the kind {kind}" if kind else f"{title} has no model_type"
     message += f"; supported as {role} are {', '.join(KINDS[role])}."
     if kind in (*JOINED, *WHOLE):
-        message += " It is a whole captioner: --model goes on from it."
+        message += " It is a whole captioner: give it as --model."
     elif "auto_map" in values:
         message += " It needs its own Python code, which capcli never runs."
     raise UsageError(message)
