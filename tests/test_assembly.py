@@ -84,6 +84,8 @@ def test_new_captioners_of_every_kind_caption_like_transformers(tmp_path: Path, 
         generation=GenerationOptions(num_beams=3, max_new_tokens=7, length_penalty=0.5),
     )
     assert assembled.new == {"encoder", "decoder"}
+    assert assembled.encode.encoder is assembled.model.encoder
+    assert assembled.step.decoder is assembled.model.decoder
     loss_of(assembled, CAPTIONS[:1]).backward()
     unused = [
         name for name, weight in assembled.model.named_parameters() if weight.requires_grad and weight.grad is None
@@ -138,7 +140,8 @@ def test_rinnas_real_config_and_tokenizer_are_read(tmp_path: Path) -> None:
     assert assembled.specials == SpecialTokens(1, 2, 3)
     decoder = assembled.model.config.decoder
     assert (decoder.n_embd, decoder.n_inner, decoder.n_layer, decoder.vocab_size) == (512, 2304, 6, 32000)
-    again: Any = AutoTokenizer.from_pretrained(save(assembled, tmp_path / "saved"))
+    assembled.tokenizer.save_pretrained(tmp_path)
+    again: Any = AutoTokenizer.from_pretrained(tmp_path)
     labels = encode_captions(again, ["犬がボールで遊んでいる。"], assembled.specials, 40)
     assert again.decode(labels[0], skip_special_tokens=True) == "犬がボールで遊んでいる。"
 
