@@ -324,8 +324,8 @@ def test_parts_are_taken_from_a_captioners_config(tmp_path: Path) -> None:
         ({"decoder": GPT2 | {"model_type": "llama"}}, "of the kind llama; supported as decoder are gpt2, bert"),
         ({"encoder": VIT | {"hiden_size": 40}}, r"the encoder table sets hiden_size \(did you mean hidden_size\?\)"),
         ({"encoder": VIT | {"colour": 1}}, "sets colour: vit has no such setting"),
-        ({"decoder": GPT2 | {"n_head": 7}}, "No gpt2 can be assembled from the decoder table"),
-        ({"encoder": VIT | {"hidden_size": "wide"}}, "No vit can be assembled from the encoder table"),
+        ({"decoder": GPT2 | {"n_head": 7}}, "No gpt2 can be made from the decoder table"),
+        ({"encoder": VIT | {"hidden_size": "wide"}}, "No vit can be made from the encoder table"),
         (
             {"decoder": GPT2 | {"n_positions": 39}},
             "--max-length is 40, but the decoder table holds 39 tokens: give 39 or less",
