@@ -24,7 +24,7 @@ from capcli.annotations import read_split
 from capcli.decoding.loop import Finished
 from capcli.decoding.search import Hypothesis
 from capcli.errors import UsageError
-from capcli.models.vision_t5 import QUESTION, question
+from capcli.models.vision_t5 import QUESTION, encoder_prompt
 from capcli.options import DataOptions, GenerationOptions
 from capcli.records import Caption, Loaded
 from capcli.training.data.masking import SHARE, MaskedPairs, choose, encode_words, gaps_of
@@ -117,7 +117,7 @@ def test_a_prompt_with_gaps_has_the_tokens_of_training(tmp_path: Path, pieces: b
         trained_on, _ = pairs.masked(0, draw)
         hidden = choose(len(words), np.random.default_rng((7, 0, draw)), 9).index(True)
         prompt = " ".join("<extra_id_0>" if n == hidden else word for n, word in enumerate(text.split()))
-        assert question({}, tokenizer, prompt) == trained_on
+        assert encoder_prompt({}, tokenizer, prompt) == trained_on
 
 
 def test_answers_are_compared_without_spaces_and_gap_by_gap() -> None:
@@ -328,7 +328,7 @@ def test_the_question_of_the_first_captioning_task_becomes_the_default(place: Pa
     assert "| more | `what is here?` |" in (place / "out" / "README.md").read_text()
     captioner = Captioner.load(str(place / "out"), device="cpu")
     default, same, other = (
-        captioner.settings(GenerationOptions(), prompt).question for prompt in (None, "what is here?", QUESTION)
+        captioner.settings(GenerationOptions(), prompt).encoder_ids for prompt in (None, "what is here?", QUESTION)
     )
     assert default == same != other
 
@@ -377,13 +377,13 @@ def train_tasks(place: Path, tasks: Any, **model: Any) -> Ended:
     ("changes", "words"),
     [
         ({"wieght": 2}, "did you mean weight"),
-        ({"kind": "caption it"}, "it must be caption, classify, masked"),
+        ({"kind": "caption it"}, "it must be caption, classify or masked"),
         ({"weight": -1}, "it must be a number above 0"),
         ({"kind": "masked", "question": "what?"}, "leave question out"),
-        ({"label_template": "a photo"}, "it must hold {label}"),
+        ({"label_template": "a photo"}, "it must contain {label}"),
         ({"data": []}, "nothing to train on"),
         ({"name": ""}, "it must be a text"),
-        ({"data": 5}, "a task's data is 5; it must be a text in quotes, or a list of them"),
+        ({"data": 5}, "data of a task is 5; it must be a text in quotes, or a list of them"),
         ({"val_fraction": "half"}, "it must be a number"),
         ({"image_root": 1}, "it must be a text in quotes"),
     ],
@@ -402,14 +402,14 @@ def test_tasks_and_options_that_exclude_each_other_are_refused(place: Path) -> N
     assert (
         "reads no question, so it learns only one task" in train_tasks(place, [task], decoder=GPT2, extra_tokens=0).err
     )
-    assert "stand in a file for --config" in call("train", "--task", "x", "--out", place / "out").err
+    assert "tables of the file that --config names" in call("train", "--task", "x", "--out", place / "out").err
     path = recipe(place, select="cider")
     path.write_text(path.read_text().replace('name = "say"', 'name = "say"\nkind = "masked"'))
-    assert "no task is to caption" in call("train", "--config", path, "--out", place / "out").err
+    assert "needs a task of kind caption" in call("train", "--config", path, "--out", place / "out").err
     for flags, words in (
         (("--val-fraction", 0.1), "--val-fraction is given for the whole run"),
         (("--label-template", "{label}"), "--label-template is given for the whole run"),
-        (("--train-limit", 3), "put it into each [[task]] it is of"),
+        (("--train-limit", 3), "put it into the [[task]] tables"),
         (("--tags-column", "tags"), "tasks read no tags: leave it out"),
     ):
         refused = call("train", "--config", recipe(place), "--out", place / "out", *flags)
@@ -418,7 +418,7 @@ def test_tasks_and_options_that_exclude_each_other_are_refused(place: Path) -> N
     path.write_text(path.read_text().replace("val_fraction = 0.25", "").replace("classes", "classes/train"))
     assert "give a [[task]] val_fraction or val_data" in call("train", "--config", path, "--out", place / "out").err
     both = call("train", "--config", recipe(place), "--data", place / "pictures", "--out", place / "out")
-    assert "tasks name their data themselves" in both.err
+    assert "each task names its own data" in both.err
 
 
 def save_t5(folder: Path, *, gated: bool, vocabulary: int = 260) -> T5ForConditionalGeneration:

@@ -15,11 +15,11 @@ from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 from capcli.errors import UsageError
 from capcli.metrics import Scorer
 from capcli.models.checkpoint import pixel_size
-from capcli.models.families import question_of, tag_room
+from capcli.models.encoder_text import gap_names, tag_ids, with_gaps
+from capcli.models.families import encoder_prompt_of, tag_room
 from capcli.models.hub import find_model
-from capcli.models.questions import gap_names, tag_ids, with_gaps
 from capcli.options import ModelOptions, TaskOptions, TrainOptions
-from capcli.options.training_model import TAG_TOKENS
+from capcli.options.train import TAG_TOKENS
 from capcli.records import Annotated
 from capcli.training.data.dataset import TrainingData
 from capcli.training.data.masking import MaskedPairs, encode_words, gaps_of
@@ -113,12 +113,12 @@ def make_pairs(
     labels = iter(encode_captions(assembled.tokenizer, flat, assembled.specials, assembled.max_length))
     tokens = [[next(labels) for _ in image.captions] for image in annotated]
     images = Images(annotated, assembled.spec, size, options.max_pixels)
-    return Pairs(images, tokens, question_ids(assembled, question), tags_of(annotated, assembled))
+    return Pairs(images, tokens, encoder_ids(assembled, question), tags_of(annotated, assembled))
 
 
-def question_ids(assembled: AssembledCaptioner, question: str | None) -> Sequence[int]:
-    """The token ids of a question; none in families whose encoder reads no question."""
-    to_ids = question_of(assembled.model.config.to_dict())
+def encoder_ids(assembled: AssembledCaptioner, question: str | None) -> Sequence[int]:
+    """The token ids that the encoder reads for a question; none in families whose encoder reads no text."""
+    to_ids = encoder_prompt_of(assembled.model.config.to_dict())
     return to_ids(assembled.tokenizer, question) if to_ids else ()
 
 
@@ -135,7 +135,7 @@ def make_tasks(
 ) -> tuple[TaskMixture, Validations | None]:
     """The pairs of all tasks and their validations. Raises UsageError for a task that the model cannot learn."""
     config = assembled.model.config
-    if question_of(config.to_dict()) is None:
+    if encoder_prompt_of(config.to_dict()) is None:
         raise UsageError(
             f"a {config.model_type} reads no question, so it learns only one task: give a T5 as decoder for several"
         )
@@ -210,7 +210,7 @@ def make_task_validation(
         references={
             number: [with_gaps(assembled.tokenizer, answer.tolist(), names)] for number, (_, answer) in masked.items()
         },
-        questions={number: tuple(question) for number, (question, _) in masked.items()},
+        encoder_ids={number: tuple(ids) for number, (ids, _) in masked.items()},
     )
 
 

@@ -55,11 +55,11 @@ class MaskedPairs(Pairs):
 
     def pair(self, index: int, draw: int = 0) -> Pair:
         """A caption with the words masked that draw number `draw` chooses."""
-        question, answer = self.masked(index, draw)
+        encoder_ids, answer = self.masked(index, draw)
         loaded = self.images.loaded(self.image(index))
         if isinstance(loaded, Failure):
-            return Pair(None, answer, loaded, question)
-        return Pair(loaded.pixels, answer, None, question)
+            return Pair(None, answer, loaded, encoder_ids)
+        return Pair(loaded.pixels, answer, None, encoder_ids)
 
     def masked(self, index: int, draw: int = 0) -> tuple[list[int], Tokens]:
         """The caption with sentinels and an end token, and the answer.
@@ -70,20 +70,20 @@ class MaskedPairs(Pairs):
         lengths = self._lengths[self._words[index] : self._words[index + 1]]
         words = np.split(self.tokens(index), np.cumsum(lengths)[:-1])
         masked = choose(len(words), np.random.default_rng((self._seed, index, draw)), len(self._gaps) - 1)
-        question: list[int] = []
+        encoder_ids: list[int] = []
         answer: list[int] = []
         number = 0
         for at, word in enumerate(words):
             if not masked[at]:
-                question += word.tolist()
+                encoder_ids += word.tolist()
                 continue
             if not (at and masked[at - 1]):
-                question.append(self._gaps[number])
+                encoder_ids.append(self._gaps[number])
                 answer.append(self._gaps[number])
                 number += 1
             answer += word.tolist()
         answer += [self._gaps[number], self._end]
-        return [*question, self._end], np.array(answer[: self._max_length], np.int32)
+        return [*encoder_ids, self._end], np.array(answer[: self._max_length], np.int32)
 
 
 def choose(count: int, random: np.random.Generator, most: int) -> list[bool]:

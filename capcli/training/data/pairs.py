@@ -17,7 +17,7 @@ from capcli.errors import ImageError
 from capcli.models.families import IGNORED
 from capcli.pixels import PixelSpec
 from capcli.records import Annotated, Failure, Loaded, Stored
-from capcli.sources.dataset_images import StoredImages
+from capcli.sources.dataset_images import StoredImages, address_of
 
 Tokens = npt.NDArray[np.int32]
 
@@ -43,7 +43,7 @@ class Images:
     def __init__(self, annotated: Sequence[Annotated], spec: PixelSpec, size: tuple[int, int], max_pixels: int) -> None:
         self.spec, self.size, self.max_pixels = spec, size, max_pixels
         self._names = PackedStrings(os.fsencode(image.name) for image in annotated)
-        self._locations = PackedStrings(_location(image.image) for image in annotated)
+        self._addresses = PackedStrings(_address(image.image) for image in annotated)
         self._stored = StoredImages()
 
     def __len__(self) -> int:
@@ -54,13 +54,7 @@ class Images:
 
     def load(self, index: int) -> npt.NDArray[np.uint8]:
         """uint8 [height, width, 3]. Raises ImageError."""
-        location = self._locations[index]
-        source: bytes | str
-        if location.startswith(b"\0"):
-            folder, column, row = location[1:].split(b"\0")
-            source = self._stored.read(Stored(os.fsdecode(folder), int(row), column.decode()))
-        else:
-            source = os.fsdecode(location)
+        source = self._stored.find(os.fsdecode(self._addresses[index]))
         image, _ = pixels.load(source, self.spec, max_pixels=self.max_pixels)
         if image.shape[:2] != self.size:
             (height, width), (encoder_height, encoder_width) = image.shape[:2], self.size
@@ -77,41 +71,38 @@ class Images:
             return Failure(self.name(index), error.kind, str(error))
 
 
-def _location(image: str | Stored | None) -> bytes:
-    """A path; or a row of a dataset on disk as NUL-separated fields after a NUL, which no path contains."""
-    if isinstance(image, Stored):
-        return b"\0".join((b"", os.fsencode(image.folder), image.column.encode(), str(image.row).encode()))
+def _address(image: str | Stored | None) -> bytes:
     assert image is not None, "training needs annotations whose images were located"
-    return os.fsencode(image)
+    return os.fsencode(address_of(image))
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """One image with one of its captions; `pixels` is None where the image could not be loaded, and `failure` says why.
 
-    `question` holds the token ids that the encoder reads beside the image, in families whose encoder reads any.
+    `encoder_ids` are the token ids that the encoder reads beside the image; empty where it reads none.
     """
 
     pixels: npt.NDArray[np.uint8] | None  # [height, width, 3]
     tokens: Tokens  # [T], without the start token
     failure: Failure | None = None
-    question: Sequence[int] | Tokens = ()
+    encoder_ids: Sequence[int] | Tokens = ()
 
 
 class Pairs(Dataset[Pair]):
     """Every caption of every image, with its image: `tokens[i]` holds the token ids of each caption of image i.
 
-    `question` is what the encoder reads beside every image; `tags` [images, W], where given, what it reads beside each.
+    `encoder_ids` are the token ids that the encoder reads beside every image, `tags` [images, W] those of each image.
     """
 
     def __init__(
         self,
         images: Images,
         tokens: Sequence[Sequence[Sequence[int]]],
-        question: Sequence[int] = (),
+        encoder_ids: Sequence[int] = (),
         tags: Tokens | None = None,
     ) -> None:
-        self.images, self.question, self.tags = images, question, tags
+        self.images, self.encoder_ids, self.tags = images, encoder_ids, tags
         flat = [ids for captions in tokens for ids in captions]
         self._image = np.repeat(np.arange(len(tokens), dtype=np.int64), [len(captions) for captions in tokens])
         self._ids = np.fromiter((i for ids in flat for i in ids), np.int32)
@@ -141,15 +132,17 @@ class Pairs(Dataset[Pair]):
     def pair(self, index: int, draw: int = 0) -> Pair:  # noqa: ARG002
         """A pair; `draw`, how often it was drawn before, only matters to masked captions."""
         image = self.image(index)
-        loaded, question = self.images.loaded(image), self.question if self.tags is None else self.tags[image]
+        loaded, encoder_ids = self.images.loaded(image), self.encoder_ids if self.tags is None else self.tags[image]
         if isinstance(loaded, Failure):
-            return Pair(None, self.tokens(index), loaded, question)
-        return Pair(loaded.pixels, self.tokens(index), None, question)
+            return Pair(None, self.tokens(index), loaded, encoder_ids)
+        return Pair(loaded.pixels, self.tokens(index), None, encoder_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Collate:
-    """Pairs -> a batch: `pixel_values` uint8 [B, height, width, 3], `decoder_input_ids` and `labels` [B, T], `question` [B, W].
+    """Pairs -> a batch.
+
+    `pixel_values` uint8 [B, height, width, 3], `decoder_input_ids` and `labels` [B, T], `encoder_ids` [B, W].
 
     The decoder reads the start token and the caption without its last token; the labels are the caption, and IGNORED after
     its end. Which labels are IGNORED depends on lengths, never on token ids, so a tokenizer whose padding is its end token
@@ -166,11 +159,11 @@ class Collate:
         labels = np.full((len(pairs), longest), IGNORED, np.int64)
         decoder_input = np.full((len(pairs), longest), self.pad, np.int64)
         decoder_input[:, 0] = self.start
-        question = np.full((len(pairs), max(len(pair.question) for pair in pairs)), IGNORED, np.int64)
+        encoder_ids = np.full((len(pairs), max(len(pair.encoder_ids) for pair in pairs)), IGNORED, np.int64)
         for row, pair in enumerate(pairs):
             count = len(pair.tokens)
             decoder_input[row, 1:count] = pair.tokens[:-1]
-            question[row, : len(pair.question)] = pair.question
+            encoder_ids[row, : len(pair.encoder_ids)] = pair.encoder_ids
             if pair.pixels is not None:
                 pixels[row] = pair.pixels
                 labels[row, :count] = pair.tokens
@@ -178,6 +171,6 @@ class Collate:
             "pixel_values": torch.from_numpy(pixels),
             "decoder_input_ids": torch.from_numpy(decoder_input),
             "labels": torch.from_numpy(labels),
-            "question": torch.from_numpy(question),
+            "encoder_ids": torch.from_numpy(encoder_ids),
             "failures": [pair.failure for pair in pairs if pair.failure],
         }

@@ -17,7 +17,7 @@ from capcli.models.model_files import JOINED
 from capcli.models.prefix import PrefixCaptioner, PrefixConfig
 from capcli.models.vision_t5 import VisionT5, VisionT5Config
 from capcli.options import ModelOptions
-from capcli.options.training_model import IMAGE_TOKENS
+from capcli.options.train import IMAGE_TOKENS
 from capcli.training.model.embeddings import fit_embeddings, set_positions, token_count
 from capcli.training.model.pretrained import (
     CROSS_ATTENTION,
