@@ -23,7 +23,7 @@ from capcli.export.parity import PYTORCH
 from capcli.export.quantize import quantize
 from capcli.export.tidy import share_weights
 from capcli.models.attention import use_attention
-from capcli.models.checkpoint import explained_tokenizer, generation_of, load_weights, modules, pixel_size
+from capcli.models.checkpoint import encode_and_step, explained_tokenizer, generation_of, load_weights, pixel_size
 from capcli.models.dtypes import DTYPES
 from capcli.models.families import encoder_prompt_of, family_of, tag_room
 from capcli.models.model_files import GENERATION, ModelFiles, fingerprint, list_model, setting_files
@@ -64,7 +64,7 @@ class CheckpointOrigin:
             raise CapcliError(f"{options.model} cannot become TensorRT plans: {refused}. Export --onnx")
         self.spec = PixelSpec.from_config(model.processor)
         whole = load_weights(model, options.dtype, torch.device("cpu"))
-        self.encode, self.step = modules(whole, self.spec)
+        self.encode, self.step = encode_and_step(whole, self.spec)
         self.size = pixel_size(model.name, self.encode.size, self.spec, any_size=self.encode.any_size)
         self.generation, self.positions = generation_of(model, whole), self.step.positions
         ask = encoder_prompt_of(model.config)
@@ -113,7 +113,7 @@ class CheckpointOrigin:
     def truth(self, device: torch.device) -> SlotRuntime:
         """PyTorch in float32, whatever the engine computes in."""
         torch.backends.cudnn.allow_tf32 = False  # it is float32 in its convolutions too
-        encode, step = modules(load_weights(self.model, "float32", device), self.spec)
+        encode, step = encode_and_step(load_weights(self.model, "float32", device), self.spec)
         use_attention(step.decoder)
         return Eager(encode, step, device, prefixed=encode.prefixed)
 

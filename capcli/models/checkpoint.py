@@ -34,8 +34,8 @@ def load_weights(files: ModelFiles, dtype: str, device: torch.device) -> Any:
         return model.eval().to(device)
 
 
-def modules(whole: Any, spec: PixelSpec) -> tuple[Encode, Step]:
-    """A model's encode and step, where it is."""
+def encode_and_step(whole: Any, spec: PixelSpec) -> tuple[Encode, Step]:
+    """The family's Encode and Step over a model: they share its weights and are on its device, in eval mode."""
     family = family_of(whole.config.to_dict())
     encode = family.Encode(whole, spec.rescale_factor, spec.mean, spec.std)
     return encode.eval().to(whole.device), family.Step(whole).eval()
