@@ -67,7 +67,7 @@ class Ort(SlotRuntime):
         self._dtype, self._vocabulary = DTYPES[engine.dtype], engine.vocabulary
         held = engine.memory
         self._layers = held.names
-        self._shape, self._asked = (held.heads, held.positions, held.head_size), held.asked
+        self._shape, self._asked = (held.heads, held.positions, held.head_size), held.reads_question
         self._bound: tuple[Any, ...] = ()
 
     def _encode(self, pixels: npt.NDArray[np.uint8], questions: Tensor) -> Sequence[Tensor]:
