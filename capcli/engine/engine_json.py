@@ -208,7 +208,8 @@ def from_format_1(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content of an engine.json of format 1 with the keys of format 2."""
     parity = renamed(content["proof"], {"said": "searches"})
     memory = renamed(content["memory"], {"asked": "reads_question"})
-    return renamed(content, {"proof": "parity"}) | {"parity": parity, "memory": memory}
+    rest = {key: value for key, value in content.items() if key != "proof"}
+    return {**rest, "parity": parity, "memory": memory}
 
 
 def renamed(value: Any, names: Mapping[str, str]) -> Any:
