@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from captioners import SIZE, captions, encoder_config, pictures
+from exporting import duplicate_weights
 from families import (
     FAMILIES,
     RESNET,
@@ -32,7 +33,6 @@ from transformers import ResNetConfig
 from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import NO_TOKEN
 from capcli.engine.engine_json import read_engine
-from capcli.export.lint import duplicate_weights
 from capcli.export.origin import plans_refused
 from capcli.models.families import FILES
 
