@@ -79,10 +79,12 @@ def cached_graphs(factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def digest(module: nn.Module, *arguments: object) -> str:
-    result = hashlib.sha256(f"{module} {arguments}".encode())
-    for name, weight in sorted(module.state_dict().items()):
-        result.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        result.update(weight.detach().contiguous().view(torch.uint8).numpy().tobytes() if weight.dim() else b"")
+    """Identifies a module by its structure, numbers, weights and buffers, and the arguments of its export."""
+    numbers = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
+    result = hashlib.sha256(f"{module} {numbers} {arguments}".encode())
+    for name, x in (*module.named_parameters(), *module.named_buffers()):
+        result.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        result.update(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return result.hexdigest()[:32]
 
 

@@ -35,7 +35,10 @@ DISK = "Cannot store {model} in {cache} ({reason}: {path}): set HF_HOME to a fol
 ERRORS: dict[int | str, tuple[type[CapcliError], str]] = {
     "GatedRepoError": (RefusedError, GATED),
     "RepositoryNotFoundError": (RefusedError, UNKNOWN + PRIVATE),
-    "RevisionNotFoundError": (UsageError, "{model} has no revision {revision}: give one of {hub}/{model}."),
+    "RevisionNotFoundError": (
+        UsageError,
+        "{model} has no revision {revision}: give a branch, tag or commit of {hub}/{model}.",
+    ),
     401: (RefusedError, f"The hub ({{hub}}) refuses the token: {LOGIN}, or correct HF_TOKEN."),
     403: (RefusedError, "The hub ({hub}) does not let you read {model}: use a token that may (HF_TOKEN)."),
     429: (RefusedError, f"The hub ({{hub}}) allows no more requests for now: wait, or {LOGIN}."),
