@@ -42,6 +42,9 @@ SEARCHES = [
 ]
 
 
+IMAGES = draw_images((32, 32), 4)  # of parity checks that compare captioners with themselves
+
+
 @pytest.fixture(scope="module", autouse=True)
 def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with cached_graphs(tmp_path_factory):
@@ -403,10 +406,10 @@ def test_greedy_captions_tie_where_their_first_differing_tokens_do(lead: float, 
     reference, engine, settings = two_runtimes()
     prefer(reference, 5, 6, lead)
     prefer(engine, 6, 5, lead)
-    result = check_parity(engine, reference, draw_images((32, 32)), {"greedy": settings}, "float32")
+    result = check_parity(engine, reference, IMAGES, {"greedy": settings}, "float32")
     assert result.logits < result.bound
     assert result.passed is tied
-    assert (result.searches[0].equal, result.searches[0].ties) == (0, 16 if tied else 0)
+    assert (result.searches[0].equal, result.searches[0].ties) == (0, len(IMAGES) if tied else 0)
 
 
 def test_a_greedy_tie_is_one_under_the_constraints() -> None:
@@ -422,8 +425,8 @@ def test_a_greedy_tie_is_one_under_the_constraints() -> None:
             return logits
 
         runtime.step = step
-    result = check_parity(engine, reference, draw_images((32, 32)), {"greedy": settings}, "float32")
-    assert (result.searches[0].equal, result.searches[0].ties) == (0, 16)
+    result = check_parity(engine, reference, IMAGES, {"greedy": settings}, "float32")
+    assert (result.searches[0].equal, result.searches[0].ties) == (0, len(IMAGES))
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
@@ -438,9 +441,9 @@ def test_wrong_beams_are_no_ties_whatever_the_length_penalty(precision: str) -> 
 
     engine.step = wrong_after_the_first_row
     penalised = searches(replace(settings, length_penalty=9.0), (1, 4))
-    result = check_parity(engine, reference, draw_images((32, 32)), penalised, precision)
+    result = check_parity(engine, reference, IMAGES, penalised, precision)
     assert result.logits < result.bound
-    assert result.searches[0].equal == 16
+    assert result.searches[0].equal == len(IMAGES)
     assert not result.passed
     assert result.failed is not None
     assert "captions differ (4 beams)" in result.failed
