@@ -27,7 +27,7 @@ from capcli.captioning.captioner import Captioner
 from capcli.captioning.pipeline import CaptionRun, wanted_entries
 from capcli.captioning.plan import choose_shapes, search_settings
 from capcli.captioning.provenance import earlier_naming, make_run_record
-from capcli.decoding.loop import Shapes
+from capcli.decoding.shapes import Shapes
 from capcli.loading import Loading, load
 from capcli.options import CaptionOptions, GenerationOptions, SinkOptions, SourceOptions
 from capcli.progress import Report

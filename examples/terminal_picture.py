@@ -35,7 +35,13 @@ def transcript(folder: Path) -> str:
             f"bash -c '{command}'",
             withexitstatus=True,
             cwd=folder,
-            env={"PATH": path, "TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LANG": "C.UTF-8", "HOME": str(folder)},
+            env={
+                "PATH": path,
+                "TERM": "xterm-256color",
+                "COLUMNS": str(COLUMNS),
+                "LANG": "C.UTF-8",
+                "HOME": str(folder),
+            },
             dimensions=(40, COLUMNS),
             timeout=600,
         )

@@ -109,7 +109,7 @@ def test_an_interrupted_run_finishes_what_is_under_way(captioner: Path, photos: 
         done = interrupted(spawn(*command, out), out, number)
         assert done.code == code
         said, closing = done.err.splitlines()
-        assert said == "capcli: finishing what is under way; again, to leave at once"
+        assert said == "capcli: interrupted; finishing the work in progress (interrupt again to exit at once)"
         rows = out.read_bytes()
         assert rows.endswith(b"\n")
         assert is_prefix(rows, whole.read_bytes())
@@ -131,7 +131,10 @@ def test_a_second_interrupt_leaves_at_once(captioner: Path, photos: Path, tmp_pa
     wait_until(lambda: size(out) > 2000, process)
     os.killpg(process.pid, signal.SIGINT)
     assert process.stderr is not None
-    assert process.stderr.readline() == b"capcli: finishing what is under way; again, to leave at once\n"
+    assert (
+        process.stderr.readline()
+        == b"capcli: interrupted; finishing the work in progress (interrupt again to exit at once)\n"
+    )
     os.killpg(process.pid, signal.SIGINT)
     done = ended(process)
     assert (done.code, done.err.strip()) == (130, "")

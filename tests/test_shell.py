@@ -161,4 +161,4 @@ def test_two_hundred_thousand_names_are_listed_as_they_are_needed(captioner: Pat
     assert process.wait(PATIENCE) == 0
     assert len(said) == 1
     assert said[0].startswith(f"capcli: {tmp_path}/tree/002: ")
-    assert said[0].endswith("folder passed over")
+    assert said[0].endswith("folder skipped")

@@ -28,18 +28,18 @@ from capcli.annotations.tags import tag_text
 from capcli.captioning.feed import ArrivalFeed, Arrivals, Deliver, LocalArrivals, Order, Result
 from capcli.captioning.model import Model, choose_dtype, device_of, load_model
 from capcli.decoding import noise
-from capcli.decoding.capacity import fitting_slots, paying_slots
-from capcli.decoding.loop import Finished, Job, Shapes
+from capcli.decoding.loop import Finished, Job
 from capcli.decoding.parallel import decode_in_parallel
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import NO_TOKEN, Settings, resolve
+from capcli.decoding.shapes import Shapes, fitting_slots, useful_slots
 from capcli.engine.engine_json import engine_of
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.models.checkpoint import quiet_transformers
 from capcli.models.dtypes import choose_device
+from capcli.models.encoder_text import gap_names, tag_ids, with_gaps
 from capcli.models.hub import find_model
 from capcli.models.model_files import ModelFiles
-from capcli.models.questions import gap_names, tag_ids, with_gaps
 from capcli.options import DEFAULT_MODEL, MAX_PIXELS, GenerationOptions
 from capcli.records import Candidate, Caption, Failure, Loaded
 from capcli.text import is_text, printable
@@ -55,7 +55,7 @@ class Captioner:
 
     def __init__(self, model: Model, files: ModelFiles) -> None:
         self.model, self.files = model, files
-        self._gaps = gap_names(model.tokenizer) if model.question else {}
+        self._gaps = gap_names(model.tokenizer) if model.encoder_prompt else {}
 
     @classmethod
     def load(
@@ -112,12 +112,12 @@ class Captioner:
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
         settings = self.settings(GenerationOptions(**generation), prompt)
-        questions = self._questions(tags, images)
+        encoder_ids = self._encoder_ids(tags, images)
         before = settings.prompt[1:] if keep_prompt else ()
-        prepare = partial(self._prepare, max_pixels=max_pixels, questions=questions)
+        prepare = partial(self._prepare, max_pixels=max_pixels, encoder_ids=encoder_ids)
         return self._captions(images, settings, before, prepare, batch_size)
 
-    def _questions(self, tags: Sequence[str | None] | None, images: Iterable[ImageLike]) -> list[tuple[int, ...]]:
+    def _encoder_ids(self, tags: Sequence[str | None] | None, images: Iterable[ImageLike]) -> list[tuple[int, ...]]:
         """What the encoder reads beside each image: its tags; nothing where there are none."""
         if tags is None:
             return []
@@ -154,11 +154,11 @@ class Captioner:
     def settings(self, options: GenerationOptions, prompt: str | None = None) -> Settings:
         """The search settings in force: `options`, and the checkpoint's where they say nothing."""
         ids = self._prompt_ids(prompt)
-        settings = resolve(self.model.generation, options, () if self.model.question else ids)
-        if self.model.question:
-            settings = replace(settings, question=tuple(ids))
+        settings = resolve(self.model.generation, options, () if self.model.encoder_prompt else ids)
+        if self.model.encoder_prompt:
+            settings = replace(settings, encoder_ids=tuple(ids))
         elif self.model.tag_tokens:  # of images without tags
-            settings = replace(settings, question=(NO_TOKEN,) * self.model.tag_tokens)
+            settings = replace(settings, encoder_ids=(NO_TOKEN,) * self.model.tag_tokens)
         room = self.model.positions - len(settings.prompt) + 1  # the last token is never given back to the decoder
         if room < 1:
             raise UsageError(
@@ -176,8 +176,8 @@ class Captioner:
         if prompt and not is_text(prompt):
             raise UsageError(f"the prompt {printable(prompt)} is not UTF-8")
         with quiet_transformers():
-            if self.model.question:
-                return self.model.question(self.model.tokenizer, prompt)
+            if self.model.encoder_prompt:
+                return self.model.encoder_prompt(self.model.tokenizer, prompt)
             if not prompt:
                 return []
             ids: list[int] = self.model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -187,7 +187,7 @@ class Captioner:
         """Raises CapcliError for token ids that the decoder does not have."""
         s = settings
         forced = () if s.forced_bos_token_id is None else (s.forced_bos_token_id,)
-        named = {"the prompt": (*s.prompt, *s.question), "forced tokens": (*forced, *s.forced_eos_token_ids)}
+        named = {"the prompt": (*s.prompt, *s.encoder_ids), "forced tokens": (*forced, *s.forced_eos_token_ids)}
         named |= {"suppressed tokens": (*s.suppress_tokens, *s.begin_suppress_tokens)}
         for what, ids in named.items():
             strange = [i for i in ids if not 0 <= i < self.model.vocabulary and i != NO_TOKEN]
@@ -206,7 +206,7 @@ class Captioner:
         each = None if count is None else math.ceil(count / loops)
         if batch_size is None:
             most = fitting_slots(runtime.device, self._bytes_per_slot(settings)) // loops
-            shapes = runtime.shapes(paying_slots(runtime.device, settings), settings, max(1, most), each)
+            shapes = runtime.shapes(useful_slots(runtime.device, settings), settings, max(1, most), each)
         else:
             slots = batch_size // loops
             shapes = runtime.shapes(slots, settings)
@@ -233,7 +233,7 @@ class Captioner:
         """
         give = Order(deliver).put if ordered else deliver
         feed = ArrivalFeed(arrivals, partial(self._job, settings), give, stop)
-        for ended in decode_in_parallel(feed, self.model.runtime.beside(shapes.loops), settings, shapes, shrunk):
+        for ended in decode_in_parallel(feed, self.model.runtime.replicas(shapes.loops), settings, shapes, shrunk):
             for done in ended:
                 index, loaded = done.tag
                 give(index, self.result(loaded, done, settings, before))
@@ -253,7 +253,7 @@ class Captioner:
             (index, replace(loaded, pixels=loaded.pixels[:0])),
             loaded.pixels,
             noise.key(settings.seed, loaded.name),
-            loaded.question,
+            loaded.encoder_ids,
         )
 
     def result(self, loaded: Loaded, done: Finished, settings: Settings, before: tuple[int, ...] = ()) -> Result:
@@ -265,7 +265,7 @@ class Captioner:
 
     def _text(self, hypothesis: Hypothesis, settings: Settings, before: tuple[int, ...]) -> str:
         ids = [*before, *(t for t in hypothesis.tokens if t not in settings.eos_token_ids)]
-        if self._gaps.keys() & set(settings.question):
+        if self._gaps.keys() & set(settings.encoder_ids):
             text = with_gaps(self.model.tokenizer, ids, self._gaps)
         else:
             text = str(self.model.tokenizer.decode(ids, skip_special_tokens=True)).strip()
@@ -282,14 +282,14 @@ class Captioner:
         cure = "its weights may be damaged" if self.model.dtype == "float32" else "try --dtype float32"
         return f"its numbers overflow in the model (NaN or infinity); {cure}"
 
-    def _prepare(self, index: int, image: ImageLike, max_pixels: int, questions: Sequence[tuple[int, ...]]) -> Loaded:
-        question = questions[index] if questions else ()
+    def _prepare(self, index: int, image: ImageLike, max_pixels: int, encoder_ids: Sequence[tuple[int, ...]]) -> Loaded:
+        ids = encoder_ids[index] if encoder_ids else ()
         if isinstance(image, str | os.PathLike):
             path = os.fsdecode(image)
-            return Loaded(path, pixels.load(path, self.model.spec, max_pixels=max_pixels)[0], question=question)
+            return Loaded(path, pixels.load(path, self.model.spec, max_pixels=max_pixels)[0], encoder_ids=ids)
         if not isinstance(image, Image.Image | np.ndarray):
             raise ImageError(
                 "unreadable", f"a {type(image).__name__} is no image: a path, a PIL image or an array is one"
             )
         rgb = pixels.to_rgb(image) if isinstance(image, Image.Image) else pixels.from_array(image)
-        return Loaded(str(index), pixels.resize(rgb, self.model.spec), question=question)
+        return Loaded(str(index), pixels.resize(rgb, self.model.spec), encoder_ids=ids)

@@ -23,7 +23,7 @@ from capcli.models.checkpoint import (
     puts_spaces,
 )
 from capcli.models.dtypes import DTYPES, choose_device, multiplies_bfloat16
-from capcli.models.families import question_of, tag_room
+from capcli.models.families import encoder_prompt_of, tag_room
 from capcli.models.int8 import int8_refused, quantize_both
 from capcli.models.model_files import ModelFiles
 from capcli.models.packing import speed_up
@@ -37,7 +37,7 @@ from capcli.runtimes.eager import Eager
 class Model:
     """A model ready to caption. `Model.of` builds it.
 
-    `question` makes token ids of a prompt where the encoder reads it; None where the decoder does. `spaced`: the
+    `encoder_prompt` makes token ids of a prompt where the encoder reads it; None where the decoder does. `spaced`: the
     tokenizer puts spaces between tokens, so between characters where those are the tokens. `engine` is what engine.json
     says where the model is one.
     """
@@ -50,7 +50,7 @@ class Model:
     generation: dict[str, Any]
     positions: int  # the longest sequence, prompt and caption, that the decoder can hold
     vocabulary: int
-    question: Callable[[Any, str | None], list[int]] | None
+    encoder_prompt: Callable[[Any, str | None], list[int]] | None
     tag_tokens: int  # tag tokens that its encoder reads at most
     spaced: bool
     engine: Engine | None = None
@@ -60,7 +60,7 @@ class Model:
         """A model of this config.json; `parts` are the fields that follow from neither config nor tokenizer."""
         return cls(
             tokenizer=tokenizer,
-            question=question_of(config),
+            encoder_prompt=encoder_prompt_of(config),
             tag_tokens=tag_room(config),
             spaced=puts_spaces(tokenizer),
             **parts,
@@ -77,7 +77,7 @@ def load_checkpoint(files: ModelFiles, device: torch.device, dtype: str) -> Mode
     spec = PixelSpec.from_config(files.processor)
     whole = load_weights(files, dtype, device)
     encode, step = modules(whole, spec)
-    use_attention(encode.encoder, coarse=dtype == "int8" and multiplies_bfloat16())
+    use_attention(encode.encoder, bfloat16=dtype == "int8" and multiplies_bfloat16())
     attends = use_attention(step.decoder)
     # half as much to read in every step, at the same captions (BENCHMARKS.md)
     keep = torch.bfloat16 if dtype == "int8" and attends else None

@@ -22,12 +22,12 @@ from capcli.captioning.plan import (
     settle_gpu_decode,
 )
 from capcli.captioning.provenance import earlier_naming, finished, make_run_record, refuse_other_settings, with_shapes
-from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
+from capcli.decoding.shapes import Shapes
 from capcli.interrupts import Interrupts
 from capcli.loading import Loading, load
 from capcli.loading.gpu_jpeg import GpuJpegDecoder, GpuLoading
-from capcli.models.questions import tag_ids
+from capcli.models.encoder_text import tag_ids
 from capcli.options import CaptionOptions
 from capcli.progress import Progress, Report, say, warn
 from capcli.records import Caption, Entry, Failure
@@ -112,7 +112,7 @@ class CaptionRun:
         if tags is None:
             return entries
         ids = partial(tag_ids, model.tokenizer, count=model.tag_tokens)
-        return (replace(entry, question=ids([tags.of(entry.path)])[0]) for entry in entries)
+        return (replace(entry, encoder_ids=ids([tags.of(entry.path)])[0]) for entry in entries)
 
     def close(self, *, cut_short: bool) -> None:
         """The receipt and the closing line."""

@@ -14,9 +14,8 @@ import torch
 from capcli.captioning.captioner import Captioner
 from capcli.captioning.model import Model, choose_dtype, device_of, load_model
 from capcli.captioning.provenance import earlier_shapes
-from capcli.decoding.capacity import paying_loops, paying_slots
-from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings, idle, resolve
+from capcli.decoding.shapes import Shapes, useful_loops, useful_slots
 from capcli.engine.engine_json import engine_of
 from capcli.errors import CapcliError, UsageError
 from capcli.loading import default_workers, usable_cpus
@@ -119,7 +118,7 @@ def search_settings(options: CaptionOptions, captioner: Captioner) -> Settings:
     settings = captioner.settings(options.generation, options.prompt)
     for line in idle(options.generation, settings):
         warn(line)
-    if options.keep_prompt and captioner.model.question:
+    if options.keep_prompt and captioner.model.encoder_prompt:
         warn("--keep-prompt has no effect: the prompt is asked of the encoder, and no caption begins with it")
     if settings.num_return_sequences > 1 and not options.sink.candidates:
         n = settings.num_return_sequences
@@ -150,9 +149,9 @@ def choose_shapes(
     first: list[Entry] = []
     count = None
     if not source.streaming:
-        most = options.batch_size or COUNTED * paying_slots(device, settings)
+        most = options.batch_size or COUNTED * useful_slots(device, settings)
         first = list(islice(wanted, most))
         count = len(first) if len(first) < most else None
     at_a_time = min((n for n in (count, options.batch_size) if n is not None), default=None)
-    loops = len(captioner.model.runtime.beside(paying_loops(torch.get_num_threads(), at_a_time)))
+    loops = len(captioner.model.runtime.replicas(useful_loops(torch.get_num_threads(), at_a_time)))
     return captioner.shapes(settings, count, options.batch_size, loops), chain(first, wanted)

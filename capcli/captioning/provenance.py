@@ -13,8 +13,8 @@ import transformers
 
 from capcli import __version__
 from capcli.captioning.captioner import Captioner
-from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
+from capcli.decoding.shapes import Shapes
 from capcli.errors import UsageError
 from capcli.models.model_files import fingerprint
 from capcli.options import CaptionOptions
@@ -45,7 +45,7 @@ def make_run_record(
             **({} if options.tags_field is None else {"tags_field": options.tags_field}),
             "sidecar": options.sink.sidecar,
             "sidecar_dir": options.sink.sidecar_dir,
-            "generation": settings.receipt(),
+            "generation": settings.in_run_file(),
             **({"fast_decode": True} if options.fast_decode else {}),
             **({"gpu_decode": True} if options.gpu_decode else {}),
         },

@@ -25,7 +25,7 @@ from capcli.export.quantize import quantize
 from capcli.models.attention import use_attention
 from capcli.models.checkpoint import explained_tokenizer, generation_of, load_weights, modules, pixel_size
 from capcli.models.dtypes import DTYPES
-from capcli.models.families import family_of, question_of, tag_room
+from capcli.models.families import encoder_prompt_of, family_of, tag_room
 from capcli.models.model_files import GENERATION, ModelFiles, fingerprint, list_model, setting_files
 from capcli.options import ExportOptions
 from capcli.options.export_command import export_command
@@ -44,7 +44,7 @@ class Origin(Protocol):
     positions: int  # of its decoder
     size: tuple[int, int]  # of its encoder's pixels
     against: str  # the name of `reference` in messages
-    question: tuple[int, ...]  # token ids beside the image for the parity check; empty where the encoder reads none
+    encoder_ids: tuple[int, ...]  # token ids beside the image for the parity check; empty where the encoder reads none
 
     def write(self, folder: str, settings: Settings) -> Engine:
         """Writes graphs, tokenizer, processor and settings; gives the content of engine.json but for the parity check."""
@@ -69,12 +69,12 @@ class CheckpointOrigin:
         self.encode, self.step = modules(loaded, self.spec)
         self.size = pixel_size(model.name, self.encode.size, self.spec, any_size=self.encode.any_size)
         self.generation, self.positions = generation_of(model, loaded), self.step.positions
-        question = question_of(model.config)
-        self.question = tuple(question(explained_tokenizer(model), None)) if question else example_tags(model.config)
+        prompt = encoder_prompt_of(model.config)
+        self.encoder_ids = tuple(prompt(explained_tokenizer(model), None)) if prompt else example_tags(model.config)
 
     def write(self, folder: str, settings: Settings) -> Engine:
         options, model = self.options, self.model
-        encode, memory = graphs.encode_graph(self.encode, self.size, options.profile, question=bool(self.question))
+        encode, memory = graphs.encode_graph(self.encode, self.size, options.profile, question=bool(self.encoder_ids))
         step = graphs.step_graph(self.step, memory, DTYPES[options.dtype], options.profile)
         generation, buckets = self.generation, tuple[Bucket, ...]()
         if options.kind == "tensorrt":
@@ -122,7 +122,7 @@ class CheckpointOrigin:
 
 def plans_refused(config: Mapping[str, Any]) -> str | None:
     """Why a captioner with this config.json cannot become TensorRT plans; None where it can."""
-    if hasattr(family_of(config), "question"):
+    if hasattr(family_of(config), "encoder_prompt"):
         return "plans have fixed shapes, and its memory grows with the question that its encoder reads"
     if tag_room(config):
         return "plans take an image alone, and it reads tags too"

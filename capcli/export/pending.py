@@ -33,7 +33,7 @@ class PendingOrigin:
     """An engine whose plans are not built yet, as a `capcli.export.origin.Origin`."""
 
     against = "its graphs' in ONNX Runtime"
-    question: tuple[int, ...] = ()
+    encoder_ids: tuple[int, ...] = ()
 
     def __init__(self, options: ExportOptions, model: ModelFiles, engine: Engine, out: str) -> None:
         """Raises CapcliError for one that has changed or cannot be finished here.

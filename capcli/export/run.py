@@ -48,7 +48,7 @@ def run(options: ExportOptions) -> int:
         torch.set_num_threads(options.threads)
     note = silent if options.quiet else say
     origin = origin_of(options, model, out)
-    settings = replace(search_of(options, origin.generation, origin.positions), question=origin.question)
+    settings = replace(search_of(options, origin.generation, origin.positions), encoder_ids=origin.encoder_ids)
     spec = PixelSpec.from_config(model.processor)
     images = load_images(paths, spec, origin.size) if paths else draw_images(origin.size)
     with build_folder(out) as building:

@@ -1,4 +1,4 @@
-"""Text that an encoder reads beside the image: questions, tags, and gaps for the decoder to fill (T5's sentinel tokens)."""
+"""Text that an encoder reads beside the image: tags, and gaps for the decoder to fill (T5's sentinel tokens)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ GAP = re.compile(r"<extra_id_\d+>")
 
 
 def gap_names(tokenizer: Any) -> dict[int, str]:
-    """The gaps that a tokenizer knows, by id."""
+    """The sentinel tokens of a tokenizer: id -> name."""
     return {i: name for name, i in tokenizer.get_vocab().items() if GAP.fullmatch(name)}
 
 
 def with_gaps(tokenizer: Any, ids: Iterable[int], names: Mapping[int, str]) -> str:
-    """The text of ids, a space around each gap's name; other special tokens are left out."""
+    """Decodes ids, with spaces around sentinel tokens (`names`); other special tokens are left out."""
     parts = []
     for name, run in groupby(ids, names.get):
         kept = list(run)
@@ -28,19 +28,16 @@ def with_gaps(tokenizer: Any, ids: Iterable[int], names: Mapping[int, str]) -> s
 
 
 def fillings(text: str) -> dict[str, str]:
-    """What an answer puts into each gap, by the gap's name; of a gap that comes twice the first time counts."""
-    words = [part.strip() for part in GAP.split(text)[1:]]
+    """The text for each gap in an answer, by the gap's name; of a repeated gap, the first text."""
+    texts = [part.strip() for part in GAP.split(text)[1:]]
     found: dict[str, str] = {}
-    for name, said in zip(GAP.findall(text), words, strict=True):
-        found.setdefault(name, said)
+    for name, filling in zip(GAP.findall(text), texts, strict=True):
+        found.setdefault(name, filling)
     return found
 
 
 def tag_ids(tokenizer: Any, texts: Sequence[str], count: int) -> list[tuple[int, ...]]:
-    """Of each text the ids of its first words, `count` of them, with NO_WORD where there are fewer.
-
-    Text that reads like a special token is never one.
-    """
+    """The first `count` token ids of each text, padded with NO_TOKEN. Text that spells a special token does not become one."""
     if not texts:
         return []
     with quiet_transformers():

@@ -1,4 +1,4 @@
-"""JSON: COCO's annotations and results, Karpathy's splits, captions by name, lists of objects, and JSON lines."""
+"""JSON: COCO's annotations and results, Karpathy's splits, captions by image name, lists of objects, and JSON lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from capcli.annotations.rows import (
     ColumnNames,
     Row,
     captions_of,
-    named,
+    image_name,
     no_column,
     object_row,
     pick,
@@ -32,33 +32,33 @@ Object = Mapping[str, Any]
 
 
 def json_file(path: str, options: DataOptions) -> Annotations:
-    """The annotations in a file that begins as JSON does, told apart by its content.
+    """The annotations in a JSON file, whose content decides the format.
 
-    Raises CapcliError that says what was seen where it holds none.
+    Raises CapcliError, with the keys or types that were found, where they are no annotations.
     """
     with lines(path) as stream:
         first = next((line for line in stream if line.strip()), "")
-        alone = next((line for line in stream if line.strip()), None) is None
+        one_line = next((line for line in stream if line.strip()), None) is None
     try:
         entry = json.loads(first)
-    except (ValueError, RecursionError):  # a document of many lines, unless it is damaged
+    except (ValueError, RecursionError):  # a document of several lines, unless it is damaged
         with readable(path), open(path, "rb") as file:
             content = file.read()
         try:
             return _document(path, parsed(content, path), options)
         except CapcliError:
-            entry = _second(path)
+            entry = _second_line(path)
             if not isinstance(entry, dict):
                 raise
-            alone = False
-    if isinstance(entry, dict) and (not alone or _is_row(entry, options)):
+            one_line = False
+    if isinstance(entry, dict) and (not one_line or _is_row(entry, options)):
         rows = partial(_json_lines, path, options)
         return Annotations(path, "JSON lines", rows, os.path.dirname(path), tuple(entry))
     return _document(path, entry, options)
 
 
-def _second(path: str) -> object:
-    """What the second line holds that is not blank; None where that is no JSON by itself."""
+def _second_line(path: str) -> object:
+    """The JSON on the second line that is not blank; None if it is not JSON by itself."""
     with lines(path) as stream:
         _, line = next(filter(str.strip, stream), ""), next(filter(str.strip, stream), "")
     try:
@@ -68,7 +68,7 @@ def _second(path: str) -> object:
 
 
 def _is_row(entry: Object, options: DataOptions) -> bool:
-    """Whether an object that is alone in its file is a row, and not a document."""
+    """Whether the only object of a file is a row and not a document."""
     return (
         not isinstance(entry.get("images"), list) and pick(list(entry), options.image_column, IMAGE_COLUMNS) is not None
     )
@@ -82,15 +82,15 @@ def _document(path: str, document: Any, options: DataOptions) -> Annotations:
         kind = "COCO results" if {"image_id", "caption"} <= set(columns) else "JSON list"
         rows = partial(_objects, path, list(enumerate(document, 1)), options)
         return Annotations(path, kind, rows, os.path.dirname(path), columns)
-    if isinstance(document, dict) and document and all(_holds_captions(value, options) for value in document.values()):
+    if isinstance(document, dict) and document and all(_has_captions(value, options) for value in document.values()):
         return Annotations(path, "JSON by name", partial(_by_name, path, document, options), os.path.dirname(path))
     raise CapcliError(
-        f"{printable(path)} is JSON, but not COCO's or Karpathy's, no list of objects, and no captions by image name: "
-        f"it holds {_seen(document)}"
+        f"{printable(path)} is JSON, but not COCO's or Karpathy's, a list of objects, or captions by image name: "
+        f"it contains {_contents(document)}"
     )
 
 
-def _seen(document: object) -> str:
+def _contents(document: object) -> str:
     if isinstance(document, dict):
         return "the keys " + ", ".join(map(repr, list(document)[:8])) if document else "nothing"
     if isinstance(document, list):
@@ -99,26 +99,26 @@ def _seen(document: object) -> str:
 
 
 def _images(path: str, document: Object, options: DataOptions) -> Annotations:
-    """COCO's layout, which is STAIR's too, or Karpathy's."""
+    """COCO's layout, which STAIR uses too, or Karpathy's."""
     home = os.path.dirname(path)
     images = _all_objects(document["images"], path, "images")
     if any("sentences" in image for image in images):
         return Annotations(path, "Karpathy JSON", partial(_karpathy, path, images, options), home)
     if not isinstance(document.get("annotations"), list):
         raise CapcliError(
-            f"{printable(path)} lists images without captions: it holds {_seen(document)}, no annotations"
+            f"{printable(path)} lists images without captions: it contains {_contents(document)}, no annotations"
         )
     annotations = _all_objects(document["annotations"], path, "annotations")
     key = options.caption_column or "caption"
-    if annotations and not any(key in each for each in annotations):
+    if annotations and not any(key in annotation for annotation in annotations):
         raise no_column(path, list(annotations[0]), options.caption_column, "caption", "--caption-column")
     return Annotations(path, "COCO annotations", partial(_coco, path, images, annotations, key, options), home)
 
 
 def _all_objects(entries: list[Any], path: str, key: str) -> list[dict[str, Any]]:
-    odd = next((number for number, entry in enumerate(entries) if not isinstance(entry, dict)), None)
-    if odd is not None:
-        raise CapcliError(f"{printable(path)}: {key}[{odd}] is no object, but {_seen(entries[odd])}")
+    wrong = next((number for number, entry in enumerate(entries) if not isinstance(entry, dict)), None)
+    if wrong is not None:
+        raise CapcliError(f"{printable(path)}: {key}[{wrong}] is not an object, but {_contents(entries[wrong])}")
     return entries
 
 
@@ -133,17 +133,17 @@ def _coco(
     split = _split_reader(path, images, options)
     for image in images:
         number = str(image.get("id"))
-        said = captions.pop(number, ())
-        yield Row(_coco_name(image, options) or number, said, split(image), tags=image.get(options.tags_column or ""))
-    for number, orphaned in captions.items():  # of images that are not listed: their number is all that is known
-        yield Row(number, orphaned)
+        name, texts = _coco_name(image, options) or number, captions.pop(number, ())
+        yield Row(name, texts, split(image), tags=image.get(options.tags_column or ""))
+    for number, texts in captions.items():  # of images that are not listed: they have a number only
+        yield Row(number, texts)
 
 
 def _coco_name(image: Object, options: DataOptions) -> str:
     if options.image_column is not None and options.image_column in image:
-        return named(image[options.image_column])
-    address = str(image.get("coco_url") or image.get("flickr_url") or "")
-    return named(image.get("file_name")) or address.rpartition("/")[2]
+        return image_name(image[options.image_column])
+    url = str(image.get("coco_url") or image.get("flickr_url") or "")
+    return image_name(image.get("file_name")) or url.rpartition("/")[2]
 
 
 def _karpathy(path: str, images: list[dict[str, Any]], options: DataOptions) -> Iterator[Row]:
@@ -154,30 +154,30 @@ def _karpathy(path: str, images: list[dict[str, Any]], options: DataOptions) -> 
             raise no_column(path, list(image), options.image_column, f"name of images[{number}]", "--image-column")
         captions = captions_of(image.get("sentences") or ())
         if options.caption_column is not None:
-            captions = [each.get(options.caption_column) for each in captions if isinstance(each, dict)]
+            captions = [text.get(options.caption_column) for text in captions if isinstance(text, dict)]
         folder, tags = str(image.get("filepath") or ""), image.get(options.tags_column or "")
-        yield Row(named(image[column]), captions, split(image), folder, tags=tags)
+        yield Row(image_name(image[column]), captions, split(image), folder, tags=tags)
 
 
 def _split_reader(path: str, images: Sequence[Object], options: DataOptions) -> Callable[[Object], str | None]:
-    """Reads an image's split; raises UsageError where the key that was given is in none of them."""
+    """A function that reads an object's split. Raises UsageError where the given key is in none of the objects."""
     key = options.split_column or "split"
     if options.split_column is not None and images and not any(key in image for image in images):
         raise no_column(path, list(images[0]), options.split_column, "split", "--split-column")
-    return lambda image: split_of(image.get(key), path, said=options.split_column is not None)
+    return lambda image: split_of(image.get(key), path, strict=options.split_column is not None)
 
 
-def _holds_captions(value: object, options: DataOptions) -> bool:
+def _has_captions(value: object, options: DataOptions) -> bool:
     if isinstance(value, dict):
         return pick(list(value), options.caption_column, CAPTION_COLUMNS) is not None
     if isinstance(value, list):
-        return all(isinstance(each, str | None) for each in value)
+        return all(isinstance(caption, str | None) for caption in value)
     return isinstance(value, str)
 
 
 def _by_name(path: str, document: Object, options: DataOptions) -> Iterator[Row]:
-    """Captions under their image's name: {name: caption}, {name: [captions]}, or kohya's {name: {"caption": ...}}."""
-    split = _split_reader(path, [each for each in document.values() if isinstance(each, dict)], options)
+    """Captions keyed by image name: {name: caption}, {name: [captions]}, or kohya's {name: {"caption": ...}}."""
+    split = _split_reader(path, [value for value in document.values() if isinstance(value, dict)], options)
     for name, value in document.items():
         if isinstance(value, dict):
             column = pick(list(value), options.caption_column, CAPTION_COLUMNS)
@@ -194,7 +194,7 @@ def _json_lines(path: str, options: DataOptions) -> Iterator[Row]:
 
 
 def _entry(line: str, path: str, number: int) -> Any:
-    """What a line holds, or the error of one that is no JSON."""
+    """The JSON on a line, or the error where it is not JSON."""
     try:
         return parsed(line, path, number)
     except CapcliError as error:
@@ -202,15 +202,16 @@ def _entry(line: str, path: str, number: int) -> Any:
 
 
 def _objects(path: str, entries: Iterable[tuple[int, Any]], options: DataOptions) -> Iterator[Row]:
-    """Rows of objects that need not have the same keys: a row of failures has no caption.
+    """Rows of objects, whose keys may differ: one that `capcli caption` wrote for a failure has no caption.
 
-    One that names no image cannot be read. Raises CapcliError where no object at all has a caption or the split that was given.
+    An object that names no image becomes an unreadable row. Raises CapcliError where no object has a caption, or a split
+    or tags column that was given.
     """
     layouts: dict[tuple[str, ...], ColumnNames] = {}
     for number, entry in entries:
         if not isinstance(entry, dict):
-            wrong = f"{printable(path)}: line {number} is no object, but {_seen(entry)}"
-            yield Row.unread(entry if isinstance(entry, CapcliError) else CapcliError(wrong))
+            wrong = f"{printable(path)}: line {number} is not an object, but {_contents(entry)}"
+            yield Row.unreadable(entry if isinstance(entry, CapcliError) else CapcliError(wrong))
             continue
         keys = tuple(entry)
         columns = layouts.get(keys)
@@ -218,17 +219,17 @@ def _objects(path: str, entries: Iterable[tuple[int, Any]], options: DataOptions
             try:
                 columns = layouts[keys] = _columns(path, keys, options)
             except CapcliError as error:
-                without = f"{printable(path)}: line {number} names no image; it holds {_seen(entry)}"
-                yield Row.unread(CapcliError(without) if layouts else error)
+                without = f"{printable(path)}: line {number} names no image; it contains {_contents(entry)}"
+                yield Row.unreadable(CapcliError(without) if layouts else error)
                 continue
-        yield object_row(entry, columns, path, said=options.split_column is not None)
-    every = list(dict.fromkeys(key for keys in layouts for key in keys))
+        yield object_row(entry, columns, path, strict_split=options.split_column is not None)
+    all_keys = list(dict.fromkeys(key for keys in layouts for key in keys))
     if layouts and not any(columns.caption for columns in layouts.values()):
-        raise no_column(path, every, options.caption_column, "caption", "--caption-column")
+        raise no_column(path, all_keys, options.caption_column, "caption", "--caption-column")
     if layouts and options.split_column is not None and not any(columns.split for columns in layouts.values()):
-        raise no_column(path, every, options.split_column, "split", "--split-column")
+        raise no_column(path, all_keys, options.split_column, "split", "--split-column")
     if layouts and options.tags_column is not None and not any(columns.tags for columns in layouts.values()):
-        raise no_column(path, every, options.tags_column, "tags", "--tags-column")
+        raise no_column(path, all_keys, options.tags_column, "tags", "--tags-column")
 
 
 def _columns(path: str, keys: Sequence[str], options: DataOptions) -> ColumnNames:

@@ -22,9 +22,9 @@ from oracle import Case
 from running import execute, paint
 from test_loop import check, jobs_of, numbers_of, portions_of, shapes_of
 
-from capcli.decoding.capacity import paying_loops
-from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
+from capcli.decoding.loop import IterableFeed, Job, decode
 from capcli.decoding.parallel import SharedFeed, decode_in_parallel
+from capcli.decoding.shapes import Shapes, useful_loops
 from capcli.errors import CapcliError
 
 
@@ -161,13 +161,13 @@ def test_a_caption_is_the_same_to_the_bit_whichever_loop_makes_it(case, dtype):
     jobs = [Job(i, each, key=i) for i, each in enumerate(pictures(40))]
     shapes = Shapes(5, 2)
     alone = {d.tag: d.hypotheses for d in decode(IterableFeed(jobs), eager(model), asked, shapes)}
-    beside = {d.tag: d.hypotheses for d in captioned(Trickle(jobs), eager(model).beside(3), asked, shapes)}
+    beside = {d.tag: d.hypotheses for d in captioned(Trickle(jobs), eager(model).replicas(3), asked, shapes)}
     assert beside == alone
     assert len({str(each) for each in alone.values()}) > 10
 
 
 def test_loops_share_the_cores_evenly_and_only_where_there_is_work_for_all():
-    assert [paying_loops(threads, None) for threads in (1, 2, 3, 4, 5, 6, 7, 11, 16)] == [
+    assert [useful_loops(threads, None) for threads in (1, 2, 3, 4, 5, 6, 7, 11, 16)] == [
         1,
         2,
         3,
@@ -178,8 +178,8 @@ def test_loops_share_the_cores_evenly_and_only_where_there_is_work_for_all():
         2,
         4,
     ]
-    assert [paying_loops(2, images) for images in (1, 5, 15, 16, 10**9)] == [1, 1, 1, 2, 2]
-    assert [paying_loops(8, images) for images in (15, 16, 24, 32)] == [1, 2, 2, 4]
+    assert [useful_loops(2, images) for images in (1, 5, 15, 16, 10**9)] == [1, 1, 1, 2, 2]
+    assert [useful_loops(8, images) for images in (15, 16, 24, 32)] == [1, 2, 2, 4]
 
 
 def test_the_command_says_the_same_with_loops_and_goes_on_with_as_many(captioner: Path, tmp_path: Path) -> None:

@@ -57,17 +57,17 @@ def test_what_is_no_number_makes_a_row_none(wrong: float) -> None:
 
 KERNEL = f"""
 import math, torch
-from test_survey import DTYPES, SIZES, logits
+from test_topk import DTYPES, SIZES, logits
 from capcli.decoding.topk import by_torch
-from capcli.decoding.topk_triton import survey_rows
+from capcli.decoding.topk_triton import summarize_rows
 for size in SIZES:
     for dtype in DTYPES:
         rows = logits(size, dtype, seed=1).flatten(0, 1)
-        for ours, plain in zip(survey_rows(rows, {BLOCK}), by_torch(rows.float()), strict=True):
+        for ours, plain in zip(summarize_rows(rows, {BLOCK}), by_torch(rows.float()), strict=True):
             assert ours.shape == plain.shape
             assert torch.allclose(ours, plain, atol=1e-5), (size, dtype)
         rows[2, 1] = math.nan
-        best, peak, log_sum = survey_rows(rows, {BLOCK})
+        best, peak, log_sum = summarize_rows(rows, {BLOCK})
         assert log_sum[2].isnan().all() or peak[2].isnan().all()
         assert log_sum[3].isfinite().all()
 print("the same", {BLOCK})
