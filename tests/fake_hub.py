@@ -1,4 +1,4 @@
-"""A hub of one machine: the four routes that huggingface_hub asks for a model's files, and the ways they fail."""
+"""A hub on this machine: the routes that huggingface_hub requests for a model's files, and the ways they fail."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Repo:
-    """A model on the hub: files by commit, and the commits that names stand for."""
+    """A model on the hub: its files by commit, and its commits by branch or tag."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     gated: bool = False
-    token: str | None = None  # who lacks it is told that there is no such model
+    token: str | None = None  # without it the answer is that there is no such model
+    status: int = 200  # any other is the answer to every request
 
     def push(self, files: dict[str, bytes], *refs: str) -> str:
-        """Add a commit that `main` and `refs` now stand for; give its hash."""
+        """Adds a commit, to which `main` and `refs` then point; gives its hash."""
         digest = hashlib.sha1(b"".join(name.encode() + files[name] for name in sorted(files))).hexdigest()
         self.commits[digest] = files
         for ref in ("main", *refs):
@@ -38,16 +39,16 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 class FakeHub:
-    """Serves `repos` on 127.0.0.1 while it is entered; `asked` is what was requested, as 'METHOD path'."""
+    """Serves `repos` on 127.0.0.1 within its context; `asked` are the requests, as 'METHOD path'."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.asked: list[str] = []
-        self.status = 200  # any other is the answer to everything
-        self.body: bytes | None = None  # the answer to everything, as a captive portal gives it
-        self.drops: Counter[str] = Counter()  # how many more times a file's bytes stop half-way
-        self.stalls: set[str] = set()  # files whose bytes stop half-way with the connection kept open
-        self.silent = threading.Event()  # set: requests are taken and not answered
+        self.status = 200  # any other is the answer to every request
+        self.body: bytes | None = None  # the answer to every request, as of a captive portal
+        self.drops: Counter[str] = Counter()  # how many more times a file's bytes end half-way
+        self.stalls: set[str] = set()  # files whose bytes end half-way with the connection kept open
+        self.silent = threading.Event()  # set: requests are accepted and not answered
         self.half_sent = threading.Event()
         self._released = threading.Event()
 
@@ -70,7 +71,7 @@ class FakeHub:
         self._released.wait(60)
 
     def fetched(self) -> set[str]:
-        """The names of the files whose bytes were asked for."""
+        """The names of the files whose bytes were requested."""
         return {line.rsplit("/", 1)[1] for line in self.asked if line.startswith("GET") and "/resolve/" in line}
 
 
@@ -89,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if "/models/" in path or "/resolve/" in path:  # the client asks for things of its own, too
+        if "/models/" in path or "/resolve/" in path:  # the client has requests of its own, too
             self.hub.asked.append(f"{self.command} {path}")
         if self.hub.silent.is_set():
             self.hub.wait()
@@ -109,6 +110,9 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.hub.repos.get(model)
         if repo is None or (repo.token and self.headers.get("Authorization") != f"Bearer {repo.token}"):
             self._answer(401 if repo is None else 404, b"", {"X-Error-Code": "RepoNotFound"})
+            return
+        if repo.status != 200:
+            self._answer(repo.status, b"", {"X-Error-Message": "Invalid credentials in Authorization header"})
             return
         commit = repo.refs.get(revision, revision)
         files = repo.commits.get(commit)

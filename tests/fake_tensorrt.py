@@ -1,7 +1,7 @@
-"""TensorRT without TensorRT: its plans hold the ONNX graph, which ONNX Runtime executes on the CPU over the pointers bound.
+"""A stand-in for TensorRT: its plans contain the ONNX graph, which ONNX Runtime runs on the CPU over the bound pointers.
 
-It is as strict as the real one where capcli could go wrong: shapes are static, every port is bound, an output that is written
-in place has its input's address, and any other output shares memory with nothing.
+It checks what the real one requires: shapes are static, every tensor is bound, an output that is written in place has its
+input's address, and any other output shares memory with no other tensor.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ KINDS = {
     TensorProto.INT32: (ENUMS.DataType.INT32, np.int32),
     TensorProto.UINT8: (ENUMS.DataType.UINT8, np.uint8),
 }
-IN_PLACE, IN_TURN = b"a plan that writes in place\n", b"a plan that does not\n"
-STRANGE_CACHE = b"measured by another"  # what the real one refuses to go on from
+IN_PLACE, COPYING = b"a plan that writes in place\n", b"a plan that does not\n"
+FOREIGN_TIMINGS = b"of another version"  # the real one refuses timings of another version or GPU
 
 
 class ILogger:
@@ -77,11 +77,11 @@ class OnnxParser:
 
 
 class ITimingCache:
-    def __init__(self, known: bytes) -> None:
-        self.known = known
+    def __init__(self, timings: bytes) -> None:
+        self.timings = timings
 
     def serialize(self) -> bytes:
-        return self.known + b"."
+        return self.timings + b"."
 
 
 class IBuilderConfig:
@@ -93,7 +93,7 @@ class IBuilderConfig:
         self.flags_set.remove(flag)
 
     def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache | None:
-        return None if serialized_timing_cache == STRANGE_CACHE else ITimingCache(serialized_timing_cache)
+        return None if serialized_timing_cache == FOREIGN_TIMINGS else ITimingCache(serialized_timing_cache)
 
     def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
         self.cache = cache
@@ -107,7 +107,7 @@ class Builder:
     mark = IN_PLACE
 
     def __init__(self, logger: ILogger) -> None:
-        self.told = logger
+        self.logger = logger
 
     def create_network(self, flags: int = 0) -> INetworkDefinition:
         assert flags == 1 << ENUMS.NetworkDefinitionCreationFlag.STRONGLY_TYPED
@@ -120,7 +120,7 @@ class Builder:
         assert ENUMS.BuilderFlag.TF32 not in config.flags_set
         assert config.cache is not None
         if any(node.op_type == "Det" for node in network.model.graph.node):
-            self.told.log(ILogger.Severity.ERROR, "no kernel was found")
+            self.logger.log(ILogger.Severity.ERROR, "no kernel was found")
             return None
         return self.mark + network.model.SerializeToString()
 
@@ -130,7 +130,7 @@ class ICudaEngine:
         caches = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "TensorScatter"}
         self.caches, self.logger = caches if in_place else {}, logger
         for node in model.graph.node:
-            kept = [each for each in node.attribute if each.name != "TRT_decomposable"]  # not ONNX Runtime's
+            kept = [item for item in node.attribute if item.name != "TRT_decomposable"]  # ONNX Runtime refuses it
             del node.attribute[:]
             node.attribute.extend(kept)
         options = onnxruntime.SessionOptions()
@@ -190,17 +190,17 @@ class IExecutionContext:
         return True
 
     def _wrong(self) -> str | None:
-        """What the real one reports, or would silently overwrite."""
+        """What the real one would report, or silently overwrite; None for a correct binding."""
         plan = self.plan
         if free := sorted(set(plan.shapes) - set(self.bound)):
             return f"not bound: {free}"
-        places = {name: range(at, at + size_of(plan, name)) for name, at in self.bound.items()}
+        ranges = {name: range(at, at + size_of(plan, name)) for name, at in self.bound.items()}
         for name in set(plan.shapes) - plan.inputs:
             source = plan.get_aliased_input_tensor(name)
             if source and self.bound[source] != self.bound[name]:
                 return f"{name} is not where {source} is"
-            for other in set(places) - {name, source}:
-                if places[other].start < places[name].stop and places[name].start < places[other].stop:
+            for other in set(ranges) - {name, source}:
+                if ranges[other].start < ranges[name].stop and ranges[name].start < ranges[other].stop:
                     return f"{name} and {other} share memory"
         return None
 
@@ -211,14 +211,14 @@ def size_of(plan: ICudaEngine, name: str) -> int:
 
 class Runtime:
     def __init__(self, logger: ILogger) -> None:
-        self.told = logger
+        self.logger = logger
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
-        for mark in (IN_PLACE, IN_TURN):
+        for mark in (IN_PLACE, COPYING):
             if serialized_engine.startswith(mark):
                 model = onnx.ModelProto.FromString(serialized_engine.removeprefix(mark))
-                return ICudaEngine(model, mark == IN_PLACE, self.told)
-        self.told.log(ILogger.Severity.ERROR, "the plan's version does not match")
+                return ICudaEngine(model, mark == IN_PLACE, self.logger)
+        self.logger.log(ILogger.Severity.ERROR, "the plan's version does not match")
         return None
 
 
@@ -237,7 +237,7 @@ FAKES = (
 
 
 def make(*, in_place: bool = True) -> Any:
-    """The module. `in_place`: whether its plans write the results of TensorScatter over its caches."""
-    classes = {each.__name__: each for each in FAKES}
-    classes["Builder"] = type("Builder", (Builder,), {"mark": IN_PLACE if in_place else IN_TURN})
+    """The module. `in_place`: whether its plans write the result of a TensorScatter over its cache."""
+    classes = {fake.__name__: fake for fake in FAKES}
+    classes["Builder"] = type("Builder", (Builder,), {"mark": IN_PLACE if in_place else COPYING})
     return SimpleNamespace(__version__=VERSION, **vars(ENUMS), **classes)

@@ -129,12 +129,12 @@ def given_noise(key: int, rows: int, vocabulary: int) -> Iterator[None]:
         torch.multinomial = drawn
 
 
-def matches(hypotheses: list[Hypothesis], expected: Truth) -> None:
+def matches(hypotheses: list[Hypothesis], expected: Truth, rtol: float = 1e-6) -> None:
     """Fails unless these are generate()'s captions with generate()'s scores."""
     assert [h.tokens for h in hypotheses] == expected.tokens
     assert np.allclose([h.score for h in hypotheses], expected.scores, rtol=0, atol=1e-4)
     if expected.beam_scores is not None:
-        assert np.allclose([h.beam_score for h in hypotheses], expected.beam_scores, rtol=1e-6, atol=1e-4)
+        assert np.allclose([h.beam_score for h in hypotheses], expected.beam_scores, rtol=rtol, atol=1e-4)
 
 
 def agrees(
@@ -145,10 +145,11 @@ def agrees(
     keys: list[int] | None = None,
     lag: int = 0,
     tags: list[tuple[int, ...]] | None = None,
+    rtol: float = 1e-6,
 ) -> set[int]:
     """Fails unless every image's captions are generate()'s; the lengths of the captions."""
     keys = keys or [0] * len(images)
     found = captions(model, images, case.settings(model), shapes, keys, lag, tags)
     for n, (image, key, hypotheses) in enumerate(zip(images, keys, found, strict=True)):
-        matches(hypotheses, truth(model, image, case, key, tags[n] if tags else None))
+        matches(hypotheses, truth(model, image, case, key, tags[n] if tags else None), rtol)
     return {len(h.tokens) for hypotheses in found for h in hypotheses}

@@ -1,8 +1,8 @@
-"""Finds, in source code, what it uses of TensorRT, and holds it against the bindings' API in tests/tensorrt_api.json.
+"""Finds the uses of TensorRT in source code, and checks them against the bindings' API in tests/tensorrt_api.json.
 
-Types are followed as far as code that touches TensorRT needs it: the module is called `tensorrt`, annotations `trt.X` say
-what a variable, a parameter or `self.x` is, and what a call or a property gives is what its signature says. An attribute
-that is asked for by `hasattr` in the same function may be missing from a version, though not from all.
+Types are inferred as far as code that uses TensorRT needs it: the module is called `tensorrt`, annotations `trt.X` give the
+types of variables, parameters and `self.x`, and signatures those of calls and properties. An attribute that is tested by
+`hasattr` in the same function may be missing from a version, though not from all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MODULE, OF_CLASS, OF_INSTANCE = "module", "class", "instance"
 
 @dataclass(frozen=True)
 class Kind:
-    """What an expression is: the module, a class or an enum of it, or an instance of one."""
+    """The type of an expression: the module, a class or an enum of it, or an instance of one."""
 
     sort: str
     name: str = ""
@@ -28,7 +28,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Use:
-    """An attribute of TensorRT's in source code; `where` is its node, `call` the call of it."""
+    """An attribute of TensorRT in source code; `where` is its node, `call` the node of its call."""
 
     owner: Kind
     attribute: str
@@ -41,7 +41,7 @@ class Use:
 
 
 def complaints(source: str) -> list[str]:
-    """What of TensorRT the source uses that a version does not have, or calls with arguments that none of its takes."""
+    """The uses that a version lacks, and the calls with arguments that none of its overloads takes, a line each."""
     lines = []
     for version, api in API.items():
         for use in uses(source, api):
@@ -49,7 +49,7 @@ def complaints(source: str) -> list[str]:
             if found is None and not use.guarded:
                 lines.append(f"{use} is not in {version}")
             elif found is not None and use.call is not None and not callable_with(found, use):
-                lines.append(f"{use} is called in a way that {version} does not know")
+                lines.append(f"{use} is called in a way that {version} does not support")
     guarded = {(use.owner, use.attribute) for api in API.values() for use in uses(source, api) if use.guarded}
     lines += [
         f"{o.name}.{name} is in no version" for o, name in guarded if not any(member(a, o, name) for a in API.values())
@@ -59,13 +59,13 @@ def complaints(source: str) -> list[str]:
 
 def uses(source: str, api: Mapping[str, Any]) -> list[Use]:
     tree = ast.parse(source)
-    own: dict[str, Kind] = {}
+    attributes: dict[str, Kind] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Attribute) and annotated(node.annotation):
-            own[node.target.attr] = annotated(node.annotation)
+            attributes[node.target.attr] = annotated(node.annotation)
     found: dict[ast.Attribute, Use] = {}
     for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
-        for use in Reader(api, own, function).read():
+        for use in Reader(api, attributes, function).read():
             found.setdefault(use.where, use)
     return list(found.values())
 
@@ -81,10 +81,10 @@ def annotated(annotation: ast.expr | None) -> Kind | None:
 
 
 class Reader:
-    """Follows types through one function."""
+    """Infers types in one function."""
 
-    def __init__(self, api: Mapping[str, Any], own: Mapping[str, Kind], function: ast.FunctionDef) -> None:
-        self.api, self.own, self.function = api, own, function
+    def __init__(self, api: Mapping[str, Any], attributes: Mapping[str, Kind], function: ast.FunctionDef) -> None:
+        self.api, self.attributes, self.function = api, attributes, function
         self.known: dict[str, Kind] = {"tensorrt": Kind(MODULE)}
         for argument in (*function.args.args, *function.args.kwonlyargs):
             if kind := annotated(argument.annotation):
@@ -103,17 +103,17 @@ class Reader:
     def read(self) -> Iterator[Use]:
         nodes = list(ast.walk(self.function))
         calls = {node.func: node for node in nodes if isinstance(node, ast.Call)}
-        asked = {n.args[1].value for n in calls.values() if isinstance(n.func, ast.Name) and n.func.id == "hasattr"}
+        tested = {n.args[1].value for n in calls.values() if isinstance(n.func, ast.Name) and n.func.id == "hasattr"}
         for node in nodes:
             if isinstance(node, ast.Attribute) and (owner := self.kind(node.value)):
-                yield Use(owner, node.attr, node.attr in asked, node, calls.get(node))
+                yield Use(owner, node.attr, node.attr in tested, node, calls.get(node))
 
     def kind(self, node: ast.expr) -> Kind | None:
         if isinstance(node, ast.Name):
             return self.known.get(node.id)
         if isinstance(node, ast.Attribute):
             if isinstance(node.value, ast.Name) and node.value.id == "self":
-                return Kind(MODULE) if node.attr == "_tensorrt" else self.own.get(node.attr)
+                return Kind(MODULE) if node.attr == "_tensorrt" else self.attributes.get(node.attr)
             owner = self.kind(node.value)
             found = member(self.api, owner, node.attr) if owner else None
             if found is None:
@@ -139,7 +139,7 @@ def instance(api: Mapping[str, Any], name: str | None) -> Kind | None:
 
 
 def lookup(api: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """A class by its name; signatures also name one by its interface's, with an I before it."""
+    """A class by its name; signatures may put an I before it."""
     first, *rest = name.split(".")
     found = api.get(first) or api.get(first.removeprefix("I"))
     for part in rest:
@@ -150,19 +150,19 @@ def lookup(api: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
 def member(api: Mapping[str, Any], owner: Kind, name: str) -> Mapping[str, Any] | None:
     if owner.sort == MODULE:
         return api.get(name)
-    held = lookup(api, owner.name)
-    if held is None:
+    cls = lookup(api, owner.name)
+    if cls is None:
         return None
-    if "enum" in held:
-        return {"value": name} if name in held["enum"] else None
-    for each in (held, *(api.get(base, {}) for base in held.get("bases", ()))):
-        if name in each.get("members", {}):
-            return each["members"][name]
+    if "enum" in cls:
+        return {"value": name} if name in cls["enum"] else None
+    for base in (cls, *(api.get(base, {}) for base in cls.get("bases", ()))):
+        if name in base.get("members", {}):
+            return base["members"][name]
     return {"signatures": []} if name == "__init__" else None
 
 
 def callable_with(found: Mapping[str, Any], use: Use) -> bool:
-    """Whether an overload takes these arguments; one that says nothing of itself takes any."""
+    """Whether an overload takes these arguments; where no signature is known, any are taken."""
     if "members" in found:
         found = found["members"].get("__init__", {"signatures": []})
     signatures = found.get("signatures")

@@ -80,7 +80,7 @@ ENGINE = Engine(
     capcli=__version__,
     files=dict.fromkeys(("encode.onnx", "step.onnx"), hashlib.sha256(b"").hexdigest()),
     versions={"onnxruntime": "1.30.0"},
-    proof={"passed": True},
+    parity={"passed": True},
 )
 BUCKETS = (Bucket(1, 1, 1, 9),)
 PLANS = replace(
@@ -457,14 +457,14 @@ def test_engines_that_fit_and_that_do_not(machine: Machine) -> None:
     of = {
         "fits": ENGINE,
         "older": replace(ENGINE, versions={"onnxruntime": "1.29.3"}),
-        "forced": replace(ENGINE, proof={"passed": False, "failed": "9 of 16 captions differ"}),
+        "forced": replace(ENGINE, parity={"passed": False, "failed": "9 of 16 captions differ"}),
         "lacking": ENGINE,
         "changed": ENGINE,
         "bare": ENGINE,
         "strange": ENGINE,
         "half": replace(ENGINE, dtype="bfloat16"),
         "plans": PLANS,
-        "unfinished": replace(PLANS, versions={}, proof={"passed": False, "failed": "its plans are not built yet"}),
+        "unfinished": replace(PLANS, versions={}, parity={"passed": False, "failed": "its plans are not built yet"}),
     }
     for name, engine in of.items():
         put(machine, name, engine)
@@ -480,12 +480,12 @@ def test_engines_that_fit_and_that_do_not(machine: Machine) -> None:
     assert lines["fits"]["fix"] is None
     assert lines["fits"]["fits"] is True
     words = {
-        "older": "built with onnxruntime 1.29.3, and here is 1.30.0",
+        "older": "built with onnxruntime 1.29.3, and 1.30.0 is installed",
         "forced": "it failed its proof (9 of 16 captions differ) and was kept by --force",
         "lacking": "it lacks step.onnx",
-        "changed": "step.onnx is not the file that was built",
+        "changed": "step.onnx has changed since the engine was built",
         "bare": "it lacks generation_config.json",
-        "strange": "processor_config.json was put into it",
+        "strange": "processor_config.json was added to it",
         "half": "bfloat16",
         "plans": "TensorRT is missing",
         "unfinished": "its plans are not built yet",
@@ -505,7 +505,7 @@ def test_plans_of_this_gpu_and_of_another(machine: Machine) -> None:
     machine.has("tensorrt", "__version__ = '11.4.0.1'")
     for name, gpu in {"mine": "NVIDIA H100", "other": "NVIDIA L4"}.items():
         put(machine, name, replace(PLANS, gpu={"name": gpu, "capability": "9.0"}))
-    put(machine, "half done", replace(PLANS, versions={}, gpu=None, proof={"passed": False, "failed": "no plans yet"}))
+    put(machine, "half done", replace(PLANS, versions={}, gpu=None, parity={"passed": False, "failed": "no plans yet"}))
     lines = engines(machine)
     assert lines["mine"]["state"] == "ok"
     assert "built on a NVIDIA L4" in lines["other"]["text"]

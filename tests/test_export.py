@@ -1,4 +1,4 @@
-"""`capcli export --onnx` and captioning with what it builds, held against transformers' `generate()`."""
+"""`capcli export --onnx`, and captions of the engines that it builds compared with transformers' `generate()`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,25 +17,22 @@ import onnx
 import pytest
 import torch
 from captioners import eager, pictures, random_captioner
+from exporting import KINDS, REPORT, built_engine, cached_graphs
 from oracle import Case, agrees
 from running import VOCABULARY, call, change_json, paint, save_captioner
-from transformers import VisionEncoderDecoderModel
 
 from capcli import Captioner
 from capcli.decoding.settings import Settings
 from capcli.decoding.shapes import Shapes
-from capcli.engine.engine_json import read_engine, write_engine
+from capcli.engine.engine_json import read_engine
 from capcli.export import graphs
 from capcli.export.folder import put_in_place
-from capcli.export.parity import check_parity, draw_images, searches
+from capcli.export.parity import check_parity, searches
+from capcli.export.parity_images import draw_images
 from capcli.options import GenerationOptions
 from capcli.runtimes.eager import Eager
 from capcli.storage import locks
 
-KINDS: dict[str, dict[str, Any]] = {
-    "fused": {"encoder": "vit", "decoder": "gpt2"},
-    "portable": {"encoder": "swinv2", "decoder": "bert"},
-}
 SEARCHES = [
     Case({}),
     Case({"num_beams": 4}),
@@ -44,58 +42,65 @@ SEARCHES = [
 ]
 
 
+IMAGES = draw_images((32, 32), 4)  # of parity checks that compare captioners with themselves
+
+
+@pytest.fixture(scope="module", autouse=True)
+def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with cached_graphs(tmp_path_factory):
+        yield
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder with a captioner and the engine that the command makes of it, by profile."""
-    place = tmp_path_factory.mktemp(request.param)
-    save_captioner(place / "captioner", **KINDS[request.param])
-    flags = ("--profile", request.param, "--threads", 1, "--device", "cpu")
-    done = call("export", "--onnx", "--model", place / "captioner", "--out", place / "engine", *flags)
-    assert done.code == 0, done.err
-    assert "32 of 32 captions equal" in done.err
-    return place, request.param
+    """A folder with a captioner and the engine that the command makes of it, and the profile."""
+    return built_engine(tmp_path_factory, request.param), request.param
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the fused engine, for tests that do not depend on the profile."""
+    return built_engine(tmp_path_factory, "fused")
 
 
 @pytest.fixture
-def engine(built: tuple[Path, str], tmp_path: Path) -> Path:
-    """A copy of the engine, to do as one likes with."""
-    return Path(shutil.copytree(built[0] / "engine", tmp_path / "engine"))
+def engine(fused: Path, tmp_path: Path) -> Path:
+    """A copy of the fused engine, which a test may change."""
+    return Path(shutil.copytree(fused / "engine", tmp_path / "engine"))
 
 
 def caption(photos: Path, model: Path, *flags: object) -> Any:
     return call("caption", photos, "--model", model, "--device", "cpu", "--workers", 0, "-o", "-", *flags)
 
 
-def model_of(kind: str) -> VisionEncoderDecoderModel:
-    return random_captioner(vocabulary=VOCABULARY, **KINDS[kind])
-
-
 @pytest.mark.parametrize("case", SEARCHES, ids=["greedy", "beams", "constraints", "prompt", "sampling"])
-def test_an_engine_says_what_generate_says(
+def test_an_engine_gives_the_captions_of_generate(
     built: tuple[Path, str], case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nine images in four slots: some leave early and others take their seats."""
+    """Nine images in four slots: some end early and others take their slots."""
     runtime: Any = Captioner.load(str(built[0] / "engine"), device="cpu").model.runtime
     monkeypatch.setattr(captioners, "eager", lambda model, lag: runtime)  # noqa: ARG005
-    lengths = agrees(model_of(built[1]), pictures(9), case)
+    model = random_captioner(vocabulary=VOCABULARY, **KINDS[built[1]])
+    # Measured against generate() in float64, scores are up to 1.6e-6 off in float32, generate()'s own included.
+    lengths = agrees(model, pictures(9), case, rtol=4e-6)
     assert len(lengths) > 1
-    assert agrees(model_of(built[1]), pictures(3), case, Shapes(1, 1))
+    assert agrees(model, pictures(3), case, Shapes(1, 1), rtol=4e-6)
 
 
-def test_the_command_writes_the_same_rows(built: tuple[Path, str], tmp_path: Path) -> None:
+def test_the_command_writes_the_rows_of_the_captioner(built: tuple[Path, str], tmp_path: Path) -> None:
     photos = paint(tmp_path / "photos", *(f"{n}.png" for n in range(7)), "broken.jpg")
     (photos / "broken.jpg").write_bytes(b"no picture")
     for flags in ((), ("--num-beams", 3, "--batch-size", 2)):
-        ours, theirs = (
+        engine, captioner = (
             caption(photos, built[0] / name, "--dtype", "float32", *flags) for name in ("engine", "captioner")
         )
-        assert ours.code == theirs.code == 3
-        assert [row["text"] for row in ours.rows] == [row["text"] for row in theirs.rows]
-        for mine, true in zip(ours.rows, theirs.rows, strict=True):
-            assert mine["score"] == pytest.approx(true["score"], abs=1e-3)
+        assert engine.code == captioner.code == 3
+        assert [row["text"] for row in engine.rows] == [row["text"] for row in captioner.rows]
+        for ours, theirs in zip(engine.rows, captioner.rows, strict=True):
+            assert ours["score"] == pytest.approx(theirs["score"], abs=1e-3)
 
 
-def test_it_needs_neither_the_captioner_nor_a_hub(engine: Path, tmp_path: Path) -> None:
+def test_an_engine_needs_neither_the_captioner_nor_a_hub(engine: Path, tmp_path: Path) -> None:
     photos = paint(tmp_path / "photos", "one.png")
     names = {path.name for path in engine.iterdir()}
     assert {"engine.json", "tokenizer.json", "preprocessor_config.json", "generation_config.json"} <= names
@@ -104,69 +109,39 @@ def test_it_needs_neither_the_captioner_nor_a_hub(engine: Path, tmp_path: Path) 
     assert done.code == 0, done.err
 
 
-def test_an_interrupted_run_goes_on_and_another_engine_is_refused(
-    built: tuple[Path, str], engine: Path, tmp_path: Path
-) -> None:
+def test_an_interrupted_run_resumes_and_another_engine_is_refused(fused: Path, engine: Path, tmp_path: Path) -> None:
     photos, out = paint(tmp_path / "photos", "1.png", "2.png", "3.png"), tmp_path / "c.jsonl"
     assert call("caption", photos, "--model", engine, "-o", out, "--limit", 2).code == 0
-    other = call("caption", photos, "--model", built[0] / "captioner", "--dtype", "float32", "-o", out)
+    other = call("caption", photos, "--model", fused / "captioner", "--dtype", "float32", "-o", out)
     assert other.code == 2
     assert "begun with other settings: model" in other.err
-    again = call("caption", photos, "--model", engine, "-o", out)
-    assert "1 captioned, 2 skipped" in again.err
+    resumed = call("caption", photos, "--model", engine, "-o", out)
+    assert "1 captioned, 2 skipped" in resumed.err
     assert "onnxruntime" in json.loads((tmp_path / "c.run.json").read_text())["versions"]
 
 
-def test_the_proof_stands_in_engine_json(built: tuple[Path, str]) -> None:
-    told = json.loads((built[0] / "engine" / "engine.json").read_text())
-    assert told["proof"]["passed"]
-    assert told["proof"]["logits"] < 1e-3
-    assert [(each["search"], each["equal"]) for each in told["proof"]["said"]] == [("greedy", 16), ("4 beams", 16)]
-    assert told["profile"] == built[1]
-    assert set(told["versions"]) == {"onnxruntime"}
-    assert set(told["files"]) >= {"encode.onnx", "step.onnx", "step.onnx.data", "tokenizer.json", "config.json"}
+def test_engine_json_has_the_parity_check(built: tuple[Path, str]) -> None:
+    content = json.loads((built[0] / "engine" / "engine.json").read_text())
+    parity = content["parity"]
+    assert parity["passed"]
+    assert parity["logits"] < 1e-3
+    assert [(search["search"], search["equal"]) for search in parity["searches"]] == [("greedy", 16), ("4 beams", 16)]
+    assert "32 of 32 captions equal to PyTorch's in float32" in (built[0] / REPORT).read_text()
+    assert content["profile"] == built[1]
+    assert set(content["versions"]) == {"onnxruntime"}
+    assert set(content["files"]) >= {"encode.onnx", "step.onnx", "step.onnx.data", "tokenizer.json", "config.json"}
 
 
-@pytest.mark.parametrize("name", ["encode.onnx", "step.onnx.data", "tokenizer.json", "preprocessor_config.json"])
-def test_a_tampered_engine_is_refused(engine: Path, tmp_path: Path, name: str) -> None:
-    path = engine / name
-    path.write_bytes(path.read_bytes() + b" ")
-    refused = caption(paint(tmp_path / "photos", "one.png"), engine)
-    assert refused.code == 1
-    assert name in refused.err
-    assert "capcli export --onnx" in refused.err
-    path.unlink()
-    assert "lacks" in caption(tmp_path / "photos", engine).err
-
-
-def test_an_engine_of_another_runtime_is_refused_with_the_command_that_rebuilds_it(
-    engine: Path, tmp_path: Path
-) -> None:
-    write_engine(str(engine), replace(read_engine(str(engine)), versions={"onnxruntime": "1.2.3"}))
-    refused = caption(paint(tmp_path / "photos", "one.png"), engine)
-    assert refused.code == 1
-    assert "built with onnxruntime 1.2.3, and here is" in refused.err
-    assert "capcli export --onnx --model" in refused.err
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 99, "command": ["a"]}'])
-def test_a_damaged_engine_json_is_an_error_for_people(engine: Path, tmp_path: Path, text: str) -> None:
-    (engine / "engine.json").write_text(text)
-    refused = caption(paint(tmp_path / "photos", "one.png"), engine)
-    assert refused.code == 1
-    assert "engine.json" in refused.err
-    assert "Traceback" not in refused.err
-    assert "unexpected" not in refused.err
-
-
-def test_another_dtype_is_refused(engine: Path, tmp_path: Path) -> None:
-    refused = caption(paint(tmp_path / "photos", "one.png"), engine, "--dtype", "bfloat16")
+def test_another_dtype_is_refused(fused: Path, tmp_path: Path) -> None:
+    refused = caption(paint(tmp_path / "photos", "one.png"), fused / "engine", "--dtype", "bfloat16")
     assert refused.code == 2
     assert "the engine computes in float32" in refused.err
 
 
-def test_an_engine_that_says_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One weight of its graph goes wrong while it is built."""
+def test_an_engine_that_fails_its_parity_check_is_kept_only_by_force(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of its step are changed while it is built."""
     from capcli.export import origin
 
     def save(graph: onnx.ModelProto, path: str) -> None:
@@ -183,28 +158,28 @@ def test_an_engine_that_says_something_else_is_not_kept(tmp_path: Path, monkeypa
     flags = ("--model", tmp_path / "captioner", "--threads", 1, "--out", tmp_path / "engine")
     failed = call("export", "--onnx", *flags)
     assert failed.code == 1
-    assert "failed its proof" in failed.err
+    assert "failed its parity check" in failed.err
     assert os.listdir(tmp_path) == ["captioner"]
-    os.remove(tmp_path / "captioner" / "generation_config.json")  # its settings stand in config.json then
+    os.remove(tmp_path / "captioner" / "generation_config.json")  # its settings are in config.json too
     kept = call("export", "--onnx", *flags, "--force")
     assert kept.code == 0
-    assert "failed its proof" in kept.err
-    said = caption(paint(tmp_path / "photos", "one.png"), tmp_path / "engine")
-    assert said.code == 0
-    assert "failed its proof" in said.err
+    assert "failed its parity check" in kept.err
+    warned = caption(paint(tmp_path / "photos", "one.png"), tmp_path / "engine")
+    assert warned.code == 0
+    assert "failed its parity check" in warned.err
 
 
-def test_int8_captions_an_image_alike_whatever_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_in_int8_do_not_depend_on_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_captioner(tmp_path / "captioner", n_layer=1)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "step.onnx.data").write_text("of another engine, in which somebody stands")
+    (tmp_path / "step.onnx.data").write_text("the weights of another engine, in the working directory")
     flags = ("--quantize", "int8", "--profile", "portable", "--threads", 1, "--force")
     done = call("export", "--onnx", "--model", tmp_path / "captioner", "--out", tmp_path / "engine", *flags)
     assert done.code == 0, done.err
-    told = read_engine(str(tmp_path / "engine"))
-    assert (told.quantize, told.profile, told.opset) == ("int8", "portable", 18)
-    whole, less = (sum(p.stat().st_size for p in (tmp_path / n).iterdir()) for n in ("captioner", "engine"))
-    assert less < whole
+    engine = read_engine(str(tmp_path / "engine"))
+    assert (engine.quantize, engine.profile, engine.opset) == ("int8", "portable", 18)
+    before, after = (sum(p.stat().st_size for p in (tmp_path / n).iterdir()) for n in ("captioner", "engine"))
+    assert after < before
     one = paint(tmp_path / "one", "0.png")
     many = paint(tmp_path / "many", *(f"{n}.png" for n in range(8)))
     assert "in int8" in caption(one, tmp_path / "engine").err
@@ -213,24 +188,24 @@ def test_int8_captions_an_image_alike_whatever_its_neighbours(tmp_path: Path, mo
     assert alone["score"] == pytest.approx(among["score"], abs=1e-5)
 
 
-def test_half_precision_is_proved_with_the_images_of_a_folder(tmp_path: Path) -> None:
+def test_half_precision_is_checked_with_the_images_of_a_folder(tmp_path: Path) -> None:
     save_captioner(tmp_path / "captioner", n_layer=1)
     photos = paint(tmp_path / "photos", *(f"{n}.png" for n in range(5)), "broken.jpg")
     (photos / "broken.jpg").write_bytes(b"no picture")
     flags = ("--dtype", "float16", "--verify-with", photos, "--device", "cpu", "--threads", 1)
     done = call("export", "--onnx", "--model", tmp_path / "captioner", "--out", tmp_path / "engine", *flags)
     assert done.code == 0, done.err
-    assert f"{photos / 'broken.jpg'} is passed over" in done.err
-    told = read_engine(str(tmp_path / "engine"))
-    assert told.dtype == "float16"
-    assert told.proof["images"] == 5
-    assert all(each["equal"] >= 3 for each in told.proof["said"])
-    said = caption(photos, tmp_path / "engine")
-    assert [row["file_name"] for row in said.rows] == [f"{n}.png" for n in range(5)]
+    assert f"{photos / 'broken.jpg'} is skipped" in done.err
+    engine = read_engine(str(tmp_path / "engine"))
+    assert engine.dtype == "float16"
+    assert engine.parity["images"] == 5
+    assert all(search["equal"] >= 3 for search in engine.parity["searches"])
+    captioned = caption(photos, tmp_path / "engine")
+    assert [row["file_name"] for row in captioned.rows] == [f"{n}.png" for n in range(5)]
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ((), "--onnx or --trt"),
         (("--onnx", "--quantize", "int8", "--dtype", "float16"), "begins from float32"),
@@ -242,54 +217,54 @@ def test_half_precision_is_proved_with_the_images_of_a_folder(tmp_path: Path) ->
         (("--trt", "--batch-sizes", "1,many"), "whole numbers"),
     ],
 )
-def test_wrong_usage_is_told(tmp_path: Path, flags: tuple[object, ...], told: str) -> None:
+def test_wrong_usage_is_refused(tmp_path: Path, flags: tuple[object, ...], message: str) -> None:
     refused = call("export", "--model", tmp_path / "m", "--out", tmp_path / "engine", *flags)
     assert refused.code == 2, refused.err
-    assert told in refused.err
+    assert message in refused.err
     assert not (tmp_path / "engine").exists()
 
 
-def test_only_an_engine_is_replaced(built: tuple[Path, str], tmp_path: Path) -> None:
+def test_only_an_engine_is_replaced(fused: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    model = ("--onnx", "--model", built[0] / "captioner")
+    model = ("--onnx", "--model", fused / "captioner")
     refused = call("export", *model, "--out", tmp_path / "mine", "--overwrite")
     assert refused.code == 2
-    assert "holds no engine" in refused.err
-    refused = call("export", *model, "--out", built[0] / "engine")
+    assert "is no engine" in refused.err
+    refused = call("export", *model, "--out", fused / "engine")
     assert refused.code == 2
     assert "--overwrite replaces it" in refused.err
-    assert call("export", "--onnx", "--model", built[0] / "engine", "--out", tmp_path / "e").code == 2
+    assert call("export", "--onnx", "--model", fused / "engine", "--out", tmp_path / "e").code == 2
 
 
-def test_only_what_an_export_wrote_goes(engine: Path, built: tuple[Path, str]) -> None:
-    model = ("--onnx", "--model", built[0] / "captioner", "--overwrite")
+def test_files_that_no_export_wrote_are_not_removed(fused: Path, engine: Path) -> None:
+    model = ("--onnx", "--model", fused / "captioner", "--overwrite")
     for name in ("notes.txt", "mine.model", "vocab.txt"):
         (engine / name).write_text("mine")
         refused = call("export", *model, "--out", engine)
         assert refused.code == 2
-        assert f"holds {name} besides an engine" in refused.err
+        assert f"contains {name}, which is no part of its engine" in refused.err
         os.remove(engine / name)
-    shutil.copytree(built[0] / "captioner", engine / "captioner")
+    shutil.copytree(fused / "captioner", engine / "captioner")
     refused = call("export", "--onnx", "--model", engine / "captioner", "--overwrite", "--out", engine)
     assert refused.code == 2
-    assert "holds what --model reads" in refused.err
+    assert "contains the input of --model" in refused.err
     assert call("export", *model, "--out", ".").code == 2
     assert (engine / "engine.json").exists()
 
 
 @pytest.fixture
 def nothing_exported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test in which no graph is made."""
+    """Fails the test where a graph is exported."""
 
-    def no(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise AssertionError("a graph was exported")
 
-    monkeypatch.setattr(graphs, "encode_graph", no)
+    monkeypatch.setattr(graphs, "encode_graph", fail)
 
 
 @pytest.mark.usefixtures("nothing_exported")
-def test_what_needs_no_graph_is_refused_before_one_is_made(tmp_path: Path) -> None:
+def test_errors_that_need_no_graph_come_before_the_export(tmp_path: Path) -> None:
     save_captioner(tmp_path / "captioner", n_layer=1, generation={"typical_p": 0.5})
     model = ("--model", tmp_path / "captioner", "--out", tmp_path / "engine", "--threads", 1)
     refused = call("export", "--onnx", *model)
@@ -298,7 +273,7 @@ def test_what_needs_no_graph_is_refused_before_one_is_made(tmp_path: Path) -> No
     change_json(tmp_path / "captioner" / "generation_config.json", {"typical_p": 1.0})
     refused = call("export", "--trt", *model, "--max-new-tokens", 65)
     assert refused.code == 2
-    assert "the decoder holds 64" in refused.err
+    assert "the decoder has room for 64" in refused.err
     photos = paint(tmp_path / "photos", "broken.jpg")
     (photos / "broken.jpg").write_bytes(b"no picture")
     refused = call("export", "--onnx", *model, "--verify-with", photos)
@@ -306,8 +281,8 @@ def test_what_needs_no_graph_is_refused_before_one_is_made(tmp_path: Path) -> No
     assert "none of its images can be used" in refused.err
 
 
-def test_nothing_stays_of_an_export_that_was_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor of one that was killed, once another begins; one that is under way keeps its folder, and a stranger's stays."""
+def test_temporary_folders_of_ended_exports_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an export that is ended at its end, and of a killed one by the next; a running one and other folders stay."""
     save_captioner(tmp_path / "captioner", n_layer=1)
     killed, alive, other = (tmp_path / f".engine.building-{n}" for n in ("abcdefgh", "12345678", "backup"))
     for folder in (killed / "engine", alive, other):
@@ -321,7 +296,7 @@ def test_nothing_stays_of_an_export_that_was_ended(tmp_path: Path, monkeypatch: 
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_what_cannot_be_written_is_told_and_what_cannot_be_read_is_not_called_that(
+def test_a_folder_that_cannot_be_written_is_an_error_and_a_read_error_is_not_called_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_captioner(tmp_path / "captioner", n_layer=1)
@@ -341,7 +316,7 @@ def test_what_cannot_be_written_is_told_and_what_cannot_be_read_is_not_called_th
     assert "weights" in failed.err
 
 
-def test_an_engine_comes_back_where_its_replacement_is_interrupted(
+def test_an_engine_is_restored_when_its_replacement_is_interrupted(
     engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new = Path(shutil.copytree(engine, tmp_path / "site" / "engine"))
@@ -361,7 +336,7 @@ def test_an_engine_comes_back_where_its_replacement_is_interrupted(
     assert (engine / "engine.json").stat().st_ino != before
 
 
-def test_without_tensorrt_the_graphs_for_it_are_left_and_an_engine_stays(
+def test_without_tensorrt_its_graphs_are_kept_beside_an_engine(
     engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from capcli.errors import CapcliError
@@ -374,10 +349,10 @@ def test_without_tensorrt_the_graphs_for_it_are_left_and_an_engine_stays(
     before = (engine / "engine.json").read_bytes()
     save_captioner(tmp_path / "captioner", n_layer=1)
     flags = ("--model", tmp_path / "captioner", "--batch-sizes", "1,8", "--threads", 1)
-    left = call("export", "--trt", *flags, "--out", engine, "--overwrite")
-    assert left.code == 1
-    assert "TensorRT is missing" in left.err
-    assert "capcli export --trt --model" in left.err
+    done = call("export", "--trt", *flags, "--out", engine, "--overwrite")
+    assert done.code == 1
+    assert "TensorRT is missing" in done.err
+    assert "capcli export --trt --model" in done.err
     assert (engine / "engine.json").read_bytes() == before
     unfinished = Path(f"{engine}-unfinished")
     assert {"encode.trt.onnx", "step.trt.onnx", "engine.json"} <= {path.name for path in unfinished.iterdir()}
@@ -386,93 +361,95 @@ def test_without_tensorrt_the_graphs_for_it_are_left_and_an_engine_stays(
     assert "has no plans yet" in refused.err
 
 
-def test_an_engine_whose_numbers_overflow_fails_its_proof(built: tuple[Path, str]) -> None:
-    """In half precision no token need be alike, so only the logits can tell."""
-    truth, wrong = (Captioner.load(str(built[0] / n), device="cpu", dtype="float32") for n in ("captioner", "engine"))
-    runtime: Any = wrong.model.runtime
+def test_an_engine_whose_numbers_overflow_fails_its_parity_check(fused: Path) -> None:
+    """In half precision half of the captions may differ, so only the logits show it."""
+    reference, engine = (
+        Captioner.load(str(fused / name), device="cpu", dtype="float32") for name in ("captioner", "engine")
+    )
+    runtime: Any = engine.model.runtime
     step = runtime.step
-    runtime.step = lambda *given: step(*given) * float("nan")
-    settings = truth.settings(GenerationOptions(max_new_tokens=4))
+    runtime.step = lambda *inputs: step(*inputs) * float("nan")
+    settings = reference.settings(GenerationOptions(max_new_tokens=4))
     images = pictures(2)
-    told = check_parity(runtime, truth.model.runtime, images, searches(settings, (1, 4)), "float16")
-    assert not told.passed
+    result = check_parity(runtime, reference.model.runtime, images, searches(settings, (1, 4)), "float16")
+    assert not result.passed
     runtime.step = step
-    assert check_parity(runtime, truth.model.runtime, images, searches(settings, (1, 4)), "float16").passed
+    assert check_parity(runtime, reference.model.runtime, images, searches(settings, (1, 4)), "float16").passed
 
 
-def proof_runtimes() -> tuple[Any, Any, Settings]:
-    """Two of one captioner, the truth and one to spoil, and its greedy search."""
+def two_runtimes() -> tuple[Any, Any, Settings]:
+    """Two runtimes of one captioner, a reference and an engine to damage, and its greedy search."""
     model = random_captioner()
     settings = Settings(prompt=(118,), eos_token_ids=(119,), max_new_tokens=12)
-    truth, engine = (eager(model) for _ in range(2))
-    return truth, engine, settings
+    reference, engine = (eager(model) for _ in range(2))
+    return reference, engine, settings
 
 
 def prefer(runtime: Any, first: int, second: int, lead: float) -> None:
-    """At the first step every row says `first`, and `second` is only `lead` behind."""
+    """At the first step `first` has the highest logit in every row, and `second` is `lead` below it."""
     step = Eager.step
 
     def preferring(tokens: torch.Tensor, position: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         logits = step(runtime, tokens, position, visible).clone()
-        begun = (position == 0)[:, None]
+        at_start = (position == 0)[:, None]
         top = logits.amax(-1) + 1
         for token, value in ((first, top), (second, top - lead)):
-            logits[..., token] = torch.where(begun, value, logits[..., token])
+            logits[..., token] = torch.where(at_start, value, logits[..., token])
         return logits
 
     runtime.step = preferring
 
 
 @pytest.mark.parametrize(("lead", "tied"), [(2e-5, True), (4e-4, False)])
-def test_a_greedy_caption_ties_where_the_tokens_that_part_it_do(lead: float, tied: bool) -> None:
-    """However far the captions come apart after it."""
-    truth, engine, settings = proof_runtimes()
-    prefer(truth, 5, 6, lead)
+def test_greedy_captions_tie_where_their_first_differing_tokens_do(lead: float, tied: bool) -> None:
+    """However far the captions differ after it."""
+    reference, engine, settings = two_runtimes()
+    prefer(reference, 5, 6, lead)
     prefer(engine, 6, 5, lead)
-    told = check_parity(engine, truth, draw_images((32, 32)), {"greedy": settings}, "float32")
-    assert told.logits < told.bound
-    assert told.passed is tied
-    assert (told.said[0].equal, told.said[0].ties) == (0, 16 if tied else 0)
+    result = check_parity(engine, reference, IMAGES, {"greedy": settings}, "float32")
+    assert result.logits < result.bound
+    assert result.passed is tied
+    assert (result.searches[0].equal, result.searches[0].ties) == (0, len(IMAGES) if tied else 0)
 
 
 def test_a_greedy_tie_is_one_under_the_constraints() -> None:
-    """A token said before is penalised: what is nearly alike then was not before."""
-    truth, engine, settings = proof_runtimes()
+    """The logits of a repeated token are penalised: two that tie after that do not tie before."""
+    reference, engine, settings = two_runtimes()
     settings = replace(settings, prompt=(118, 5), repetition_penalty=2.0)
-    for runtime, ahead in ((truth, 1e-5), (engine, -1e-5)):
+    for runtime, ahead in ((reference, 1e-5), (engine, -1e-5)):
 
-        def step(*given: torch.Tensor, runtime: Any = runtime, ahead: float = ahead) -> torch.Tensor:
-            logits = Eager.step(runtime, *given).clone()
+        def step(*inputs: torch.Tensor, runtime: Any = runtime, ahead: float = ahead) -> torch.Tensor:
+            logits = Eager.step(runtime, *inputs).clone()
             top = logits.amax(-1).abs() + 10
             logits[..., 5], logits[..., 6] = 2 * top + ahead, top
             return logits
 
         runtime.step = step
-    told = check_parity(engine, truth, draw_images((32, 32)), {"greedy": settings}, "float32")
-    assert (told.said[0].equal, told.said[0].ties) == (0, 16)
+    result = check_parity(engine, reference, IMAGES, {"greedy": settings}, "float32")
+    assert (result.searches[0].equal, result.searches[0].ties) == (0, len(IMAGES))
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_beams_that_went_wrong_are_no_ties_whatever_lengths_divide_scores_by(precision: str) -> None:
-    """And in less than float32 captions that are all others are damage, though the logits of the first row are right."""
-    truth, engine, settings = proof_runtimes()
+def test_wrong_beams_are_no_ties_whatever_the_length_penalty(precision: str) -> None:
+    """In less than float32 too: captions that all differ are damage, though the logits of the first row are right."""
+    reference, engine, settings = two_runtimes()
 
-    def wrong_behind_the_first(*given: torch.Tensor) -> torch.Tensor:
-        logits = Eager.step(engine, *given).clone()
+    def wrong_after_the_first_row(*inputs: torch.Tensor) -> torch.Tensor:
+        logits = Eager.step(engine, *inputs).clone()
         logits[:, 1:] = logits[:, 1:].roll(1, -1)
         return logits
 
-    engine.step = wrong_behind_the_first
+    engine.step = wrong_after_the_first_row
     penalised = searches(replace(settings, length_penalty=9.0), (1, 4))
-    told = check_parity(engine, truth, draw_images((32, 32)), penalised, precision)
-    assert told.logits < told.bound
-    assert told.said[0].equal == 16
-    assert not told.passed
-    assert told.failed is not None
-    assert "captions differ (4 beams)" in told.failed
+    result = check_parity(engine, reference, IMAGES, penalised, precision)
+    assert result.logits < result.bound
+    assert result.searches[0].equal == len(IMAGES)
+    assert not result.passed
+    assert result.failed is not None
+    assert "captions differ (4 beams)" in result.failed
 
 
-def test_drawn_images_are_unlike_each_other() -> None:
+def test_drawn_images_differ_from_each_other_and_are_always_the_same() -> None:
     images = draw_images((32, 48))
     assert all(image.shape == (32, 48, 3) for image in images)
     assert len({image.tobytes() for image in images}) == len(images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 from captioners import SIZE, captions, encoder_config, pictures
+from exporting import cached_graphs, duplicate_weights
 from families import (
     FAMILIES,
     RESNET,
@@ -32,7 +34,6 @@ from transformers import ResNetConfig
 from capcli.decoding.settings import NO_TOKEN
 from capcli.decoding.shapes import Shapes
 from capcli.engine.engine_json import read_engine
-from capcli.export.lint import duplicate_weights
 from capcli.export.origin import plans_refused
 from capcli.models.families import FILES
 
@@ -50,6 +51,12 @@ SEARCHES: dict[str, Case] = {
     "prompt": Case(prompt=(7, 9, 11)),
     "prompt, beams": Case({"num_beams": 3}, prompt=(7, 9)),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with cached_graphs(tmp_path_factory):
+        yield
 
 
 @families
@@ -209,7 +216,7 @@ def test_the_readme_lists_every_family() -> None:
 def test_what_cannot_be_exported_is_told(tmp_path: Path) -> None:
     done = call("export", "--trt", "--model", save_family(tmp_path / "it", "florence2"), "--out", tmp_path / "engine")
     assert done.code == 1
-    assert "cannot become TensorRT plans: they have one shape" in done.err
+    assert "cannot become TensorRT plans: plans have fixed shapes" in done.err
     assert not (tmp_path / "engine").exists()
 
 

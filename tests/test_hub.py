@@ -1,4 +1,4 @@
-"""Where a captioner's files come from: a folder, a cache, a hub that answers in every way it can."""
+"""The files of a captioner: from a folder, from the cache, and from a hub with all its errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from capcli.models.load_errors import explain_load_error
 from capcli.models.model_files import ModelFiles, fingerprint
 
 NAME = "someone/captioner"
-APART = ("unshare", "--map-root-user", "--mount")
+NAMESPACE = ("unshare", "--map-root-user", "--mount")
 NEEDED = {
     "config.json",
     "generation_config.json",
@@ -81,7 +81,7 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(captioner: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
+    """A copy that a test may change."""
     return Path(shutil.copytree(captioner, tmp_path / "model"))
 
 
@@ -111,7 +111,7 @@ def ask(hub: FakeHub, tmp_path: Path) -> Asker:
 
 
 class Asker:
-    """Resolves in a process of its own: huggingface_hub reads its settings when it is imported."""
+    """Calls `find_model` in a process of its own: huggingface_hub reads its settings when it is imported."""
 
     def __init__(self, endpoint: str, home: Path) -> None:
         self.home = home
@@ -138,31 +138,34 @@ class Asker:
             text=True,
         )
 
-    def __call__(
-        self,
-        model: str = NAME,
-        revision: str | None = None,
-        *,
-        under: str = "",
-        apart: bool = False,
-        **environment: str,
-    ) -> dict[str, Any]:
-        """Give the files, or the error; `under` is shell that prepares the process, `apart` one that may mount."""
-        command = [sys.executable, "-c", RESOLVE, json.dumps([(model, revision)])]
+    def many(
+        self, *questions: tuple[str, str | None], under: str = "", mounts: bool = False, **environment: str
+    ) -> list[dict[str, Any]]:
+        """The files or the error of each (model, revision), from one process.
+
+        `under` is a shell command that prepares the process; with `mounts` it may mount.
+        """
+        command = [sys.executable, "-c", RESOLVE, json.dumps(questions)]
         if under:
-            command = [*(APART if apart else ()), "sh", "-c", f'{under} && exec "$@"', "sh", *command]
+            command = [*(NAMESPACE if mounts else ()), "sh", "-c", f'{under} && exec "$@"', "sh", *command]
         out, err = self._process(command, environment).communicate(timeout=60)
         assert "Traceback" not in err
-        answer = json.loads(out)
-        assert isinstance(answer, dict)
-        return answer
+        answers = [json.loads(line) for line in out.splitlines()]
+        assert len(answers) == len(questions), err
+        return answers
+
+    def __call__(self, model: str = NAME, revision: str | None = None, **keywords: Any) -> dict[str, Any]:
+        return self.many((model, revision), **keywords)[0]
 
     def error(self, *args: Any, code: int = 1, **keywords: Any) -> str:
-        answer = self(*args, **keywords)
-        assert answer.get("exit") == code, answer
-        message = answer["error"]
-        assert "\n" not in message
-        return str(message)
+        return message_of(self(*args, **keywords), code)
+
+
+def message_of(answer: dict[str, Any], code: int = 1) -> str:
+    assert answer.get("exit") == code, answer
+    message = str(answer["error"])
+    assert "\n" not in message
+    return message
 
 
 def nobody_listens() -> str:
@@ -174,7 +177,7 @@ def nobody_listens() -> str:
 # From the hub
 
 
-def test_downloads_what_is_needed_and_then_needs_no_hub(hub: FakeHub, ask: Asker, captioner: Path) -> None:
+def test_the_needed_files_are_downloaded_and_later_runs_need_no_hub(hub: FakeHub, ask: Asker, captioner: Path) -> None:
     first = ask()
     assert hub.fetched() == NEEDED
     assert first["revision"] == hub.repos[NAME].refs["main"]
@@ -184,7 +187,7 @@ def test_downloads_what_is_needed_and_then_needs_no_hub(hub: FakeHub, ask: Asker
 
     hub.asked.clear()
     assert ask() == first
-    assert hub.asked == [f"GET /api/models/{NAME}/revision/main"], "what is cached costs one question"
+    assert hub.asked == [f"GET /api/models/{NAME}/revision/main"], "a cached model needs one request"
     assert ask(HF_HUB_OFFLINE="1") == first
     assert len(hub.asked) == 1
     assert ask(HF_ENDPOINT=nobody_listens()) == first
@@ -192,22 +195,21 @@ def test_downloads_what_is_needed_and_then_needs_no_hub(hub: FakeHub, ask: Asker
     assert ask() == first
 
 
-def test_config_is_read_before_anything_else_is_fetched(hub: FakeHub, ask: Asker) -> None:
+def test_config_is_read_before_anything_else_is_fetched(hub: FakeHub, ask: Asker, captioner: Path) -> None:
+    """Neither for an unsupported architecture nor for a missing file are weights downloaded."""
     blip = {"model_type": "blip-2", "architectures": ["Blip2ForConditionalGeneration"]}
     hub.repos[NAME].push({"config.json": json.dumps(blip).encode(), "model.safetensors": b"x"})
-    assert "BLIP-2 is not supported yet" in ask.error()
-    assert hub.fetched() == {"config.json"}
-
-
-def test_missing_files_are_named_before_weights_are_fetched(hub: FakeHub, ask: Asker, captioner: Path) -> None:
     files = files_of(captioner)
     del files["preprocessor_config.json"]
-    hub.repos[NAME].push(files)
-    assert f"{NAME} on the hub lacks preprocessor_config.json" in ask.error()
+    hub.repos["someone/incomplete"] = Repo()
+    hub.repos["someone/incomplete"].push(files)
+    unsupported, incomplete = map(message_of, ask.many((NAME, None), ("someone/incomplete", None)))
+    assert "BLIP-2 is not supported yet" in unsupported
+    assert "someone/incomplete on the hub lacks preprocessor_config.json" in incomplete
     assert hub.fetched() == {"config.json"}
 
 
-def test_sharded_weights_come_whole(hub: FakeHub, ask: Asker, captioner: Path, tmp_path: Path) -> None:
+def test_all_shards_are_downloaded(hub: FakeHub, ask: Asker, captioner: Path, tmp_path: Path) -> None:
     from transformers import VisionEncoderDecoderModel
 
     folder = tmp_path / "sharded"
@@ -225,7 +227,7 @@ def test_sharded_weights_come_whole(hub: FakeHub, ask: Asker, captioner: Path, t
     assert f"lacks {lost}, which model.safetensors.index.json names" in ask.error(HF_HUB_OFFLINE="1")
 
 
-def test_pickled_weights_serve_where_there_are_no_others(hub: FakeHub, ask: Asker, captioner: Path) -> None:
+def test_pickled_weights_are_used_where_there_are_no_others(hub: FakeHub, ask: Asker, captioner: Path) -> None:
     files = files_of(captioner)
     del files["model.safetensors"]
     hub.repos[NAME].push({**files, "pytorch_model.bin": b"weights", "tf_model.h5": b""})
@@ -238,45 +240,41 @@ def test_revisions(hub: FakeHub, ask: Asker, captioner: Path) -> None:
     old = repo.refs["main"]
     repo.refs["v1"] = old
     new = repo.push({**files_of(captioner), "generation_config.json": b'{"max_length": 9}'})
-    assert ask(NAME, "v1")["revision"] == old
-    assert ask()["revision"] == new
-    assert ask(NAME, "v1", HF_HUB_OFFLINE="1")["revision"] == old
+    tagged, newest, unknown = ask.many((NAME, "v1"), (NAME, None), (NAME, "nosuch"))
+    assert tagged["revision"] == old
+    assert newest["revision"] == new
+    assert "no revision nosuch" in message_of(unknown, 2)
     hub.asked.clear()
     assert ask(NAME, old)["revision"] == old
+    tagged, unknown = ask.many((NAME, "v1"), (NAME, "nosuch"), HF_HUB_OFFLINE="1")
+    assert tagged["revision"] == old
+    assert f"{NAME} at revision nosuch is not in the cache" in message_of(unknown)
     assert not hub.asked, "a commit that is in the cache needs no hub"
-
-    message = ask.error(NAME, "nosuch", code=2)
-    assert "no revision nosuch" in message
-    assert f"{NAME} at revision nosuch is not in the cache" in ask.error(NAME, "nosuch", HF_HUB_OFFLINE="1")
 
 
 def test_a_token_opens_a_private_model(hub: FakeHub, ask: Asker) -> None:
     hub.repos[NAME].token = "secret"
     assert "`hf auth login`" in ask.error()
     assert "revision" in ask(HF_TOKEN="secret")
-    assert "revision" in ask(), "what is in the cache serves without"
+    assert "revision" in ask(), "the cached copy needs no token"
 
 
-def test_gated_model(hub: FakeHub, ask: Asker) -> None:
-    hub.repos[NAME].gated = True
-    message = ask.error()
-    assert f"accept its terms at {hub.url}/{NAME}" in message
-    assert "`hf auth login`" in message
-
-
-def test_unknown_name(ask: Asker) -> None:
-    message = ask.error("someone/captoiner")
-    assert "no folder someone/captoiner here, and no such model on the hub" in message
-    assert "HF_TOKEN" in message
-
-
-@pytest.mark.parametrize(
-    ("status", "said"),
-    [(500, "status 500"), (404, "status 404"), (429, "no more requests for now"), (403, "does not let you read")],
-)
-def test_a_hub_that_refuses(hub: FakeHub, ask: Asker, status: int, said: str) -> None:
-    hub.status = status
-    assert said in ask.error()
+def test_the_refusals_of_a_hub(hub: FakeHub, ask: Asker, captioner: Path) -> None:
+    hub.repos = {f"someone/{status}": Repo(status=status) for status in (401, 403, 404, 429, 500)}
+    hub.repos["someone/gated"] = Repo(gated=True)
+    hub.repos["someone/gated"].push(files_of(captioner))
+    messages = {
+        "someone/401": "refuses the token: log in with `hf auth login`, or correct HF_TOKEN",
+        "someone/403": "does not let you read someone/403: use a token that may (HF_TOKEN)",
+        "someone/404": "status 404",
+        "someone/429": "no more requests for now",
+        "someone/500": "status 500",
+        "someone/gated": f"accept its terms at {hub.url}/someone/gated, then log in with `hf auth login`",
+        "someone/captoiner": "no folder someone/captoiner here, and no such model on the hub",
+    }
+    answers = ask.many(*((name, None) for name in messages))
+    for answer, message in zip(answers, messages.values(), strict=True):
+        assert message in message_of(answer)
 
 
 def test_a_hub_that_cannot_be_reached(hub: FakeHub, ask: Asker) -> None:
@@ -288,7 +286,7 @@ def test_a_hub_that_cannot_be_reached(hub: FakeHub, ask: Asker) -> None:
     assert "cannot be reached" in ask.error(HF_ENDPOINT=hub.url.replace("http", "https"))
     assert "cannot be reached" in ask.error(HF_ENDPOINT="nonsense")
     hub.body = b"<html>Log in to the hotel's network</html>"
-    assert "what answers there is no hub" in ask.error()
+    assert "the server there is not a hub" in ask.error()
     hub.silent.set()
     assert "timed out" in ask.error()
 
@@ -300,16 +298,16 @@ def test_offline_and_not_in_the_cache(hub: FakeHub, ask: Asker) -> None:
     assert not hub.asked
 
 
-# Downloads that break off
+# Interrupted downloads
 
 
-def test_a_dropped_connection_is_taken_up_again(hub: FakeHub, ask: Asker, captioner: Path) -> None:
+def test_a_dropped_connection_is_resumed(hub: FakeHub, ask: Asker, captioner: Path) -> None:
     hub.drops["model.safetensors"] = 1
     assert fingerprint(ask()["folder"]) == fingerprint(str(captioner))
 
 
-def test_a_killed_download_starts_again_and_hides_nothing(hub: FakeHub, ask: Asker, captioner: Path) -> None:
-    whole = ask()
+def test_a_killed_download_starts_again_and_hides_no_earlier_one(hub: FakeHub, ask: Asker, captioner: Path) -> None:
+    before = ask()
     newer = {**files_of(captioner), "model.safetensors": (captioner / "model.safetensors").read_bytes() + b"newer"}
     commit = hub.repos[NAME].push(newer)
     hub.stalls.add("model.safetensors")
@@ -318,7 +316,7 @@ def test_a_killed_download_starts_again_and_hides_nothing(hub: FakeHub, ask: Ask
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)
 
-    assert ask(HF_HUB_OFFLINE="1") == whole, "the model downloaded before still serves"
+    assert ask(HF_HUB_OFFLINE="1") == before, "the model downloaded before is still used"
     hub.stalls.clear()
     answer = ask()
     assert answer["revision"] == commit
@@ -329,14 +327,17 @@ def test_a_disk_without_room(hub: FakeHub, ask: Asker, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mount = f"mount -t tmpfs -o size=64k none {small}"
-    if not shutil.which(APART[0]) or subprocess.run([*APART, "sh", "-c", mount], capture_output=True).returncode:
+    if (
+        not shutil.which(NAMESPACE[0])
+        or subprocess.run([*NAMESPACE, "sh", "-c", mount], capture_output=True).returncode
+    ):
         pytest.skip("no mount namespaces here")
     hub.repos[NAME].push({**hub.repos[NAME].commits[hub.repos[NAME].refs["main"]], "model.safetensors": b"x" * 999_999})
-    message = ask.error(under=mount, apart=True, HF_HOME=str(small))
+    message = ask.error(under=mount, mounts=True, HF_HOME=str(small))
     assert f"No room for {NAME} in {small / 'hub'} (No space left on device)" in message
     assert "HF_HOME" in message
 
-    message = ask.error(under=f"{mount} && mount -o remount,ro {small}", apart=True, HF_HOME=str(small))
+    message = ask.error(under=f"{mount} && mount -o remount,ro {small}", mounts=True, HF_HOME=str(small))
     assert f"Cannot store {NAME} in {small / 'hub'} (Read-only file system" in message
 
 
@@ -387,7 +388,7 @@ def test_a_folder_imports_no_hub(captioner: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("removed", "said"),
+    ("removed", "message"),
     [
         ("config.json", "has no config.json"),
         ("model.safetensors", "lacks weights (model.safetensors or pytorch_model.bin)"),
@@ -395,15 +396,15 @@ def test_a_folder_imports_no_hub(captioner: Path) -> None:
         ("tokenizer.json", "lacks its tokenizer"),
     ],
 )
-def test_a_folder_that_lacks_a_file(model: Path, removed: str, said: str) -> None:
+def test_a_folder_that_lacks_a_file(model: Path, removed: str, message: str) -> None:
     (model / removed).unlink()
-    with pytest.raises(CapcliError, match=re.escape(f"{model} {said}")):
+    with pytest.raises(CapcliError, match=re.escape(f"{model} {message}")):
         find_model(str(model))
 
 
 def test_weights_of_another_framework_are_named(model: Path) -> None:
     (model / "model.safetensors").rename(model / "tf_model.h5")
-    with pytest.raises(CapcliError, match=r"tf_model\.h5 is of another framework"):
+    with pytest.raises(CapcliError, match=r"tf_model\.h5 belongs to another framework"):
         find_model(str(model))
 
 
@@ -415,14 +416,14 @@ def test_a_nested_processor_comes_first(model: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\xff", "[" * 100_000])
-def test_a_config_that_is_no_object(model: Path, text: str) -> None:
+def test_a_config_that_is_not_an_object(model: Path, text: str) -> None:
     (model / "config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(CapcliError, match=r"config\.json of .* is (not JSON|JSON but no object)"):
+    with pytest.raises(CapcliError, match=r"config\.json of .* is not (JSON|a JSON object)"):
         find_model(str(model))
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"model_type": "blip-2"}, "BLIP-2 is not supported yet"),
         ({"model_type": "blip_2_qformer", "auto_map": {}}, "own code, which capcli never runs"),
@@ -433,9 +434,9 @@ def test_a_config_that_is_no_object(model: Path, text: str) -> None:
         ({"model_type": "vision-encoder-decoder", "encoder": "vit", "decoder": []}, "of None and None"),
     ],
 )
-def test_architectures_that_are_not_supported(model: Path, config: dict[str, Any], said: str) -> None:
+def test_architectures_that_are_not_supported(model: Path, config: dict[str, Any], message: str) -> None:
     (model / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CapcliError, match=re.escape(said)) as caught:
+    with pytest.raises(CapcliError, match=re.escape(message)) as caught:
         find_model(str(model))
     assert "vision-encoder-decoder with an encoder of vit, deit, beit, swin, swinv2" in str(caught.value)
 
@@ -443,7 +444,7 @@ def test_architectures_that_are_not_supported(model: Path, config: dict[str, Any
 # The fingerprint
 
 
-def test_the_fingerprint_is_of_what_decides_captions(model: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_is_of_the_files_that_captions_depend_on(model: Path, tmp_path: Path) -> None:
     before = fingerprint(str(model))
     for name, data in UNNEEDED.items():
         if "/" not in name:
@@ -458,11 +459,11 @@ def test_the_fingerprint_is_of_what_decides_captions(model: Path, tmp_path: Path
     assert fingerprint(str(moved)) == before
 
 
-# What loading says
+# Errors of loading
 
 
 def load(folder: Path) -> str:
-    """Give the message for what loading these files raises."""
+    """The message for what loading these files raises."""
     from transformers import VisionEncoderDecoderModel
 
     files = find_model(str(folder))
@@ -475,7 +476,7 @@ def test_truncated_weights(model: Path) -> None:
     path = model / "model.safetensors"
     size = path.stat().st_size
     os.truncate(path, size - 100)
-    assert f"{path} cannot be used: it has {size - 100:,} bytes where its header wants {size:,}" in load(model)
+    assert f"{path} cannot be used: it has {size - 100:,} bytes where its header gives {size:,}" in load(model)
     os.truncate(path, 20)
     assert "its header is damaged" in load(model)
     os.truncate(path, 0)
@@ -491,7 +492,7 @@ def test_truncated_weights_in_the_cache(model: Path) -> None:
     assert f"Remove {folder.parents[1]}, and the next run downloads the model again" in message
 
 
-def test_weights_that_are_a_pointer(model: Path) -> None:
+def test_weights_that_are_a_git_lfs_pointer(model: Path) -> None:
     (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert "`git lfs pull`" in load(model)
 
@@ -520,7 +521,7 @@ class Trap:
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (PermissionError(13, "Permission denied", "config.json"), "Cannot read config.json: Permission denied"),
         (ValueError("needs `trust_remote_code=True`"), "capcli runs no code of a model"),
@@ -529,6 +530,6 @@ class Trap:
         (KeyError("x"), "Cannot load name from"),
     ],
 )
-def test_other_errors_of_loading(captioner: Path, error: Exception, said: str) -> None:
+def test_other_errors_of_loading(captioner: Path, error: Exception, message: str) -> None:
     files = ModelFiles("name", str(captioner), None, {}, {})
-    assert said in str(explain_load_error(error, files))
+    assert message in str(explain_load_error(error, files))

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import onnx
 import pytest
 import torch
 from captioners import SIZE, captions, pictures
-from exporting import exported
+from exporting import cached_graphs, exported
 from onnx import TensorProto, helper
 from oracle import Case, agrees
 
@@ -26,7 +27,8 @@ from capcli.decoding.shapes import Shapes
 from capcli.engine.engine_json import Bucket, Engine, plan_files, step_plan
 from capcli.errors import CapcliError, UsageError
 from capcli.export import tensorrt
-from capcli.export.parity import check_parity, draw_images
+from capcli.export.parity import check_parity
+from capcli.export.parity_images import draw_images
 from capcli.export.parser_rules import attribute, lint
 from capcli.export.plan_builder import build_plan
 from capcli.runtimes import trt
@@ -40,7 +42,7 @@ BUCKETS = (Bucket(1, 1, 1, LENGTH), Bucket(4, 2, 1, LENGTH), Bucket(4, 2, 3, 3 *
 
 @dataclass(frozen=True)
 class Built:
-    """A captioner, the folder of its graphs and plans, and what its engine.json would say."""
+    """A captioner, the folder of its graphs and plans, and the content of its engine.json."""
 
     model: Any
     folder: Path
@@ -55,25 +57,24 @@ class Built:
 
 @pytest.fixture(scope="session")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The graphs of a captioner in a folder, made once for a decoder and a profile."""
-    made: dict[tuple[str, str], tuple[Any, Path, Engine]] = {}
+    """The graphs of a captioner in a folder, written once for a decoder and a profile."""
 
-    def get(decoder: str, profile: str) -> tuple[Any, Path, Engine]:
-        if (decoder, profile) not in made:
-            made[decoder, profile] = export(decoder, profile, tmp_path_factory.mktemp(f"{decoder} {profile}"))
-        return made[decoder, profile]
+    @cache
+    def written(decoder: str, profile: str) -> tuple[Any, Path, Engine]:
+        with cached_graphs(tmp_path_factory):
+            return export(decoder, profile, tmp_path_factory.mktemp(f"{decoder} {profile}"))
 
-    return get
+    return written
 
 
 def export(decoder: str, profile: str, folder: Path) -> tuple[Any, Path, Engine]:
-    made = exported(decoder, profile)
-    for graph, name in ((made.encode_graph, "encode.onnx"), (made.step_graph, "step.onnx")):
-        own = onnx.ModelProto()
-        own.CopyFrom(graph)  # whose weights move out
-        onnx.save(own, folder / name, save_as_external_data=True, location=f"{name}.data", size_threshold=512)
+    captioner = exported(decoder, profile)
+    for graph, name in ((captioner.encode_graph, "encode.onnx"), (captioner.step_graph, "step.onnx")):
+        copy = onnx.ModelProto()
+        copy.CopyFrom(graph)  # `save` moves its weights out
+        onnx.save(copy, folder / name, save_as_external_data=True, location=f"{name}.data", size_threshold=512)
     tensorrt.write_ready(str(folder), ("encode.onnx", "step.onnx"))
-    image = made.memory.positions if made.memory.prefixed else 0
+    image = captioner.memory.image_entries
     engine = Engine(
         kind="tensorrt",
         profile=profile,
@@ -82,14 +83,14 @@ def export(decoder: str, profile: str, folder: Path) -> tuple[Any, Path, Engine]
         quantize=None,
         captioner={},
         pixels=(SIZE, SIZE),
-        memory=made.memory,
+        memory=captioner.memory,
         positions=64,
         vocabulary=120,
         command=("capcli", "export", "--trt"),
         capcli="0",
         buckets=tuple(replace(bucket, entries=bucket.entries + image) for bucket in BUCKETS),
     )
-    return made.model, folder, engine
+    return captioner.model, folder, engine
 
 
 WAYS = {
@@ -113,8 +114,8 @@ def built(request: pytest.FixtureRequest, graphs: Any) -> Built:
 
 
 @pytest.fixture
-def instead(built: Built, monkeypatch: pytest.MonkeyPatch) -> Built:
-    """Whatever captions in this test captions with the plans."""
+def captions_with_plans(built: Built, monkeypatch: pytest.MonkeyPatch) -> Built:
+    """Makes `captions` and `agrees` caption with the plans in this test."""
     monkeypatch.setattr(captioners, "eager", lambda _, lag=0: lagging(built.runtime(), lag))
     return built
 
@@ -124,7 +125,7 @@ def lagging(runtime: Trt, lag: int) -> Trt:
     return runtime
 
 
-def test_the_pool_is_written_as_the_plan_says(built):
+def test_the_pool_is_written_in_place_where_the_plan_does(built):
     name = step_plan(built.engine.buckets[1])
     plan = Plans(built.tensorrt).load(str(built.folder / name))
     shared = {name: plan.aliased(name) for name, port in plan.ports.items() if not port.is_input}
@@ -145,49 +146,66 @@ SEARCHES = {
 }
 
 
-@pytest.mark.parametrize("search", SEARCHES)
-def test_plans_say_what_generate_says_through_refill(instead, search):
-    given = {"max_new_tokens": LENGTH, **SEARCHES[search]}
+# All searches with plans of each way of writing the pool, and half of them with each other captioner.
+PAIRS = [
+    *((way, search) for way in ("in place", "two sets in turn") for search in SEARCHES),
+    *((way, search) for way in ("portable", "git") for search in ("beams", "sampled")),
+    *((way, search) for way in ("bert", "prefix") for search in ("greedy", "constrained")),
+]
+
+
+@pytest.mark.parametrize(("built", "search"), PAIRS, indirect=["built"])
+def test_plans_give_the_captions_of_generate_through_refill(captions_with_plans, search):
+    options = {"max_new_tokens": LENGTH, **SEARCHES[search]}
     images = pictures(11)
-    lengths = agrees(instead.model, images, Case(given), Shapes(4, 2), keys=list(range(11)), lag=1)
-    assert len(lengths) >= 3, f"captions of {lengths} tokens prove little"
+    lengths = agrees(captions_with_plans.model, images, Case(options), Shapes(4, 2), keys=list(range(11)), lag=1)
+    assert len(lengths) >= 3, f"captions of {lengths} tokens test little"
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_prompts_are_written_as_rows_of_steps(instead, rows):
-    """Of two ids more than a step has rows, one more, and as many; while other slots are busy."""
+def test_prompts_are_written_in_steps_of_as_many_tokens_as_rows(captions_with_plans, rows):
+    """Prompts with fewer tokens than a step has rows, as many, and more, while other slots are in use."""
     for prompt in ((5,), (5, 7, 5), (5, 7, 9, 5)):
         room = max(b.entries for b in BUCKETS if b.rows == rows) - len(prompt)
         case = Case({"max_new_tokens": min(6, room // rows), "num_beams": rows}, prompt=prompt)
-        agrees(instead.model, pictures(7), case, Shapes(4, 2))
+        agrees(captions_with_plans.model, pictures(7), case, Shapes(4, 2))
 
 
-def test_a_run_of_fewer_slots_and_entries_takes_a_bigger_bucket(instead):
-    said = [
-        captions(instead.model, pictures(5), settings(instead, 4), shapes) for shapes in (Shapes(4, 2), Shapes(3, 1))
+def test_a_run_of_fewer_slots_and_entries_takes_a_bigger_bucket(captions_with_plans):
+    found = [
+        captions(captions_with_plans.model, pictures(5), settings(captions_with_plans, 4), shapes)
+        for shapes in (Shapes(4, 2), Shapes(3, 1))
     ]
-    assert [[h.tokens for h in each] for each in said[0]] == [[h.tokens for h in each] for each in said[1]]
-    agrees(instead.model, pictures(3), Case({"max_new_tokens": 4}), Shapes(1, 1))
-    agrees(instead.model, pictures(6), Case({"max_new_tokens": 4}), Shapes(4, 4))  # more than a chunk at a time
+    tokens = [[[h.tokens for h in hypotheses] for hypotheses in run] for run in found]
+    assert tokens[0] == tokens[1]
+    agrees(captions_with_plans.model, pictures(3), Case({"max_new_tokens": 4}), Shapes(1, 1))
+    agrees(
+        captions_with_plans.model, pictures(6), Case({"max_new_tokens": 4}), Shapes(4, 4)
+    )  # more than a chunk at a time
 
 
-def test_the_proof_sees_every_plan(built, monkeypatch):
-    images, said = draw_images((SIZE, SIZE)), settings(built, LENGTH)
-    told = check_parity(built.runtime(), captioners.eager(built.model), images, {"greedy": said}, "float32", (1, 4))
-    assert told.passed
-    assert [(each.search, each.equal) for each in told.said] == [("greedy, 1 slots", 16), ("greedy, 4 slots", 16)]
+def test_the_parity_check_runs_every_plan(built, monkeypatch):
+    images, search = draw_images((SIZE, SIZE)), settings(built, LENGTH)
+
+    def check():
+        return check_parity(
+            built.runtime(), captioners.eager(built.model), images, {"greedy": search}, "float32", (1, 4)
+        )
+
+    result = check()
+    assert result.passed
+    assert [(r.search, r.equal) for r in result.searches] == [("greedy, 1 slots", 16), ("greedy, 4 slots", 16)]
     step = Trt.step
 
-    def wrong_with_four(self: Trt, *given: Any) -> Any:
-        return step(self, *given).roll(1, -1) if len(given[0]) == 4 else step(self, *given)
+    def wrong_with_four(self: Trt, *inputs: Any) -> Any:
+        return step(self, *inputs).roll(1, -1) if len(inputs[0]) == 4 else step(self, *inputs)
 
     monkeypatch.setattr(Trt, "step", wrong_with_four)
-    told = check_parity(built.runtime(), captioners.eager(built.model), images, {"greedy": said}, "float32", (1, 4))
-    assert not told.passed
+    assert not check().passed
 
 
 class RecordedGraph:
-    """A CUDA graph's bookkeeping: a run under capture happens at every replay, with the addresses bound at its capture."""
+    """Stands in for a CUDA graph: a captured run is repeated at every replay, with the addresses bound at its capture."""
 
     recording: RecordedGraph | None = None
     replays = 0
@@ -214,11 +232,11 @@ def runs_when_replayed(context: Any, stream: int, run: Any = fake_tensorrt.IExec
     twin = fake_tensorrt.IExecutionContext(context.plan)
     twin.bound = dict(context.bound)
     RecordedGraph.recording.runs.append(lambda: run(twin, stream))
-    context.bound.clear()  # what is not bound anew will fail
+    context.bound.clear()  # a later run must bind all tensors again
     return True
 
 
-def test_a_graph_is_captured_for_every_binding_at_its_second_run(instead, monkeypatch):
+def test_a_cuda_graph_is_captured_for_each_binding_at_its_second_run(captions_with_plans, monkeypatch):
     stream = SimpleNamespace(cuda_stream=7, wait_stream=lambda _: None)
     for name, what in {
         "CUDAGraph": RecordedGraph,
@@ -228,27 +246,27 @@ def test_a_graph_is_captured_for_every_binding_at_its_second_run(instead, monkey
         "current_stream": lambda _: stream,
     }.items():
         monkeypatch.setattr(torch.cuda, name, what)
-    made: list[Replayed] = []
+    replayed: list[Replayed] = []
 
     def on_gpu(plan: Plan, _: torch.device) -> Replayed:
-        made.append(Replayed(plan, torch.device("cuda")))
-        return made[-1]
+        replayed.append(Replayed(plan, torch.device("cuda")))
+        return replayed[-1]
 
     monkeypatch.setattr(trt, "Replayed", on_gpu)
     monkeypatch.setattr(fake_tensorrt.IExecutionContext, "execute_async_v3", runs_when_replayed)
     monkeypatch.setattr(RecordedGraph, "replays", 0)
-    agrees(instead.model, pictures(9), Case({"max_new_tokens": LENGTH}, prompt=()), Shapes(4, 2))
-    encoder, decoder = made
+    agrees(captions_with_plans.model, pictures(9), Case({"max_new_tokens": LENGTH}, prompt=()), Shapes(4, 2))
+    encoder, decoder = replayed
     assert len(encoder.graphs) == 1
-    assert len(decoder.graphs) == (1 if instead.in_place else 2)
+    assert len(decoder.graphs) == (1 if captions_with_plans.in_place else 2)
     assert RecordedGraph.replays > 10
 
 
-def settings(built: Built, length: int, **given: Any) -> Any:
-    return Case({"max_new_tokens": length, **given}).settings(built.model)
+def settings(built: Built, length: int, **options: Any) -> Any:
+    return Case({"max_new_tokens": length, **options}).settings(built.model)
 
 
-def test_only_the_plans_of_the_bucket_are_loaded_and_each_once(graphs, tmp_path):
+def test_only_the_plans_of_the_bucket_are_loaded_each_once(graphs, tmp_path):
     model, folder, engine = graphs("gpt2", "fused")
     built = Built(model, folder, engine, fake_tensorrt.make())
     tensorrt.build_plans(str(folder), BUCKETS, timing_cache=str(tmp_path / "cache"), tensorrt=built.tensorrt)
@@ -267,7 +285,7 @@ def test_only_the_plans_of_the_bucket_are_loaded_and_each_once(graphs, tmp_path)
     ]
 
 
-def test_shapes_are_a_buckets_and_what_fits_none_is_refused(graphs):
+def test_shapes_are_those_of_a_bucket_and_runs_that_fit_none_are_refused(graphs):
     model, folder, engine = graphs("gpt2", "fused")
     built = Built(model, folder, engine, fake_tensorrt.make())
     runtime = built.runtime()
@@ -275,24 +293,24 @@ def test_shapes_are_a_buckets_and_what_fits_none_is_refused(graphs):
     assert runtime.shapes(2, settings(built, 3)) == Shapes(4, 2)
     assert runtime.shapes(200, settings(built, LENGTH, num_beams=3), most=300) == Shapes(4, 2)
     assert runtime.shapes(200, settings(built, LENGTH), most=3) == Shapes(1, 1)
-    assert runtime.shapes(200, settings(built, LENGTH, num_beams=3), most=3) == Shapes(4, 2), "there is none as small"
-    for asked in (settings(built, 3, num_beams=2), settings(built, LENGTH + 1)):
+    assert runtime.shapes(200, settings(built, LENGTH, num_beams=3), most=3) == Shapes(4, 2), "no bucket is as small"
+    for search in (settings(built, 3, num_beams=2), settings(built, LENGTH + 1)):
         with pytest.raises(UsageError, match="the engine was built for"):
-            runtime.shapes(1, asked)
-    for ask, batch in ((runtime.shapes, 5), (runtime.allocate, Shapes(5, 2))):
-        with pytest.raises(UsageError, match=r"--batch-size 4 at most, and this asks for 5: .*--batch-sizes 1,4,5\)"):
-            ask(batch, settings(built, LENGTH))
-    held = engine.memory
-    per_slot = 4 * 2 * held.layers * held.heads * held.head_size * (held.positions + 2 * LENGTH)
+            runtime.shapes(1, search)
+    for call, batch in ((runtime.shapes, 5), (runtime.allocate, Shapes(5, 2))):
+        with pytest.raises(UsageError, match=r"--batch-size 4 at most, and this run needs 5: .*--batch-sizes 1,4,5\)"):
+            call(batch, settings(built, LENGTH))
+    memory = engine.memory
+    per_slot = 4 * 2 * memory.layers * memory.heads * memory.head_size * (memory.positions + 2 * LENGTH)
     assert runtime.slot_bytes(np.zeros((1, SIZE, SIZE, 3), np.uint8), settings(built, LENGTH)) == per_slot
 
 
 @pytest.mark.parametrize(
-    ("asked", "prompt", "told", "advised"),
+    ("options", "prompt", "message", "advice"),
     [
         ({"num_beams": 2}, (), "--num-beams 2 and --max-new-tokens 9:", "--num-beams 2 --max-new-tokens 9"),
         ({"max_new_tokens": 30}, (), "--num-beams 1 and --max-new-tokens 30:", "--num-beams 1 --max-new-tokens 30"),
-        ({}, (5, 7), "after a prompt that takes room for 2 tokens", "--num-beams 1 --max-new-tokens 11"),
+        ({}, (5, 7), "after a prompt that takes the room of 2 tokens", "--num-beams 1 --max-new-tokens 11"),
         (
             {"do_sample": True, "num_return_sequences": 5},
             (),
@@ -301,18 +319,18 @@ def test_shapes_are_a_buckets_and_what_fits_none_is_refused(graphs):
         ),
     ],
 )
-def test_a_search_without_a_plan_is_refused_in_the_words_of_its_flags(graphs, asked, prompt, told, advised):
+def test_a_search_without_a_plan_is_refused_with_the_command_that_builds_one(graphs, options, prompt, message, advice):
     model, _, engine = graphs("gpt2", "fused")
-    search = Case({"max_new_tokens": LENGTH, **asked}, prompt=prompt).settings(model)
+    search = Case({"max_new_tokens": LENGTH, **options}, prompt=prompt).settings(model)
     with pytest.raises(UsageError) as refused:
         engine.bucket(1, search)
     text = str(refused.value)
     assert "built for --num-beams 1 and up to --max-new-tokens 9, --num-beams 3 and up to" in text
-    assert told in text
-    assert f"({engine.rebuild} {advised})" in text
+    assert message in text
+    assert f"({engine.rebuild} {advice})" in text
 
 
-def test_without_memory_a_plan_of_fewer_slots_takes_over(graphs, tmp_path, monkeypatch):
+def test_when_memory_runs_out_a_plan_of_fewer_slots_is_used(graphs, tmp_path, monkeypatch):
     model, folder, engine = graphs("gpt2", "fused")
     built = Built(model, folder, engine, fake_tensorrt.make())
     tensorrt.build_plans(str(folder), BUCKETS, timing_cache=str(tmp_path / "cache"), tensorrt=built.tensorrt)
@@ -326,13 +344,13 @@ def test_without_memory_a_plan_of_fewer_slots_takes_over(graphs, tmp_path, monke
     monkeypatch.setattr(Trt, "allocate", small)
     jobs = [Job(number, image) for number, image in enumerate(pictures(3))]
     done = list(decode(IterableFeed(jobs), built.runtime(), settings(built, LENGTH), Shapes(4, 2), shrunk.append))
-    assert sorted(each.tag for each in done) == [0, 1, 2]
+    assert sorted(caption.tag for caption in done) == [0, 1, 2]
     assert shrunk == [Shapes(1, 1)]
     with pytest.raises(CapcliError, match="not even 4 images at a time fit"):
         list(decode(IterableFeed(jobs), built.runtime(), settings(built, LENGTH, num_beams=3), Shapes(4, 2)))
 
 
-def test_a_plan_of_other_shapes_or_content_is_refused(graphs, tmp_path):
+def test_a_plan_of_other_shapes_or_a_damaged_one_is_refused(graphs, tmp_path):
     model, folder, engine = graphs("gpt2", "fused")
     built = Built(model, tmp_path, engine, fake_tensorrt.make())
     tensorrt.build_plans(str(folder), BUCKETS, timing_cache=str(tmp_path / "cache"), tensorrt=built.tensorrt)
@@ -350,18 +368,18 @@ def test_a_plan_of_other_shapes_or_content_is_refused(graphs, tmp_path):
         built.runtime().allocate(Shapes(4, 2), settings(built, LENGTH))
 
 
-def test_what_tensorrt_measured_is_kept_and_used_again(graphs, tmp_path):
+def test_timings_of_tensorrt_are_kept_and_used_again(graphs, tmp_path):
     _, folder, engine = graphs("gpt2", "fused")
-    cache, module, said = tmp_path / "timings.cache", fake_tensorrt.make(), []
+    timings, module, notes = tmp_path / "timings.cache", fake_tensorrt.make(), []
     for _ in range(2):
         found = tensorrt.build_plans(
-            str(folder), engine.buckets, timing_cache=str(cache), note=said.append, tensorrt=module
+            str(folder), engine.buckets, timing_cache=str(timings), note=notes.append, tensorrt=module
         )
-    assert cache.read_bytes() == b"." * 10  # a dot for every build
-    assert list(found) == plan_files(engine.buckets) == sorted({line.removeprefix("building ") for line in said})
-    cache.write_bytes(fake_tensorrt.STRANGE_CACHE)
-    tensorrt.build_plans(str(folder), engine.buckets[:1], timing_cache=str(cache), tensorrt=module)
-    assert cache.read_bytes() == b".."
+    assert timings.read_bytes() == b"." * 10  # a dot for every build
+    assert list(found) == plan_files(engine.buckets) == sorted({line.removeprefix("building ") for line in notes})
+    timings.write_bytes(fake_tensorrt.FOREIGN_TIMINGS)
+    tensorrt.build_plans(str(folder), engine.buckets[:1], timing_cache=str(timings), tensorrt=module)
+    assert timings.read_bytes() == b".."
 
 
 def test_buckets_follow_batch_sizes():
@@ -373,7 +391,7 @@ def test_buckets_follow_batch_sizes():
 
 
 @pytest.mark.parametrize(("decoder", "profile"), sorted({way[:2] for way in WAYS.values()}))
-def test_exported_graphs_are_ready_for_tensorrt_and_were_not_before(graphs, decoder, profile):
+def test_copies_for_tensorrt_pass_the_lint_that_the_graphs_do_not(graphs, decoder, profile):
     _, folder, _ = graphs(decoder, profile)
     for name, before in (("encode.onnx", "reads uint8"), ("step.onnx", "visible is bool")):
         lines = lint(onnx.load(folder / name, load_external_data=False))
@@ -384,15 +402,17 @@ def test_exported_graphs_are_ready_for_tensorrt_and_were_not_before(graphs, deco
         attention = [n for n in ready.graph.node if n.op_type == "Attention"]
         assert all(attribute(n, "TRT_decomposable", 0) == 1 for n in attention)
         assert bool(attention) == (profile == "fused")
-    assert {path.suffix for path in folder.iterdir()} <= {".onnx", ".data", ".plan"}, "the copies have no weights"
+    assert {path.suffix for path in folder.iterdir()} <= {".onnx", ".data", ".plan"}, (
+        "the copies have no weights of their own"
+    )
 
 
 def graph(nodes: list[Any], inputs: dict[str, Any], outputs: dict[str, Any], weights: Any = (), opset: int = 24) -> Any:
-    def ports(given: dict[str, Any]) -> list[Any]:
-        return [helper.make_tensor_value_info(name, *what) for name, what in given.items()]
+    def ports(types: dict[str, Any]) -> list[Any]:
+        return [helper.make_tensor_value_info(name, *kind) for name, kind in types.items()]
 
-    whole = helper.make_graph(nodes, "g", ports(inputs), ports(outputs), weights)
-    return helper.make_model(whole, opset_imports=[helper.make_opsetid("", opset)], ir_version=11)
+    content = helper.make_graph(nodes, "g", ports(inputs), ports(outputs), weights)
+    return helper.make_model(content, opset_imports=[helper.make_opsetid("", opset)], ir_version=11)
 
 
 FLOAT, INT64, UINT8, DOUBLE = TensorProto.FLOAT, TensorProto.INT64, TensorProto.UINT8, TensorProto.DOUBLE
@@ -401,9 +421,9 @@ CACHE = {"cache": (FLOAT, [2, 3, 9, 5]), "new": (FLOAT, [2, 3, 1, 5]), "at": (Te
 ATTENDED = {"y": (FLOAT, [2, 3, 4, 5])}
 
 
-def scatter(**given: Any) -> list[Any]:
+def scatter(**attributes: Any) -> list[Any]:
     cast = helper.make_node("Cast", ["at"], ["at64"], to=INT64)
-    return [cast, helper.make_node("TensorScatter", ["cache", "new", "at64"], ["out"], **{"axis": -2, **given})]
+    return [cast, helper.make_node("TensorScatter", ["cache", "new", "at64"], ["out"], **{"axis": -2, **attributes})]
 
 
 BROKEN = {
@@ -499,18 +519,18 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_lint_says_what_tensorrt_would_not_take(name, tmp_path):
+def test_lint_reports_what_tensorrt_refuses(name, tmp_path):
     model, complaint = BROKEN[name]
     assert any(complaint in line for line in lint(model)), lint(model)
     onnx.save(model, tmp_path / "g.onnx")
     if name == "float64 within":
         assert lint(tensorrt.trt_ready(model)) == []
     else:
-        with pytest.raises(CapcliError, match=r"TensorRT would not take .*g\.onnx"):
+        with pytest.raises(CapcliError, match=r"TensorRT would refuse .*g\.onnx"):
             tensorrt.write_ready(str(tmp_path), ["g.onnx"])
 
 
-def test_float64_becomes_float32_wherever_it_is_named():
+def test_float64_becomes_float32_everywhere():
     nodes = [
         helper.make_node("Cast", ["x"], ["d"], to=DOUBLE),
         helper.make_node("Constant", [], ["c"], value=helper.make_tensor("c", DOUBLE, [1], [0.5])),
@@ -518,20 +538,22 @@ def test_float64_becomes_float32_wherever_it_is_named():
         helper.make_node("Add", ["m", "c"], ["y"]),
     ]
     model = graph(nodes, {"x": (UINT8, [3])}, {"y": (DOUBLE, [3])}, [helper.make_tensor("w", DOUBLE, [1], [1 / 3])])
-    told = " ".join(lint(model))
-    assert all(each in told for each in ("Cast: casts to float64", "Constant: holds float64", "w is float64"))
+    report = " ".join(lint(model))
+    assert all(
+        line in report for line in ("Cast: casts to float64", "Constant: has a float64 constant", "w is float64")
+    )
     ready = tensorrt.trt_ready(model)
     assert lint(ready) == []
     onnx.checker.check_model(ready, full_check=True)
     import onnxruntime
 
     x = np.array([0, 7, 255], np.uint8)
-    said = onnxruntime.InferenceSession(ready.SerializeToString()).run(None, {"x": x})[0]
-    assert said.dtype == np.float32
-    assert np.allclose(said, x / 3 + 0.5, rtol=1e-6)
+    result = onnxruntime.InferenceSession(ready.SerializeToString()).run(None, {"x": x})[0]
+    assert result.dtype == np.float32
+    assert np.allclose(result, x / 3 + 0.5, rtol=1e-6)
 
 
-def test_tensorrts_reasons_are_told(tmp_path):
+def test_errors_have_the_reasons_of_tensorrt(tmp_path):
     x = {"x": (FLOAT, [2, 2])}
     onnx.save(graph([helper.make_node("MatMulInteger", ["x", "x"], ["y"])], x, {"y": x["x"]}), tmp_path / "a.onnx")
     onnx.save(graph([helper.make_node("Det", ["x"], ["y"])], x, {"y": (FLOAT, [])}), tmp_path / "b.onnx")
@@ -542,7 +564,7 @@ def test_tensorrts_reasons_are_told(tmp_path):
         build_plan(build[0], str(tmp_path / "b.onnx"), *build[1:])
 
 
-def test_what_is_missing_is_said(monkeypatch, graphs):
+def test_a_missing_gpu_and_a_missing_or_old_tensorrt_are_errors(monkeypatch, graphs):
     _, folder, engine = graphs("gpt2", "fused")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
@@ -560,7 +582,7 @@ def test_what_is_missing_is_said(monkeypatch, graphs):
         open_trt(str(folder), engine, torch.device("cpu"))
 
 
-def test_a_tensorrt_that_cannot_be_loaded_is_told_from_one_that_is_missing(monkeypatch, tmp_path):
+def test_a_broken_tensorrt_has_another_error_than_a_missing_one(monkeypatch, tmp_path):
     (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     monkeypatch.syspath_prepend(tmp_path)

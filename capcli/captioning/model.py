@@ -107,7 +107,9 @@ def load_engine(files: ModelFiles, engine: Engine, device: torch.device) -> Mode
             f"the engine {files.name} has no plans yet: finish it where TensorRT and a GPU are: {engine.finish}"
         )
     if not engine.passed:
-        warn(f"the engine {files.name} failed its parity check ({engine.proof.get('failed')}): its captions may differ")
+        warn(
+            f"the engine {files.name} failed its parity check ({engine.parity.get('failed')}): its captions may differ"
+        )
     return Model.of(
         files.config,
         explained_tokenizer(files),

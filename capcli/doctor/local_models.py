@@ -11,12 +11,13 @@ from typing import Any
 
 from capcli.doctor.findings import Line, megabytes, said
 from capcli.doctor.machine import Gpu
-from capcli.engine.check import damages, misfits, strangers
-from capcli.engine.engine_json import ENGINES, Engine, engines_folder, read_engine, with_options
+from capcli.engine.check import added_files, damages, misfits
+from capcli.engine.engine_json import ENGINES, Engine, engines_folder, read_engine
 from capcli.engine.packages import RUNTIME
 from capcli.errors import CapcliError
 from capcli.models.model_files import ENGINE, is_engine
 from capcli.options import DEFAULT_MODEL
+from capcli.options.export_command import in_folder
 from capcli.text import as_text
 
 
@@ -120,7 +121,7 @@ def engine_line(folder: str, here: Here) -> Line:
     if not lines and engine.passed:
         return Line(folder, "ok", text, facts=facts)
     again = engine.finish if engine.unfinished else engine.rebuild
-    if others := strangers(folder, engine):  # an export would refuse to replace a folder with files of somebody's
+    if others := added_files(folder, engine):  # an export would refuse to replace a folder with files of somebody's
         again = shlex.join(
             ["mv", "-n", *(os.path.join(folder, name) for name in others), os.path.dirname(folder) or os.curdir]
         )
@@ -132,7 +133,7 @@ def engine_line(folder: str, here: Here) -> Line:
 
 def unproved(engine: Engine) -> list[str]:
     """Why it has not passed its proof."""
-    failed = str(engine.proof.get("failed"))
+    failed = str(engine.parity.get("failed"))
     if engine.passed:
         return []
     return [failed if engine.unfinished else f"it failed its proof ({failed}) and was kept by --force"]
@@ -166,7 +167,7 @@ def told_command(folder: str) -> Sequence[str]:
         command: list[str] = json.load(file)["command"]
     if command[:2] != ["capcli", "export"]:
         raise ValueError("no export")
-    return with_options(command, {"--out": folder})
+    return in_folder(command, folder)
 
 
 def size_of(folder: str) -> int:

@@ -1,1 +1,1 @@
-"""Engine folders: engine.json, its checks, and the packages that run engines."""
+"""Engine folders: engine.json, the checks of a folder, and the packages that run engines."""

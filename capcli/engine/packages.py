@@ -1,4 +1,4 @@
-"""The packages that engines run in: how each is had, which release it is, and what to say when it cannot be imported."""
+"""The packages that run engines: how to install each, which version is needed, and the error where one cannot be imported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def release(version: str, numbers: int = 2) -> tuple[int, ...]:
 
 @contextmanager
 def importing(package: Package) -> Iterator[None]:
-    """Within it the package is imported. Raises CapcliError that tells one that is missing from one that is broken."""
+    """Around the import of the package. Raises CapcliError, which tells a missing package from a broken one."""
     try:
         yield
     except (ImportError, OSError) as error:

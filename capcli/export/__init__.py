@@ -1,1 +1,1 @@
-"""A captioner -> an engine: its graphs, and the proof that they say the same."""
+"""`capcli export`: from a captioner to an engine, whose captions are compared with PyTorch's before it is kept."""

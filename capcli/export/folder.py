@@ -1,4 +1,4 @@
-"""Where an engine goes: what it may replace, the folder in which it is built, and how it takes its place."""
+"""The folder of an engine: what an export may replace, the temporary folder it builds in, and the final rename."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ LOCK = "lock"
 
 
 def target_folder(options: ExportOptions) -> str:
-    """The engine's folder. Raises UsageError where something lies that an export must not replace."""
+    """The absolute path of the engine's folder. Raises UsageError where it contains what an export must not replace."""
     model = os.path.realpath(os.path.expanduser(options.model))
     finished_in = model if options.kind == "tensorrt" and is_unfinished(model) else None
     name = os.path.basename(os.path.abspath(os.path.expanduser(options.model)))
     if options.out is None and not name:
-        raise UsageError(f"--model {options.model} has no name that an engine could take: give --out")
-    asked = options.out or finished_in or os.path.join(engines_folder(), name)
-    out = os.path.realpath(os.path.expanduser(asked))
+        raise UsageError(f"--model {options.model} gives no name for the engine: give --out")
+    shown = options.out or finished_in or os.path.join(engines_folder(), name)
+    out = os.path.realpath(os.path.expanduser(shown))
     for option, path in (("--model", options.model), ("--out", out)):
         if not is_utf8(path):
-            raise UsageError(f"{option} {path!r} is not UTF-8, and no runtime opens such a path: give it another name")
+            raise UsageError(f"{option} {path!r} is not UTF-8, and no runtime opens such a path: rename it")
     if os.path.exists(out) and not os.path.isdir(out):
-        raise UsageError(f"--out {asked} is a file; name a folder")
+        raise UsageError(f"--out {shown} is a file; name a folder")
     if within(os.getcwd(), out):
-        raise UsageError(f"--out {asked} is the folder in which this runs, or holds it: name another")
-    read = [("--verify-with", options.verify_with)] + [("--model", options.model)] * (out != finished_in)
-    for option, given in read:
+        raise UsageError(f"--out {shown} is or contains the working directory: name another folder")
+    inputs = [("--verify-with", options.verify_with)] + [("--model", options.model)] * (out != finished_in)
+    for option, given in inputs:
         if given is not None and within(os.path.realpath(os.path.expanduser(given)), out) and os.path.exists(out):
-            raise UsageError(f"--out {asked} holds what {option} reads: name another folder")
+            raise UsageError(f"--out {shown} contains the input of {option}: name another folder")
     if os.path.isdir(out) and os.listdir(out):
         if not is_engine(out):
-            raise UsageError(f"--out {asked} is not empty and holds no engine: name another folder")
+            raise UsageError(f"--out {shown} is not empty and is no engine: name another folder")
         if not options.overwrite and out != finished_in:
-            raise UsageError(f"--out {asked} holds an engine: --overwrite replaces it")
-        refuse_strangers(out)
+            raise UsageError(f"--out {shown} is an engine already: --overwrite replaces it")
+        refuse_foreign_files(out)
     return out
 
 
 def is_unfinished(folder: str) -> bool:
-    """Whether it is an engine whose graphs wait for TensorRT."""
+    """Whether the folder is an engine whose plans are not built yet."""
     return is_engine(folder) and read_engine(folder).unfinished
 
 
@@ -61,25 +61,25 @@ def within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(os.path.join(folder, ""))
 
 
-def refuse_strangers(out: str) -> None:
-    """Raises UsageError where a folder holds more than its engine: only what an export wrote may go."""
-    strange = sorted(set(os.listdir(out)) - {ENGINE, GENERATION, *read_engine(out).files})
-    if strange:
-        raise UsageError(f"--out {out} holds {strange[0]} besides an engine: move it, or name another folder")
+def refuse_foreign_files(out: str) -> None:
+    """Raises UsageError where an engine's folder has files that no export wrote: replacing it would delete them."""
+    foreign = sorted(set(os.listdir(out)) - {ENGINE, GENERATION, *read_engine(out).files})
+    if foreign:
+        raise UsageError(f"--out {out} contains {foreign[0]}, which is no part of its engine: move it, or name another")
 
 
 @contextmanager
 def build_folder(out: str) -> Iterator[str]:
-    """A new folder beside `out`, which goes unless it took its place; SIGTERM unwinds. What a killed export left goes first.
+    """A new folder beside `out`, removed at the end unless it was renamed; SIGTERM unwinds.
 
-    Raises CapcliError where nothing can be written.
+    Folders that killed exports left are removed first. Raises CapcliError where nothing can be written.
     """
     parent, name = os.path.split(out)
     prefix = f".{name}.building-"
     with terminable(), ExitStack() as leaving:
-        with written(out):
+        with writing(out):
             os.makedirs(parent, exist_ok=True)
-            sweep(os.path.join(parent, prefix))
+            remove_abandoned(os.path.join(parent, prefix))
             site = tempfile.mkdtemp(prefix=prefix, dir=parent)
             leaving.callback(shutil.rmtree, site, ignore_errors=True)
             locks.take(leaving.enter_context(open(os.path.join(site, LOCK), "wb")).fileno())
@@ -88,8 +88,8 @@ def build_folder(out: str) -> Iterator[str]:
         yield folder
 
 
-def sweep(prefix: str) -> None:
-    """Removes the sites of this prefix whose export was killed: nobody holds their lock."""
+def remove_abandoned(prefix: str) -> None:
+    """Removes the temporary folders of this prefix whose lock is free: their export was killed."""
     for site in glob.glob(f"{glob.escape(prefix)}????????"):
         with suppress(OSError), open(os.path.join(site, LOCK), "ab") as lock:
             if locks.take(lock.fileno()):
@@ -97,8 +97,8 @@ def sweep(prefix: str) -> None:
 
 
 @contextmanager
-def written(out: str) -> Iterator[None]:
-    """What is done in it writes an engine: OSError becomes CapcliError."""
+def writing(out: str) -> Iterator[None]:
+    """Around code that writes an engine: OSError becomes CapcliError."""
     try:
         yield
     except OSError as error:
@@ -106,6 +106,7 @@ def written(out: str) -> Iterator[None]:
 
 
 def copy(source: str, target: str) -> None:
+    """Raises CapcliError where the file cannot be copied."""
     try:
         shutil.copyfile(source, target)
     except OSError as error:
@@ -113,16 +114,16 @@ def copy(source: str, target: str) -> None:
 
 
 def put_in_place(building: str, out: str, *, overwrite: bool) -> None:
-    """The new folder takes the place of an older engine, which comes back where that fails or a signal ends it.
+    """Renames the new folder to `out`; an older engine there is restored when that fails or a signal interrupts it.
 
-    Raises CapcliError where it cannot be done.
+    Raises CapcliError where it cannot be renamed.
     """
-    with written(out):
+    with writing(out):
         if not (overwrite and os.path.isdir(out) and os.listdir(out)):
-            os.rename(building, out)  # which fails where anything came there meanwhile
+            os.rename(building, out)  # fails where something else was created there meanwhile
             return
-        refuse_strangers(out)
-        aside = f"{building}.old"  # goes with the site
+        refuse_foreign_files(out)
+        aside = f"{building}.old"  # in the temporary folder, which is removed at the end
         try:
             os.rename(out, aside)
             os.rename(building, out)

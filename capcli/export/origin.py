@@ -1,4 +1,4 @@
-"""What an export begins from: a captioner, whose graphs are exported here, or an engine that waits for TensorRT."""
+"""What an export starts from: a captioner, whose graphs are exported here (an unfinished engine is in `pending`)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from capcli.decoding.settings import NO_TOKEN, Settings
 from capcli.engine.engine_json import ENCODE, STEP, Bucket, Engine
 from capcli.errors import CapcliError
 from capcli.export import graphs
-from capcli.export.folder import copy, written
+from capcli.export.cleanup import clean_graph
+from capcli.export.folder import copy, writing
 from capcli.export.parity import PYTORCH
 from capcli.export.quantize import quantize
-from capcli.export.tidy import share_weights
 from capcli.models.attention import use_attention
 from capcli.models.checkpoint import encode_and_step, explained_tokenizer, generation_of, load_weights, pixel_size
 from capcli.models.dtypes import DTYPES
 from capcli.models.families import encoder_prompt_of, family_of, tag_room
 from capcli.models.model_files import GENERATION, ModelFiles, fingerprint, list_model, setting_files
 from capcli.options import ExportOptions
+from capcli.options.export_command import export_command
 from capcli.pixels import PixelSpec
 from capcli.runtimes.base import SlotRuntime
 from capcli.runtimes.eager import Eager
@@ -37,19 +38,19 @@ PROMPT = 16  # tokens of a prompt that plans have room for besides the caption
 
 
 class Origin(Protocol):
-    """What an export begins from: a captioner, or an engine that waits for TensorRT."""
+    """What an export starts from: a captioner, or an engine whose plans are not built yet."""
 
-    generation: dict[str, Any]  # its own settings
+    generation: dict[str, Any]  # its generation settings
     positions: int  # of its decoder
     size: tuple[int, int]  # of its encoder's pixels
-    against: str  # how people know `truth`
-    encoder_ids: tuple[int, ...]  # what its encoder is asked in the proof; none where it reads nothing beside the image
+    against: str  # the name of `reference` in messages
+    encoder_ids: tuple[int, ...]  # token ids beside the image for the parity check; empty where the encoder reads none
 
     def write(self, folder: str, settings: Settings) -> Engine:
-        """Graphs, tokenizer, processor and settings; what engine.json will say but for the proof."""
+        """Writes graphs, tokenizer, processor and settings; gives the content of engine.json but for the parity check."""
 
-    def truth(self, device: torch.device) -> SlotRuntime:
-        """What says the right captions, for an engine on this device."""
+    def reference(self, device: torch.device) -> SlotRuntime:
+        """The runtime that an engine on this device is compared with."""
 
 
 class CheckpointOrigin:
@@ -58,31 +59,32 @@ class CheckpointOrigin:
     against = PYTORCH
 
     def __init__(self, options: ExportOptions, model: ModelFiles, out: str) -> None:
+        """Loads the captioner. Raises CapcliError for one that cannot be loaded or exported."""
         self.options, self.model, self.out = options, model, out
         refused = plans_refused(model.config) if options.kind == "tensorrt" else None
         if refused:
             raise CapcliError(f"{options.model} cannot become TensorRT plans: {refused}. Export --onnx")
         self.spec = PixelSpec.from_config(model.processor)
-        whole = load_weights(model, options.dtype, torch.device("cpu"))
-        self.encode, self.step = encode_and_step(whole, self.spec)
+        loaded = load_weights(model, options.dtype, torch.device("cpu"))
+        self.encode, self.step = encode_and_step(loaded, self.spec)
         self.size = pixel_size(model.name, self.encode.size, self.spec, any_size=self.encode.any_size)
-        self.generation, self.positions = generation_of(model, whole), self.step.positions
-        ask = encoder_prompt_of(model.config)
-        self.encoder_ids = tuple(ask(explained_tokenizer(model), None)) if ask else tags(model.config)
+        self.generation, self.positions = generation_of(model, loaded), self.step.positions
+        prompt = encoder_prompt_of(model.config)
+        self.encoder_ids = tuple(prompt(explained_tokenizer(model), None)) if prompt else example_tags(model.config)
 
     def write(self, folder: str, settings: Settings) -> Engine:
         options, model = self.options, self.model
-        first, memory = graphs.encode_graph(self.encode, self.size, options.profile, asked=bool(self.encoder_ids))
-        second = graphs.step_graph(self.step, memory, DTYPES[options.dtype], options.profile)
+        encode, memory = graphs.encode_graph(self.encode, self.size, options.profile, question=bool(self.encoder_ids))
+        step = graphs.step_graph(self.step, memory, DTYPES[options.dtype], options.profile)
         generation, buckets = self.generation, tuple[Bucket, ...]()
         if options.kind == "tensorrt":
             from capcli.export.tensorrt import make_buckets, write_ready
 
-            generation = built_in(generation, settings)
+            generation = for_plans(generation, settings)
             entries = memory.image_entries + settings.entries + PROMPT
             buckets = make_buckets(options.batch_sizes, settings.rows, entries)
-        with written(self.out):
-            for name, graph in ((ENCODE, first), (STEP, second)):
+        with writing(self.out):
+            for name, graph in ((ENCODE, encode), (STEP, step)):
                 if options.quantize:
                     graph = quantize(graph, self.step.vocabulary if name == STEP else None)
                 save(graph, os.path.join(folder, name))
@@ -104,15 +106,15 @@ class CheckpointOrigin:
             memory=memory,
             positions=self.positions,
             vocabulary=self.step.vocabulary,
-            command=command(options, self.out),
+            command=export_command(options, self.out),
             buckets=buckets,
             capcli=__version__,
             made_with={"torch": torch.__version__, "transformers": transformers.__version__, "onnx": onnx.__version__},
         )
 
-    def truth(self, device: torch.device) -> SlotRuntime:
+    def reference(self, device: torch.device) -> SlotRuntime:
         """PyTorch in float32, whatever the engine computes in."""
-        torch.backends.cudnn.allow_tf32 = False  # it is float32 in its convolutions too
+        torch.backends.cudnn.allow_tf32 = False  # else its convolutions on CUDA are not in float32
         encode, step = encode_and_step(load_weights(self.model, "float32", device), self.spec)
         use_attention(step.decoder)
         return Eager(encode, step, device, prefixed=encode.prefixed)
@@ -121,50 +123,34 @@ class CheckpointOrigin:
 def plans_refused(config: Mapping[str, Any]) -> str | None:
     """Why a captioner with this config.json cannot become TensorRT plans; None where it can."""
     if hasattr(family_of(config), "encoder_prompt"):
-        return "they have one shape, and its memory grows with the question that its encoder is asked"
+        return "plans have fixed shapes, and its memory grows with the question that its encoder reads"
     if tag_room(config):
-        return "these take an image alone, and it reads tags too"
+        return "plans take an image alone, and it reads tags too"
     return None
 
 
-def tags(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Any words for half of the places that a captioner of tagged images has for them, and none for the others."""
+def example_tags(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Any token ids for half of the room that a captioner of tagged images has for tags, and NO_TOKEN for the rest."""
     room = tag_room(config)
-    words = room - room // 2
-    return (*range(words), *(NO_TOKEN,) * (room - words))
+    count = room - room // 2
+    return (*range(count), *(NO_TOKEN,) * (room - count))
 
 
-def built_in(generation: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """Generation settings by which captions have the shapes that plans were built for."""
+def for_plans(generation: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Generation settings whose captions have the shapes of the plans."""
     kept = {name: value for name, value in generation.items() if name != "max_length"}
     return kept | {"num_beams": settings.num_beams, "max_new_tokens": settings.max_new_tokens}
 
 
-def command(options: ExportOptions, out: str) -> tuple[str, ...]:
-    """What builds the engine again, in its place."""
-    given: list[tuple[str, object]] = [
-        ("--model", os.path.abspath(options.model) if os.path.isdir(options.model) else options.model),
-        ("--out", out),
-        ("--revision", options.revision),
-        ("--dtype", options.dtype),
-    ]
-    given += [("--profile", options.profile), ("--quantize", options.quantize)]
-    if options.kind == "tensorrt":
-        given += [("--num-beams", options.num_beams), ("--max-new-tokens", options.max_new_tokens)]
-        given += [("--batch-sizes", ",".join(map(str, options.batch_sizes)))]
-    given += [("--device", None if options.device == "auto" else options.device)]
-    said = [part for name, value in given if value is not None for part in (name, str(value))]
-    said += ["--force"] * options.force
-    return ("capcli", "export", "--onnx" if options.kind == "onnx" else "--trt", *said, "--overwrite")
-
-
 def save(graph: onnx.ModelProto, path: str) -> None:
-    """A graph with its weights in one file beside it."""
-    share_weights(graph)
+    """Writes a cleaned graph, with its large weights in one file beside it."""
+    clean_graph(graph)
     weights = f"{path}.data"
-    for weight in graph.graph.initializer:  # `save_as_external_data` minds a file of that name in the working directory
+    for (
+        weight
+    ) in graph.graph.initializer:  # `save_as_external_data` would refuse a file of that name in the working directory
         if len(weight.raw_data) >= LARGE:
             set_external_data(weight, os.path.basename(weights))
     onnx.save(graph, path)
     if os.path.exists(weights):
-        shutil.copymode(path, weights)  # which onnx leaves readable by its owner alone
+        shutil.copymode(path, weights)  # onnx makes it readable by its owner only

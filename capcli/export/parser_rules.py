@@ -1,4 +1,4 @@
-"""What TensorRT's ONNX parser takes: a lint of its rules over a graph, for machines that have no TensorRT."""
+"""The rules of TensorRT's ONNX parser, checked on a graph without TensorRT."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Squeeze Sub Sum Tan Tanh TensorScatter ThresholdedRelu Tile TopK Transpose Trilu
 """
 OPERATORS = frozenset(KNOWN.split())
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
-DECOMPOSABLE = "TRT_decomposable"  # without a fused kernel for it, several take its place
+DECOMPOSABLE = "TRT_decomposable"  # attribute of an Attention that may run as several kernels where none is fused
 
 
 def lint(model: onnx.ModelProto) -> list[str]:
-    """What TensorRT's parser would refuse or silently do otherwise, a line each; nothing for a graph that is ready."""
+    """What TensorRT's parser would refuse or silently compute differently, a line each; empty for a graph that is ready."""
     ranks, types = ranks_of(model.graph), types_of(model.graph)
     lines = [f"opset {o.version} is newer than {NEWEST_OPSET}" for o in model.opset_import if newer(o)]
-    lines += [f"{f.name}: functions of the model's own are not expected" for f in model.functions]
+    lines += [f"{f.name}: model functions are not supported" for f in model.functions]
     for port in (*model.graph.input, *model.graph.output):
         lines += port_rules(port)
     lines += [f"{name} is float64" for name, kind in types.items() if kind == TensorProto.DOUBLE]
@@ -47,7 +47,7 @@ def newer(opset: onnx.OperatorSetIdProto) -> bool:
 
 
 def port_rules(port: onnx.ValueInfoProto) -> Iterator[str]:
-    """Plans take and give int32, floats, and uint8, which is for nothing else."""
+    """Inputs and outputs of plans are int32, floats or uint8."""
     kind = port.type.tensor_type.elem_type
     if kind not in (*FLOATS, TensorProto.INT32, TensorProto.UINT8):
         yield f"{port.name} is {TensorProto.DataType.Name(kind).lower()}: inputs and outputs are int32, uint8 or floats"
@@ -57,21 +57,21 @@ def node_rules(
     node: onnx.NodeProto, ranks: Mapping[str, int], types: Mapping[str, int], graph: onnx.GraphProto
 ) -> Iterator[str]:
     if node.domain not in ("", "ai.onnx"):
-        yield f"its domain {node.domain} is not ONNX's own"
+        yield f"its domain {node.domain} is not that of ONNX"
     elif node.op_type not in OPERATORS:
         yield "TensorRT does not know the operator"
     if any(types.get(name) == TensorProto.UINT8 for name in node.input) and not casts_to_float(node):
-        yield "reads uint8, which TensorRT only casts to float32 or float16"
+        yield "reads uint8, which TensorRT can only cast to float32 or float16"
     if casts_to(node) == TensorProto.DOUBLE:
         yield "casts to float64"
-    if any(each.HasField("t") and each.t.data_type == TensorProto.DOUBLE for each in node.attribute):
-        yield "holds float64"
+    if any(item.HasField("t") and item.t.data_type == TensorProto.DOUBLE for item in node.attribute):
+        yield "has a float64 constant"
     if node.op_type.startswith("Reduce") and any(node.input[1:]) and node.input[1] not in weights_of(graph):
         yield f"its axes {node.input[1]} are computed"
     if node.op_type == "LayerNormalization" and len(node.output) > 1:
         yield "has more than one output"
     if node.op_type == "Split" and has(node, "num_outputs") and len(node.input) > 1 and node.input[1]:
-        yield "says both num_outputs and the sizes"
+        yield "gives both num_outputs and the sizes"
     if node.op_type == "Attention":
         yield from attention_rules(node, ranks)
     if node.op_type == "TensorScatter":
@@ -80,22 +80,22 @@ def node_rules(
 
 def attention_rules(node: onnx.NodeProto, ranks: Mapping[str, int]) -> Iterator[str]:
     names = ("Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen")
-    given = {what: name for what, name in zip(names, node.input, strict=False) if name}
-    for what in ("past_key", "past_value", "nonpad_kv_seqlen"):
-        if what in given:
-            yield f"has the input {what}"
-    for what in ("Q", "K", "V", "attn_mask"):
-        if what in given and ranks.get(given[what]) != 4:
-            yield f"{what} is not known to be 4-D"
+    inputs = {port: name for port, name in zip(names, node.input, strict=False) if name}
+    for port in ("past_key", "past_value", "nonpad_kv_seqlen"):
+        if port in inputs:
+            yield f"has the input {port}"
+    for port in ("Q", "K", "V", "attn_mask"):
+        if port in inputs and ranks.get(inputs[port]) != 4:
+            yield f"{port} is not known to be 4-D"
     if any(node.output[1:]):
         yield "has more than one output"
-    for attribute in node.attribute:
-        if attribute.name not in ("scale", DECOMPOSABLE):
-            yield f"has the attribute {attribute.name}"
+    for item in node.attribute:
+        if item.name not in ("scale", DECOMPOSABLE):
+            yield f"has the attribute {item.name}"
 
 
 def scatter_rules(node: onnx.NodeProto, ranks: Mapping[str, int], graph: onnx.GraphProto) -> Iterator[str]:
-    """It becomes a KVCacheUpdate, which works in place: the cache comes from without and goes there."""
+    """A TensorScatter becomes a KVCacheUpdate, which works in place: the cache must be an input and an output of the graph."""
     cache, update = node.input[:2]
     if ranks.get(cache) != 4 or ranks.get(update) != 4:
         yield "cache and update are not known to be 4-D"
@@ -110,11 +110,11 @@ def scatter_rules(node: onnx.NodeProto, ranks: Mapping[str, int], graph: onnx.Gr
 
 
 def has(node: onnx.NodeProto, name: str) -> bool:
-    return any(each.name == name for each in node.attribute)
+    return any(item.name == name for item in node.attribute)
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    return next((helper.get_attribute_value(each) for each in node.attribute if each.name == name), default)
+    return next((helper.get_attribute_value(item) for item in node.attribute if item.name == name), default)
 
 
 def casts_to(node: onnx.NodeProto) -> int | None:
@@ -131,7 +131,7 @@ def ports(graph: onnx.GraphProto) -> Iterator[onnx.ValueInfoProto]:
 
 
 def types_of(graph: onnx.GraphProto) -> dict[str, int]:
-    """The types of all tensors that the graph tells of."""
+    """The types of inputs, outputs, weights and the values that have shape information."""
     return {p.name: p.type.tensor_type.elem_type for p in ports(graph)} | {
         w.name: w.data_type for w in graph.initializer
     }

@@ -1,6 +1,7 @@
-"""One graph -> one plan: all that touches `tensorrt` at build time. It knows no torch, and runs on Python 3.10 too.
+"""One graph -> one plan: all that uses `tensorrt` at build time. No torch.
 
-As in `capcli.runtimes.trt_plan`, tests/tensorrt_api.json says what TensorRT has, and annotations what a variable is.
+As in `capcli.runtimes.trt_plan`, a test checks every use of TensorRT against tests/tensorrt_api.json; annotations tell it
+the types of variables.
 """
 
 from __future__ import annotations
@@ -19,62 +20,50 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 
-def build_plan(tensorrt: Any, graph: str, sizes: Mapping[str, int], timing_cache: str, *, half: bool = False) -> bytes:
-    """One plan, of these sizes. `half` is for TensorRT 8, where precision is the builder's choice and not the graph's.
-
-    Raises CapcliError with TensorRT's own reason.
-    """
+def build_plan(tensorrt: Any, graph: str, sizes: Mapping[str, int], timing_cache: str) -> bytes:
+    """The plan of a graph file, with `sizes` for its named dimensions. Raises CapcliError with TensorRT's reason."""
     log = make_log(tensorrt)
     builder: trt.Builder = tensorrt.Builder(log)
-    network: trt.INetworkDefinition = builder.create_network(network_flags(tensorrt))
+    # Strongly typed: the graph gives the precision of each tensor.
+    network: trt.INetworkDefinition = builder.create_network(
+        1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    )
     parser: trt.OnnxParser = tensorrt.OnnxParser(network, log)
-    model = fixed(onnx.load(graph, load_external_data=False), sizes)
-    if not parser.parse(model.SerializeToString(), os.path.abspath(graph)):  # weights lie beside it
+    model = with_sizes(onnx.load(graph, load_external_data=False), sizes)
+    if not parser.parse(model.SerializeToString(), os.path.abspath(graph)):  # the weights are in files beside it
         reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)]
         raise CapcliError(f"TensorRT cannot read {graph}: {'; '.join(reasons) or log.last()}")
     config: trt.IBuilderConfig = builder.create_builder_config()
-    config.clear_flag(tensorrt.BuilderFlag.TF32)  # float32 is to be float32
-    if half and hasattr(tensorrt.BuilderFlag, "FP16"):
-        config.set_flag(tensorrt.BuilderFlag.FP16)
-    give_timings(config, timing_cache)
+    config.clear_flag(tensorrt.BuilderFlag.TF32)  # float32 products stay float32
+    load_timings(config, timing_cache)
     plan: trt.IHostMemory = builder.build_serialized_network(network, config)
     if plan is None:
         raise CapcliError(f"TensorRT cannot build a plan of {graph} at {dict(sizes)}: {log.last()}")
-    measured: trt.IHostMemory = config.get_timing_cache().serialize()
-    with suppress(OSError):  # the next build measures again
+    timings: trt.IHostMemory = config.get_timing_cache().serialize()
+    with suppress(OSError):  # without the file the next build only takes longer
         os.makedirs(os.path.dirname(os.path.abspath(timing_cache)), exist_ok=True)
         with open(f"{timing_cache}.tmp", "wb") as file:
-            file.write(memoryview(measured))
+            file.write(memoryview(timings))
         os.replace(f"{timing_cache}.tmp", timing_cache)
     return bytes(memoryview(plan))
 
 
-def network_flags(tensorrt: Any) -> int:
-    """Strongly typed: the graph says what each tensor's precision is. TensorRT 8 knows nothing of it."""
-    flag = tensorrt.NetworkDefinitionCreationFlag
-    if hasattr(flag, "STRONGLY_TYPED"):
-        return 1 << int(flag.STRONGLY_TYPED)
-    if hasattr(flag, "EXPLICIT_BATCH"):
-        return 1 << int(flag.EXPLICIT_BATCH)
-    return 0
-
-
-def give_timings(config: trt.IBuilderConfig, path: str) -> None:
-    """Lets a build begin with what was measured before; with nothing where another TensorRT or GPU measured it."""
+def load_timings(config: trt.IBuilderConfig, path: str) -> None:
+    """Gives a build the timings of earlier builds; an empty cache where there are none of this TensorRT and GPU."""
     try:
         with open(path, "rb") as file:
-            known = file.read()
+            timings = file.read()
     except OSError:
-        known = b""
-    cache: trt.ITimingCache = config.create_timing_cache(known)
+        timings = b""
+    cache: trt.ITimingCache = config.create_timing_cache(timings)
     if cache is None or not config.set_timing_cache(cache, False):
         config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
-def fixed(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelProto:
-    """A copy whose inputs have these sizes in place of named ones: TensorRT wants a cache of static length as it parses.
+def with_sizes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelProto:
+    """A copy with `sizes` for its named dimensions: TensorRT's parser needs the static length of a cache.
 
-    Raises ValueError for a size that is not given.
+    Raises ValueError for a named dimension of an input that `sizes` lacks.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -82,9 +71,9 @@ def fixed(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelProto:
         for size in port.type.tensor_type.shape.dim:
             if size.HasField("dim_param"):
                 if size.dim_param not in sizes:
-                    raise ValueError(f"{port.name} has a size {size.dim_param} that is not given")
+                    raise ValueError(f"{port.name} has the dimension {size.dim_param}, whose size is not given")
                 size.dim_value = sizes[size.dim_param]
-    del copy.graph.value_info[:]  # they would contradict
+    del copy.graph.value_info[:]  # it would contradict the new sizes
     for port in copy.graph.output:
         for size in port.type.tensor_type.shape.dim:
             if size.HasField("dim_param") and size.dim_param in sizes:

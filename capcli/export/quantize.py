@@ -1,7 +1,7 @@
-"""int8 for CPUs: weights of matrix products in 8 bits, a scale per block of a column; activations rounded likewise, row by row.
+"""int8 for CPUs: weights of matrix products in 8 bits, with a scale per block of a column; activations are rounded per row.
 
-ONNX Runtime's MatMulNBits. Its dynamic quantization (MatMulInteger) has one scale for all rows of a batch, so that a caption
-would depend on its neighbours.
+It uses ONNX Runtime's MatMulNBits. ONNX Runtime's dynamic quantization (MatMulInteger) has one scale for all rows of a batch,
+so a caption would depend on the other images in it.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy level: products in int8, sums in i
 
 
 def quantize(graph: onnx.ModelProto, vocabulary: int | None = None) -> onnx.ModelProto:
-    """The graph with its constant matrices in 8 bits. What is looked up in (embeddings) stays as it is.
+    """The graph with its constant matrices in 8 bits. Embeddings, from which rows are looked up, stay as they are.
 
-    In a step, which says words of a `vocabulary`, so does what chooses them, and so do matrices that narrow: what these
-    multiply words captions differently when it has 8 bits (BENCHMARKS.md).
+    `vocabulary` is the number of a step's logits; None for encode. In a step the matrix of the logits and those with fewer
+    columns than rows stay as they are: in 8 bits they change captions (BENCHMARKS.md).
     """
     with quiet():
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
         from onnxruntime.quantization.onnx_model import ONNXModel
 
-        whole = ONNXModel(graph)
-        whole.replace_gemm_with_matmul()
-        made = MatMulNBitsQuantizer(
-            whole.model,
+        model = ONNXModel(graph)
+        model.replace_gemm_with_matmul()
+        quantizer = MatMulNBitsQuantizer(
+            model.model,
             bits=8,
             block_size=BLOCK,
             is_symmetric=False,
             accuracy_level=INT8_ACTIVATIONS,
-            nodes_to_exclude=[] if vocabulary is None else exact_products(whole.model.graph, vocabulary),
+            nodes_to_exclude=[] if vocabulary is None else exact_products(model.model.graph, vocabulary),
         )
-        made.process()
-    quantized: onnx.ModelProto = made.model.model
+        quantizer.process()
+    quantized: onnx.ModelProto = quantizer.model.model
     return quantized
 
 
 def exact_products(graph: onnx.GraphProto, vocabulary: int) -> list[str]:
-    """By name: the products by matrices of `vocabulary` columns, or of fewer columns than rows."""
+    """The names of the products by matrices of `vocabulary` columns, or of fewer columns than rows."""
     sizes = {weight.name: tuple(weight.dims) for weight in graph.initializer if len(weight.dims) == 2}
     products = [
         (node.name, *sizes[node.input[1]]) for node in graph.node if node.op_type == "MatMul" and node.input[1] in sizes
@@ -52,7 +52,7 @@ def exact_products(graph: onnx.GraphProto, vocabulary: int) -> list[str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """The library tells of every matrix, and once imported makes all libraries tell."""
+    """Without the quantizer's log of every matrix; undoes the configuration of the root logger that its import makes."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     logging.disable(logging.WARNING)
@@ -61,5 +61,5 @@ def quiet() -> Iterator[None]:
     finally:
         logging.disable(logging.NOTSET)
         root.setLevel(level)
-        for handler in [each for each in root.handlers if each not in handlers]:
+        for handler in [handler for handler in root.handlers if handler not in handlers]:
             root.removeHandler(handler)

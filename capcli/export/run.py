@@ -1,4 +1,4 @@
-"""`capcli export` on one page: captioner -> graphs -> engine -> proof -> the folder that is left."""
+"""`capcli export` on one page: captioner -> graphs -> engine -> parity check -> the engine's folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from capcli.captioning.model import open_engine
 from capcli.decoding.settings import Settings, resolve
 from capcli.engine.engine_json import Engine, engine_of, hash_files, write_engine
 from capcli.errors import CapcliError, UsageError
-from capcli.export.folder import build_folder, put_in_place, target_folder, written
-from capcli.export.images import listed, loaded
+from capcli.export.folder import build_folder, put_in_place, target_folder, writing
 from capcli.export.origin import CheckpointOrigin, Origin
-from capcli.export.parity import SLOTS, ParityResult, Pixels, check_parity, draw_images, searches
+from capcli.export.parity import SLOTS, ParityResult, Pixels, check_parity, searches
+from capcli.export.parity_images import draw_images, image_paths, load_images
 from capcli.models.dtypes import choose_device
 from capcli.models.hub import find_model
 from capcli.models.model_files import ENGINE, GENERATION, ModelFiles
@@ -27,32 +27,30 @@ from capcli.progress import say, warn
 from capcli.runtimes.base import SlotRuntime
 from capcli.runtimes.ort import import_onnxruntime, own_device
 
-MOST_TOKENS = 64  # of a proof's captions
+MAX_TOKENS = 64  # of a caption in the parity check
 
 
 def run(options: ExportOptions) -> int:
-    """Build an engine and prove it; the exit code.
+    """Builds an engine and checks its parity with PyTorch; gives the exit code.
 
-    Raises UsageError for what cannot be meant, before anything is fetched, loaded or exported, as far as it shows by then,
-    and CapcliError when it cannot be built or fails its proof.
+    Raises UsageError for wrong options, before anything is downloaded, loaded or exported where that can be known, and
+    CapcliError when the engine cannot be built or fails its parity check.
     """
     out = target_folder(options)
     onnxruntime = import_onnxruntime(options.profile)
     device = choose_device(options.device)
     if options.kind == "onnx" and options.device == "auto":
         device = own_device(device)
-    refuse_elsewhere(options, device)
-    paths = listed(options)
+    refuse_device(options, device)
+    paths = image_paths(options)
     model = find_model(options.model, options.revision, quiet=options.quiet)
     if options.threads:
         torch.set_num_threads(options.threads)
     note = silent if options.quiet else say
-    engine = engine_of(model)
-    origin: Origin = (
-        CheckpointOrigin(options, model, out) if engine is None else unfinished(options, model, engine, out)
-    )
-    settings = replace(built_for(options, origin.generation, origin.positions), encoder_ids=origin.encoder_ids)
-    images = loaded(paths, PixelSpec.from_config(model.processor), origin.size) if paths else draw_images(origin.size)
+    origin = origin_of(options, model, out)
+    settings = replace(search_of(options, origin.generation, origin.positions), encoder_ids=origin.encoder_ids)
+    spec = PixelSpec.from_config(model.processor)
+    images = load_images(paths, spec, origin.size) if paths else draw_images(origin.size)
     with build_folder(out) as building:
         note(f"exporting {options.model}")
         engine = replace(origin.write(building, settings), versions={"onnxruntime": onnxruntime.__version__})
@@ -60,66 +58,72 @@ def run(options: ExportOptions) -> int:
             from capcli.export.pending import with_plans
 
             engine = with_plans(building, out, engine, device, note)
-        engine = replace(engine, files=hashed(building))
-        proof = proved(open_engine(building, engine, device), origin, images, settings, engine)
-        engine = replace(engine, proof={**proof.facts(), "device": device_name(device)})
-        note(proof.line())
-        if not proof.passed and not options.force:
-            raise CapcliError(f"the engine failed its proof: {proof.failed}. It was not kept; --force keeps it")
-        with written(out):
+        engine = replace(engine, files=file_hashes(building))
+        parity = parity_of(open_engine(building, engine, device), origin, images, settings, engine)
+        engine = replace(engine, parity={**parity.facts(), "device": device_name(device)})
+        note(parity.line())
+        if not parity.passed and not options.force:
+            raise CapcliError(f"the engine failed its parity check: {parity.failed}. It was not kept; --force keeps it")
+        with writing(out):
             write_engine(building, engine)
         put_in_place(building, out, overwrite=options.overwrite or out == os.path.realpath(model.folder))
-    if not proof.passed:
-        warn(f"kept by --force, and it failed its proof: {proof.failed}")
+    if not parity.passed:
+        warn(f"the engine failed its parity check and is kept because of --force: {parity.failed}")
     note(f"{out}: {size_of(out) / 1e6:,.1f} MB; capcli caption FOLDER --model {shlex.quote(out)}")
     return 0
 
 
-def unfinished(options: ExportOptions, model: ModelFiles, engine: Engine, out: str) -> Origin:
+def origin_of(options: ExportOptions, model: ModelFiles, out: str) -> Origin:
+    engine = engine_of(model)
+    if engine is None:
+        return CheckpointOrigin(options, model, out)
     from capcli.export.pending import PendingOrigin
 
     return PendingOrigin(options, model, engine, out)
 
 
-def hashed(folder: str) -> dict[str, str]:
-    """The SHA-256 of all that captions hang on but the generation settings, which are a user's to change."""
+def file_hashes(folder: str) -> dict[str, str]:
+    """The SHA-256 of every file that captions depend on but the generation settings, which users may change."""
     return hash_files(folder, sorted(set(os.listdir(folder)) - {GENERATION, ENGINE}))
 
 
-def refuse_elsewhere(options: ExportOptions, device: torch.device) -> None:
-    """Raises UsageError for what cannot be proved on this device."""
+def refuse_device(options: ExportOptions, device: torch.device) -> None:
+    """Raises UsageError for an engine whose parity check cannot run on this device."""
     if options.kind == "onnx" and options.dtype == "bfloat16" and device.type == "cpu":
-        raise UsageError("--dtype bfloat16: ONNX Runtime computes in it on CUDA only, where the export must run then")
+        raise UsageError("--dtype bfloat16: ONNX Runtime computes in it on CUDA only, so export it on a GPU")
     if options.quantize and device.type != "cpu":
-        raise UsageError(f"--quantize {options.quantize} is for CPUs: prove it on one, with --device cpu")
+        raise UsageError(f"--quantize {options.quantize} is for CPUs: give --device cpu for its parity check")
     if options.kind == "tensorrt" and options.device == "cpu":
-        raise UsageError("--device cpu: plans are built and proved on a GPU; leave it out")
+        raise UsageError("--device cpu: plans are built and checked on a GPU; leave it out")
 
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def proved(
+def parity_of(
     runtime: SlotRuntime, origin: Origin, images: list[Pixels], settings: Settings, engine: Engine
 ) -> ParityResult:
-    settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, MOST_TOKENS))
+    """Graphs are checked with 1 and 4 beams, plans with the beams and every number of slots that they are built for."""
+    settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, MAX_TOKENS))
     beams = (1, 4) if engine.kind == "onnx" else (settings.rows,)
     batches = [bucket.slots for bucket in engine.buckets] or [SLOTS]
-    truth = origin.truth(runtime.device)
-    return check_parity(runtime, truth, images, searches(settings, beams), engine.precision, batches, origin.against)
+    reference = origin.reference(runtime.device)
+    return check_parity(
+        runtime, reference, images, searches(settings, beams), engine.precision, batches, origin.against
+    )
 
 
-def built_for(options: ExportOptions, generation: Mapping[str, Any], positions: int) -> Settings:
-    """The search that plans are built for and the proof begins from.
+def search_of(options: ExportOptions, generation: Mapping[str, Any], positions: int) -> Settings:
+    """The search that plans are built for and that the parity check uses; `positions` is the decoder's limit.
 
-    Raises CapcliError for generation settings that capcli does not do.
+    Raises CapcliError for generation settings that capcli does not support, UsageError for captions that are too long.
     """
-    asked = GenerationOptions(num_beams=options.num_beams, max_new_tokens=options.max_new_tokens)
-    settings = resolve(generation, asked)
+    given = GenerationOptions(num_beams=options.num_beams, max_new_tokens=options.max_new_tokens)
+    settings = resolve(generation, given)
     room = positions - len(settings.prompt) + 1
     if options.max_new_tokens is not None and options.max_new_tokens > room:
-        raise UsageError(f"--max-new-tokens {options.max_new_tokens}: the decoder holds {room} here")
+        raise UsageError(f"--max-new-tokens {options.max_new_tokens}: the decoder has room for {room}")
     return replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
 
 
@@ -128,4 +132,4 @@ def size_of(folder: str) -> int:
 
 
 def silent(line: str) -> None:
-    """Where nothing is to be said."""
+    """Prints nothing: with --quiet in place of `say`."""

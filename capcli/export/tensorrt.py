@@ -1,4 +1,4 @@
-"""ONNX graphs -> TensorRT plans: what TensorRT's parser wants of a graph, a copy that has it, and a plan for every bucket."""
+"""ONNX graphs -> TensorRT plans: a copy of each graph that TensorRT's parser takes, and a plan for every bucket."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ READY = ".trt.onnx"
 
 
 def trt_ready(model: onnx.ModelProto | str) -> onnx.ModelProto:
-    """A copy for TensorRT alone (ONNX Runtime refuses it): what `lint` finds in an exported graph is mended, where it can be.
+    """A copy for TensorRT only (ONNX Runtime refuses it), without what `lint` reports of exported graphs.
 
-    Weights in files beside it stay there. Attention may be decomposed; float64 becomes float32; inputs of bool become int32;
-    shapes of uint8 inputs are taken after their cast.
+    Attention may be decomposed; float64 becomes float32; bool inputs become int32; shapes of uint8 inputs are read after
+    their cast. Weights in files beside the graph stay there.
     """
     ready = onnx.ModelProto()
     ready.CopyFrom(onnx.load(model, load_external_data=False) if isinstance(model, str) else model)
@@ -42,22 +42,22 @@ def trt_ready(model: onnx.ModelProto | str) -> onnx.ModelProto:
 
 
 def to_float(graph: onnx.GraphProto, folder: str) -> None:
-    """float64 becomes float32 wherever it is named."""
+    """Changes float64 to float32 in weights, constants, casts and value types."""
     for weight in graph.initializer:
         if weight.data_type == TensorProto.DOUBLE:
-            weight.CopyFrom(single(weight, folder))
+            weight.CopyFrom(as_float32(weight, folder))
     for node in graph.node:
-        for each in node.attribute:
-            if each.name in ("to", "dtype") and each.i == TensorProto.DOUBLE:
-                each.i = TensorProto.FLOAT
-            elif each.HasField("t") and each.t.data_type == TensorProto.DOUBLE:
-                each.t.CopyFrom(single(each.t, folder))
+        for item in node.attribute:
+            if item.name in ("to", "dtype") and item.i == TensorProto.DOUBLE:
+                item.i = TensorProto.FLOAT
+            elif item.HasField("t") and item.t.data_type == TensorProto.DOUBLE:
+                item.t.CopyFrom(as_float32(item.t, folder))
     for port in (*graph.input, *graph.output, *graph.value_info):
         if port.type.tensor_type.elem_type == TensorProto.DOUBLE:
             port.type.tensor_type.elem_type = TensorProto.FLOAT
 
 
-def single(weight: onnx.TensorProto, folder: str) -> onnx.TensorProto:
+def as_float32(weight: onnx.TensorProto, folder: str) -> onnx.TensorProto:
     return numpy_helper.from_array(numpy_helper.to_array(weight, folder).astype(np.float32), weight.name)
 
 
@@ -65,14 +65,14 @@ def bools_to_int(graph: onnx.GraphProto) -> None:
     for port in graph.input:
         if port.type.tensor_type.elem_type == TensorProto.BOOL:
             port.type.tensor_type.elem_type = TensorProto.INT32
-            truth = f"{port.name}_bool"
+            cast = f"{port.name}_bool"
             for node in graph.node:
-                node.input[:] = [truth if name == port.name else name for name in node.input]
-            graph.node.insert(0, helper.make_node("Cast", [port.name], [truth], truth, to=TensorProto.BOOL))
+                node.input[:] = [cast if name == port.name else name for name in node.input]
+            graph.node.insert(0, helper.make_node("Cast", [port.name], [cast], cast, to=TensorProto.BOOL))
 
 
 def shapes_after_cast(graph: onnx.GraphProto) -> None:
-    """Nothing but its cast reads an input of uint8: who asks for its shape asks the cast."""
+    """Makes the cast of a uint8 input its only reader: nodes that need its shape read the shape of the cast."""
     for port in graph.input:
         if port.type.tensor_type.elem_type == TensorProto.UINT8:
             cast = next((n for n in graph.node if casts_to_float(n) and n.input[0] == port.name), None)
@@ -89,14 +89,14 @@ def shapes_after_cast(graph: onnx.GraphProto) -> None:
 
 
 def ready_name(graph: str) -> str:
-    """The file of the TensorRT-ready copy of a graph's file."""
+    """The file name of a graph's copy for TensorRT."""
     return graph.removesuffix(".onnx") + READY
 
 
 def write_ready(folder: str, graphs: Iterable[str]) -> list[str]:
-    """Writes TensorRT-ready copies of graph files beside them; the copies share their weights. Their names.
+    """Writes copies of graph files for TensorRT beside them, which share their weights; gives the names of the copies.
 
-    Raises CapcliError, naming what, for a graph that TensorRT would not take.
+    Raises CapcliError, with what `lint` reports, for a graph that TensorRT would refuse.
     """
     names = []
     for graph in graphs:
@@ -105,19 +105,19 @@ def write_ready(folder: str, graphs: Iterable[str]) -> list[str]:
         lines = lint(ready)
         if lines:
             more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
-            raise CapcliError(f"TensorRT would not take {path}: {'; '.join(lines[:3])}{more}")
+            raise CapcliError(f"TensorRT would refuse {path}: {'; '.join(lines[:3])}{more}")
         names.append(ready_name(graph))
         atomic.replace(os.path.join(folder, names[-1]), [ready.SerializeToString()])
     return names
 
 
 def make_buckets(batch_sizes: Iterable[int], rows: int, entries: int) -> tuple[Bucket, ...]:
-    """A bucket for each batch size, images encoded as many at a time as a run of that size takes."""
+    """A bucket for each batch size, which encodes as many images at a time as a run of that size does."""
     return tuple(Bucket(slots, Shapes.of(slots).chunk, rows, entries) for slots in sorted(set(batch_sizes)))
 
 
 def require_tensorrt() -> Any:
-    """TensorRT's module, where plans can be built. Raises CapcliError that says what of it is missing here, a GPU first."""
+    """TensorRT's module. Raises CapcliError where plans cannot be built: there is no GPU, or no TensorRT."""
     import torch
 
     if not torch.cuda.is_available():
@@ -146,39 +146,39 @@ def build_plans(
     note: Callable[[str], None] = lambda _: None,
     tensorrt: Any = None,
 ) -> dict[str, str]:
-    """Builds the plans of all buckets from the TensorRT-ready copies of `graphs` in `folder`; SHA-256 of each by file name.
+    """Builds the plans of all buckets from the copies for TensorRT of `graphs` in `folder`; gives their SHA-256 by name.
 
-    Every plan has one shape. What TensorRT measured is kept in the file `timing_cache`, and the next build measures less.
-    Raises CapcliError when TensorRT, or a GPU, is missing, or refuses.
+    Every plan has fixed shapes. TensorRT's timings are kept in the file `timing_cache` and make the next build faster.
+    Raises CapcliError where TensorRT or a GPU is missing, or TensorRT fails.
     """
     module = tensorrt or require_tensorrt()
     encode, step = (os.path.join(folder, ready_name(name)) for name in graphs)
-    made: set[str] = set()
+    built: set[str] = set()
     for bucket in buckets:
         sizes = {"slots": bucket.slots, "rows": bucket.rows, "entries": bucket.entries}
-        for name, graph, own in (
+        for name, graph, shape in (
             (encode_plan(bucket.chunk), encode, {"chunk": bucket.chunk}),
             (step_plan(bucket), step, sizes),
         ):
-            if name in made:
+            if name in built:
                 continue
             note(f"building {name}")
-            plan = build_plan(module, graph, own, timing_cache)
+            plan = build_plan(module, graph, shape, timing_cache)
             try:
                 atomic.replace(os.path.join(folder, name), [plan])
             except OSError as error:
                 raise CapcliError(f"{os.path.join(folder, name)} cannot be written: {error.strerror}") from error
-            made.add(name)
+            built.add(name)
     return hash_files(folder, plan_files(buckets))
 
 
 def timing_cache_path(folder: str, version: str, gpu: Mapping[str, str]) -> str:
-    """Where the engines beside `folder` share what TensorRT measured: a file for every version and GPU."""
+    """The file of TensorRT's timings that the engines beside `folder` share; one for each version and GPU."""
     name = "-".join(("timings", version, *gpu.values())).replace(" ", "_").replace("/", "_")
     return os.path.join(os.path.dirname(os.path.abspath(folder)), f"{name}.cache")
 
 
 def drop(node: onnx.NodeProto, name: str) -> None:
-    kept = [each for each in node.attribute if each.name != name]
+    kept = [item for item in node.attribute if item.name != name]
     del node.attribute[:]
     node.attribute.extend(kept)

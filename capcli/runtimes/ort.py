@@ -70,7 +70,7 @@ class Ort(SlotRuntime):
         self._dtype, self._vocabulary = DTYPES[engine.dtype], engine.vocabulary
         memory = engine.memory
         self._layers = memory.names
-        self._shape, self._reads_text = (memory.heads, memory.positions, memory.head_size), memory.asked
+        self._shape, self._reads_text = (memory.heads, memory.positions, memory.head_size), memory.reads_question
         self._bound: tuple[Any, ...] = ()
 
     def _encode(self, pixels: npt.NDArray[np.uint8], encoder_ids: Tensor) -> Sequence[Tensor]:
