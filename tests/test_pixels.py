@@ -23,7 +23,7 @@ from PIL import Image, ImageCms, ImageFile
 
 from capcli import pixels
 from capcli.errors import ImageError
-from capcli.pixels import PixelSpec
+from capcli.pixels import PixelSpec, reading, resizing
 
 MAX = 10_000_000
 SPEC = PixelSpec.from_config({"image_processor_type": "ViTImageProcessor"})
@@ -598,7 +598,7 @@ def test_whatever_a_codec_raises(raised: Exception, kind: str, tmp_path: Path, m
     def decode(_image: Image.Image) -> None:
         raise raised
 
-    monkeypatch.setattr(pixels, "upright_rgb", decode)
+    monkeypatch.setattr(reading, "upright_rgb", decode)
     assert failure(encoded(picture(), "png"), tmp_path).kind == kind
 
 
@@ -610,7 +610,7 @@ def test_an_interruption_is_no_failure(
         raise raised
 
     (tmp_path / "image").write_bytes(encoded(picture(), "png"))
-    monkeypatch.setattr(pixels, "upright_rgb", decode)
+    monkeypatch.setattr(reading, "upright_rgb", decode)
     with pytest.raises(raised):
         pixels.load(str(tmp_path / "image"), SPEC, max_pixels=MAX)
 
@@ -688,5 +688,5 @@ def test_strips_make_what_pillow_makes_whole(monkeypatch: pytest.MonkeyPatch, si
         {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 36}, "crop_size": 30}
     )
     whole = pixels.resize(Image.fromarray(noise), spec)
-    monkeypatch.setattr(pixels, "WHOLE_RESIZE", 2000)
+    monkeypatch.setattr(resizing, "WHOLE_RESIZE", 2000)
     assert np.array_equal(pixels.resize(Image.fromarray(noise), spec), whole)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from capcli import pixels
 from capcli.errors import CapcliError, ImageError
-from capcli.pixels import PixelSpec
+from capcli.pixels import PixelSpec, resizing
 
 DATA = Path(__file__).parents[1].parent / "shared/data"
 NO_LIMIT = 10**9
@@ -139,7 +139,7 @@ def test_the_processor_of_resnet(tmp_path: Path) -> None:
 def test_long_images_are_cropped_without_being_made(
     shape: tuple[int, int], resample: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixels, "WHOLE_RESIZE", 1 << 12)  # so that strips are used where the processor is affordable
+    monkeypatch.setattr(resizing, "WHOLE_RESIZE", 1 << 12)  # so that strips are used where the processor is affordable
     for crop in (56, {"height": 90, "width": 30}):
         config = {"image_processor_type": "CLIPImageProcessor", "size": 56, "crop_size": crop, "resample": resample}
         assert_same(config, [noise(*shape)], tmp_path)
