@@ -262,7 +262,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path: Path) -> 
     assert done.code == 2
     assert "leave --workers 0 out" in done.err
     lanczos = PixelSpec.from_config({"image_processor_type": "ViTImageProcessor", "resample": 1})
-    with pytest.raises(UsageError, match="this model's processor lanczos"):
+    with pytest.raises(UsageError, match="this model's processor uses lanczos"):
         refuse_gpu_decode(lanczos, torch.device("cuda"))
 
 
