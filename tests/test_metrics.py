@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
@@ -29,7 +30,12 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 ORACLE = DATA / "metrics" / "tylin_fakecap_on_val2017_overlap126.json"
 WITHOUT_JAVA = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr")
 needs_data = pytest.mark.skipif(not ORACLE.exists(), reason="needs ../shared/data")
-needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs a Java runtime")
+
+
+def needs_java(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test as external, and skip it where there is no Java."""
+    return pytest.mark.external(pytest.mark.skipif(shutil.which("java") is None, reason="needs a Java runtime")(test))
+
 
 REFERENCES = {
     "a.jpg": ["A dog runs.", "The dog is running on grass"],
