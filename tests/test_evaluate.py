@@ -253,7 +253,7 @@ def test_the_table_and_its_intervals_depend_only_on_the_seed(files: tuple[Path, 
         ({"more": ["--references", "nowhere.json"]}, 2, "nowhere.json: no such file"),
         ({"more": ["--per-image", "nowhere/x.csv"]}, 2, "--per-image nowhere/x.csv"),
         ({"more": ["--per-image", os.devnull]}, 2, "is not a regular file"),
-        ({"more": ["-", "-"]}, 2, "3 files of captions"),
+        ({"more": ["-", "-"]}, 2, "give one, or two to compare"),
     ],
 )
 def test_errors_say_what_to_do(files: tuple[Path, Path], change: dict[str, Any], code: int, message: str) -> None:
