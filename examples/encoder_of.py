@@ -1,4 +1,4 @@
-"""Takes the encoder out of a captioner, with its image processor, so that another may begin with it.
+"""Save the encoder of a captioner with its image processor, as the start of another captioner.
 
 python examples/encoder_of.py examples/demo-model build/encoder
 """
@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, VisionEncoderDecoderModel
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Take the encoder out of a captioner.")
+    parser = argparse.ArgumentParser(description="Save the encoder of a captioner.")
     parser.add_argument("captioner", type=Path)
     parser.add_argument("out", type=Path)
     options = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Whether an image costs the same among a million as among a thousand: the real source, loop and sink, and no model.
+"""Whether time and memory per image stay constant up to a million images: the real source, loop and sink, without a model.
 
     python examples/measure_scale.py --count 1000000
 
-Empty files in a thousand folders are listed, "captioned" by a runtime that says one word at once, and written to a file; after
-nine tenths of them the run ends, and another process goes on with it. Prints microseconds per image and the memory of the
-process as the count grows, and how long it takes until the first new row of the second process.
+Empty files in a thousand folders are listed, captioned by a runtime that gives one fixed token, and written to a file. The
+run ends after nine tenths of them, and a second process resumes it. Prints microseconds per image and the memory of the
+process as the count grows, and the time to the first new row of the second process.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ FOLDERS = 1000
 SLOTS = 64
 
 
-class OneWord:
-    """A runtime that ends every caption with its second token, whatever the image."""
+class OneToken:
+    """A runtime that gives every image the same token and then the end token."""
 
     device, lag, ahead = torch.device("cpu"), 0, False
 
@@ -54,14 +54,14 @@ class OneWord:
     def shapes(self, *_: Any) -> Shapes:
         return Shapes.of(SLOTS)
 
-    def beside(self, _: int) -> Sequence[OneWord]:
+    def beside(self, _: int) -> Sequence[OneToken]:
         return [self]
 
     def slot_bytes(self, *_: Any) -> int:
         return 1
 
     def allocate(self, *_: Any) -> None:
-        """Nothing to make room for."""
+        """There is nothing to allocate."""
 
     def encode(self, *_: Any) -> EncodedChunk:
         return EncodedChunk((), torch.empty(0))
@@ -77,7 +77,7 @@ class OneWord:
 
 
 class Undecoded(CaptionRun):
-    """A run that decodes nothing."""
+    """A run that decodes no files."""
 
     def pixels(self, entries: Iterable[Entry]) -> Loading:
         height, width = self.captioner.model.size
@@ -85,24 +85,22 @@ class Undecoded(CaptionRun):
         return load(entries, lambda _: (blank, {}), workers=0)
 
 
-class Marks(Report):
-    """Counts, and prints at every power of ten."""
+class PrintingReport(Report):
+    """A report that prints at every power of ten."""
 
     def add(self, result: Caption | Failure) -> None:
         super().add(result)
         if self.done == 1:
-            self.first = self.then = time.perf_counter()
-            self.since = 1
+            self.first = self.last = time.perf_counter()
+            self.last_count = 1
         if self.done >= 1000 and self.done == 10 ** (len(str(self.done)) - 1):
-            self.tell()
+            self.print_line()
 
-    def tell(self) -> None:
+    def print_line(self) -> None:
         now = time.perf_counter()
-        each = (now - self.then) / max(self.done - self.since, 1)
-        print(
-            f"{self.done:>9,} images: {each * 1e6:6.0f} us each since the mark before, {memory():6.1f} MB", flush=True
-        )
-        self.then, self.since = now, self.done
+        each = (now - self.last) / max(self.done - self.last_count, 1)
+        print(f"{self.done:>9,} images: {each * 1e6:6.0f} us each since the last line, {memory():6.1f} MB", flush=True)
+        self.last, self.last_count = now, self.done
 
 
 def memory() -> float:
@@ -115,7 +113,7 @@ def caption(folder: str, out: str, limit: int | None) -> None:
     began = time.perf_counter()
     loaded = Captioner.load(MODEL, device="cpu", dtype="float32")
     end = int(loaded.model.generation["eos_token_id"])
-    captioner = Captioner(replace(loaded.model, runtime=OneWord(loaded.model.vocabulary, end)), loaded.files)  # type: ignore[arg-type]
+    captioner = Captioner(replace(loaded.model, runtime=OneToken(loaded.model.vocabulary, end)), loaded.files)  # type: ignore[arg-type]
     options = CaptionOptions(
         source=SourceOptions(sources=(folder,)),
         sink=SinkOptions(out=out),
@@ -126,20 +124,20 @@ def caption(folder: str, out: str, limit: int | None) -> None:
     ready = time.perf_counter()
     with open_sink(options.sink, print) as sink:
         source = open_source(options.source, print, earlier_naming(sink.receipt))
-        report = Marks()
+        report = PrintingReport()
         wanted = islice(wanted_entries(source, sink, report), limit)
         settings = search_settings(options, captioner)
         receipt = make_run_record(options, source, captioner, settings, sink.receipt)
         shapes, wanted = choose_shapes(options, captioner, settings, wanted, source, sink.receipt)
         Undecoded(options, captioner, settings, shapes, sink, report, receipt).caption_all(wanted, None)
-    report.tell()
-    print(f"the model took {ready - began:.1f} s; the first row came {report.first - ready:.2f} s after it", flush=True)
+    report.print_line()
+    print(f"loading took {ready - began:.1f} s, the first row another {report.first - ready:.2f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1_000_000, help="images, a multiple of 10,000")
-    parser.add_argument("--part", nargs=3, help=argparse.SUPPRESS)  # what a process of this script is to do
+    parser.add_argument("--part", nargs=3, help=argparse.SUPPRESS)  # the arguments of a child process of this script
     given = parser.parse_args()
     if given.part:
         folder, out, limit = given.part

@@ -1,4 +1,4 @@
-"""Decode functions for the tests of loading: the path says what to do. Light to import, as workers do."""
+"""Decode functions for the tests of loading: the path names an action. Decoder processes import this, so it is light."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ class UnpicklableError(Exception):
         self.secret = lambda: None
 
 
-class SpeechlessError(Exception):
+class UnprintableError(Exception):
     def __str__(self) -> str:
-        raise RuntimeError("no words")
+        raise RuntimeError("no message")
 
 
 def picture(number: int) -> npt.NDArray[np.uint8]:
-    """An image that only `number` gives, of a size that varies with it."""
+    """An image that differs for every `number`, also in its size."""
     height, width = 5 + number % 7, 3 + number % 5
     return ((np.arange(height * width * 3) + 31 * number) % 251).astype(np.uint8).reshape(height, width, 3)
 
 
 def decode(path: str) -> Decoded:
-    """`verb:argument:number` acts on the verb, and gives `picture(number)` if it comes back."""
-    verb, argument, number = path.split(":", 2)
-    if verb == "strange-facts":
+    """`action:argument:number` runs the action, then returns `picture(number)` unless the action returns an image."""
+    action, argument, number = path.split(":", 2)
+    if action == "invalid-facts":
         return picture(0), {"number": {1, 2}}  # type: ignore[dict-item]
-    act = ACTS.get(verb)
-    if act is not None:
-        given = act(argument)
-        if given is not None:
-            return given, {}
+    function = ACTIONS.get(action)
+    if function is not None:
+        image = function(argument)
+        if image is not None:
+            return image, {}
     return picture(int(number)), {"number": int(number), "pid": os.getpid(), "path": path}
 
 
@@ -77,12 +77,12 @@ def _garble(_argument: str) -> None:
     time.sleep(1e6)
 
 
-def _prattle(_argument: str) -> None:
-    for message in (b'{"error":"missing","message":"said by the codec"}',) * 4:
+def _answer_often(_argument: str) -> None:
+    for message in (b'{"error":"missing","message":"written by the codec"}',) * 4:
         os.write(int(sys.argv[1]), len(message).to_bytes(4, "big") + message)
 
 
-def _swell(argument: str) -> None:
+def _allocate(argument: str) -> None:
     blocks = [np.ones(1 << 20, np.uint8) for _ in range(int(argument))]
     blocks.clear()
 
@@ -94,17 +94,17 @@ def _leak(argument: str) -> None:
     _leaked.append(np.ones(int(argument) << 20, np.uint8))
 
 
-_harmed = False
+_corrupted = False
 
 
-def _harm(_argument: str) -> None:
-    """Comes back well, and brings down whoever is next in this process."""
-    global _harmed
-    _harmed = True
+def _corrupt(_argument: str) -> None:
+    """Succeeds, and lets `crash-if-corrupt` crash later in this process."""
+    global _corrupted
+    _corrupted = True
 
 
-def _suffer(_argument: str) -> None:
-    if _harmed:
+def _crash_if_corrupt(_argument: str) -> None:
+    if _corrupted:
         os.kill(os.getpid(), signal.SIGSEGV)
 
 
@@ -113,7 +113,7 @@ def _raise(argument: str) -> None:
         "image": ImageError("missing", "it is\nnot there"),
         "value": ValueError("odd \udcff"),
         "unpicklable": UnpicklableError(),
-        "speechless": SpeechlessError(),
+        "unprintable": UnprintableError(),
         "recursion": RecursionError("deep"),
         "memory": MemoryError(),
     }
@@ -124,7 +124,7 @@ def _big(argument: str) -> npt.NDArray[np.uint8]:
     return np.full((int(argument) << 10, 1024, 3), 7, np.uint8)
 
 
-STRANGE: dict[str, Any] = {
+RESULTS: dict[str, Any] = {
     "float": np.zeros((2, 2, 3)),
     "flat": np.zeros((2, 2), np.uint8),
     "grey": np.zeros((2, 2, 1), np.uint8),
@@ -136,18 +136,18 @@ STRANGE: dict[str, Any] = {
 }
 
 
-def _strange(argument: str) -> Any:
-    return STRANGE[argument]
+def _result(argument: str) -> Any:
+    return RESULTS[argument]
 
 
-def _speak(_argument: str) -> None:
-    print("a codec speaks", flush=True)
+def _print(_argument: str) -> None:
+    print("a codec prints", flush=True)
     os.write(2, b"a codec warns\n")
     sys.stderr.write("and again\n")
 
 
 def _note(argument: str) -> None:
-    """Write the process id where `argument` says, then hang."""
+    """Create a file named by the process id in the folder `argument`, then hang."""
     Path(argument, str(os.getpid())).touch()
     time.sleep(1e6)
 
@@ -161,7 +161,7 @@ def _modules(argument: str) -> npt.NDArray[np.uint8]:
     return np.full((1, 1, 3), argument in sys.modules, np.uint8)
 
 
-ACTS = {
+ACTIONS = {
     "sleep": _sleep,
     "hang": _hang,
     "hold": _hang_holding_the_gil,
@@ -169,15 +169,15 @@ ACTS = {
     "exit": _exit,
     "system-exit": _system_exit,
     "garble": _garble,
-    "prattle": _prattle,
-    "swell": _swell,
+    "answer-often": _answer_often,
+    "allocate": _allocate,
     "leak": _leak,
-    "harm": _harm,
-    "suffer": _suffer,
+    "corrupt": _corrupt,
+    "crash-if-corrupt": _crash_if_corrupt,
     "raise": _raise,
     "big": _big,
-    "strange": _strange,
-    "speak": _speak,
+    "result": _result,
+    "print": _print,
     "note": _note,
     "environment": _environment,
     "modules": _modules,
@@ -185,7 +185,7 @@ ACTS = {
 
 
 def slow_on_the_second(path: str) -> Decoded:
-    """An image, but for a file named 1.jpg, which takes for ever."""
+    """`picture(0)`, or for a file named 1.jpg an endless wait."""
     if path.endswith("1.jpg"):
         time.sleep(1e6)
     return picture(0), {}

@@ -1,4 +1,4 @@
-"""`--fast-decode`: large JPEGs are decoded smaller, and nothing else is changed by it."""
+"""`--fast-decode`: large JPEGs are decoded at a smaller size; nothing else changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FACTS = ("width", "height", "mode", "format")
 
 
 def draw(path: Path, width: int, height: int, **save: object) -> Path:
-    """Soft fields of colour, as photos have them, with a little grain."""
+    """Smooth colours with a little noise, like a photo."""
     random = np.random.default_rng(width)
     coarse = Image.fromarray(random.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((width, height), 3)
     grain = random.integers(-6, 7, (height, width, 3))
@@ -35,8 +35,8 @@ def draw(path: Path, width: int, height: int, **save: object) -> Path:
 
 def both(path: Path, spec: PixelSpec) -> tuple[np.ndarray, np.ndarray]:
     exact, facts = pixels.load(str(path), spec, max_pixels=MAX_PIXELS, facts=FACTS)
-    fast, told = pixels.load(str(path), spec, max_pixels=MAX_PIXELS, facts=FACTS, fast=True)
-    assert facts == told
+    fast, fast_facts = pixels.load(str(path), spec, max_pixels=MAX_PIXELS, facts=FACTS, fast=True)
+    assert facts == fast_facts
     return exact.astype(int), fast.astype(int)
 
 
@@ -55,13 +55,13 @@ def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(tmp_path: Path, spec
 @pytest.mark.parametrize(
     ("name", "size"), [("small.jpg", (300, 190)), ("large.png", (900, 700)), ("narrow.jpg", (1600, 190))]
 )
-def test_nothing_else_changes(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
+def test_small_jpegs_and_other_formats_do_not_change(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
     for spec in (SQUARE, SHORT):
         exact, fast = both(draw(tmp_path / name, *size), spec)
         assert (exact == fast).all()
 
 
-def test_rows_of_both_kinds_are_not_mixed(tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_with_the_other_setting(tmp_path: Path) -> None:
     folder = save_captioner(tmp_path / "captioner")
     change_json(folder / "generation_config.json", {"max_new_tokens": 3})
     (tmp_path / "photos").mkdir()

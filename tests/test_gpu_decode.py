@@ -1,6 +1,6 @@
-"""`--gpu-decode`: plain JPEGs leave their process as files and are decoded together; all else is as without it.
+"""`--gpu-decode`: plain JPEGs leave their process undecoded and are decoded in batches; nothing else changes.
 
-What decodes here is libjpeg, in nvJPEG's place, but in the tests that need a GPU.
+libjpeg decodes in place of nvJPEG, except in the tests that need a GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA devi
 
 
 def libjpeg(files: Sequence[Tensor]) -> list[Tensor]:
-    """All of the files, or RuntimeError, as torchvision's decoders do."""
+    """All files decoded, or RuntimeError, as torchvision's decoder raises."""
     images = []
     for file in files:
         try:
@@ -53,9 +53,9 @@ def libjpeg(files: Sequence[Tensor]) -> list[Tensor]:
     return images
 
 
-def assert_close(made: np.ndarray, exact: np.ndarray) -> None:
-    """But for how sums are rounded."""
-    differences = np.abs(made.astype(int) - exact)
+def assert_close(found: np.ndarray, exact: np.ndarray) -> None:
+    """Equal except for rounding."""
+    differences = np.abs(found.astype(int) - exact)
     assert differences.max() <= 2
     assert differences.mean() < 0.2
 
@@ -74,15 +74,17 @@ def keep(path: Path, spec: PixelSpec = SQUARE) -> np.ndarray:
 
 @pytest.mark.parametrize("spec", [SQUARE, SHORT, PAD, LARGE], ids=["exact", "shortest", "padded", "bicubic"])
 @pytest.mark.parametrize("size", [(640, 428), (97, 300), (96, 96), (30, 40), (333, 500)], ids=str)
-def test_pixels_are_the_processor_s_but_for_rounding(tmp_path: Path, spec: PixelSpec, size: tuple[int, int]) -> None:
+def test_pixels_equal_the_processors_except_for_rounding(
+    tmp_path: Path, spec: PixelSpec, size: tuple[int, int]
+) -> None:
     path = draw(tmp_path / "photo.jpg", *size)
     exact, _ = pixels.load(str(path), spec, max_pixels=MAX_PIXELS)
-    [made] = GpuJpegDecoder(spec, libjpeg)([keep(path, spec)])
-    assert isinstance(made, np.ndarray)
-    assert made.shape == exact.shape
-    assert made.dtype == exact.dtype
-    assert made.flags["C_CONTIGUOUS"]
-    assert_close(made, exact)
+    [found] = GpuJpegDecoder(spec, libjpeg)([keep(path, spec)])
+    assert isinstance(found, np.ndarray)
+    assert found.shape == exact.shape
+    assert found.dtype == exact.dtype
+    assert found.flags["C_CONTIGUOUS"]
+    assert_close(found, exact)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,9 @@ def test_pixels_are_the_processor_s_but_for_rounding(tmp_path: Path, spec: Pixel
     ],
     ids=lambda each: each if isinstance(each, str) else "",
 )
-def test_what_is_no_plain_jpeg_is_decoded_as_without(tmp_path: Path, name: str, save: dict[str, object]) -> None:
+def test_other_files_than_plain_jpegs_are_decoded_in_the_process(
+    tmp_path: Path, name: str, save: dict[str, object]
+) -> None:
     path = tmp_path / name
     image = Image.open(draw(tmp_path / "drawn.png", 300, 200)).convert(str(save.pop("mode", "RGB")))
     exif, more = Image.Exif(), save.pop("more", b"")
@@ -116,16 +120,16 @@ def test_what_is_no_plain_jpeg_is_decoded_as_without(tmp_path: Path, name: str, 
 def test_a_kept_file_has_the_facts_of_a_decoded_one(tmp_path: Path) -> None:
     path = draw(tmp_path / "photo.jpg", 300, 200)
     facts = ("width", "height", "mode", "format", "bytes", "sha256")
-    data, told = pixels.load_or_keep(str(path), SQUARE, max_pixels=MAX_PIXELS, facts=facts)
+    data, found = pixels.load_or_keep(str(path), SQUARE, max_pixels=MAX_PIXELS, facts=facts)
     assert data.tobytes() == path.read_bytes()
-    assert told == pixels.load(str(path), SQUARE, max_pixels=MAX_PIXELS, facts=facts)[1]
+    assert found == pixels.load(str(path), SQUARE, max_pixels=MAX_PIXELS, facts=facts)[1]
 
 
 @pytest.mark.parametrize(
     ("damage", "kind"),
     [(b"", "empty"), (b"\xff\xd8\xff", "unreadable"), (b"no picture", "unknown-format"), (None, "missing")],
 )
-def test_failures_are_those_of_decoding(tmp_path: Path, damage: bytes | None, kind: str) -> None:
+def test_failures_equal_those_of_decoding(tmp_path: Path, damage: bytes | None, kind: str) -> None:
     path = tmp_path / "photo.jpg"
     if damage is not None:
         path.write_bytes(damage)
@@ -139,7 +143,7 @@ def test_failures_are_those_of_decoding(tmp_path: Path, damage: bytes | None, ki
         pixels.load_or_keep(str(draw(tmp_path / "thin.jpg", 3000, 1)), thin, max_pixels=MAX_PIXELS)
 
 
-def test_one_that_cannot_be_decoded_costs_the_others_nothing(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_decoded_does_not_affect_the_others(tmp_path: Path) -> None:
     files = [keep(draw(tmp_path / f"{n}.jpg", 100 + n, 90)) for n in range(9)]
     whole = GpuJpegDecoder(SQUARE, libjpeg)(files)
     files[4] = np.frombuffer(files[4].tobytes()[:500], np.uint8).copy()
@@ -147,32 +151,32 @@ def test_one_that_cannot_be_decoded_costs_the_others_nothing(tmp_path: Path) -> 
         assert each is None if index == 4 else np.array_equal(each, before)
 
 
-def test_an_image_that_the_decoder_left_out_is_decoded_by_a_process(tmp_path: Path) -> None:
+def test_an_image_that_the_decoder_skips_is_decoded_by_a_process(tmp_path: Path) -> None:
     path = str(draw(tmp_path / "photo.jpg", 120, 90))
     exact, _ = pixels.load(path, SQUARE, max_pixels=MAX_PIXELS)
     black = GpuJpegDecoder(SQUARE, lambda files: [torch.zeros(3, 90, 120, dtype=torch.uint8) for _ in files])
-    with on_gpu([Entry(path, path)], black) as arrivals:
-        made = arrivals.take()
-    assert isinstance(made, Loaded)
-    assert np.array_equal(made.pixels, exact)
+    with on_gpu([Entry(path, path)], black) as images:
+        result = images.take()
+    assert isinstance(result, Loaded)
+    assert np.array_equal(result.pixels, exact)
 
 
 def refuse(files: Sequence[Tensor]) -> list[Tensor]:
     raise ValueError(f"none of {len(files)}")
 
 
-def test_what_the_gpu_refuses_still_has_its_time_limit(tmp_path: Path) -> None:
+def test_images_that_the_gpu_cannot_decode_have_the_time_limit(tmp_path: Path) -> None:
     paths = [str(draw(tmp_path / f"{n}.jpg", 200, 90)) for n in range(3)]
     entries = [Entry(path, path) for path in paths]
-    with on_gpu(entries, GpuJpegDecoder(SQUARE, refuse), whole=misbehaving.slow_on_the_second, timeout=1.0) as arrivals:
-        found = [arrivals.take(30) for _ in range(3)]
+    with on_gpu(entries, GpuJpegDecoder(SQUARE, refuse), whole=misbehaving.slow_on_the_second, timeout=1.0) as images:
+        found = [images.take(30) for _ in range(3)]
     assert [type(each) for each in found] == [Loaded, Failure, Loaded]
     assert isinstance(found[1], Failure)
     assert found[1].error == "timeout"
 
 
 @pytest.mark.parametrize("decode", [libjpeg, refuse], ids=["decoded", "refused"])
-def test_arrivals_come_in_order_whatever_they_are(tmp_path: Path, decode: Decoder) -> None:
+def test_images_come_in_order_whatever_their_kind(tmp_path: Path, decode: Decoder) -> None:
     paths = []
     for n in range(40):
         path = tmp_path / f"{n:02}{('.jpg', '.png', '.jpg')[n % 3]}"
@@ -183,11 +187,11 @@ def test_arrivals_come_in_order_whatever_they_are(tmp_path: Path, decode: Decode
     entries = [Entry(path, path, encoder_ids=(n,)) for n, path in enumerate(paths)]
     expected = list(load(entries, WHOLE, workers=2))
     found: list[Loaded | Failure] = []
-    with on_gpu(entries, GpuJpegDecoder(SQUARE, decode)) as arrivals:
-        while not arrivals.done:
-            if (came := arrivals.take(5)) is not None:
-                found.append(came)
-    assert arrivals.take() is None
+    with on_gpu(entries, GpuJpegDecoder(SQUARE, decode)) as images:
+        while not images.done:
+            if (result := images.take(5)) is not None:
+                found.append(result)
+    assert images.take() is None
     assert [each.name for each in found] == paths
     for each, wanted in zip(found, expected, strict=True):
         if isinstance(wanted, Failure):
@@ -198,33 +202,33 @@ def test_arrivals_come_in_order_whatever_they_are(tmp_path: Path, decode: Decode
             assert_close(each.pixels, wanted.pixels)
 
 
-def test_what_the_source_raises_comes_after_its_images(tmp_path: Path) -> None:
+def test_an_error_of_the_source_comes_after_its_images(tmp_path: Path) -> None:
     path = str(draw(tmp_path / "photo.jpg", 100, 90))
 
     def entries():
         yield Entry(path, path)
         raise CapcliError("the list ended in the middle")
 
-    with on_gpu(entries(), GpuJpegDecoder(SQUARE, libjpeg)) as arrivals:
-        assert isinstance(arrivals.take(), Loaded)
+    with on_gpu(entries(), GpuJpegDecoder(SQUARE, libjpeg)) as images:
+        assert isinstance(images.take(), Loaded)
         with pytest.raises(CapcliError, match="ended in the middle"):
-            arrivals.take()
-        assert arrivals.done
+            images.take()
+        assert images.done
 
 
 @pytest.mark.parametrize("decode", [libjpeg, refuse], ids=["decoded", "refused"])
-def test_closing_ends_at_once_though_nobody_takes(tmp_path: Path, decode: Decoder) -> None:
+def test_closing_ends_at_once_while_no_results_are_taken(tmp_path: Path, decode: Decoder) -> None:
     path = str(draw(tmp_path / "photo.jpg", 100, 90))
     entries = (Entry(f"{n}", path) for n in range(10**9))
-    arrivals = on_gpu(entries, GpuJpegDecoder(SQUARE, decode))
-    assert isinstance(arrivals.take(), Loaded)
-    time.sleep(1)  # until all room is taken
+    images = on_gpu(entries, GpuJpegDecoder(SQUARE, decode))
+    assert isinstance(images.take(), Loaded)
+    time.sleep(1)  # until the queue is full
     began = time.monotonic()
-    arrivals.close()
+    images.close()
     assert time.monotonic() - began < 10
 
 
-def test_a_gpu_decodes_where_it_is_quicker_and_a_run_goes_on_as_it_began(
+def test_a_gpu_decodes_where_it_is_faster_and_a_resumed_run_keeps_the_choice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_captioner(tmp_path / "captioner")
@@ -243,12 +247,12 @@ def test_a_gpu_decodes_where_it_is_quicker_and_a_run_goes_on_as_it_began(
     assert "rows.jsonl was begun with decoder processes alone" in capsys.readouterr().err
 
 
-def test_a_gpu_that_decodes_nothing_is_told() -> None:
+def test_a_gpu_that_decodes_nothing_is_an_error() -> None:
     with pytest.raises(CapcliError, match=r"decodes no JPEG on this GPU \(none of 64\)"):
         rates(GpuJpegDecoder(SQUARE, refuse))
 
 
-def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_impossible_options_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     save_captioner(tmp_path / "captioner")
     draw(tmp_path / "photo.jpg", 100, 90)
     run = ("caption", tmp_path / "photo.jpg", "--model", tmp_path / "captioner")
@@ -262,7 +266,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path: Path) -> 
     assert done.code == 2
     assert "leave --workers 0 out" in done.err
     lanczos = PixelSpec.from_config({"image_processor_type": "ViTImageProcessor", "resample": 1})
-    with pytest.raises(UsageError, match="this model's processor lanczos"):
+    with pytest.raises(UsageError, match="this model's processor uses lanczos"):
         refuse_gpu_decode(lanczos, torch.device("cuda"))
 
 
@@ -279,10 +283,10 @@ def test_nvjpeg_decodes_what_libjpeg_does(tmp_path: Path, size: tuple[int, int])
     device = torch.device("cuda:0")
     refuse_gpu_decode(SQUARE, device)
     paths = [draw(tmp_path / f"{n}.jpg", size[0] + n, size[1], quality=60 + 6 * n) for n in range(6)]
-    for path, made in zip(paths, GpuJpegDecoder.on(device, SQUARE)([*map(keep, paths)]), strict=True):
+    for path, found in zip(paths, GpuJpegDecoder.on(device, SQUARE)([*map(keep, paths)]), strict=True):
         exact, _ = pixels.load(str(path), SQUARE, max_pixels=MAX_PIXELS)
-        assert np.abs(made.astype(int) - exact).mean() < 1
-        assert np.abs(made.astype(int) - exact).max() < 12
+        assert np.abs(found.astype(int) - exact).mean() < 1
+        assert np.abs(found.astype(int) - exact).max() < 12
 
 
 @pytest.mark.gpu

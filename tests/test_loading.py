@@ -1,4 +1,4 @@
-"""Loading, with real processes: a hostile image costs itself; order and bounds hold; nothing is left behind."""
+"""Loading with real processes: a hostile image is one failure; order and bounds hold; no process is left behind."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capcli import loading
 from capcli.errors import CapcliError
-from capcli.loading import default_workers, dispatch, load, usable_cpus, window
-from capcli.loading import worker as workers
-from capcli.loading.window import Ticket, Window
+from capcli.loading import default_workers, dispatch, load, loader, usable_cpus, window
+from capcli.loading.window import Task, Window
+from capcli.loading.worker import Worker
 from capcli.records import Entry, Failure, Loaded
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 TESTS = Path(__file__).parent
 MEGABYTE = 1 << 20
-PATIENCE = 60.0  # seconds that a busy machine may take; what must not be waited for takes as long or longer
+PATIENCE = 60.0  # seconds that a busy machine may take; what must not be waited for takes longer
 
 
-def entries_of(*verbs: str) -> list[Entry]:
-    return [Entry(f"image {number}", f"{verb}:{number}") for number, verb in enumerate(verbs)]
+def entries_of(*actions: str) -> list[Entry]:
+    return [Entry(f"image {number}", f"{action}:{number}") for number, action in enumerate(actions)]
 
 
-def results(*verbs: str, workers: int = 2, timeout: float = 30, **bounds: Any) -> list[Loaded | Failure]:
-    with load(entries_of(*verbs), misbehaving.decode, workers=workers, timeout=timeout, **bounds) as images:
+def results(*actions: str, workers: int = 2, timeout: float = 30, **bounds: Any) -> list[Loaded | Failure]:
+    with load(entries_of(*actions), misbehaving.decode, workers=workers, timeout=timeout, **bounds) as images:
         return list(images)
 
 
@@ -61,7 +60,7 @@ def children(parent: int) -> set[int]:
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, ppid = status.read_text().rpartition(")")[2].split()[:2]
-        except OSError:  # it ended while we looked
+        except OSError:  # it ended meanwhile
             continue
         if int(ppid) == parent:
             found.add(int(status.parent.name) if state != "Z" else -int(status.parent.name))
@@ -126,28 +125,28 @@ HOSTILE = {
     "exit:3": ("crash", "decoding crashed: the process exited with code 3"),
     "exit:0": ("crash", "decoding crashed: the process exited with code 0"),
     "system-exit:": ("crash", "decoding crashed: the process exited with code 7"),
-    "swell:100000": ("out-of-memory", "decoding needs more memory"),
+    "allocate:100000": ("out-of-memory", "decoding needs more memory"),
     "raise:image": ("missing", "it is not there"),
     "raise:value": ("unreadable", "ValueError: odd \udcff"),
     "raise:unpicklable": ("unreadable", "UnpicklableError: line one line two"),
-    "raise:speechless": ("unreadable", "SpeechlessError: no message"),
+    "raise:unprintable": ("unreadable", "UnprintableError: no message"),
     "raise:recursion": ("unreadable", "RecursionError: deep"),
     "raise:memory": ("out-of-memory", "decoding needs more memory"),
-    "strange:float": ("unreadable", "TypeError"),
-    "strange:flat": ("unreadable", "TypeError"),
-    "strange:grey": ("unreadable", "TypeError"),
-    "strange:text": ("unreadable", "TypeError"),
-    "strange:empty": ("unreadable", "TypeError"),
-    "strange:no-file": ("unreadable", "TypeError"),
-    "strange-facts:": ("unreadable", "TypeError"),
+    "result:float": ("unreadable", "TypeError"),
+    "result:flat": ("unreadable", "TypeError"),
+    "result:grey": ("unreadable", "TypeError"),
+    "result:text": ("unreadable", "TypeError"),
+    "result:empty": ("unreadable", "TypeError"),
+    "result:no-file": ("unreadable", "TypeError"),
+    "invalid-facts:": ("unreadable", "TypeError"),
     "no-such-number:x:": ("unreadable", "ValueError"),
 }
 
 
 def test_each_hostile_image_is_one_failure() -> None:
-    verbs = [verb for hostile in HOSTILE for verb in ("ok:", hostile, "sleep:0.01")]
-    got = results(*verbs, memory=300 * MEGABYTE)
-    assert [result.name for result in got] == [f"image {number}" for number in range(len(verbs))]
+    actions = [action for hostile in HOSTILE for action in ("ok:", hostile, "sleep:0.01")]
+    got = results(*actions, memory=300 * MEGABYTE)
+    assert [result.name for result in got] == [f"image {number}" for number in range(len(actions))]
     assert [outcome(result) for result in got[::3] + got[2::3]] == ["ok"] * (2 * len(HOSTILE))
     for (kind, message), result in zip(HOSTILE.values(), got[1::3], strict=True):
         assert isinstance(result, Failure)
@@ -169,7 +168,7 @@ def test_an_image_is_timed_from_its_own_start() -> None:
     assert [outcome(result) for result in results(*["sleep:0.5"] * 4, workers=1, timeout=0.9)] == ["ok"] * 4
 
 
-def test_time_in_which_the_parent_stood_still_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_in_which_the_parent_was_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.monotonic()
 
     def leaping() -> float:
@@ -181,49 +180,50 @@ def test_time_in_which_the_parent_stood_still_counts_for_nothing(monkeypatch: py
 
 
 @linux
-def test_what_an_image_did_to_its_process_is_not_the_next_ones_fault() -> None:
-    assert [outcome(result) for result in results("harm:", "suffer:", "ok:", workers=1)] == ["ok"] * 3
+def test_a_process_corrupted_by_one_image_does_not_fail_the_next() -> None:
+    assert [outcome(result) for result in results("corrupt:", "crash-if-corrupt:", "ok:", workers=1)] == ["ok"] * 3
     for count in (1, 2):
-        leaking = results(*["leak:90"] * 8, workers=count, memory=200 * MEGABYTE)
-        assert [outcome(result) for result in leaking] == ["ok"] * 8
+        images = 3 * count  # at least one process decodes a third image, for which it has no memory left
+        leaking = results(*["leak:90"] * images, workers=count, memory=200 * MEGABYTE)
+        assert [outcome(result) for result in leaking] == ["ok"] * images
 
 
-def test_a_codec_that_takes_over_the_socket_stops_nothing() -> None:
+def test_a_codec_that_writes_to_the_socket_fails_its_own_image_only() -> None:
     assert [outcome(result) for result in results("ok:", "garble:", "ok:", workers=1)] == ["ok", "crash", "ok"]
-    assert [outcome(result) for result in results("prattle:", workers=1)] == ["missing"]
+    assert [outcome(result) for result in results("answer-often:", workers=1)] == ["missing"]
 
 
 def test_in_place_and_in_processes_give_the_same() -> None:
-    verbs = ["ok:", "raise:image", "raise:value", "raise:memory", "strange:flat", "ok:"] * 3
-    in_place, in_processes = results(*verbs, workers=0), results(*verbs, workers=2)
+    actions = ["ok:", "raise:image", "raise:value", "raise:memory", "result:flat", "ok:"] * 3
+    in_place, in_processes = results(*actions, workers=0), results(*actions, workers=2)
     assert_whole(in_place)
     assert_whole(in_processes)
     assert [r for r in in_place if isinstance(r, Failure)] == [r for r in in_processes if isinstance(r, Failure)]
 
 
-def test_images_of_any_size_and_layout_are_the_takers_own() -> None:
-    verbs = ["big:1", "strange:strided", "big:40", "big:1", "ok:", "ok:", "big:8"]
-    got = results(*verbs, workers=1)
+def test_images_of_any_size_and_layout_are_copied() -> None:
+    actions = ["big:1", "result:strided", "big:40", "big:1", "ok:", "ok:", "big:8"]
+    got = results(*actions, workers=1)
     sizes = [result.pixels.shape for result in got if isinstance(result, Loaded)]
     assert [shape[0] for shape in sizes] == [1024, 5, 40960, 1024, 9, 10, 8192]
-    big = [result for verb, result in zip(verbs, got, strict=True) if verb.startswith("big") and result]
+    big = [result for action, result in zip(actions, got, strict=True) if action.startswith("big") and result]
     assert all((result.pixels == 7).all() for result in big if isinstance(result, Loaded))
     strided = got[1]
     assert isinstance(strided, Loaded)
-    assert (strided.pixels == misbehaving.STRANGE["strided"]).all()
-    strided.pixels[:] = 0  # writable, and nobody else's
+    assert (strided.pixels == misbehaving.RESULTS["strided"]).all()
+    strided.pixels[:] = 0  # writable, and not shared
     assert_whole(results("ok:", "ok:", "ok:"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_decoding_may_end_in_a_file_of_its_own(workers: int) -> None:
-    got = results("strange:file", "ok:", "big:1", "strange:file", workers=workers)
+def test_decode_may_return_the_bytes_of_a_file(workers: int) -> None:
+    got = results("result:file", "ok:", "big:1", "result:file", workers=workers)
     assert [result.pixels.ndim for result in got if isinstance(result, Loaded)] == [1, 3, 3, 1]
     assert [r.pixels.tobytes() for r in (got[0], got[3]) if isinstance(r, Loaded)] == [b"the bytes of a file"] * 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_paths_may_hold_anything(workers: int) -> None:
+def test_paths_may_have_any_characters(workers: int) -> None:
     names = ["caf\u00e9\n", "\udcff\udc80", "\ud800", "\U0001f600"]
     entries = [Entry(name, f"ok:{name}:{number}") for number, name in enumerate(names)]
     with load(entries, misbehaving.decode, workers=workers) as images:
@@ -243,18 +243,18 @@ def test_a_path_too_long_to_exist_is_a_failure() -> None:
     st.integers(1, 3),
     st.integers(1, 12),
 )
-def test_one_result_per_entry_in_order(verbs: list[str], workers: int, limit: int) -> None:
+def test_one_result_per_entry_in_order(actions: list[str], workers: int, limit: int) -> None:
     expected = {"raise:value": "unreadable", "kill:SIGSEGV": "crash", "exit:1": "crash"}
-    got = results(*verbs, workers=workers, window=limit)
+    got = results(*actions, workers=workers, window=limit)
     assert_whole(got)
-    assert [outcome(result) for result in got] == [expected.get(verb, "ok") for verb in verbs]
+    assert [outcome(result) for result in got] == [expected.get(action, "ok") for action in actions]
 
 
-# The flow
+# The window
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_results_flow_while_entries_block(workers: int) -> None:
+def test_results_are_available_while_entries_block(workers: int) -> None:
     more = threading.Event()
 
     def trickle() -> Iterator[Entry]:
@@ -311,37 +311,37 @@ def test_entries_are_read_no_further_ahead_than_the_window(workers: int, limit: 
 
 
 def test_the_window_bounds_the_pixels_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Past the bound only the image that all others wait for is begun."""
-    monkeypatch.setattr(window, "_ROOMY", 50)
-    ours = Window(10)
-    ours.feed(entries_of(*["ok:"] * 6))
-    first, second, third = (ours.next_task() for _ in range(3))
-    assert isinstance(first, Ticket)
-    assert isinstance(second, Ticket)
-    assert isinstance(third, Ticket)
-    ours.settle(second, Loaded("second", misbehaving.STRANGE["strided"]))
-    assert ours.next_task() is None
-    ours.put_back(first)
-    ours.put_back(third)
-    assert ours.next_task() is first
-    assert ours.next_task() is None
-    ours.settle(first, Failure("first", "crash", ""))
-    assert [ours.take(0) is not None, ours.take(0) is not None, ours.take(0)] == [True, True, None]
-    assert ours.next_task() is third
+    """Above the bound only the image that all others wait for is started."""
+    monkeypatch.setattr(window, "_MAX_BYTES", 50)
+    queue = Window(10)
+    queue.feed(entries_of(*["ok:"] * 6))
+    first, second, third = (queue.next_task() for _ in range(3))
+    assert isinstance(first, Task)
+    assert isinstance(second, Task)
+    assert isinstance(third, Task)
+    queue.finish(second, Loaded("second", misbehaving.RESULTS["strided"]))
+    assert queue.next_task() is None
+    queue.put_back(first)
+    queue.put_back(third)
+    assert queue.next_task() is first
+    assert queue.next_task() is None
+    queue.finish(first, Failure("first", "crash", ""))
+    assert [queue.take(0) is not None, queue.take(0) is not None, queue.take(0)] == [True, True, None]
+    assert queue.next_task() is third
 
 
 @given(st.permutations(range(8)))
 def test_the_window_restores_any_order(order: list[int]) -> None:
-    ours = Window(9)
-    ours.feed(entries_of(*["ok:"] * 8))
-    tickets = [ticket for _ in range(8) if (ticket := ours.next_task())]
+    queue = Window(9)
+    queue.feed(entries_of(*["ok:"] * 8))
+    tasks = [task for _ in range(8) if (task := queue.next_task())]
     got = []
     for number in order:
-        ours.settle(tickets[number], Failure(tickets[number].entry.name, "crash", ""))
-        while (result := ours.take(0)) is not None:
+        queue.finish(tasks[number], Failure(tasks[number].entry.name, "crash", ""))
+        while (result := queue.take(0)) is not None:
             got.append(result.name)
     assert got == [entry.name for entry in entries_of(*["ok:"] * 8)]
-    assert ours.done
+    assert queue.done
 
 
 # The processes
@@ -353,12 +353,12 @@ def test_few_images_start_few_processes() -> None:
 
 
 @linux
-def test_workers_are_light_and_silent(capfd: pytest.CaptureFixture[str]) -> None:
-    settings_seen, torch_seen, _, _ = results("environment:OMP_NUM_THREADS", "modules:torch", "speak:", "ok:")
-    assert isinstance(settings_seen, Loaded)
-    assert isinstance(torch_seen, Loaded)
-    assert bytes(settings_seen.pixels[0, :, 0]) == b"1"
-    assert torch_seen.pixels.sum() == 0
+def test_workers_are_light_and_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    threads, torch_imported, _, _ = results("environment:OMP_NUM_THREADS", "modules:torch", "print:", "ok:")
+    assert isinstance(threads, Loaded)
+    assert isinstance(torch_imported, Loaded)
+    assert bytes(threads.pixels[0, :, 0]) == b"1"
+    assert torch_imported.pixels.sum() == 0
     assert capfd.readouterr() == ("", "")
 
 
@@ -390,20 +390,20 @@ def test_closing_early_ends_everything_soon(tmp_path: Path) -> None:
 
 
 def test_closing_does_not_wait_for_blocked_entries() -> None:
-    release, went_on = threading.Event(), threading.Event()
+    release, resumed = threading.Event(), threading.Event()
 
     def stuck() -> Iterator[Entry]:
         release.wait(PATIENCE)
-        went_on.set()
+        resumed.set()
         yield from entries_of("ok:")
 
     for count in (0, 1):
         load(stuck(), misbehaving.decode, workers=count).close()
-        assert not went_on.is_set()
+        assert not resumed.is_set()
     release.set()
 
 
-def test_where_no_process_starts_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_no_process_starts_there_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for executable in ("/nowhere/python", "/bin/false", ""):
         monkeypatch.setattr(sys, "executable", executable)
         with pytest.raises(CapcliError, match="decoder processes cannot start"):
@@ -423,7 +423,7 @@ def test_a_decode_that_workers_cannot_import_is_one_clear_error(monkeypatch: pyt
 def test_fewer_processes_than_asked_for_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     started = 0
 
-    class Scarce(workers.Worker):
+    class Scarce(Worker):
         def __init__(self, decode: bytes, memory: int | None) -> None:
             nonlocal started
             started += 1
@@ -455,7 +455,7 @@ def script(tmp_path: Path, body: str) -> list[str]:
 
 @contextlib.contextmanager
 def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """A test that fails must not wait for its process."""
+    """Kill the process when the test ends, so that a failure does not wait for it."""
     with process:
         try:
             yield process
@@ -465,7 +465,7 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]
 
 def test_a_script_without_a_main_guard_works(tmp_path: Path) -> None:
     body = """
-        with load([Entry(str(n), f"speak::{n}") for n in range(9)], misbehaving.decode, workers=2) as images:
+        with load([Entry(str(n), f"print::{n}") for n in range(9)], misbehaving.decode, workers=2) as images:
             print(*(image.name for image in images))
     """
     done = subprocess.run(script(tmp_path, body), capture_output=True, text=True, timeout=60, check=True)
@@ -475,7 +475,7 @@ def test_a_script_without_a_main_guard_works(tmp_path: Path) -> None:
 
 @linux
 def test_a_script_that_closes_nothing_ends_quietly(tmp_path: Path) -> None:
-    """With its entries blocked on standard input and its workers in the middle of images."""
+    """Its entries are blocked on standard input, and a worker is in the middle of an image."""
     body = f"""
         def entries():
             yield Entry("a", "ok::0")
@@ -533,8 +533,8 @@ def test_how_many_workers() -> None:
 def test_a_containers_quota_counts(tmp_path: Path, text: str, cpus: int | None) -> None:
     path = tmp_path / "cpu.max"
     path.write_text(text)
-    assert loading.quota(str(path)) == cpus
-    assert loading.quota(str(tmp_path / "none")) is None
+    assert loader.cpu_quota(str(path)) == cpus
+    assert loader.cpu_quota(str(tmp_path / "none")) is None
 
 
 @pytest.mark.parametrize("wrong", [{"workers": -1}, {"workers": 1, "timeout": 0}, {"workers": 1, "window": 0}])

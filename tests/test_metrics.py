@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
@@ -21,15 +22,20 @@ from capcli import interrupts
 from capcli.errors import CapcliError
 from capcli.metrics import Scorer, java, score_captions
 from capcli.metrics.bootstrap import intervals, resample
-from capcli.metrics.diversity import variety
+from capcli.metrics.diversity import diversity
 from capcli.metrics.matching import match
-from capcli.metrics.tokenization import characters, fitting, words
+from capcli.metrics.tokenization import characters, choose_tokenizer, words
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 ORACLE = DATA / "metrics" / "tylin_fakecap_on_val2017_overlap126.json"
 WITHOUT_JAVA = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr")
 needs_data = pytest.mark.skipif(not ORACLE.exists(), reason="needs ../shared/data")
-needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs a Java runtime")
+
+
+def needs_java(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test as external, and skip it where there is no Java."""
+    return pytest.mark.external(pytest.mark.skipif(shutil.which("java") is None, reason="needs a Java runtime")(test))
+
 
 REFERENCES = {
     "a.jpg": ["A dog runs.", "The dog is running on grass"],
@@ -44,7 +50,7 @@ def oracle() -> dict[str, Any]:
 
 
 @needs_data
-def test_scores_without_java_are_the_oracles(oracle: dict[str, Any]) -> None:
+def test_scores_without_java_equal_the_oracle(oracle: dict[str, Any]) -> None:
     scores = Scorer(oracle["references"]).measure(oracle["candidates"])
     assert scores.corpus == pytest.approx({name: oracle["scores"][name] for name in WITHOUT_JAVA}, abs=2e-6)
     for measure in WITHOUT_JAVA:
@@ -53,7 +59,7 @@ def test_scores_without_java_are_the_oracles(oracle: dict[str, Any]) -> None:
 
 
 @needs_data
-def test_the_words_are_the_oracles(oracle: dict[str, Any]) -> None:
+def test_tokens_equal_the_oracle(oracle: dict[str, Any]) -> None:
     assert {name: words(text) for name, text in oracle["candidates"].items()} == oracle["ptb_candidates"]
     found = {name: [words(text) for text in each] for name, each in oracle["references"].items()}
     assert found == oracle["ptb_references"]
@@ -61,7 +67,7 @@ def test_the_words_are_the_oracles(oracle: dict[str, Any]) -> None:
 
 @needs_data
 @needs_java
-def test_words_of_every_flickr8k_caption_are_the_original_tokenizers() -> None:
+def test_tokens_of_every_flickr8k_caption_equal_the_original_tokenizer() -> None:
     with open(DATA / "flickr8k" / "captions.txt", encoding="utf-8", newline="") as file:
         texts = [row["caption"] for row in csv.DictReader(file)]
     assert len(texts) == 35_000
@@ -72,19 +78,19 @@ def test_words_of_every_flickr8k_caption_are_the_original_tokenizers() -> None:
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="looks for the process in /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_at_any_line_leaves_no_java(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    monkeypatch.setattr(java.subprocess, "Popen", Known)
+    monkeypatch.setattr(java.subprocess, "Popen", Recorded)
     for line in itertools.count():
-        Known.all.clear()
-        came = interrupted_at(line, number)
-        assert not any(alive(process.pid) for process in Known.all), line
-        if not came:
+        Recorded.all.clear()
+        interrupted = interrupted_at(line, number)
+        assert not any(alive(process.pid) for process in Recorded.all), line
+        if not interrupted:
             break
     assert line > 20
-    assert Known.all  # and without one there was a Java to leave behind
+    assert Recorded.all  # without an interrupt, Java was started
 
 
-class Known(subprocess.Popen[bytes]):
-    """A process as usual, that the test knows of."""
+class Recorded(subprocess.Popen[bytes]):
+    """A process that is recorded in `all`."""
 
     all: ClassVar[list[subprocess.Popen[bytes]]] = []
 
@@ -94,18 +100,18 @@ class Known(subprocess.Popen[bytes]):
 
 
 def interrupted_at(line: int, number: int) -> bool:
-    """Whether METEOR's life has a line of that number; a real signal came there."""
+    """Raise a real signal at the line of this number while METEOR starts and ends; False if there are fewer lines."""
     passed = itertools.count()
-    mine = {java.__file__, interrupts.__file__}
+    traced = {java.__file__, interrupts.__file__}
 
     def trace(frame: FrameType, event: str, _argument: object) -> Any:
-        if frame.f_code.co_filename not in mine:
+        if frame.f_code.co_filename not in traced:
             return None
         if event == "line" and next(passed) == line:
             signal.raise_signal(number)
         return trace
 
-    # What follows an interrupt is for the caller: the object goes with the frames that know it.
+    # The object is collected with the frames that refer to it.
     before = sys.gettrace()
     sys.settrace(trace)
     try:
@@ -145,7 +151,7 @@ AWKWARD = [
 
 
 @needs_java
-def test_awkward_captions_have_the_original_tokenizers_words() -> None:
+def test_tokens_of_awkward_captions_equal_the_original_tokenizer() -> None:
     assert [words(text) for text in AWKWARD] == java.tokenize(AWKWARD)
 
 
@@ -153,27 +159,27 @@ def test_characters_are_compared_where_a_script_has_no_spaces() -> None:
     assert characters("一个人\uff0c在跑。") == "一 个 人 在 跑"
     assert characters("スマホを持つ２人 iPhone 12!") == "ス マ ホ を 持 つ 2 人 iphone 12"
     assert characters("ผู้ชาย") == "ผู้ ช า ย"
-    assert fitting(["一个人在跑", "a 狗"]) == "characters"
-    assert fitting(["two dogs", "犬"]) == "ptb"
-    assert fitting(["한국어 단어", "두 마리"]) == "ptb"
+    assert choose_tokenizer(["一个人在跑", "a 狗"]) == "characters"
+    assert choose_tokenizer(["two dogs", "犬"]) == "ptb"
+    assert choose_tokenizer(["한국어 단어", "두 마리"]) == "ptb"
     references = {"1": ["一个人在跑步"], "2": ["两只狗在草地上"]}
     assert 0 < score_captions({"1": "一个人跑", "2": "一只狗在草地"}, references)["Bleu_1"] < 1
     assert Scorer(references, "ptb").score({"1": "一个人跑", "2": "狗"})["Bleu_1"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_scorer_serves_many_times_and_scores_what_both_sides_have() -> None:
-    scorer = Scorer(REFERENCES | {"silent.jpg": []})
-    perfect = {name: said[0] for name, said in REFERENCES.items()}
+def test_a_scorer_is_reusable_and_scores_images_with_caption_and_reference() -> None:
+    scorer = Scorer(REFERENCES | {"without.jpg": []})
+    perfect = {name: texts[0] for name, texts in REFERENCES.items()}
     assert scorer.score(perfect)["Bleu_4"] > scorer.score(perfect | {"b.jpg": "a cat"})["Bleu_4"]
     some = {name: perfect[name] for name in ("a.jpg", "b.jpg")}
     alone = score_captions(some, {name: REFERENCES[name] for name in some})
-    assert scorer.score(some | {"unknown.jpg": "a dog", "silent.jpg": "a dog"}) == alone
+    assert scorer.score(some | {"unknown.jpg": "a dog", "without.jpg": "a dog"}) == alone
     assert list(alone) == list(WITHOUT_JAVA)
     with pytest.raises(CapcliError, match="no caption is of an image that has references"):
         scorer.score({"unknown.jpg": "a dog"})
 
 
-def test_captions_that_say_nothing_score_nothing() -> None:
+def test_captions_without_words_score_zero() -> None:
     scores = Scorer(REFERENCES).measure({"a.jpg": "", "b.jpg": "?!...", "c.jpg": "a car parks"})
     for measure in WITHOUT_JAVA:
         assert scores.per_image[measure][:2] == pytest.approx(0, abs=1e-6)
@@ -183,21 +189,21 @@ def test_captions_that_say_nothing_score_nothing() -> None:
     )
 
 
-def made_up(images: int, seed: int) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Captions and references of drawn words: some captions are right to a word, others wrong from the first."""
+def random_captions(images: int, seed: int) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Captions and references of random words; half of the captions equal a reference."""
     random = np.random.default_rng(seed)
     references = {f"{n}.jpg": [" ".join(random.choice(list("abcdefgh"), 6)) for _ in range(2)] for n in range(images)}
     wrong = {name: " ".join(random.choice(list("defgz"), random.integers(2, 8))) for name in references}
-    captions = {name: said[0] if random.random() < 0.5 else wrong[name] for name, said in references.items()}
+    captions = {name: texts[0] if random.random() < 0.5 else wrong[name] for name, texts in references.items()}
     return captions, references
 
 
-def test_resampling_scores_the_corpus_anew() -> None:
-    captions, references = made_up(12, 3)
+def test_resampling_scores_the_corpus_again() -> None:
+    captions, references = random_captions(12, 3)
     scores = Scorer(references).measure(captions)
     drawn = resample([scores], None, 5, seed=9)[0]
     random = np.random.default_rng(9)
-    for number in range(5):  # the same draws, each image as often as it is drawn, scored by pycocoevalcap as a corpus
+    for number in range(5):  # the same draws, scored by pycocoevalcap as a corpus
         chosen = [scores.names[index] for index in random.integers(12, size=12)]
         copies = {f"{place} {name}": name for place, name in enumerate(chosen)}
         again = Scorer({copy: references[name] for copy, name in copies.items()}).score(
@@ -206,10 +212,10 @@ def test_resampling_scores_the_corpus_anew() -> None:
         for measure in ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L"):
             assert drawn[measure][number] == pytest.approx(again[measure])
         cider = np.mean([scores.per_image["CIDEr"][scores.names.index(name)] for name in chosen])
-        assert drawn["CIDEr"][number] == pytest.approx(cider)  # whose document frequencies stay
+        assert drawn["CIDEr"][number] == pytest.approx(cider)  # its document frequencies do not change
 
 
-def test_intervals_are_those_of_the_known_distribution() -> None:
+def test_intervals_equal_those_of_the_known_distribution() -> None:
     images = 400
     references = {f"{n}.jpg": ["one two three", "other words here"] for n in range(images)}
     captions = {name: "one two three" if n % 4 else "zzz" for n, name in enumerate(references)}  # ROUGE-L is 1 or 0
@@ -219,9 +225,9 @@ def test_intervals_are_those_of_the_known_distribution() -> None:
     assert (low, high) == pytest.approx((0.75 - 1.96 * deviation, 0.75 + 1.96 * deviation), abs=0.005)
 
 
-def test_draws_are_the_seeds_and_shared_by_both() -> None:
-    captions, references = made_up(30, 5)
-    other = {name: f"{text[:-1]}z" for name, text in captions.items()}  # its last word is wrong
+def test_draws_depend_on_the_seed_and_are_shared() -> None:
+    captions, references = random_captions(30, 5)
+    other = {name: f"{text[:-1]}z" for name, text in captions.items()}  # the last word is wrong
     scorer = Scorer(references)
     both = [scorer.measure(captions), scorer.measure(other)]
     first, second = resample(both, None, 50, seed=4)
@@ -231,14 +237,14 @@ def test_draws_are_the_seeds_and_shared_by_both() -> None:
     assert (resample(both, None, 50, seed=5)[0]["CIDEr"] != first["CIDEr"]).any()
 
 
-def test_variety_counts_words_and_what_is_said_twice() -> None:
-    figures = variety(["a dog and a dog", "a dog", "a dog", "b"])
+def test_diversity_counts_lengths_and_repetitions() -> None:
+    figures = diversity(["a dog and a dog", "a dog", "a dog", "b"])
     assert figures["words_mean"] == 10 / 4
     assert (figures["words_min"], figures["words_max"]) == (1, 5)
     assert (figures["distinct_captions"], figures["distinct_share"]) == (3, 0.75)
     assert (figures["repeated_2"], figures["repeated_3"]) == (0.25, 0)
     assert (figures["distinct_1"], figures["distinct_2"]) == (4 / 10, 3 / 6)
-    assert variety([""])["distinct_2"] == 0
+    assert diversity([""])["distinct_2"] == 0
 
 
 @pytest.mark.parametrize(
@@ -257,7 +263,7 @@ def test_variety_counts_words_and_what_is_said_twice() -> None:
         (["photo-12.jpg"], ["12"], {}),
     ],
 )
-def test_names_match_where_there_is_no_doubt(
+def test_names_match_where_they_are_unambiguous(
     captioned: list[str], referenced: list[str], expected: dict[str, str]
 ) -> None:
     assert match(captioned, referenced) == expected

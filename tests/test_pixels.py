@@ -1,4 +1,4 @@
-"""Files of every format and mode, and files that mean harm: an upright RGB image, or one ImageError in one line."""
+"""Files of every format and mode, and damaged or hostile files: an upright RGB image, or an ImageError of one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from PIL import Image, ImageCms, ImageFile
 
 from capcli import pixels
 from capcli.errors import ImageError
-from capcli.pixels import PixelSpec
+from capcli.pixels import PixelSpec, reading, resizing
 
 MAX = 10_000_000
 SPEC = PixelSpec.from_config({"image_processor_type": "ViTImageProcessor"})
@@ -56,7 +56,7 @@ UNREADABLE = {("icns", "P")} | ({("tiff", "YCbCr"), ("tga", "1")} if OLD_PILLOW 
 
 
 def picture(width: int = 64, height: int = 48) -> Image.Image:
-    """Smooth colours, so that lossy formats stay near; no symmetry, so that every orientation differs."""
+    """Smooth colours, so that lossy formats change little; no symmetry, so that every orientation differs."""
     y, x = np.mgrid[0:height, 0:width] / np.array([height, width]).reshape(2, 1, 1)
     return Image.fromarray((np.stack([x, y, x * y], axis=-1) * 255).astype(np.uint8))
 
@@ -94,11 +94,11 @@ def failure(data: bytes, folder: Path, max_pixels: int = MAX) -> ImageError:
 def failure_at(path: str, max_pixels: int = MAX) -> ImageError:
     with pytest.raises(ImageError) as caught:
         pixels.load(path, SPEC, max_pixels=max_pixels, facts=pixels.FACTS)
-    assert_for_people(caught.value)
+    assert_readable(caught.value)
     return caught.value
 
 
-def assert_for_people(error: ImageError) -> None:
+def assert_readable(error: ImageError) -> None:
     message = str(error)
     assert message.isprintable()
     assert " object at 0x" not in message
@@ -119,7 +119,7 @@ def png_claiming(width: int, height: int) -> bytes:
 
 
 def tiff_with(image: Image.Image, changes: dict[int, int]) -> bytes:
-    """A TIFF whose tags say other things than Pillow wrote."""
+    """A TIFF with other tag values than Pillow writes."""
     data = bytearray(encoded(image, "tiff"))
     directory = int.from_bytes(data[4:8], "little")
     for entry in range(int.from_bytes(data[directory : directory + 2], "little")):
@@ -133,7 +133,7 @@ def tiff_with(image: Image.Image, changes: dict[int, int]) -> bytes:
 # Files by their path, and files in memory
 
 
-def test_a_files_bytes_are_read_as_the_file_is(tmp_path: Path) -> None:
+def test_a_path_and_the_bytes_of_the_file_give_the_same(tmp_path: Path) -> None:
     path = tmp_path / "image"
     files = png_claiming(3000, 4000)[:60], encoded(picture(), "jpeg"), encoded(picture(), "tiff"), b"no image", b""
     for data in (*files, png_claiming(30_000, 30_000)):
@@ -144,7 +144,7 @@ def test_a_files_bytes_are_read_as_the_file_is(tmp_path: Path) -> None:
                 found, facts = pixels.load(source, SPEC, max_pixels=MAX, facts=pixels.FACTS)
                 outcomes.append((found.tobytes(), facts))
             except ImageError as error:
-                assert_for_people(error)
+                assert_readable(error)
                 outcomes.append((error.kind, str(error)))
         assert outcomes[0] == outcomes[1]
 
@@ -154,34 +154,34 @@ def test_a_files_bytes_are_read_as_the_file_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_becomes_rgb(mode: str) -> None:
-    made = np.asarray(pixels.to_rgb(in_mode(mode))).astype(int)
+    found = np.asarray(pixels.to_rgb(in_mode(mode))).astype(int)
     grey = mode in ("1", "L", "LA", "La", "I", "F") or mode.startswith("I;16")
     expected = np.asarray(picture().convert("L").convert("RGB") if grey else picture()).astype(int)
-    assert made.shape == expected.shape
-    assert abs(made.mean(axis=(0, 1)) - expected.mean(axis=(0, 1))).max() < 6
-    if mode not in ("1", "P", "PA", "LAB"):  # dithered, or beyond what LAB holds in 8 bits
-        assert abs(made - expected).max() <= 8
+    assert found.shape == expected.shape
+    assert abs(found.mean(axis=(0, 1)) - expected.mean(axis=(0, 1))).max() < 6
+    if mode not in ("1", "P", "PA", "LAB"):  # dithered, or outside the range of 8-bit LAB
+        assert abs(found - expected).max() <= 8
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_mode_that_a_format_holds(name: str, tmp_path: Path) -> None:
+def test_every_mode_of_a_format(name: str, tmp_path: Path) -> None:
     written = 0
     for mode in MODES:
         try:
             data = encoded(in_mode(mode), name)
-        except (OSError, ValueError, KeyError):  # this format does not hold this mode
+        except (OSError, ValueError, KeyError):  # this format does not have this mode
             continue
         if (name, mode) in UNREADABLE:
             continue
         found = read(data, tmp_path)
-        spoilt = mode.startswith("I;16") and name in ("webp", "webp-lossless", "gif", "avif", "ico", "icns")
+        clipped = mode.startswith("I;16") and name in ("webp", "webp-lossless", "gif", "avif", "ico", "icns")
         black = mode == "I" and name in (
             "ppm",
             "png",
             "ico",
             "icns",
-        )  # written as 16 bits, of which these are the low 8
-        if not spoilt and not black:
+        )  # written as 16 bits, of which only the low 8 are set
+        if not clipped and not black:
             expected = np.asarray(pixels.to_rgb(in_mode(mode)))
             assert abs(found.mean(axis=(0, 1)) - expected.mean(axis=(0, 1))).max() < 8, mode
         written += 1
@@ -244,8 +244,8 @@ def test_sixteen_bit_grey_with_a_transparent_value(tmp_path: Path) -> None:
     ],
 )
 def test_integers(values: list[int], expected: list[int]) -> None:
-    made = np.asarray(pixels.to_rgb(Image.fromarray(np.array([values], np.int32))))
-    assert made[0, :, 0].tolist() == expected
+    found = np.asarray(pixels.to_rgb(Image.fromarray(np.array([values], np.int32))))
+    assert found[0, :, 0].tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -266,11 +266,11 @@ def test_integers(values: list[int], expected: list[int]) -> None:
 def test_floats(values: list[float], expected: list[int]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        made = np.asarray(pixels.to_rgb(Image.fromarray(np.array([values], np.float32))))
-    assert made[0, :, 0].tolist() == expected
+        found = np.asarray(pixels.to_rgb(Image.fromarray(np.array([values], np.float32))))
+    assert found[0, :, 0].tolist() == expected
 
 
-def test_transparency_lies_over_white(tmp_path: Path) -> None:
+def test_transparency_is_composited_over_white(tmp_path: Path) -> None:
     rgba = Image.new("RGBA", (3, 1))
     for x, alpha in enumerate([0, 128, 255]):
         rgba.putpixel((x, 0), (200, 0, 0, alpha))
@@ -309,7 +309,7 @@ def test_cmyk_jpeg_as_adobe_writes_it(tmp_path: Path) -> None:
     assert abs(found - np.asarray(picture()).astype(int)).mean() < 4
 
 
-def test_a_profile_changes_nothing(tmp_path: Path) -> None:
+def test_a_colour_profile_changes_nothing(tmp_path: Path) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert np.array_equal(read(encoded(picture(), "png", icc_profile=profile), tmp_path), np.asarray(picture()))
 
@@ -345,13 +345,13 @@ def test_all_orientations(name: str, orientation: int, tmp_path: Path) -> None:
     exif[274] = orientation
     path = tmp_path / "image"
     path.write_bytes(encoded(stored, name, exif=exif.tobytes()))
-    made, facts = pixels.read(str(path), max_pixels=MAX, facts=["width", "height"])
+    found, facts = pixels.read(str(path), max_pixels=MAX, facts=["width", "height"])
     assert facts == {"width": 64, "height": 48}
-    assert pixels.to_rgb(made) is made  # turned once
-    assert abs(np.asarray(made).astype(int) - upright).mean() < (4 if name in ("jpeg", "avif") else 0.1)
+    assert pixels.to_rgb(found) is found  # rotated once
+    assert abs(np.asarray(found).astype(int) - upright).mean() < (4 if name in ("jpeg", "avif") else 0.1)
 
 
-def test_heic_is_turned_once(tmp_path: Path) -> None:
+def test_heic_is_rotated_once(tmp_path: Path) -> None:
     heif = pytest.importorskip("pillow_heif")
     exif = Image.Exif()
     exif[274] = 6
@@ -365,7 +365,7 @@ def test_heic_is_turned_once(tmp_path: Path) -> None:
         assert failure(file.getvalue()[:length], tmp_path).kind == "unreadable"
 
 
-def test_heic_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heic_without_its_package_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     error = failure(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), tmp_path)
     assert error.kind == "no-decoder"
@@ -375,7 +375,7 @@ def test_heic_without_its_package_says_what_to_install(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"]
 )
-def test_corrupt_exif_is_no_matter(exif: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_corrupt_exif_is_ignored(exif: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for name in ["png", "webp-lossless", "jpeg"]:
         assert read(encoded(picture(), name, exif=exif), tmp_path).shape == (48, 64, 3)
     assert capfd.readouterr() == ("", "")
@@ -391,7 +391,7 @@ def test_an_orientation_that_does_not_exist_is_upright(value: int, tmp_path: Pat
 # Facts, arrays, limits
 
 
-def test_facts_are_what_was_asked_for(tmp_path: Path) -> None:
+def test_facts_are_those_requested(tmp_path: Path) -> None:
     data = encoded(picture().convert("L"), "png")
     path = tmp_path / "image"
     path.write_bytes(data)
@@ -440,10 +440,10 @@ def test_arrays() -> None:
     ],
     ids=lambda array: f"{array.dtype}{array.shape}",
 )
-def test_arrays_that_are_no_images(array: np.ndarray) -> None:
+def test_arrays_that_are_not_images(array: np.ndarray) -> None:
     with pytest.raises(ImageError) as caught:
         pixels.from_array(array)
-    assert_for_people(caught.value)
+    assert_readable(caught.value)
 
 
 def test_an_upright_rgb_image_is_not_copied() -> None:
@@ -458,12 +458,12 @@ def test_extreme_shapes(size: tuple[int, int], tmp_path: Path) -> None:
 
 
 def icon_holding(png: bytes) -> bytes:
-    """An icon whose header says 16x16."""
+    """An icon whose header gives 16x16."""
     return struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(png), 22) + png
 
 
 def gif_with_a_frame_of(width: int, height: int) -> bytes:
-    """A screen of 1x1, and a first frame that outgrows it."""
+    """A screen of 1x1 with a larger first frame."""
     screen = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + bytes(6)
     return screen + b"," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x44\x01\x00;"
 
@@ -493,7 +493,9 @@ def test_bombs_are_refused_before_they_are_decoded(data: bytes, tmp_path: Path) 
     assert peak < 20_000_000
 
 
-def test_the_limit_is_ours_and_pillows_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_pixels_is_the_limit_and_pillows_settings_are_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     data = encoded(picture(), "png")
@@ -511,7 +513,7 @@ def test_the_limit_is_ours_and_pillows_is_left_alone(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("name", WRITERS)
 def test_truncated_files_are_failures(name: str, tmp_path: Path) -> None:
     if name == "dds" and OLD_PILLOW:
-        pytest.skip("Pillow before 13 takes a truncated DDS for whole")
+        pytest.skip("Pillow before 13 accepts a truncated DDS")
     data = encoded(picture(), name)
     whole = read(data, tmp_path)
     for part in [0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.97]:
@@ -519,9 +521,9 @@ def test_truncated_files_are_failures(name: str, tmp_path: Path) -> None:
         try:
             found = read(cut, tmp_path)
         except ImageError as error:
-            assert_for_people(error)
+            assert_readable(error)
             continue
-        assert np.array_equal(found, whole), part  # what was cut off belonged to no picture of ours
+        assert np.array_equal(found, whole), part  # what was cut off is not part of the image
 
 
 @pytest.mark.parametrize("name", ["jpeg", "progressive", "png"])
@@ -539,11 +541,11 @@ def test_a_file_whose_end_was_never_written(name: str, tmp_path: Path) -> None:
 def test_damaged_tiffs_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     data = encoded(picture(), "tiff-lzw")
     assert failure(data.replace(data[20:40], b"\xff" * 20), tmp_path).kind == "unreadable"
-    os.write(2, b"still heard")
-    assert capfd.readouterr() == ("", "still heard")
+    os.write(2, b"still open")
+    assert capfd.readouterr() == ("", "still open")
 
 
-def test_what_is_no_image(tmp_path: Path) -> None:
+def test_files_that_are_not_images(tmp_path: Path) -> None:
     assert failure(b"", tmp_path).kind == "empty"
     assert failure(b"\0", tmp_path).kind == "unknown-format"
     assert failure(b"<!DOCTYPE html><html>403</html>", tmp_path).kind == "unknown-format"
@@ -553,7 +555,7 @@ def test_what_is_no_image(tmp_path: Path) -> None:
     assert failure(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", tmp_path).kind == "no-decoder"
 
 
-def test_paths_that_hold_no_image_file(tmp_path: Path) -> None:
+def test_paths_without_an_image_file(tmp_path: Path) -> None:
     assert failure_at(str(tmp_path)).kind == "not-a-file"
     assert failure_at(str(tmp_path / "missing")).kind == "missing"
     assert failure_at(str(tmp_path / "a\0b")).kind == "missing"
@@ -594,23 +596,25 @@ def test_names_of_any_bytes(name: bytes, tmp_path: Path) -> None:
         (OSError(5, "Input/output error"), "unreadable"),
     ],
 )
-def test_whatever_a_codec_raises(raised: Exception, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_exception_of_a_codec_is_a_failure(
+    raised: Exception, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def decode(_image: Image.Image) -> None:
         raise raised
 
-    monkeypatch.setattr(pixels, "upright_rgb", decode)
+    monkeypatch.setattr(reading, "upright_rgb", decode)
     assert failure(encoded(picture(), "png"), tmp_path).kind == kind
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit])
-def test_an_interruption_is_no_failure(
+def test_an_interrupt_is_not_a_failure(
     raised: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def decode(_image: Image.Image) -> None:
         raise raised
 
     (tmp_path / "image").write_bytes(encoded(picture(), "png"))
-    monkeypatch.setattr(pixels, "upright_rgb", decode)
+    monkeypatch.setattr(reading, "upright_rgb", decode)
     with pytest.raises(raised):
         pixels.load(str(tmp_path / "image"), SPEC, max_pixels=MAX)
 
@@ -627,7 +631,7 @@ def samples() -> list[bytes]:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_damage_is_never_more_than_a_failure(data: st.DataObject, samples: list[bytes], tmp_path: Path) -> None:
+def test_damaged_files_give_an_image_or_a_failure(data: st.DataObject, samples: list[bytes], tmp_path: Path) -> None:
     damaged = bytearray(data.draw(st.sampled_from(samples)))
     for _ in range(data.draw(st.integers(1, 8))):
         at = data.draw(st.integers(0, min(len(damaged) - 1, data.draw(st.sampled_from([40, 400, 10**6])))))
@@ -643,7 +647,7 @@ def test_damage_is_never_more_than_a_failure(data: st.DataObject, samples: list[
     ),
     tail=st.binary(max_size=400),
 )
-def test_random_bytes_are_never_more_than_a_failure(head: bytes, tail: bytes, tmp_path: Path) -> None:
+def test_random_bytes_give_an_image_or_a_failure(head: bytes, tail: bytes, tmp_path: Path) -> None:
     assert_image_or_failure(head + tail, tmp_path)
 
 
@@ -655,7 +659,7 @@ def assert_image_or_failure(data: bytes, folder: Path) -> None:
         try:
             found, facts = pixels.load(str(path), SPEC, max_pixels=MAX, facts=pixels.FACTS)
         except ImageError as error:
-            assert_for_people(error)
+            assert_readable(error)
         else:
             assert found.shape == (224, 224, 3)
             assert set(facts) == set(pixels.FACTS)
@@ -674,7 +678,9 @@ def test_decoder_processes_stay_light() -> None:
 
 @given(*[st.integers(1, 300)] * 4, st.sampled_from([1, 2, 3, 4, 5]))
 @settings(deadline=None, max_examples=150)
-def test_passes_come_in_pillow_s_order(width: int, height: int, columns: int, rows: int, resample: int) -> None:
+def test_two_passes_in_pillows_order_equal_one_resize(
+    width: int, height: int, columns: int, rows: int, resample: int
+) -> None:
     image = Image.effect_noise((width, height), 100)
     first = (width, rows) if pixels.columns_first(image.size, (columns, rows)) else (columns, height)
     twice = image.resize(first, resample).resize((columns, rows), resample)
@@ -682,11 +688,11 @@ def test_passes_come_in_pillow_s_order(width: int, height: int, columns: int, ro
 
 
 @pytest.mark.parametrize("size", [(40, 900), (900, 40), (300, 310)], ids=str)
-def test_strips_make_what_pillow_makes_whole(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
+def test_strips_equal_a_whole_resize(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     spec = PixelSpec.from_config(
         {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 36}, "crop_size": 30}
     )
     whole = pixels.resize(Image.fromarray(noise), spec)
-    monkeypatch.setattr(pixels, "WHOLE_RESIZE", 2000)
+    monkeypatch.setattr(resizing, "WHOLE_RESIZE", 2000)
     assert np.array_equal(pixels.resize(Image.fromarray(noise), spec), whole)

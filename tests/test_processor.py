@@ -15,7 +15,7 @@ from PIL import Image
 
 from capcli import pixels
 from capcli.errors import CapcliError, ImageError
-from capcli.pixels import PixelSpec
+from capcli.pixels import PixelSpec, resizing
 
 DATA = Path(__file__).parents[1].parent / "shared/data"
 NO_LIMIT = 10**9
@@ -47,9 +47,9 @@ def real(config: dict[str, Any], folder: Path) -> Any:
 
 
 def real_bytes(processor: Any, image: Image.Image) -> np.ndarray:
-    made = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
-    assert made.dtype == np.uint8
-    return np.moveaxis(made, 0, -1)
+    found = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+    assert found.dtype == np.uint8
+    return np.moveaxis(found, 0, -1)
 
 
 def assert_same(config: dict[str, Any], images: list[Image.Image], folder: Path) -> None:
@@ -74,7 +74,8 @@ def photos(count: int) -> list[Path]:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_each_class_with_its_defaults(name: str, tmp_path: Path) -> None:
-    assert_same({"image_processor_type": f"{name}ImageProcessor"}, [noise(*shape) for shape in SHAPES[:-1]], tmp_path)
+    shapes = SHAPES[:-1] if name == "CLIP" else [shape for shape in SHAPES[:-1] if max(shape) <= 500]
+    assert_same({"image_processor_type": f"{name}ImageProcessor"}, [noise(*shape) for shape in shapes], tmp_path)
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -83,7 +84,7 @@ def test_each_class_over_photos(name: str, tmp_path: Path) -> None:
     assert_same({"image_processor_type": f"{name}ImageProcessor"}, images, tmp_path)
 
 
-def test_every_photo_as_the_real_checkpoint_takes_it(tmp_path: Path) -> None:
+def test_photos_with_the_processor_of_a_real_checkpoint(tmp_path: Path) -> None:
     path = DATA / "configs/vit-gpt2-image-captioning/preprocessor_config.json"
     if not path.exists():
         pytest.skip("the configs of ../shared/data are not here")
@@ -95,7 +96,9 @@ def test_every_photo_as_the_real_checkpoint_takes_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_every_size_and_filter(size: Any, resample: int, tmp_path: Path) -> None:
     config = {"image_processor_type": "ViTImageProcessor", "size": size, "resample": resample}
-    long = isinstance(size, dict) and ("longest_edge" in size or "max_height" in size)  # edges vanish: a failure
+    long = isinstance(size, dict) and (
+        "longest_edge" in size or "max_height" in size
+    )  # an edge would vanish: a failure
     assert_same(config, [noise(*shape) for shape in SHAPES if not (long and max(shape) > 40 * min(shape))], tmp_path)
 
 
@@ -136,10 +139,10 @@ def test_the_processor_of_resnet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("resample", range(6))
 @pytest.mark.parametrize("shape", [(1, 700), (700, 1), (2, 1001), (313, 3), (40, 640), (640, 40)])
-def test_long_images_are_cropped_without_being_made(
+def test_long_images_are_resized_in_strips(
     shape: tuple[int, int], resample: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pixels, "WHOLE_RESIZE", 1 << 12)  # so that strips are used where the processor is affordable
+    monkeypatch.setattr(resizing, "WHOLE_RESIZE", 1 << 12)  # so that strips are used for small images too
     for crop in (56, {"height": 90, "width": 30}):
         config = {"image_processor_type": "CLIPImageProcessor", "size": 56, "crop_size": crop, "resample": resample}
         assert_same(config, [noise(*shape)], tmp_path)
@@ -165,7 +168,7 @@ def test_resized_edges_round_as_the_processors(height: int, width: int, edge: in
 
 def test_a_very_long_image_in_bounded_memory(tmp_path: Path) -> None:
     spec = PixelSpec.from_config({"image_processor_type": "CLIPImageProcessor"})
-    for shape in [(1, 5000), (5000, 1)]:  # the processor would make 224 x 1,120,000 of it
+    for shape in [(1, 5000), (5000, 1)]:  # the processor would resize it to 224 x 1,120,000
         assert pixels.resize(noise(*shape), spec).shape == (224, 224, 3)
     with pytest.raises(ImageError, match="too long and thin") as failure:
         pixels.resize(noise(1, 10000), spec)
@@ -211,7 +214,7 @@ def test_the_documented_arithmetic_gives_the_processors_floats(
     assert np.array_equal(np.moveaxis(found, -1, 0), expected.astype(np.float32))
 
 
-def test_old_fast_pil_and_nested_names_mean_the_same() -> None:
+def test_old_fast_pil_and_nested_class_names_are_the_same() -> None:
     spec = PixelSpec.from_config({"image_processor_type": "ViTImageProcessor"})
     for name in ["ViTImageProcessorFast", "ViTImageProcessorPil", "ViTFeatureExtractor"]:
         assert PixelSpec.from_config({"feature_extractor_type": name}) == spec
@@ -220,12 +223,12 @@ def test_old_fast_pil_and_nested_names_mean_the_same() -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("field", ["do_resize", "do_center_crop", "default_to_square", "do_pad"])
-def test_a_null_means_what_it_means_to_transformers(name: str, field: str, tmp_path: Path) -> None:
+def test_a_null_has_the_meaning_that_transformers_gives_it(name: str, field: str, tmp_path: Path) -> None:
     config = {"image_processor_type": f"{name}ImageProcessor", "size": 200, "crop_size": 180, field: None}
     assert_same(config, [noise(300, 400), noise(40, 30)], tmp_path)
 
 
-def test_a_spec_travels() -> None:
+def test_a_spec_pickles_and_hashes() -> None:
     spec = PixelSpec.from_config({"image_processor_type": "CLIPImageProcessor"})
     assert pickle.loads(pickle.dumps(spec)) == spec
     assert hash(spec) == hash(PixelSpec.from_config({"image_processor_type": "CLIPImageProcessor"}))
@@ -256,7 +259,7 @@ def test_a_spec_travels() -> None:
         ("image_processor_type", "DonutImageProcessor"),
     ],
 )
-def test_what_would_change_the_pixels_is_refused_by_name(field: str, value: Any) -> None:
+def test_settings_that_would_change_the_pixels_are_refused_by_name(field: str, value: Any) -> None:
     config = {"image_processor_type": "ViTImageProcessor", "do_center_crop": True, "crop_size": 10, field: value}
     with pytest.raises(CapcliError, match=field):
         PixelSpec.from_config(config)
@@ -270,7 +273,7 @@ def test_padding_is_refused_only_where_it_would_pad(tmp_path: Path) -> None:
             PixelSpec.from_config(config)
 
 
-def test_fields_that_leave_pixels_alone_are_no_matter() -> None:
+def test_fields_that_do_not_change_the_pixels_are_ignored() -> None:
     extra = {"do_convert_rgb": True, "do_reduce_labels": True, "do_convert_grayscale": False, "processor_class": "X"}
     plain = {"image_processor_type": "ViTImageProcessor"}
     assert PixelSpec.from_config({**plain, **extra, "auto_map": {}, "crop_pct": 0.5}) == PixelSpec.from_config(plain)

@@ -1,1 +1,1 @@
-"""`capcli bench`: how fast captions are made here, where the time goes, how far the ceiling is, and beside whom."""
+"""`capcli bench`: how fast images are captioned, by stage, relative to the hardware's limit and to baselines."""

@@ -1,4 +1,4 @@
-"""`capcli bench` on one page: photos -> stages, ceiling, contest -> a table and a line of JSON."""
+"""`capcli bench` on one page: photos -> ceiling, stages, rounds beside the baselines -> tables and a line of JSON."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
 from capcli import pixels
 from capcli.bench import output, stages
-from capcli.bench.contest import Contestant, ContestantResult, contest
+from capcli.bench.output import BenchResult, Profile
+from capcli.bench.processes import BenchProcess, run_rounds
 from capcli.captioning.model import choose_dtype, device_of
 from capcli.captioning.plan import load_captioner, search_settings
 from capcli.engine.engine_json import engine_of
@@ -27,76 +28,63 @@ from capcli.progress import warn
 from capcli.sources import open_source
 from capcli.text import printable
 
-PEERS = os.path.join(os.path.dirname(__file__), "peers.py")
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """All that a bench found; `profile` None where it was quick."""
-
-    images: int
-    profile: output.Profile | None
-    ours: ContestantResult
-    peers: list[ContestantResult]
-
-    def ratio(self, peer: ContestantResult) -> float:
-        """How many times as fast capcli is."""
-        return self.ours.rate / peer.rate
+BASELINES = os.path.join(os.path.dirname(__file__), "baselines.py")
 
 
 def run(options: BenchOptions) -> int:
-    """Measure and print; the exit code: 1 where it is not so fast as `at_least` asks.
+    """Measure and print. Returns the exit code: 1 where capcli is slower than `at_least` or a baseline did not run.
 
-    Raises UsageError for what cannot be meant, CapcliError where nothing can be measured.
+    Raises UsageError for options that contradict the model, CapcliError where nothing can be measured.
     """
-    files = find_model(options.model)  # fetched before clocks run, and by one process
-    refuse_peers(options, files)
+    files = find_model(options.model)  # downloaded before anything is timed, by one process
+    refuse_baselines(options, files)
     engine = engine_of(files)
-    choose_dtype(options.dtype, device_of(options.device, engine), engine)  # which may refuse
-    photos = listed(options)
-    profile = None if options.quick else profiled(options, photos)
-    measured = contested(options, photos, profile)
-    if measured.ours.failed is not None:
-        raise CapcliError(f"capcli itself could not caption these: {measured.ours.failed}")
-    if options.gpu_decode and not measured.ours.facts["gpu_decode"]:
-        warn("--gpu-decode had no effect: decoder processes are quicker here")
-    output.result(measured, options)
-    least = options.at_least or 0.0
-    slow = [peer for peer in measured.peers if peer.rounds and measured.ratio(peer) < least]
-    silent = [peer for peer in measured.peers if not peer.rounds]
-    for peer in slow:
-        warn(f"{measured.ratio(peer):.2f} times as fast as {peer.name}, and {least:g} were asked for")
-    for peer in silent:
-        warn(f"{peer.name} could not be compared with")
-    return 1 if slow or silent else 0
+    choose_dtype(options.dtype, device_of(options.device, engine), engine)  # raises where the dtype is not possible
+    photos = list_photos(options)
+    result = compare(options, photos, None if options.quick else profile(options, photos))
+    if result.capcli.failed is not None:
+        raise CapcliError(f"capcli itself could not caption these: {result.capcli.failed}")
+    if options.gpu_decode and not result.capcli.facts["gpu_decode"]:
+        warn("--gpu-decode had no effect: decoder processes are faster here")
+    output.show(result, options)
+    minimum = options.at_least or 0.0
+    slow = [each for each in result.baselines if each.rounds and result.ratio(each) < minimum]
+    failed = [each for each in result.baselines if not each.rounds]
+    for baseline in slow:
+        warn(
+            f"capcli is {result.ratio(baseline):.2f} times as fast as {baseline.name}, less than --at-least {minimum:g}"
+        )
+    for baseline in failed:
+        warn(f"{baseline.name} did not run")
+    return 1 if slow or failed else 0
 
 
-def refuse_peers(options: BenchOptions, files: ModelFiles) -> None:
-    """Raises UsageError where no peer can run the model."""
+def refuse_baselines(options: BenchOptions, files: ModelFiles) -> None:
+    """Raises UsageError where no baseline can run the model."""
     if not options.against:
         return
     if files.is_engine:
-        raise UsageError(f"peers run a captioner's weights, and {options.model} is an engine: leave --against out")
+        raise UsageError(f"{options.model} is an engine, which no baseline can run: leave --against out")
     if encoder_prompt_of(files.config) is not None:
-        raise UsageError(f"the encoder of {options.model} is asked a question, which no peer does: leave --against out")
+        raise UsageError(
+            f"the encoder of {options.model} takes a prompt, which no baseline supports: leave --against out"
+        )
 
 
-def listed(options: BenchOptions) -> list[str]:
-    """The photos, without those that cannot be used: a contest is over the same images for all."""
+def list_photos(options: BenchOptions) -> list[str]:
+    """Absolute paths of the photos that can be decoded, so that all processes caption the same images."""
     source = open_source(SourceOptions(sources=options.photos), warn, None)
     bad: list[str] = []
-    photos = list(islice(usable((os.path.abspath(entry.path) for entry in source), bad), options.limit))
+    photos = list(islice(decodable((os.path.abspath(entry.path) for entry in source), bad), options.limit))
     if bad:
-        warn(
-            f"{len(bad)} cannot be captioned and {'is' if len(bad) == 1 else 'are'} left out, such as {printable(bad[0])}"
-        )
+        warn(f"left out because they cannot be decoded: {len(bad)}, such as {printable(bad[0])}")
     if not photos:
         raise CapcliError(f"there is no image in {', '.join(options.photos)}")
     return photos
 
 
-def usable(paths: Iterable[str], bad: list[str]) -> Iterator[str]:
-    """Those that can be decoded; the others go to `bad`."""
+def decodable(paths: Iterable[str], bad: list[str]) -> Iterator[str]:
+    """The paths that can be decoded; the others are added to `bad`."""
     for path in paths:
         try:
             with open(path, "rb") as file:
@@ -107,8 +95,11 @@ def usable(paths: Iterable[str], bad: list[str]) -> Iterator[str]:
             yield path
 
 
-def caption_options(options: BenchOptions, photos: list[str]) -> CaptionOptions:
-    return CaptionOptions(
+def profile(options: BenchOptions, photos: list[str]) -> Profile:
+    """The stages and the ceiling. The captioner is freed afterwards: the rounds run in processes of their own."""
+    from capcli.bench.ceiling import cost_of, peak_rates
+
+    caption_options = CaptionOptions(
         source=SourceOptions(sources=tuple(photos)),
         sink=SinkOptions(),
         generation=options.generation,
@@ -118,27 +109,21 @@ def caption_options(options: BenchOptions, photos: list[str]) -> CaptionOptions:
         threads=options.threads,
         quiet=True,
     )
-
-
-def profiled(options: BenchOptions, photos: list[str]) -> output.Profile:
-    """Stages, and the ceiling. The captioner is let go again: contestants have their own."""
-    from capcli.bench.ceiling import cost_of, peak_rates
-
-    wanted = caption_options(options, photos)
     began = time.perf_counter()
-    captioner = load_captioner(wanted, None)
-    loading = time.perf_counter() - began
-    settings = search_settings(wanted, captioner)
+    captioner = load_captioner(caption_options, None)
+    load = time.perf_counter() - began
+    settings = search_settings(caption_options, captioner)
     found = stages.measure(captioner, settings, photos, options.batch_size)
-    found.once = {"start-up": stages.start_up(), "load": loading}
-    if captioner.files.is_engine:
-        return output.Profile(found, None, None, captioner.model.dtype)
+    found.once = {"start-up": stages.start_up(), "load": load}
     dtype, device = captioner.model.dtype, captioner.model.runtime.device
-    work = cost_of(captioner.files, captioner.model.size, settings, found.slots, dtype)
-    return output.Profile(found, work, peak_rates(device, dtype), dtype)
+    if captioner.files.is_engine:
+        return Profile(found, None, None, dtype)
+    cost = cost_of(captioner.files, captioner.model.size, settings, found.slots, dtype)
+    return Profile(found, cost, peak_rates(device, dtype), dtype)
 
 
-def contested(options: BenchOptions, photos: list[str], profile: output.Profile | None) -> Comparison:
+def compare(options: BenchOptions, photos: list[str], profile: Profile | None) -> BenchResult:
+    """Run the rounds of capcli and of each baseline."""
     task: dict[str, Any] = {
         "files": photos,
         "model": options.model,
@@ -149,16 +134,18 @@ def contested(options: BenchOptions, photos: list[str], profile: output.Profile 
         "threads": options.threads,
         "gpu_decode": options.gpu_decode,
     }
-    folder, device = find_model(options.model).folder, str(choose_device(options.device))
-    search = {name: value for name, value in task["generation"].items() if name != "seed"}
+    baseline_task = task | {
+        "model": find_model(options.model).folder,
+        "device": str(choose_device(options.device)),
+        "generation": {name: value for name, value in task["generation"].items() if name != "seed"},
+    }
+    python = options.peer_python or sys.executable
     with ExitStack() as stack:
-        ours = Contestant("capcli", [sys.executable, "-m", "capcli.bench.ours"], task)
-        everyone = [stack.enter_context(ours)]
+        command = [sys.executable, "-m", "capcli.bench.capcli_process"]
+        processes = [stack.enter_context(BenchProcess("capcli", command, task))]
         for name in options.against:
-            theirs = task | {"model": folder, "how": name, "device": device, "generation": search}
-            everyone.append(
-                stack.enter_context(Contestant(name, [options.peer_python or sys.executable, PEERS], theirs))
-            )
-        contest(everyone, options.rounds)
-    told = [each.told for each in everyone]
-    return Comparison(len(photos), profile, told[0], told[1:])
+            process = BenchProcess(name, [python, BASELINES], baseline_task | {"how": name})
+            processes.append(stack.enter_context(process))
+        run_rounds(processes, options.rounds)
+    capcli, *baselines = [process.result for process in processes]
+    return BenchResult(len(photos), profile, capcli, baselines)

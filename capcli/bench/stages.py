@@ -1,4 +1,4 @@
-"""Where the time goes: every stage of captioning by itself, over the same photos, one after another in this process."""
+"""The time of each stage of captioning, measured one after another in this process over the same photos."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ START_UP = "import capcli.captioning.pipeline"
 
 @dataclass(slots=True)
 class Stages:
-    """Seconds by stage: those `once` in a run, and those that every image costs `each`; `tokens` of a mean caption."""
+    """Seconds by stage: `once` per run, and for `each` image; and the mean number of `tokens` of a caption."""
 
     once: dict[str, float] = field(default_factory=dict)
     each: dict[str, float] = field(default_factory=dict)
@@ -48,14 +48,14 @@ class Stages:
 
 
 def start_up() -> float:
-    """Seconds until a fresh interpreter has imported all that captioning needs."""
+    """Seconds until a new interpreter has imported everything that captioning needs."""
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", START_UP], check=True, capture_output=True)
     return time.perf_counter() - began
 
 
 def measure(captioner: Captioner, settings: Settings, photos: Sequence[str], batch_size: int | None) -> Stages:
-    """Raises CapcliError where none of the photos can be used."""
+    """Raises CapcliError where none of the photos can be captioned."""
     stages = Stages()
     entries = _listed(stages, photos)
     loaded = _loaded(stages, entries, captioner)
@@ -78,10 +78,10 @@ def _loaded(stages: Stages, entries: Sequence[Entry], captioner: Captioner) -> l
             with stages.timed("decode", count):
                 image, _ = pixels.read(data, max_pixels=MAX_PIXELS)
             with stages.timed("resize", count):
-                made = pixels.resize(image, spec)
+                resized = pixels.resize(image, spec)
         except (ImageError, OSError):
             continue
-        found.append(Loaded(entry.name, made))
+        found.append(Loaded(entry.name, resized))
     if not found:
         raise CapcliError("none of the photos can be captioned")
     return found
@@ -90,7 +90,7 @@ def _loaded(stages: Stages, entries: Sequence[Entry], captioner: Captioner) -> l
 def _decoded(
     stages: Stages, captioner: Captioner, settings: Settings, loaded: Sequence[Loaded], batch_size: int | None
 ) -> list[Finished]:
-    """The decode loop with a watch on each of its parts; the first time over to warm up."""
+    """The decode loop, with each of its parts timed; it runs twice, the first time as a warm-up."""
     runtime, count = captioner.model.runtime, len(loaded)
     shapes = captioner.shapes(settings, count, batch_size)
     jobs = [Job(index, each.pixels) for index, each in enumerate(loaded)]
@@ -100,26 +100,26 @@ def _decoded(
             name: value for name, value in stages.each.items() if name not in ("copy", "encode", "step", "search")
         }
         runtime.allocate(shapes, settings)
-        batch = Batch(IterableFeed(jobs), Watched(runtime, stages, count), settings, shapes, deque())
+        batch = Batch(IterableFeed(jobs), TimedRuntime(runtime, stages, count), settings, shapes, deque())
         began = time.perf_counter()
         done = [each for ended in batch.captions() for each in ended]
-        whole = (time.perf_counter() - began) / count
-        stages.each["search"] = whole - sum(stages.each[name] for name in ("copy", "encode", "step"))
+        total = (time.perf_counter() - began) / count
+        stages.each["search"] = total - sum(stages.each[name] for name in ("copy", "encode", "step"))
     stages.slots = shapes.slots
-    said = [len(each.hypotheses[0].tokens) for each in done if each.hypotheses]
-    stages.tokens = sum(said) / max(len(said), 1)
+    lengths = [len(each.hypotheses[0].tokens) for each in done if each.hypotheses]
+    stages.tokens = sum(lengths) / max(len(lengths), 1)
     return done
 
 
-class Watched:
-    """A runtime with a watch on it; what it does it does one after another."""
+class TimedRuntime:
+    """A runtime whose calls are timed; nothing runs at the same time."""
 
     def __init__(self, runtime: Any, stages: Stages, images: int) -> None:
         self.device, self.lag, self.ahead = runtime.device, 0, False
         self._runtime, self._stages, self._images = runtime, stages, images
 
     def allocate(self, *_: Any) -> None:
-        """Done before."""
+        """`_decoded` has allocated."""
 
     def fewer(self, shapes: Any, _: Any) -> Any:
         return shapes

@@ -1,1 +1,1 @@
-"""`capcli doctor`: what is installed, what this machine can do, what lies on its disk, and what mends what is missing."""
+"""`capcli doctor`: installed versions, what this machine and its runtimes can do, local models, and a fix for each problem."""

@@ -1,6 +1,6 @@
-"""Looks at one runtime, in a process of its own: a library that crashes, hangs or talks takes nothing else with it.
+"""Examines one runtime in a process of its own: a library that crashes, hangs or prints affects nothing else.
 
-`python -m capcli.doctor.probe torch` prints one JSON object.
+`probe_all` starts `python -m capcli.doctor.probe NAME` for each runtime; the process prints one JSON object.
 """
 
 from __future__ import annotations
@@ -9,62 +9,110 @@ import contextlib
 import importlib
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from capcli.doctor.findings import said
+from capcli.doctor.output import error_text
 
-# y = Identity(x), float [1], opset 13: the smallest model that an ONNX Runtime can be seen to run.
+TIMEOUT = 120.0  # seconds for all probes; importing PyTorch from a slow disk takes long
+
+Answer = Mapping[str, Any]
+
+
+def probe_all(names: Sequence[str], timeout: float = TIMEOUT) -> dict[str, Answer]:
+    """The answer about each module, examined at the same time; {"error": text} where a process failed."""
+    end = time.monotonic() + timeout
+    try:
+        processes = {name: _start(name) for name in names}
+    except OSError as error:  # no memory, or too many processes
+        return {name: {"error": f"it cannot be examined: {error}"} for name in names}
+    return {name: _answer(process, end, timeout) for name, process in processes.items()}
+
+
+def _start(name: str) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)  # the child imports what this process can
+    return subprocess.Popen(
+        [sys.executable, "-m", "capcli.doctor.probe", name],
+        env={**os.environ, "PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def _answer(process: subprocess.Popen[bytes], end: float, timeout: float) -> Answer:
+    try:
+        out, err = process.communicate(timeout=max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return {"error": f"it hangs: no answer in {timeout:.0f} s"}
+    except BaseException:
+        process.kill()
+        raise
+    code = process.returncode
+    if code < 0:
+        return {"error": f"it crashes (signal {-code}: {signal.strsignal(-code)})"}
+    try:
+        answer: dict[str, Any] = json.loads(out)
+    except ValueError:
+        lines = err.decode("utf-8", "replace").strip().splitlines() or ["no error message"]
+        return {"error": f"it ends with code {code}: {lines[-1]}"}
+    return answer
+
+
+# In the child process
+
+# y = Identity(x), float [1], opset 13: the smallest model that shows whether ONNX Runtime works.
 IDENTITY = (
     b'\x08\x07:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
 )
 
 
-def main() -> None:
-    answers = os.dup(1)
-    os.dup2(2, 1)  # libraries that print must not spoil the answer
-    name = sys.argv[1]
-    with warnings.catch_warnings(record=True) as warned:
+def main(name: str) -> None:
+    answer_fd = os.dup(1)
+    os.dup2(2, 1)  # what libraries print must not mix with the answer
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        answer = probed(name)
-    answer["warnings"] = [" ".join(str(each.message).split()) for each in warned if "CUDA" in str(each.message)]
-    os.write(answers, json.dumps(answer).encode())
+        answer = probe(name)
+    answer["warnings"] = [" ".join(str(each.message).split()) for each in caught if "CUDA" in str(each.message)]
+    os.write(answer_fd, json.dumps(answer).encode())
 
 
-def probed(name: str) -> dict[str, Any]:
+def probe(name: str) -> dict[str, Any]:
     try:
         module = importlib.import_module(name)
-        return {"version": str(getattr(module, "__version__", "unknown")), **LOOK[name](module)}
+        return {"version": str(getattr(module, "__version__", "unknown")), **PROBES[name](module)}
     except ModuleNotFoundError as error:
-        return {"missing": True} if error.name == name else {"error": said(error)}
+        return {"missing": True} if error.name == name else {"error": error_text(error)}
     except Exception as error:
-        return {"error": said(error)}
+        return {"error": error_text(error)}
 
 
-def look_at_torch(torch: Any) -> dict[str, Any]:
-    abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    there = bool(torch.cuda.is_available())
-    return {
+def probe_torch(torch: Any) -> dict[str, Any]:
+    features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    found = {
         "cuda": torch.version.cuda or torch.version.hip,
-        "cpu_bfloat16": bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16")),
-        **look_at_int8(),
-        "devices": [look_at_device(torch, number) for number in range(torch.cuda.device_count())] if there else [],
+        "cpu_bfloat16": bool(features.get("avx512_bf16") or features.get("amx_bf16")),
+        "devices": [
+            probe_gpu(torch, number) for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        ],
     }
-
-
-def look_at_int8() -> dict[str, Any]:
-    """What `--dtype int8` lacks here, None for nothing; nothing at all where that cannot be told."""
     with contextlib.suppress(Exception):
         from capcli.models.int8 import int8_lacks
 
-        return {"cpu_int8_lacks": int8_lacks()}
-    return {}
+        found["cpu_int8_lacks"] = int8_lacks()  # absent where this cannot be determined
+    return found
 
 
-def look_at_device(torch: Any, number: int) -> dict[str, Any]:
-    """What a GPU is, and `error` where it does not compute: its architecture may be none that this PyTorch is built for."""
+def probe_gpu(torch: Any, number: int) -> dict[str, Any]:
+    """A GPU's properties, and `error` where it does not compute: this PyTorch may not be built for its architecture."""
     device = torch.device("cuda", number)
     major, minor = torch.cuda.get_device_capability(device)
     found = {
@@ -76,17 +124,17 @@ def look_at_device(torch: Any, number: int) -> dict[str, Any]:
     try:
         assert (torch.ones(2, device=device) + 1).sum().item() == 4.0
     except Exception as error:
-        found["error"] = said(error)
+        found["error"] = error_text(error)
     return found
 
 
-def look_at_onnxruntime(onnxruntime: Any) -> dict[str, Any]:
+def probe_onnxruntime(onnxruntime: Any) -> dict[str, Any]:
     providers = list(onnxruntime.get_available_providers())
     if "CUDAExecutionProvider" in providers:
         with contextlib.suppress(Exception):
-            import torch  # noqa: F401 - as in a run, where CUDA's libraries come with it
-    ours = [name for name in ("CPUExecutionProvider", "CUDAExecutionProvider") if name in providers]
-    return {"providers": providers, "errors": {name: run_identity(onnxruntime, name) for name in ours}}
+            import torch  # noqa: F401 - as in a run: PyTorch loads CUDA's libraries
+    used = [name for name in ("CPUExecutionProvider", "CUDAExecutionProvider") if name in providers]
+    return {"providers": providers, "errors": {name: run_identity(onnxruntime, name) for name in used}}
 
 
 def run_identity(onnxruntime: Any, provider: str) -> str | None:
@@ -97,17 +145,17 @@ def run_identity(onnxruntime: Any, provider: str) -> str | None:
         session = onnxruntime.InferenceSession(IDENTITY, providers=[provider])
         if provider not in session.get_providers():
             return "its libraries cannot be loaded"
-        given = np.full(1, 3, np.float32)
-        return None if session.run(None, {"x": given})[0] == given else "it computes 1 x 3 wrongly"
+        values = np.full(1, 3, np.float32)
+        return None if session.run(None, {"x": values})[0] == values else "it computes 1 x 3 wrongly"
     except Exception as error:
-        return said(error)
+        return error_text(error)
 
 
-def look_at_tensorrt(_: Any) -> dict[str, Any]:
+def probe_tensorrt(_: Any) -> dict[str, Any]:
     return {}
 
 
-LOOK = {"torch": look_at_torch, "onnxruntime": look_at_onnxruntime, "tensorrt": look_at_tensorrt}
+PROBES = {"torch": probe_torch, "onnxruntime": probe_onnxruntime, "tensorrt": probe_tensorrt}
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -1,4 +1,4 @@
-"""JPEGs decoded and resized on a GPU, many at a time, in a thread between loading and the decode loop."""
+"""JPEGs decoded and resized on a GPU, in batches, in a thread between the decoder processes and the decode loop."""
 
 from __future__ import annotations
 
@@ -30,38 +30,40 @@ from capcli.pixels import PixelSpec
 from capcli.pixels.processor import BICUBIC, BILINEAR
 from capcli.records import Entry, Failure, Loaded
 
-MOST, MOST_BYTES = 128, 32 << 20  # files decoded at a time; decoded they are ten times as large, or more
-POLL_SECONDS = 0.2  # seconds after which a wait looks whether it should end
+MOST, MOST_BYTES = 128, 32 << 20  # files in a batch, and their bytes; decoded they are ten times as large, or more
+POLL_SECONDS = 0.2  # seconds between two checks of whether to end
 FILTERS = {BILINEAR: "bilinear", BICUBIC: "bicubic"}  # Pillow's numbers, PyTorch's names
-TRIED, TRIED_SIZE = 64, (640, 480)  # how many JPEGs, of which width and height, GPU and processes are compared by
+TRIED, TRIED_SIZE = 64, (640, 480)  # JPEGs that compare the GPU with decoder processes, and their (width, height)
 
 Bytes = npt.NDArray[np.uint8]
 Decoder = Callable[[Sequence[Tensor]], Sequence[Tensor]]  # files, uint8 [n] each -> images, uint8 [3, h, w]
 
 
 class Start(Protocol):
-    """`capcli.loading.load`, its numbers given."""
+    """`capcli.loading.load` with its numbers set."""
 
     def __call__(self, entries: Iterable[Entry], decode: Decode) -> Loading: ...
 
 
 def refuse_gpu_decode(spec: PixelSpec, device: torch.device) -> None:
-    """Raises UsageError where a GPU cannot do what this processor asks for, CapcliError where torchvision is missing."""
+    """Raises UsageError where the device or the processor is not supported, CapcliError where torchvision is missing."""
     if device.type != "cuda":
         raise UsageError(f"--gpu-decode is for CUDA, and this run is on the {device.type.upper()}: leave it out")
     if spec.rule != "keep" and spec.resample not in FILTERS:
         name = Image.Resampling(spec.resample).name.lower()
-        raise UsageError(f"--gpu-decode resizes bilinear or bicubic, and this model's processor {name}: leave it out")
+        raise UsageError(
+            f"--gpu-decode resizes bilinear or bicubic, and this model's processor uses {name}: leave it out"
+        )
     try:
         import torchvision.io  # noqa: F401
-    except (ImportError, RuntimeError, OSError) as error:  # a build for another PyTorch raises any of these
+    except (ImportError, RuntimeError, OSError) as error:  # a build for another PyTorch may raise any of these
         raise CapcliError(
             f"--gpu-decode needs torchvision ({error}): pip install 'capcli[gpu-decode]', or leave it out"
         ) from error
 
 
 def nvjpeg(device: torch.device) -> Decoder:
-    """torchvision's decoder on a CUDA device: RuntimeError for all files where one cannot be decoded."""
+    """torchvision's decoder on a CUDA device; it raises RuntimeError for the whole batch if one file cannot be decoded."""
     from torchvision.io import ImageReadMode, decode_jpeg
 
     def decode(files: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -72,9 +74,9 @@ def nvjpeg(device: torch.device) -> Decoder:
 
 
 class GpuJpegDecoder:
-    """Files of plain JPEGs to pixels uint8 [height, width, 3], as `pixels.load` makes them.
+    """Files of plain JPEGs to pixels uint8 [height, width, 3], as `pixels.load` gives them.
 
-    But for rounding, and for what a decoder puts between the colours of pixels that share one.
+    Small differences remain: rounding, and how a decoder interpolates the colours that neighbouring pixels share.
     """
 
     def __init__(self, spec: PixelSpec, decode: Decoder, stream: torch.cuda.Stream | None = None) -> None:
@@ -82,39 +84,39 @@ class GpuJpegDecoder:
 
     @classmethod
     def on(cls, device: torch.device, spec: PixelSpec) -> GpuJpegDecoder:
-        """By nvJPEG on a CUDA device, on a stream beside that of the decode loop's steps."""
+        """With nvJPEG on a CUDA device, on a stream other than that of the decode loop's steps."""
         return cls(spec, nvjpeg(device), torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
     def __call__(self, files: Sequence[Bytes]) -> list[Bytes | None]:
-        """The pixels of each; None for what the GPU does not decode, and where it gives one colour."""
+        """The pixels of each file; None where the GPU cannot decode it or gives a single colour."""
         try:
-            made = self.together(files)
-        except Exception:  # one is damaged, it is not said which; or there is no memory for so many
+            images = self.decode_batch(files)
+        except Exception:  # one file is damaged, or there is not enough memory: the error does not tell which
             if len(files) == 1:
                 return [None]
             half = len(files) // 2
             return [*self(files[:half]), *self(files[half:])]
-        # decoders in hardware have been seen to leave an image out and report no error
-        return [None if each.min() == each.max() else each for each in made]
+        # hardware decoders sometimes skip an image without an error
+        return [None if image.min() == image.max() else image for image in images]
 
-    def together(self, files: Sequence[Bytes]) -> list[Bytes]:
-        """All of them at once; raises what the decoder raises."""
+    def decode_batch(self, files: Sequence[Bytes]) -> list[Bytes]:
+        """The pixels of all files; raises what the decoder raises."""
         with torch.cuda.stream(self._stream):
             images = self._decode([torch.from_numpy(file) for file in files])
             return [resized(image, self.spec).cpu().numpy() for image in images]
 
 
 def resized(image: Tensor, spec: PixelSpec) -> Tensor:
-    """uint8 [3, h, w], of any size, resized and cropped as the processor does -> uint8 [height, width, 3].
+    """uint8 [3, h, w] of any size, resized and cropped as the processor does: uint8 [height, width, 3].
 
-    In two passes, each rounded to bytes, in Pillow's order; of its pixels few differ, by 1, hardly any by 2.
+    Two passes in Pillow's order, each rounded to bytes. A few values differ from Pillow's by 1, very few by 2.
     """
     height, width = image.shape[1:]
     size = spec.resized(height, width)
     first = (size[0], width) if pixels.columns_first((width, height), size[::-1]) else (height, size[1])
     for whole in (first, size):
         if whole != tuple(image.shape[1:]):
-            # contiguous, so that sums are made in the same order whatever the decoder's layout
+            # contiguous: the order of summation must not depend on the decoder's memory layout
             wide = F.interpolate(image[None].float().contiguous(), whole, mode=FILTERS[spec.resample], antialias=True)
             image = wide[0].round_().clamp_(0, 255).to(torch.uint8)
     crop = spec.crop or size
@@ -122,13 +124,13 @@ def resized(image: Tensor, spec: PixelSpec) -> Tensor:
     part = image[:, top : top + rows, left : left + columns].permute(1, 2, 0)
     if (rows, columns) == crop:
         return part.contiguous()
-    made = part.new_zeros(*crop, 3)
-    made[above : above + rows, before : before + columns] = part
-    return made
+    padded = part.new_zeros(*crop, 3)
+    padded[above : above + rows, before : before + columns] = part
+    return padded
 
 
 def rates(jpegs: GpuJpegDecoder) -> tuple[float, float]:
-    """Images per second by `jpegs`, and by one decoder process, of a JPEG that is drawn here.
+    """Images per second of `jpegs` and of one decoder process, measured with a generated JPEG.
 
     Raises CapcliError where the GPU cannot decode it.
     """
@@ -140,9 +142,9 @@ def rates(jpegs: GpuJpegDecoder) -> tuple[float, float]:
     file = stream.getvalue()
     files = [np.frombuffer(file, np.uint8).copy()] * TRIED
     try:
-        jpegs.together(files)  # libraries set themselves up
+        jpegs.decode_batch(files)  # warm-up: libraries initialise
         began = time.perf_counter()
-        jpegs.together(files)
+        jpegs.decode_batch(files)
     except Exception as error:
         raise CapcliError(f"--gpu-decode: torchvision decodes no JPEG on this GPU ({error}); leave it out") from error
     between = time.perf_counter()
@@ -152,46 +154,46 @@ def rates(jpegs: GpuJpegDecoder) -> tuple[float, float]:
 
 
 class GpuLoading:
-    """Arrivals of which a GPU decodes the plain JPEGs, in the entries' order, each as soon as those before it are there.
+    """`Loading` in which a GPU decodes the plain JPEGs: results in the entries' order, each as soon as all before it are ready.
 
-    Decoder processes read all files: `keep` leaves them the JPEGs for `jpegs`. What those do not decode goes to processes
-    again, which `whole` decodes in. `start(entries, decode)` starts them.
+    Decoder processes read all files with `keep`, which returns plain JPEGs undecoded. Those that `jpegs` cannot decode go
+    to decoder processes once more, with `whole`. `start(entries, decode)` starts the processes.
     """
 
     def __init__(
         self, entries: Iterable[Entry], jpegs: GpuJpegDecoder, keep: Decode, whole: Decode, start: Start
     ) -> None:
         self._jpegs = jpegs
-        self._entries: deque[Entry] = deque()  # of those under way
-        self._loading = start(self._noted(entries), keep)
+        self._entries: deque[Entry] = deque()  # read, and not taken from `_loading` yet
+        self._loading = start(self._recorded(entries), keep)
         self._ready: Queue[Loaded | Failure | BaseException | None] = Queue(2 * MOST)
         self._error: BaseException | None = None
         self._closed = threading.Event()
-        self._refused = Refused(partial(start, decode=whole), self._closed)
+        self._fallback = Fallback(partial(start, decode=whole), self._closed)
         self._thread = threading.Thread(target=self._work, name="capcli-gpu-decode", daemon=True)
         self.done = False
         self._thread.start()
 
     def take(self, timeout: float | None = None) -> Loaded | Failure | None:
-        """The next; None: nothing within `timeout` seconds (None: as long as it takes), or all is `done`."""
+        """The next result. None: nothing within `timeout` seconds (None: no limit), or all is `done`."""
         if self.done:
             return None
         try:
-            came = self._ready.get(timeout != 0, timeout)
+            result = self._ready.get(timeout != 0, timeout)
         except Empty:
             return None
-        if came is None or isinstance(came, BaseException):
+        if result is None or isinstance(result, BaseException):
             self.done = True
-            if came is not None:
-                raise came
+            if result is not None:
+                raise result
             return None
-        return came
+        return result
 
     def close(self) -> None:
-        """Ends the processes, and the thread once the GPU has decoded what it holds."""
+        """End the processes, and the thread once the GPU has decoded its batch."""
         self._closed.set()
         self._loading.close()
-        # An impatient Ctrl-C must not end the interpreter under a thread that computes: it would abort.
+        # A second Ctrl-C must not end the interpreter while the thread computes: it would abort.
         with Interrupts(quiet=True, grace=math.inf):
             self._thread.join()
 
@@ -203,7 +205,7 @@ class GpuLoading:
     ) -> None:
         self.close()
 
-    def _noted(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+    def _recorded(self, entries: Iterable[Entry]) -> Iterator[Entry]:
         for entry in entries:
             self._entries.append(entry)
             yield entry
@@ -211,54 +213,55 @@ class GpuLoading:
     def _work(self) -> None:
         try:
             while self._error is None and not (self._closed.is_set() or self._loading.done):
-                for each in self._decoded(self._gathered()):
-                    self._put(each)
-        except BaseException as error:  # it belongs to the thread that takes
+                for result in self._decoded(self._gathered()):
+                    self._put(result)
+        except BaseException as error:  # the thread that takes raises it
             self._error = error
         finally:
-            self._refused.close()
+            self._fallback.close()
         self._put(self._error)
 
     def _gathered(self) -> list[tuple[Entry, Loaded | Failure]]:
-        """What has come, so much as is decoded at a time at most; where nothing has, after HEED seconds what comes first."""
+        """The results that are ready, at most a batch; if there are none, the first within POLL_SECONDS."""
         gathered: list[tuple[Entry, Loaded | Failure]] = []
         size = 0
         while len(gathered) < MOST and size < MOST_BYTES:
             try:
-                came = self._loading.take(0 if gathered else POLL_SECONDS)
-            except Exception as error:  # to be told after what came before it
+                result = self._loading.take(0 if gathered else POLL_SECONDS)
+            except Exception as error:  # raised after the results before it
                 self._error = error
                 break
-            if came is None:
+            if result is None:
                 break
-            gathered.append((self._entries.popleft(), came))
-            size += came.pixels.nbytes if isinstance(came, Loaded) else 0
+            gathered.append((self._entries.popleft(), result))
+            size += result.pixels.nbytes if isinstance(result, Loaded) else 0
         return gathered
 
     def _decoded(self, gathered: Sequence[tuple[Entry, Loaded | Failure]]) -> Iterator[Loaded | Failure]:
-        files = [came.pixels for _, came in gathered if is_file(came)]
-        made = iter(self._jpegs(files) if files else ())
-        done: list[Loaded | Failure | None] = []
-        for _, came in gathered:
-            image = next(made) if is_file(came) else None
-            done.append(came if not is_file(came) else None if image is None else replace(came, pixels=image))
-        again = self._refused.load([entry for (entry, _), each in zip(gathered, done, strict=True) if each is None])
-        for each in done:
-            result = next(again, None) if each is None else each
-            if result is not None:  # it is, where this was closed
-                yield result
+        files = [result.pixels for _, result in gathered if is_file(result)]
+        images = iter(self._jpegs(files) if files else ())
+        decoded: list[Loaded | Failure | None] = []
+        for _, result in gathered:
+            image = next(images) if is_file(result) else None
+            decoded.append(result if not is_file(result) else None if image is None else replace(result, pixels=image))
+        failed = [entry for (entry, _), result in zip(gathered, decoded, strict=True) if result is None]
+        retried = self._fallback.load(failed)
+        for each in decoded:
+            final = next(retried, None) if each is None else each
+            if final is not None:  # None once this is closed
+                yield final
 
-    def _put(self, what: Loaded | Failure | BaseException | None) -> None:
+    def _put(self, result: Loaded | Failure | BaseException | None) -> None:
         while not self._closed.is_set():
             try:
-                self._ready.put(what, timeout=POLL_SECONDS)
+                self._ready.put(result, timeout=POLL_SECONDS)
                 return
             except Full:
                 continue
 
 
-class Refused:
-    """Loads once more, whole and in processes of their own, what a GPU did not decode; they start when the first is to be."""
+class Fallback:
+    """Decodes in separate decoder processes what the GPU could not; they start when they are first needed."""
 
     def __init__(self, start: Callable[[Iterable[Entry]], Loading], closed: threading.Event) -> None:
         self._start, self._closed = start, closed
@@ -266,17 +269,17 @@ class Refused:
         self._loading: Loading | None = None
 
     def load(self, entries: Sequence[Entry]) -> Iterator[Loaded | Failure]:
-        """One for each, in their order; fewer once `closed` is set."""
+        """One result for each entry, in their order; fewer once `closed` is set."""
         if entries and self._loading is None:
             self._loading = self._start(iter(self._queue.get, None))
         for entry in entries:
             self._queue.put(entry)
         for _ in entries:
-            came = None
-            while came is None and self._loading and not self._closed.is_set():
-                came = self._loading.take(POLL_SECONDS)
-            if came is not None:
-                yield came
+            result = None
+            while result is None and self._loading and not self._closed.is_set():
+                result = self._loading.take(POLL_SECONDS)
+            if result is not None:
+                yield result
 
     def close(self) -> None:
         self._queue.put(None)
@@ -284,6 +287,6 @@ class Refused:
             self._loading.close()
 
 
-def is_file(came: Loaded | Failure) -> TypeGuard[Loaded]:
-    """Whether it came as the bytes of its file."""
-    return isinstance(came, Loaded) and came.pixels.ndim == 1
+def is_file(result: Loaded | Failure) -> TypeGuard[Loaded]:
+    """Whether the result is the bytes of a file."""
+    return isinstance(result, Loaded) and result.pixels.ndim == 1

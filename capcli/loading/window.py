@@ -1,4 +1,4 @@
-"""The window that restores the order: what is listed and not yet handed on, and never more than its limit."""
+"""The window: entries that were read and whose results were not taken yet, bounded, in the entries' order."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 from capcli.records import Entry, Failure, Loaded
 
-_ROOMY = 256 << 20  # bytes of decoded pixels past which only the image that all others wait for is begun
+# Bytes of decoded pixels in the window above which only the first image, which all others wait for, is started.
+_MAX_BYTES = 256 << 20
 
 
 @dataclass(slots=True, eq=False)
-class Ticket:
-    """One entry on its way through the window."""
+class Task:
+    """One entry in the window, and its result once it has one."""
 
     entry: Entry
     number: int
@@ -22,88 +23,88 @@ class Ticket:
 
 
 class Window:
-    """Three threads meet here: one feeds entries, one has them decoded, one takes the results in the entries' order.
+    """Shared by three threads: one feeds entries, one decodes them, one takes the results in the entries' order.
 
-    `wake` is called, holding the lock, when `next_task` said None and there is something to begin now.
+    `wake` is called, with the lock held, when `next_task` returned None before and there is now a task to start.
     """
 
     wake: Callable[[], None]
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._lock = threading.RLock()  # re-entrant: the garbage collector may close a window anywhere
-        self._changed = threading.Condition(self._lock)  # what the taker waits for
-        self._room = threading.Condition(self._lock)  # what the feeder waits for
+        self._lock = threading.RLock()  # re-entrant: the garbage collector may close a window in any thread
+        self._changed = threading.Condition(self._lock)  # for the thread that takes
+        self._room = threading.Condition(self._lock)  # for the thread that feeds
         self.wake = self._changed.notify
-        self._waiting: deque[Ticket] = deque()  # in the entries' order
-        self._to_begin: deque[Ticket] = deque()
-        self._bytes = 0  # of the results that wait
-        self._hungry = False
-        self._listed = False  # no more entries will come
+        self._tasks: deque[Task] = deque()  # in the entries' order
+        self._to_start: deque[Task] = deque()
+        self._bytes = 0  # of the results in the window
+        self._wants_task = False  # `next_task` returned None
+        self._all_read = False
         self._source_error: BaseException | None = None
         self._error: BaseException | None = None
         self._closed = False
 
     def feed(self, entries: Iterable[Entry]) -> None:
-        """Put entries in as there is room, until they end or the window closes; an error of theirs comes after them."""
+        """Add entries as there is room, until they or the window end; `take` raises their error after their results."""
         error: BaseException | None = None
         try:
             remaining = enumerate(entries)
             while self._wait_for_room() and (numbered := next(remaining, None)):
                 number, entry = numbered
-                self._add(Ticket(entry, number))
-        except BaseException as raised:  # it belongs to the thread that takes
+                self._add(Task(entry, number))
+        except BaseException as raised:  # the thread that takes raises it
             error = raised
         with self._lock:
             self._source_error = error
-            self._listed = True
+            self._all_read = True
             self._changed.notify()
 
     def _wait_for_room(self) -> bool:
         with self._lock:
-            self._room.wait_for(lambda: self._closed or len(self._waiting) < self._limit)
+            self._room.wait_for(lambda: self._closed or len(self._tasks) < self._limit)
             return not self._closed
 
-    def _add(self, ticket: Ticket) -> None:
+    def _add(self, task: Task) -> None:
         with self._lock:
-            self._waiting.append(ticket)
-            self._to_begin.append(ticket)
-            self._rouse()
+            self._tasks.append(task)
+            self._to_start.append(task)
+            self._wake_if_startable()
 
-    def _rouse(self) -> None:
-        if self._hungry and self._may_begin() and not self._closed:
-            self._hungry = False
+    def _wake_if_startable(self) -> None:
+        if self._wants_task and self._may_start() and not self._closed:
+            self._wants_task = False
             self.wake()
 
-    def _may_begin(self) -> bool:
-        """Whether to begin another: the first of the window always, so that much waiting can never block it."""
-        return bool(self._to_begin) and (self._bytes < _ROOMY or self._to_begin[0] is self._waiting[0])
+    def _may_start(self) -> bool:
+        """Whether to start another. The first in the window always may, so that waiting results can never block it."""
+        return bool(self._to_start) and (self._bytes < _MAX_BYTES or self._to_start[0] is self._tasks[0])
 
-    def next_task(self, timeout: float | None = 0) -> Ticket | None:
-        """The next to be decoded; None if there is none, or too much waits already, for `timeout` seconds."""
+    def next_task(self, timeout: float | None = 0) -> Task | None:
+        """The next to decode; None if for `timeout` seconds there is none, or too many bytes wait."""
         with self._lock:
-            self._hungry = not self._may_begin()
-            if self._hungry and timeout != 0:
-                self._changed.wait_for(lambda: self._may_begin() or self._over(), timeout)
-            return self._to_begin.popleft() if self._may_begin() else None
+            self._wants_task = not self._may_start()
+            if self._wants_task and timeout != 0:
+                self._changed.wait_for(lambda: self._may_start() or self._over(), timeout)
+            return self._to_start.popleft() if self._may_start() else None
 
-    def put_back(self, ticket: Ticket) -> None:
-        """`ticket` was begun and not finished: it is to be begun again, in its turn."""
+    def put_back(self, task: Task) -> None:
+        """`task` was started and not finished: `next_task` returns it again, in its place in the order."""
         with self._lock:
-            self._to_begin = deque(sorted([*self._to_begin, ticket], key=lambda ticket: ticket.number))
+            self._to_start = deque(sorted([*self._to_start, task], key=lambda task: task.number))
 
-    def settle(self, ticket: Ticket, result: Loaded | Failure) -> None:
-        """`ticket` is decoded, or failed."""
+    def finish(self, task: Task, result: Loaded | Failure) -> None:
+        """`task` has this result."""
         with self._lock:
-            ticket.result = result
+            task.result = result
             self._bytes += _size(result)
-            if ticket is self._waiting[0]:
+            if task is self._tasks[0]:
                 self._changed.notify()
 
     def take(self, timeout: float | None) -> Loaded | Failure | None:
-        """The next result; None if it is not there in time (None: wait for ever) or nothing more will come.
+        """The next result; None if it is not ready in time (None: no limit) or there are no more.
 
-        Raises what `fail` was given; what the entries raised, once, after the results before it.
+        Raises the error given to `fail`; and the error of the entries, once, after the results before it.
         """
         with self._lock:
             self._changed.wait_for(lambda: self._first_is_ready() or self._over(), timeout)
@@ -117,25 +118,25 @@ class Window:
         return None
 
     def _first_is_ready(self) -> bool:
-        return bool(self._waiting) and self._waiting[0].result is not None
+        return bool(self._tasks) and self._tasks[0].result is not None
 
     def _pop(self) -> Loaded | Failure | None:
-        result = self._waiting.popleft().result
+        result = self._tasks.popleft().result
         if result is not None:
             self._bytes -= _size(result)
         self._room.notify()
-        self._rouse()
+        self._wake_if_startable()
         return result
 
     def _ended(self) -> bool:
-        return self._listed and not self._waiting
+        return self._all_read and not self._tasks
 
     def _over(self) -> bool:
         return self._closed or self._error is not None or self._ended()
 
     @property
     def done(self) -> bool:
-        """Whether nothing more will come, no error either: all was taken, or the window is closed."""
+        """Whether `take` has neither results nor an error left: all was taken, or the window is closed."""
         with self._lock:
             return self._closed or (self._ended() and self._source_error is None and self._error is None)
 
@@ -144,13 +145,13 @@ class Window:
         return self._closed
 
     def fail(self, error: BaseException) -> None:
-        """Nothing more can be decoded: whoever takes gets `error`, once the results before the gap are taken."""
+        """Nothing more can be decoded: `take` raises `error` once the results that are ready in order are taken."""
         with self._lock:
             self._error = error
             self._changed.notify()
 
     def close(self) -> None:
-        """Let the three threads go."""
+        """End the wait of all three threads."""
         with self._lock:
             self._closed = True
             self._changed.notify_all()

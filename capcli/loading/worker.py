@@ -1,10 +1,10 @@
-"""One decoder process as its parent sees it: how it is started, asked, answered and ended.
+"""The parent's side of one decoder process: start it, send it paths, receive pixels, end it.
 
-It is a plain child (`python -m capcli.loading.worker_main`) and no `multiprocessing` one: those run the user's `__main__`
-again, and keep a tracker process that speaks on stderr. The two sides share a socket for small messages and, for
-pixels, files that live in memory and have no name, so nothing is left behind however either side ends. The worker
-writes them and the parent reads them: no mapping to grow, any size fits, and each result is the reader's own copy.
-Answers are JSON: a codec taken over by an image can send data, never code.
+It is a plain child process (`python -m capcli.loading.worker_main`), not a `multiprocessing` one: those run the user's
+`__main__` again and keep a tracker process that prints to stderr. The two sides share a socket for small messages. Pixels
+go through files in memory that have no name, so nothing is left behind however either side ends. The worker writes these
+files and the parent reads them: any size fits without a mapping, and each result is a copy of its own. Answers are JSON, so
+that an image that exploits a codec can send data but no code.
 """
 
 from __future__ import annotations
@@ -26,49 +26,50 @@ import numpy as np
 from capcli.errors import CapcliError, ImageError
 from capcli.loading.worker_main import LONGEST_ANSWER, Decoded, Pixels
 
-AHEAD = 2  # images a worker holds: one being decoded, one waiting, so that it never waits for the parent
+AHEAD = 2  # tasks per worker: one being decoded and one waiting, so that the worker never waits for the parent
 LONGEST_PATH = 65_536  # bytes; a path must fit in the socket, or sending it to a busy worker would block
-_KEPT = 16 << 20  # bytes a block keeps between images
-_GRACE = 1.0  # seconds a process that is ending has to be gone
+_KEPT = 16 << 20  # bytes that a memory file keeps between images
+_END_TIMEOUT = 1.0  # seconds to wait for a process that is ending
 
 
 class Worker:
-    """A decoder process as its parent sees it. It answers in the order it is asked, at most `AHEAD` asked at a time.
+    """A decoder process. It answers in the order of the paths sent, of which at most `AHEAD` may be unanswered.
 
-    The thread that makes it must outlive it: on Linux the kernel ends a worker with the thread that started it.
+    The thread that creates it must outlive it: on Linux the kernel ends a worker with the thread that started it.
     """
 
     def __init__(self, decode: bytes, memory: int | None) -> None:
-        """Start a process for `decode` (pickled) that may grow by `memory` bytes; OSError if none can be started."""
+        """Start a process for `decode` (pickled) that may grow by `memory` bytes; raises OSError where it cannot start."""
         with contextlib.ExitStack() as undo:
             ours, theirs = socket.socketpair()
             undo.callback(ours.close)
             undo.callback(theirs.close)
-            self._blocks: list[int] = []
+            self._files: list[int] = []
             for _ in range(AHEAD):
-                self._blocks.append(_nameless_file())
-                undo.callback(os.close, self._blocks[-1])
-            self._process = _start([theirs.fileno(), memory or 0, *self._blocks], [theirs.fileno(), *self._blocks])
+                self._files.append(_nameless_file())
+                undo.callback(os.close, self._files[-1])
+            self._process = _start([theirs.fileno(), memory or 0, *self._files], [theirs.fileno(), *self._files])
             undo.pop_all()
         theirs.close()
         self._channel = Connection(ours.detach())
-        self._turns = count()
-        with contextlib.suppress(OSError):  # if it is dead already, receive() will say so
+        self._answers = count()
+        with contextlib.suppress(OSError):  # if it has ended already, receive() raises EOFError
             self._channel.send_bytes(decode)
 
     def fileno(self) -> int:
-        """Readable when there is something to receive, the process's end included."""
+        """Readable when there is an answer to receive, or the process has ended."""
         return self._channel.fileno()
 
     def send(self, path: bytes) -> None:
-        """Ask for one image, its path as `encode_path` gives it; a dead worker is found out by `receive`."""
+        """Request one image, by its path from `encode_path`; if the worker has ended, `receive` raises EOFError."""
         with contextlib.suppress(OSError):
             self._channel.send_bytes(path)
 
     def receive(self) -> Decoded | ImageError | None:
-        """The next answer; None once, first, when the worker is ready.
+        """The next answer. The first is None: the worker is ready.
 
-        EOFError: the process is gone or talks nonsense. CapcliError: it cannot decode at all, whatever the image.
+        Raises EOFError where the process has ended or its answer is invalid, and CapcliError where it cannot decode any
+        image.
         """
         try:
             answer = json.loads(self._channel.recv_bytes(LONGEST_ANSWER))
@@ -78,28 +79,28 @@ class Worker:
                 case {"broken": str(message)}:
                     raise CapcliError(f"decoder processes cannot start: {message}")
                 case {"error": str(kind), "message": str(message)}:
-                    next(self._turns)
+                    next(self._answers)
                     return ImageError(kind, message)
                 case {"shape": ([int(), int(), 3] | [int()]) as shape, "facts": dict(facts)}:
                     return self._read(shape), facts
         except (OSError, ValueError) as error:
             raise EOFError from error
         except MemoryError:
-            return ImageError("out-of-memory", "no memory to take over the pixels")
+            return ImageError("out-of-memory", "no memory to copy the pixels")
         raise EOFError
 
     def _read(self, shape: Sequence[int]) -> Pixels:
-        block = self._blocks[next(self._turns) % AHEAD]
+        file = self._files[next(self._answers) % AHEAD]
         pixels = np.empty(shape, np.uint8)
         flat = pixels.reshape(-1)
         at = 0
         while at < flat.size:  # one call moves 2 GiB at most
-            read = os.preadv(block, [flat[at:].data], at)
+            read = os.preadv(file, [flat[at:].data], at)
             if not read:
                 raise EOFError
             at += read
         if at > _KEPT:
-            os.ftruncate(block, 0)
+            os.ftruncate(file, 0)
         return pixels
 
     def kill(self) -> None:
@@ -107,26 +108,26 @@ class Worker:
         self._process.kill()
 
     def end(self) -> str:
-        """Close everything, wait for the process, killing it if need be, and say how it ended."""
+        """Close everything and wait for the process, killing it if necessary; returns how it ended."""
         self._channel.close()
-        for block in self._blocks:
-            os.close(block)
-        self._blocks = []
-        for _ in range(2):  # one that waits for a dead disk cannot be killed: it is left to the system
+        for file in self._files:
+            os.close(file)
+        self._files = []
+        for _ in range(2):  # a process that waits for a disk that does not answer cannot be killed
             try:
-                return _ending(self._process.wait(_GRACE))
+                return _ending(self._process.wait(_END_TIMEOUT))
             except subprocess.TimeoutExpired:
                 self._process.kill()
         return "could not be ended"
 
 
 def encode_path(path: str) -> bytes:
-    """`path` as it travels to a worker: any str has such a form, whatever its surrogates."""
+    """`path` as bytes for `Worker.send`; works for every str, also with surrogates."""
     return path.encode("utf-8", "surrogatepass")
 
 
 def _nameless_file() -> int:
-    """A file in memory without a name, gone with its last user; a container's small /dev/shm does not bound it."""
+    """A file in memory without a name, freed when all descriptors are closed; not limited by the size of /dev/shm."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("capcli-pixels")
     with tempfile.TemporaryFile() as file:
@@ -142,11 +143,11 @@ def _start(arguments: Sequence[int], fds: Sequence[int]) -> subprocess.Popen[byt
     return subprocess.Popen(
         [sys.executable, "-P", "-X", utf8, "-m", "capcli.loading.worker_main", *map(str, arguments)],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,  # the codecs' C libraries warn on the terminal
+        stdout=subprocess.DEVNULL,  # the codecs' C libraries print warnings
         stderr=subprocess.DEVNULL,
         env={**os.environ, **one_thread, "PYTHONPATH": python_path},
         pass_fds=fds,
-        start_new_session=True,  # Ctrl-C and Ctrl-Z are for the parent to act on
+        start_new_session=True,  # Ctrl-C and Ctrl-Z go to the parent only
     )
 
 

@@ -1,4 +1,4 @@
-"""How good captions are: BLEU, METEOR, ROUGE-L and CIDEr against references, as COCO reports them."""
+"""Scores of captions against references: BLEU, METEOR, ROUGE-L and CIDEr, as COCO reports them."""
 
 from capcli.metrics.scorer import Scorer, score_captions
 

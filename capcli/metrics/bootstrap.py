@@ -1,8 +1,8 @@
-"""How far chance may have made a score: 95 % intervals by the percentile bootstrap over images.
+"""95 % confidence intervals of scores, by the percentile bootstrap over images.
 
-Images are drawn with replacement, as many as there are, and the corpus is scored anew: BLEU and METEOR from the counts of
-the images drawn, ROUGE-L and CIDEr as the means of theirs. CIDEr's document frequencies stay those of the whole set, as
-if they were given: they weigh words and are not what is measured. Two sets of captions are compared on the same draws.
+As many images as there are are drawn with replacement, and the corpus is scored again: BLEU and METEOR from the summed
+counts of the images drawn, ROUGE-L and CIDEr as means over them. CIDEr's document frequencies stay those of the whole set:
+they are weights, not what is measured. Two sets of captions are compared on the same draws.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 Interval = tuple[float, float]
-AT_ONCE = 1 << 22  # weights held at a time
+MAX_WEIGHTS = 1 << 22  # in memory at a time
 
 
 def resample(
     scores: Sequence[Scores], meteor: Meteor | None, resamples: int, seed: int
 ) -> list[dict[str, npt.NDArray[np.float64]]]:
-    """Each measure's score [resamples] for each of `scores`, which are of the same images and drawn together."""
+    """For each of `scores`, each measure's scores [resamples]. All are of the same images and share the draws."""
     import numpy as np
 
     drawn: list[dict[str, list[npt.NDArray[np.float64]]]] = [{} for _ in scores]
-    counts = [_bleu_table(each) for each in scores]
-    for weights in _draws(len(scores[0].names), resamples, seed):  # [some, images]
-        for each, table, into in zip(scores, counts, drawn, strict=True):
+    tables = [_bleu_table(each) for each in scores]
+    for weights in _draws(len(scores[0].names), resamples, seed):  # [rows, images]
+        for each, table, into in zip(scores, tables, drawn, strict=True):
             for measure, values in _rescored(each, table, weights, meteor).items():
                 into.setdefault(measure, []).append(values)
     return [{measure: np.concatenate(parts) for measure, parts in each.items()} for each in drawn]
 
 
 def intervals(drawn: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, Interval]:
-    """Between the 2.5th and the 97.5th percentile of each measure's resamples."""
+    """The 2.5th and 97.5th percentile of each measure's resamples."""
     import numpy as np
 
     found = {}
@@ -48,15 +48,15 @@ def intervals(drawn: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, Interva
 
 
 def _draws(images: int, resamples: int, seed: int) -> Iterator[npt.NDArray[np.float64]]:
-    """How often each image is drawn: arrays [some, images], `resamples` rows in all."""
+    """How often each image is drawn: arrays [rows, images] with `resamples` rows in total."""
     import numpy as np
 
     random = np.random.default_rng(seed)
-    some = max(1, AT_ONCE // images)
-    for start in range(0, resamples, some):
+    step = max(1, MAX_WEIGHTS // images)
+    for start in range(0, resamples, step):
         rows = (
             np.bincount(random.integers(images, size=images), minlength=images)
-            for _ in range(min(some, resamples - start))
+            for _ in range(min(step, resamples - start))
         )
         yield np.array(list(rows), dtype=np.float64)
 
@@ -75,7 +75,7 @@ def _rescored(
 
 
 def _bleu_table(scores: Scores) -> npt.NDArray[np.float64]:
-    """What BLEU sums over images, [images, 10]: lengths of caption and closest reference, n-grams said, and right."""
+    """The counts that BLEU sums, [images, 10]: caption length, closest reference length, 4 n-gram totals, 4 matches."""
     import numpy as np
 
     return np.array([_bleu_row(counts) for counts in scores.bleu_counts], dtype=np.float64)
@@ -88,7 +88,7 @@ def _bleu_row(counts: Mapping[str, Any]) -> list[int]:
 
 
 def _bleu(sums: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]]:
-    """BLEU-1 to 4 of each row of sums: pycocoevalcap scores a corpus's sums as it scores one image's counts."""
+    """BLEU-1 to 4 of each row of sums; pycocoevalcap scores a row as if it were one image."""
     import numpy as np
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
@@ -96,5 +96,5 @@ def _bleu(sums: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]]:
     scorer.ctest = [
         {"testlen": row[0], "reflen": [row[1]], "guess": row[2:6], "correct": row[6:10]} for row in sums.tolist()
     ]
-    _, each = scorer.compute_score(option="closest")
-    return [np.array(values) for values in each]
+    _, scores = scorer.compute_score(option="closest")
+    return [np.array(values) for values in scores]

@@ -1,4 +1,4 @@
-"""Captions and references from files of any format that annotations come in."""
+"""Reads captions and references from files of every supported annotation format."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from capcli.text import brief, printable
 
 T = TypeVar("T")
 RESULTS = "COCO results"
-ONE_ROW_EACH = (RESULTS, "JSON lines")  # formats of captioners' output, where a second row is a mistake
+ONE_ROW_EACH = (RESULTS, "JSON lines")  # formats of captioners' output, where a second row for an image is an error
 
 
 @dataclass
 class Captions:
-    """A captioner's captions by image name. An empty one counts; of several in one row the first is the best.
+    """A captioner's captions by image name. An empty caption counts; of several in one row the first is taken.
 
-    `several` counts the images about which a table or a file of annotations has more to say than the first caption.
-    `numbered` says that the names are COCO's numbers.
+    `several` is the number of images with further captions in a table or annotation file. `numbered`: the names are COCO's
+    image numbers.
     """
 
     path: str
@@ -39,22 +39,22 @@ class Captions:
 
 @dataclass(frozen=True)
 class References:
-    """What people said of images, by image name, at least one caption of each."""
+    """Reference captions by image name, at least one for each image."""
 
     texts: Mapping[str, Sequence[str]]
     paths: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Given:
-    """The columns that were named, each for the files that have it: captions and references may call theirs otherwise."""
+class NamedColumns:
+    """The columns named by options. Each applies to the files that have it, as captions and references may differ."""
 
     columns: Mapping[str, Any]
     found: set[str] = field(default_factory=set)
     errors: list[UsageError] = field(default_factory=list)
 
-    def reading(self, read: Callable[[DataOptions], T]) -> T:
-        """What `read` makes of the file with as many of the columns as it has; raises what it raises."""
+    def read_with(self, read: Callable[[DataOptions], T]) -> T:
+        """The result of `read` with as many of the columns as its file has; raises what `read` raises."""
         for number in range(len(self.columns), -1, -1):
             for names in combinations(self.columns, number):
                 try:
@@ -66,7 +66,7 @@ class Given:
                 else:
                     self.found.update(names)
                     return result
-        raise AssertionError("the last is without any")
+        raise AssertionError("unreachable: the last attempt names no column")
 
     def check(self) -> None:
         """Raises UsageError for a column that no file has."""
@@ -75,21 +75,21 @@ class Given:
             raise next((each for each in self.errors if missing[0] in str(each)), self.errors[0])
 
 
-def read_captions(path: str, given: Given) -> Captions:
-    """Reads one file of captions, `-` for standard input.
+def read_captions(path: str, named: NamedColumns) -> Captions:
+    """Read one file of captions, `-` for standard input.
 
-    Raises CapcliError for a file in which no image has a caption, or one image has two rows that differ.
+    Raises CapcliError where no image has a caption, or an image has two different rows in a captioner's output.
     """
-    with on_disk(path) as file:
-        return given.reading(partial(_captions, "standard input" if path == "-" else path, file))
+    with as_file(path) as file:
+        return named.read_with(partial(_captions, "standard input" if path == "-" else path, file))
 
 
-def _captions(called: str, file: str, options: DataOptions) -> Captions:
+def _captions(title: str, file: str, options: DataOptions) -> Captions:
     from capcli.annotations.formats import recognise
     from capcli.annotations.rows import texts
 
-    captions = Captions(called)
-    more: set[str] = set()
+    captions = Captions(title)
+    with_more: set[str] = set()
     for part in recognise(file, options):
         captions.numbered |= part.format == RESULTS
         for row in part.rows():
@@ -101,31 +101,31 @@ def _captions(called: str, file: str, options: DataOptions) -> Captions:
             if first != text and part.format in ONE_ROW_EACH:
                 raise CapcliError(
                     f"{printable(captions.path)} has two captions of {brief(row.name)}, {first!r} and {text!r}: "
-                    "leave one row for each image"
+                    "keep one row for each image"
                 )
             if first != text:
-                more.add(row.name)
+                with_more.add(row.name)
     if not captions.texts:
         raise CapcliError(f"there is no caption in {printable(captions.path)}")
-    captions.several = len(more)
+    captions.several = len(with_more)
     return captions
 
 
-def read_references(paths: Sequence[str], given: Given, split: str | None) -> References:
-    """Reads all of these together: what several say of one image is put together.
+def read_references(paths: Sequence[str], named: NamedColumns, split: str | None) -> References:
+    """Read all files together; the captions of an image in several files are combined.
 
-    Raises CapcliError where no image has a caption, and UsageError where none is in the split that was asked for.
+    Raises CapcliError where no image has a caption, and UsageError where no image is in `split`.
     """
     from capcli.annotations import DataReport, read_annotations
 
     def read(options: DataOptions) -> list[Annotated]:
         report = DataReport()
         images = list(read_annotations(paths, options, locate=False, report=report))
-        if report.fault is not None:  # figures of a part of the references would be taken for those of all
+        if report.fault is not None:  # scores against a part of the references would look like those against all
             raise report.fault
         return images
 
-    found = given.reading(read)
+    found = named.read_with(read)
     kept = [image for image in found if split is None or image.split == split]
     if not kept:
         splits = ", ".join(sorted({image.split or "none" for image in found}))
@@ -134,21 +134,21 @@ def read_references(paths: Sequence[str], given: Given, split: str | None) -> Re
 
 
 def names_by_number(paths: Sequence[str]) -> dict[str, str]:
-    """COCO's number of each image in these annotations, to its name; numbers of two images are left out."""
+    """Image names by COCO's number, from these annotations; a number with two different names is left out."""
     from capcli.annotations.text_files import head, parsed, readable
 
     names: dict[str, str] = {}
-    twice: set[str] = set()
+    ambiguous: set[str] = set()
     for path in filter(os.path.isfile, paths):
         if not head(path).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
             continue
         with readable(path), open(path, "rb") as file:
             content = file.read()
-        with contextlib.suppress(CapcliError):  # JSON lines, which number nothing
+        with contextlib.suppress(CapcliError):  # JSON lines have no numbers
             for number, name in _numbered(parsed(content, path)):
                 if names.setdefault(number, name) != name:
-                    twice.add(number)
-    return {number: name for number, name in names.items() if number not in twice}
+                    ambiguous.add(number)
+    return {number: name for number, name in names.items() if number not in ambiguous}
 
 
 def _numbered(document: Any) -> Iterator[tuple[str, str]]:
@@ -161,8 +161,8 @@ def _numbered(document: Any) -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def on_disk(path: str) -> Iterator[str]:
-    """The file itself, or a copy of standard input: what recognises a format looks into it more than once."""
+def as_file(path: str) -> Iterator[str]:
+    """The path, or that of a copy of standard input: recognising the format reads the file more than once."""
     if path != "-":
         yield path
         return

@@ -1,4 +1,4 @@
-"""How long and how various captions are, which no reference is needed for."""
+"""Length and diversity of captions, measured without references."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ REPEATED = (2, 3, 4)
 DISTINCT = (1, 2)
 
 
-def variety(captions: Collection[str]) -> dict[str, float]:
-    """Figures about tokenized captions, of which there is at least one.
+def diversity(captions: Collection[str]) -> dict[str, float]:
+    """Figures for at least one tokenized caption.
 
-    `words_mean`, `words_min`, `words_max`: their lengths in tokens, punctuation not counted. `distinct_captions` is how
-    many different ones there are, `distinct_share` that number per caption. `repeated_N` is the share of captions that
-    say some N-gram twice. `distinct_N` is distinct-N of Li et al. (2016, "A Diversity-Promoting Objective Function for
-    Neural Conversation Models"): different N-grams per N-gram said, over all captions; 0 where none is long enough.
+    `words_mean`, `words_min`, `words_max`: lengths in tokens, without punctuation. `distinct_captions`: the number of
+    different captions; `distinct_share`: divided by the number of captions. `repeated_N`: the share of captions that
+    contain some N-gram twice. `distinct_N`: distinct-N of Li et al. (2016, "A Diversity-Promoting Objective Function for
+    Neural Conversation Models"), different N-grams divided by all N-grams; 0 where no caption is long enough.
     """
-    said = [caption.split() for caption in captions]
-    lengths = list(map(len, said))
+    tokenized = [caption.split() for caption in captions]
+    lengths = list(map(len, tokenized))
     figures: dict[str, float] = {
-        "words_mean": sum(lengths) / len(said),
+        "words_mean": sum(lengths) / len(tokenized),
         "words_min": min(lengths),
         "words_max": max(lengths),
         "distinct_captions": len(set(captions)),
-        "distinct_share": len(set(captions)) / len(said),
+        "distinct_share": len(set(captions)) / len(tokenized),
     }
     for n in REPEATED:
-        figures[f"repeated_{n}"] = sum(repeats(words, n) for words in said) / len(said)
+        figures[f"repeated_{n}"] = sum(repeats(words, n) for words in tokenized) / len(tokenized)
     for n in DISTINCT:
-        counts = Counter(gram for words in said for gram in grams(words, n))
+        counts = Counter(gram for words in tokenized for gram in grams(words, n))
         figures[f"distinct_{n}"] = len(counts) / max(1, counts.total())
     return figures
 
@@ -39,6 +39,6 @@ def grams(words: list[str], n: int) -> list[tuple[str, ...]]:
 
 
 def repeats(words: list[str], n: int) -> bool:
-    """Whether some n-gram is said twice."""
+    """Whether some n-gram occurs twice."""
     found = grams(words, n)
     return len(set(found)) < len(found)

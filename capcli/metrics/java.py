@@ -1,4 +1,4 @@
-"""What runs in Java: the Stanford PTB tokenizer and METEOR, both from the files that pycocoevalcap brings along."""
+"""The Stanford PTB tokenizer and METEOR, which run in Java; pycocoevalcap contains their files."""
 
 from __future__ import annotations
 
@@ -22,47 +22,47 @@ from capcli.metrics.tokenization import one_line
 TOKENIZER_JAR = "stanford-corenlp-3.4.1.jar"
 METEOR_JAR = "meteor-1.5.jar"
 GET_JAVA = (
-    "Install one (Debian, Ubuntu: apt-get install default-jre-headless; macOS: brew install openjdk; Windows: winget install "
-    "EclipseAdoptium.Temurin.21.JRE), or leave METEOR out with --without-java"
+    "Install one (Debian, Ubuntu: apt-get install default-jre-headless; macOS: brew install openjdk), or leave METEOR out with "
+    "--without-java"
 )
-# A caption is UTF-8 whatever the locale says, which decides in Java before 18.
+# Before version 18 Java's default encoding depends on the locale; captions are always UTF-8.
 OPTIONS = ("-Dfile.encoding=UTF-8", "-Duser.language=en")
 
 
 def java() -> str:
-    """The Java program; raises CapcliError that says how to get one."""
+    """The path of the Java program; raises CapcliError if there is none."""
     home = os.environ.get("JAVA_HOME")
     found = shutil.which("java") or (home and shutil.which("java", path=os.path.join(home, "bin")))
     if not found:
-        raise CapcliError(f"METEOR and the PTB tokenizer need a Java runtime, and there is none. {GET_JAVA}")
+        raise CapcliError(f"METEOR and the PTB tokenizer need a Java runtime, and none is installed. {GET_JAVA}")
     return os.path.abspath(found)
 
 
 def package_folder(name: str) -> str:
-    """Where pycocoevalcap keeps one of its parts; raises CapcliError that says how to get it."""
+    """The folder of one of pycocoevalcap's subpackages; raises CapcliError if it is not installed."""
     try:
         spec = find_spec(f"pycocoevalcap.{name}")
     except ImportError:
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise CapcliError("captions are measured by pycocoevalcap, which is missing: pip install 'capcli[metrics]'")
+        raise CapcliError("scoring captions needs pycocoevalcap: pip install 'capcli[metrics]'")
     return next(iter(spec.submodule_search_locations))
 
 
 class Java:
-    """A Java program that ends with the `with` block, or with this object, or with Python, whatever happens."""
+    """A Java process that is ended by the `with` block, by the garbage collector, or at Python's exit."""
 
     def __init__(self, folder: str, *command: str) -> None:
         program, pipe = [java(), *OPTIONS, *command], subprocess.PIPE
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - ended with the process
-        # An interrupt, or a second, between the fork and the next line would leave a Java behind that nobody knows.
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
+        # An interrupt between the fork and the next line would leave a Java process behind.
         with Interrupts(quiet=True, grace=math.inf) as interrupts:
             try:
                 self.process = subprocess.Popen(program, cwd=folder, stdin=pipe, stdout=pipe, stderr=self.errors)
             except OSError as error:
                 self.errors.close()
                 raise CapcliError(f"Java cannot be started: {error.strerror or error}. {GET_JAVA}") from error
-            # Another may come before the `with` block is entered.
+            # An interrupt may come before the `with` block is entered.
             self._end = weakref.finalize(self, end, self.process, self.errors)
         if interrupts.asked():
             self._end()
@@ -79,10 +79,10 @@ class Java:
 
 
 def tokenize(texts: Sequence[str]) -> list[str]:
-    """Each text's PTB tokens, in small letters and without COCO's punctuation, with a space between two.
+    """Each text's PTB tokens from the original tokenizer: lower case, without COCO's punctuation, separated by spaces.
 
-    The same as `tokens.ptb` by the original: it looks past the end of a line where a full stop may belong to a letter.
-    Raises CapcliError where there is no Java or it fails.
+    Unlike `ptb.ptb`, it looks past the end of a line to decide whether a full stop belongs to a letter. Raises CapcliError
+    where there is no Java or it fails.
     """
     if not texts:
         return []
@@ -90,9 +90,9 @@ def tokenize(texts: Sequence[str]) -> list[str]:
     with Java(package_folder("tokenizer"), *command) as tokenizer:
         answer, _ = tokenizer.process.communicate("\n".join(map(one_line, texts)).encode())
         lines = answer.decode().split("\n")
-        # One line end comes after the last line as well, unless the last text is empty.
+        # There is a line end after the last line as well, unless the last text is empty.
         if tokenizer.process.returncode or len(lines) < len(texts):
-            raise CapcliError(f"the PTB tokenizer failed: {last_words(tokenizer.errors.fileno())}. {GET_JAVA}")
+            raise CapcliError(f"the PTB tokenizer failed: {error_line(tokenizer.errors.fileno())}. {GET_JAVA}")
     return [" ".join(w for w in line.rstrip().split(" ") if w not in PUNCTUATION) for line in lines[: len(texts)]]
 
 
@@ -104,46 +104,46 @@ class Meteor(Java):
         super().__init__(package_folder("meteor"), *command)
 
     def statistics(self, caption: str, references: Sequence[str]) -> list[float]:
-        """What METEOR counts in one caption against its references, all tokenized. The counts of several add up."""
-        told = " ||| ".join(("SCORE", *map(unbarred, references), unbarred(caption)))
-        return [float(number) for number in self._ask(told)[0].split()]
+        """METEOR's counts for one tokenized caption and its references. Counts of several captions can be summed."""
+        line = " ||| ".join(("SCORE", *map(unbarred, references), unbarred(caption)))
+        return [float(number) for number in self._ask(line)[0].split()]
 
     def scores(self, statistics: Sequence[Sequence[float]]) -> list[float]:
-        """The score of each set of counts, between 0 and 1."""
+        """The score of each set of counts, from 0 to 1."""
         if not statistics:
             return []
-        told = " ||| ".join(("EVAL", *(" ".join(map(str, each)) for each in statistics)))
-        return [float(answer) for answer in self._ask(told, len(statistics) + 1)[:-1]]  # the last is of them together
+        line = " ||| ".join(("EVAL", *(" ".join(map(str, each)) for each in statistics)))
+        return [float(answer) for answer in self._ask(line, len(statistics) + 1)[:-1]]  # the last is the score of all
 
-    def _ask(self, told: str, answers: int = 1) -> list[str]:
+    def _ask(self, line: str, answers: int = 1) -> list[str]:
         process = self.process
         assert process.stdin is not None
         assert process.stdout is not None
         lines = []
         try:
-            process.stdin.write(f"{told}\n".encode())
+            process.stdin.write(f"{line}\n".encode())
             process.stdin.flush()
             lines = [process.stdout.readline() for _ in range(answers)]
         except OSError:
-            pass  # it has ended, and says below why
+            pass  # the process has ended; the reason is read below
         if not all(lines) or len(lines) < answers:
             process.wait()
-            words = last_words(self.errors.fileno())
-            raise CapcliError(f"METEOR failed at {told[-60:]!r}: {words}. --without-java leaves it out")
+            reason = error_line(self.errors.fileno())
+            raise CapcliError(f"METEOR failed at {line[-60:]!r}: {reason}. --without-java leaves it out")
         return [line.decode().strip() for line in lines]
 
 
 def heap() -> int:
-    """MiB that METEOR may take. It takes 1 GB, and for a caption of many thousand words as much as their square."""
+    """METEOR's heap limit in MiB. It takes 1 GB, and memory quadratic in the length of a caption of thousands of words."""
     try:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
-    except (AttributeError, OSError, ValueError):  # not told on Windows
-        there = 0
-    return max(2048, there // 2)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+    except (OSError, ValueError):
+        memory = 0
+    return max(2048, memory // 2)
 
 
 def unbarred(text: str) -> str:
-    """Without the sign that METEOR takes for the end of a text."""
+    """The text without METEOR's separator."""
     return text.replace("|||", "").replace("  ", " ")
 
 
@@ -152,15 +152,15 @@ def end(process: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
     process.wait()
     for stream in (process.stdin, process.stdout, errors):
         if stream is not None:
-            with contextlib.suppress(OSError):  # what it did not read
+            with contextlib.suppress(OSError):  # unread input
                 stream.close()
 
 
-def last_words(errors: int) -> str:
-    """The first line on standard error that tells something."""
+def error_line(errors: int) -> str:
+    """The first line of standard error that names an error, or else the first line."""
     os.lseek(errors, 0, os.SEEK_SET)
     lines = os.read(errors, 1 << 16).decode("utf-8", "replace").splitlines()
-    telling = [line.strip() for line in lines if "Error" in line or "Exception" in line] or [
+    errors_named = [line.strip() for line in lines if "Error" in line or "Exception" in line] or [
         x for x in lines if x.strip()
     ]
-    return telling[0][:300] if telling else "it said nothing"
+    return errors_named[0][:300] if errors_named else "no error message"

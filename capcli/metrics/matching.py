@@ -1,4 +1,4 @@
-"""Which references a caption's image has, where two files do not call it by the same name."""
+"""Matches the image names of captions with those of references, where the two files name images differently."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 
-# COCO's numbers: alone, padded with zeros, after the name of a split.
+# COCO's numbers: alone, padded with zeros, or after the name of a split.
 _NUMBER = re.compile(r"(?:COCO_[a-z]+\d{4}_)?0*(\d+)", re.IGNORECASE)
 
 
 def whole(name: str) -> str:
-    """The name without what may differ in spelling: `./`, backslashes, and how an accent is put on its letter."""
+    """The normalized name: without `./`, with slashes for backslashes, and in Unicode's composed form."""
     return os.path.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
 
 
@@ -25,7 +25,7 @@ def stem(name: str) -> str:
 
 
 def number(name: str) -> str | None:
-    """The image's number in COCO, where the name is one with nothing else in it."""
+    """The image's number in COCO, if the name consists of one."""
     found = _NUMBER.fullmatch(stem(name))
     return found[1] if found else None
 
@@ -34,10 +34,10 @@ KEYS: tuple[Callable[[str], str | None], ...] = (whole, base, stem, number)
 
 
 def match(captioned: Iterable[str], referenced: Iterable[str]) -> dict[str, str]:
-    """For each captioned name that can be told, the name that the references know its image by.
+    """For each captioned name with a match, the name of the same image in the references.
 
-    Names that are the same match first, then, of the rest, those that are the same without folders, then without the
-    suffix, then by COCO's number. What would fit several names on either side fits none.
+    Equal names match first, then those equal when normalized, without folders, without the suffix, and by COCO's number. A
+    key shared by several names on either side matches none of them.
     """
     left, right = dict.fromkeys(captioned), dict.fromkeys(referenced)
     matched = {name: name for name in left if name in right}
@@ -45,20 +45,20 @@ def match(captioned: Iterable[str], referenced: Iterable[str]) -> dict[str, str]
     for key in KEYS:
         if not left or not right:
             break
-        ours, theirs = unambiguous(left, key), unambiguous(right, key)
-        found = {name: theirs[shared] for shared, name in ours.items() if shared in theirs}
+        left_keys, right_keys = unambiguous(left, key), unambiguous(right, key)
+        found = {name: right_keys[shared] for shared, name in left_keys.items() if shared in right_keys}
         matched |= found
         left, right = _rest(left, found), _rest(right, found.values())
     return matched
 
 
 def _rest(names: dict[str, None], taken: Iterable[str]) -> dict[str, None]:
-    gone = set(taken)
-    return {name: None for name in names if name not in gone}
+    removed = set(taken)
+    return {name: None for name in names if name not in removed}
 
 
 def unambiguous(names: Iterable[str], key: Callable[[str], str | None]) -> dict[str, str]:
-    """Names by their key, without keys that several have."""
+    """Names by their key, without keys that several names share."""
     found: dict[str, str] = {}
     several: set[str] = set()
     for name in names:

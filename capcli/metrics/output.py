@@ -1,4 +1,4 @@
-"""What `capcli evaluate` leaves: a table for people, JSON for programs, a CSV with a row for each image."""
+"""What `capcli evaluate` writes: a table or JSON on standard output, and a CSV with a row for each image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from capcli.metrics.run import FileScores, Result
 
 MEASURES = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
-WORDS = {
+TITLES = {
     "Bleu_1": "BLEU-1",
     "Bleu_2": "BLEU-2",
     "Bleu_3": "BLEU-3",
@@ -37,11 +37,11 @@ WORDS = {
     "distinct_1": "distinct-1",
     "distinct_2": "distinct-2",
 }
-WHOLE = ("words_min", "words_max", "distinct_captions")
+INTEGERS = ("words_min", "words_max", "distinct_captions")
 
 
-def result(result: Result, options: EvaluateOptions) -> None:
-    """Writes what was asked for. Raises CapcliError where it cannot be written."""
+def write(result: Result, options: EvaluateOptions) -> None:
+    """Write what the options ask for; raises CapcliError where it cannot be written."""
     if options.per_image is not None:
         try:
             atomic.replace(os.path.realpath(options.per_image), [per_image(result)])
@@ -54,26 +54,26 @@ def result(result: Result, options: EvaluateOptions) -> None:
             table(result)
         sys.stdout.flush()
     except BrokenPipeError:
-        raise  # nobody reads any more, which is no fault
+        raise  # the reader has closed the pipe: not an error
     except OSError as error:
         raise CapcliError(f"cannot write to standard output: {error.strerror or error}") from error
 
 
 def document(result: Result) -> dict[str, Any]:
-    """One file's figures by name, and how they came about; of two files `first`, `second` and their `difference`."""
-    how: dict[str, Any] = {"images": len(result.measured[0].scores.names), "tokenizer": result.tokenizer}
+    """One file's figures by name and the settings; for two files `first`, `second` and their `difference`."""
+    settings: dict[str, Any] = {"images": len(result.measured[0].scores.names), "tokenizer": result.tokenizer}
     if result.resamples is not None:
-        how["bootstrap"] = {"resamples": result.resamples, "seed": result.seed, "level": 0.95}
+        settings["bootstrap"] = {"resamples": result.resamples, "seed": result.seed, "level": 0.95}
     if result.difference is None:
-        return one(result.measured[0]) | how
+        return file_figures(result.measured[0]) | settings
     difference: dict[str, Any] = dict(result.difference)
     if result.difference_intervals is not None:
         difference["intervals"] = result.difference_intervals
-    first, second = map(one, result.measured)
-    return {"first": first, "second": second, "difference": difference} | how
+    first, second = map(file_figures, result.measured)
+    return {"first": first, "second": second, "difference": difference} | settings
 
 
-def one(measured: FileScores) -> dict[str, Any]:
+def file_figures(measured: FileScores) -> dict[str, Any]:
     matched = measured.matched
     values: dict[str, Any] = dict(measured.figures)
     if measured.intervals is not None:
@@ -86,7 +86,7 @@ def one(measured: FileScores) -> dict[str, Any]:
 
 
 def table(result: Result) -> None:
-    """A table on standard output: a row for each figure, a column for each file, then the difference."""
+    """Print a table: a row for each figure, a column for each file, then their difference."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -109,7 +109,7 @@ def table(result: Result) -> None:
             _cell(name, figures, intervals, signed=figures is result.difference, tall=len(columns) > 1)
             for _, figures, intervals in columns
         ]
-        shown.add_row(WORDS.get(name, name), *cells, end_section=name == "CIDEr")
+        shown.add_row(TITLES.get(name, name), *cells, end_section=name == "CIDEr")
     if result.resamples is not None:
         shown.caption = f"95 % intervals: percentile bootstrap over images, {result.resamples:,} resamples"
     Console(soft_wrap=False).print(shown)
@@ -119,7 +119,7 @@ def _cell(
     name: str, figures: Mapping[str, float], intervals: Mapping[str, Interval] | None, *, signed: bool, tall: bool
 ) -> str:
     sign = "+" if signed else ""
-    value = f"{figures[name]:{sign},.0f}" if name in WHOLE else f"{figures[name]:{sign}.4f}"
+    value = f"{figures[name]:{sign},.0f}" if name in INTEGERS else f"{figures[name]:{sign}.4f}"
     if intervals is None or name not in intervals:
         return value
     low, high = intervals[name]
@@ -128,13 +128,16 @@ def _cell(
 
 
 def per_image(result: Result) -> bytes:
-    """CSV: `file_name`, `text`, the measures and `words`; of two files the second's columns begin with `second_`, and
-    those of what it has over the first with `difference_`. Names that are not UTF-8 have their bytes in a last column."""
+    """CSV with `file_name`, `text`, the measures and `words`.
+
+    With two files the second's columns begin with `second_`, and second minus first with `difference_`. If some names are
+    not UTF-8, a last column `file_name_bytes` has their bytes in base64.
+    """
     files = result.measured
     names = files[0].scores.names
-    called = [files[0].matched.called[name] for name in names]
+    file_names = [files[0].matched.file_names[name] for name in names]
     measures = [name for name in MEASURES if name in files[0].scores.per_image]
-    columns: dict[str, list[Any]] = {"file_name": [as_text(name) for name in called]}
+    columns: dict[str, list[Any]] = {"file_name": [as_text(name) for name in file_names]}
     for prefix, file in zip(("", "second_"), files, strict=False):
         columns[f"{prefix}text"] = [as_text(file.matched.texts[name]) for name in names]
     for prefix, file in zip(("", "second_"), files, strict=False):
@@ -145,7 +148,7 @@ def per_image(result: Result) -> bytes:
         for measure in measures:
             values = files[1].scores.per_image[measure] - files[0].scores.per_image[measure]
             columns[f"difference_{measure}"] = [f"{value:.6f}" for value in values]
-    if not all(map(is_text, called)):
-        columns["file_name_bytes"] = ["" if is_text(n) else base64.b64encode(raw_bytes(n)).decode() for n in called]
+    if not all(map(is_text, file_names)):
+        columns["file_name_bytes"] = ["" if is_text(n) else base64.b64encode(raw_bytes(n)).decode() for n in file_names]
     rows = zip(*columns.values(), strict=True)
     return b"".join([csv_line(columns), *(csv_line(map(str, row)) for row in rows)])

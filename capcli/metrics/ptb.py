@@ -1,9 +1,9 @@
-"""Captions as COCO's scorers take them from the Stanford PTB tokenizer, without Java.
+"""The Stanford PTB tokenizer as COCO's scorers use it, in Python instead of Java.
 
-The rules were found by watching what the tokenizer that pycocoevalcap brings along (CoreNLP 3.4.1, with `-preserveLines
--lowerCase`, and COCO's punctuation taken out) makes of captions; its source was not looked at. They hold for prose. Parts
-of telephone numbers and the like, which the original joins over spaces, stay apart here, and a letter's full stop at the
-end of a caption does not depend on the caption that comes after it.
+The rules were derived from the output of the tokenizer in pycocoevalcap (CoreNLP 3.4.1 with `-preserveLines -lowerCase`, and
+COCO's punctuation removed), not from its source. They are right for prose. Two differences: parts of telephone numbers and
+the like, which the original joins across spaces, are separate tokens here; and a letter's full stop at the end of a
+caption does not depend on the next caption.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping
 
-# What COCO takes out. Its list spells brackets in capitals and meets them in small letters: they stay, here as there.
+# What COCO removes. Its list has brackets in upper case, the tokens are in lower case: brackets stay, here as there.
 PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 MONEY = {"£": "#", "€": "$", "¢": "cents", "\xa4": "$"}
@@ -20,7 +20,7 @@ FRACTIONS = {"½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
 SIGNS = BRACKETS | MONEY | FRACTIONS
 ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&apos;": "'", "&nbsp;": "'"}
 
-# Their full stop is their own, wherever they stand,
+# Abbreviations that keep their full stop everywhere,
 ABBREVIATIONS = (
     "adj|adm|adv|ala?|alex|apr|ariz|assn|asst|assoc|aug|ave|bhd|bldg|blvd|bros|calif|capt|cf|cie|cmdr|col?|colo|comdr|conn|"
     "corp|cos|cpl|ct|dak|dec|dept|det|drs?|elec|ens|esq|etc?|ext|feb|fla|fri|ft|ga|gen|gov|hon|inc|ind|insp|intl|jan|jos|jr|"
@@ -28,11 +28,11 @@ ABBREVIATIONS = (
     "ph|plc|pres|prof|pty|pvt|rd|reps?|rev|sept?|sen|sgt|spc|sq|sr|st|supt|tel|tenn|thu|thurs|tue|tues|univ|va|vs|vt|wed|"
     "wisc?|wm|wyo"
 )
-# unless they are words where they are small,
+# only with a capital letter (in lower case they are words),
 CAPITAL_ABBREVIATIONS = "Ark|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash"
-# or before a number.
+# or only before a number.
 BEFORE_NUMBERS = "art|ca|figs?|nos?|op|pp|prop"
-# After a letter and a full stop these, in capitals, begin a sentence: the stop is not the letter's.
+# After a letter and a full stop these words begin a sentence: the stop does not belong to the letter.
 BEGINNINGS = (
     "A|About|After|An|As|At|But|He|Her|Here|However|If|In|It|Last|Many|More|Now|Once|One|Other|Our|She|Since|So|Some|That|"
     "The|Their|Then|There|These|They|This|We|What|When|While|Yet|You"
@@ -47,10 +47,10 @@ _L, _W, _END = LETTER, ALPHANUMERIC, rf"(?!{ALPHANUMERIC})"
 _Q = r"['\u2019]"
 _CLITIC = rf"{_Q}(?i:s|m|d|re|ve|ll){_END}"
 
-# In the order in which they are tried. The name says what becomes of a match (TREATMENTS); without one it is the token.
+# Tried in this order. The name is the treatment of a match (TREATMENTS); without a name the match is the token.
 RULES: tuple[tuple[str, str], ...] = (
     ("nothing", r"\s+"),
-    # Most words, first to be quick: nothing follows them that could make them part of something else.
+    # Most words; first for speed. What follows them cannot make them part of another token.
     ("", r"(?!(?i:cannot|gonna|gotta|wanna|lemme|gimme)\b)[A-Za-z]{2,}(?=[ ,;]|$)"),
     ("entity", "|".join(ENTITIES)),
     ("joined", r"</?[A-Za-z][^<>\n]*>|<!--[^<>\n]*-->"),
@@ -58,10 +58,10 @@ RULES: tuple[tuple[str, str], ...] = (
     ("", rf"{_W}[\w.-]*@{_W}+(?:\.{_W}+)*|@{_L}\w*|\#{_L}+"),
     ("emoticon", rf"[:;=][-']?[()\[\]DOPp](?!{_W})|\^_\^|-_-"),
     ("joined", r"\d{1,4}[ \xa0]\d{1,4}/\d{1,4}(?![\w/])"),
-    # Two words in one.
+    # Two words written as one.
     ("", rf"(?i:can(?=not{_END})|(?:gon|got|wan)(?=(?:na|ta){_END})|(?:lem|gim)(?=me{_END})(?!me{_Q}))"),
     ("", rf"(?i:[cf]#|c\+\+|c{_Q}mon{_END})|(?:US|HK|NZ|A|C)\$|[A-Z]+&[A-Z]+{_END}"),
-    # Apostrophes: a clitic is a token wherever it stands; some words begin with an apostrophe, others hold one.
+    # Apostrophes: a clitic is always a token; some words begin with an apostrophe, others contain one.
     ("", _CLITIC),
     ("", rf"(?i:n['\u2019`]t){_END}"),
     ("", rf"(?i:'t(?=is{_END}|was{_END}))"),
@@ -95,7 +95,7 @@ _SYMBOLS = re.compile(
 
 
 def _sign(sign: str) -> str:
-    """A sign on its own; nothing for quotes and for what the original cannot tokenize: emoji, controls, rare brackets."""
+    """A single sign; empty for quotes and for what the original drops: emoji, control characters, rare brackets."""
     if sign in SIGNS:
         return SIGNS[sign]
     if _QUOTES.match(sign):
@@ -117,6 +117,6 @@ _TREAT = [TREATMENTS[name] for name, _ in RULES]
 
 
 def ptb(line: str) -> str:
-    """A caption's PTB tokens, in small letters and without punctuation, with a space between two."""
+    """A caption's PTB tokens: lower case, without punctuation, separated by spaces."""
     tokens = (_TREAT[(match.lastindex or 1) - 1](match[0]).lower() for match in _TOKEN.finditer(line))
     return " ".join(token for token in tokens if token and token not in PUNCTUATION)

@@ -10,8 +10,15 @@ from dataclasses import dataclass
 from capcli.errors import CapcliError, UsageError
 from capcli.interrupts import terminable
 from capcli.metrics import bootstrap, java, output, tokenization
-from capcli.metrics.caption_files import Captions, Given, References, names_by_number, read_captions, read_references
-from capcli.metrics.diversity import variety
+from capcli.metrics.caption_files import (
+    Captions,
+    NamedColumns,
+    References,
+    names_by_number,
+    read_captions,
+    read_references,
+)
+from capcli.metrics.diversity import diversity
 from capcli.metrics.matching import match
 from capcli.metrics.scorer import Scorer, Scores
 from capcli.options import EvaluateOptions
@@ -21,21 +28,21 @@ from capcli.text import brief, printable
 
 @dataclass(frozen=True)
 class Matched:
-    """One file's captions of images that have references, by the name the references use.
+    """One file's captions of images that have references, by the name in the references.
 
-    `called` are the names in the file itself. The counts are of what is left out on either side.
+    `file_names` are the names in the file itself. The counts are of images left out on either side.
     """
 
     path: str
     texts: Mapping[str, str]
-    called: Mapping[str, str]
+    file_names: Mapping[str, str]
     captions_without_references: int
     references_without_caption: int
 
 
 @dataclass(frozen=True, eq=False)
 class FileScores:
-    """One file's figures: `figures` all of them by name, in the order they are shown."""
+    """One file's `scores`, and all `figures` by name in the order of the table."""
 
     matched: Matched
     scores: Scores
@@ -45,7 +52,7 @@ class FileScores:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What is shown: the files measured, how, and what the second has over the first."""
+    """The measured files, the settings, and second minus first where there are two files."""
 
     measured: Sequence[FileScores]
     tokenize: str
@@ -57,18 +64,18 @@ class Result:
 
 
 def run(options: EvaluateOptions) -> int:
-    """Measure captions and show how good they are; the exit code. Raises CapcliError, and UsageError for a wrong command."""
+    """Measure captions and print the scores; returns the exit code. Raises CapcliError; UsageError for wrong options."""
     check(options)
     with terminable(), contextlib.ExitStack() as closing:
-        # Loading METEOR's paraphrases takes seconds, in which the files are read.
+        # METEOR loads its paraphrases for seconds while the files are read.
         meteor = None if options.without_java else closing.enter_context(java.Meteor())
         result = evaluate(options, meteor)
-    output.result(result, options)
+    output.write(result, options)
     return 0
 
 
 def check(options: EvaluateOptions) -> None:
-    """What can be said before anything is read."""
+    """Raises what can be known before anything is read."""
     for part in ("bleu", *(() if options.without_java else ("tokenizer", "meteor"))):
         java.package_folder(part)
     for path in (*options.captions, *options.references):
@@ -83,39 +90,41 @@ def check(options: EvaluateOptions) -> None:
 
 
 def check_output(path: str, inputs: Sequence[str]) -> None:
-    """Raises UsageError where the CSV cannot be put at `path`, or would take the place of what is read."""
+    """Raises UsageError where the CSV cannot be written to `path`, or `path` is an input."""
     shown = f"--per-image {printable(path)}"
     if not os.path.isdir(os.path.dirname(path) or os.curdir):
         raise UsageError(f"{shown}: there is no such folder")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise UsageError(f"{shown} is no regular file: name one to write")
+        raise UsageError(f"{shown} is not a regular file: name another")
     if os.path.exists(path) and any(each != "-" and os.path.samefile(path, each) for each in inputs):
-        raise UsageError(f"{shown} is read as well, and would be overwritten: name another file")
+        raise UsageError(f"{shown} is an input and would be overwritten: name another file")
 
 
 def evaluate(options: EvaluateOptions, meteor: java.Meteor | None) -> Result:
     columns = {name: getattr(options, name) for name in ("image_column", "caption_column")}
-    given = Given({name: column for name, column in columns.items() if column is not None})
-    references = read_references(options.references, given, options.split)
-    captions = [read_captions(path, given) for path in options.captions]
-    given.check()
+    named = NamedColumns({name: column for name, column in columns.items() if column is not None})
+    references = read_references(options.references, named, options.split)
+    captions = [read_captions(path, named) for path in options.captions]
+    named.check()
     matched = [matched_captions(each, references) for each in captions]
     if len(matched) > 1:
         matched = on_the_same_images(matched)
     for each in matched:
-        say_what_is_left_out(each)
+        warn_of_omissions(each)
 
-    tokenize = options.tokenize or tokenization.fitting(text for said in references.texts.values() for text in said)
+    tokenize = options.tokenize or tokenization.choose_tokenizer(
+        text for texts in references.texts.values() for text in texts
+    )
     if tokenize == "characters" and options.tokenize is None:
         warn(
             "the references are in a script without spaces, so characters are compared (--tokenize ptb compares words); "
-            "METEOR knows only English words' likeness"
+            "METEOR is made for English only"
         )
     if len(matched[0].texts) == 1:
-        warn("one image: its CIDEr is 0, which weighs words by how many images they are said of")
+        warn("one image: CIDEr is 0, as it weights words by how few images they are said of")
     wanted = {name: references.texts[name] for each in matched for name in each.texts}
     by_java = meteor is not None and tokenize == "ptb"
-    scorer = Scorer(wanted, tokenize, many=java.tokenize if by_java else None)
+    scorer = Scorer(wanted, tokenize, tokenize_all=java.tokenize if by_java else None)
     measured = [measure(each, scorer, meteor) for each in matched]
     result = Result(
         measured,
@@ -128,8 +137,8 @@ def evaluate(options: EvaluateOptions, meteor: java.Meteor | None) -> Result:
 
 
 def matched_captions(captions: Captions, references: References) -> Matched:
-    """Raises CapcliError, with a name from each side, where nothing matches."""
-    known: dict[str, str] = {}  # COCO's numbers that the references themselves explain
+    """The captions of images that have references; raises CapcliError with an example of both names if there are none."""
+    known: dict[str, str] = {}  # COCO's numbers that the references resolve
     if captions.numbered:
         numbers = names_by_number(references.paths)
         known = {name: numbers[name] for name in captions.texts if numbers.get(name) in references.texts}
@@ -145,34 +154,34 @@ def matched_captions(captions: Captions, references: References) -> Matched:
         )
     if captions.several:
         warn(
-            f"{printable(captions.path)}: images with several captions, of which the first counts: {captions.several:,}"
+            f"{printable(captions.path)}: images with several captions, of which only the first is scored: {captions.several:,}"
         )
-    called = {there: here for here, there in found.items()}
+    file_names = {reference: name for name, reference in found.items()}
     return Matched(
         captions.path,
-        {there: captions.texts[here] for here, there in found.items()},
-        called,
+        {reference: captions.texts[name] for name, reference in found.items()},
+        file_names,
         len(captions.texts) - len(found),
         len(references.texts) - len(found),
     )
 
 
 def on_the_same_images(matched: Sequence[Matched]) -> list[Matched]:
-    """Only what all have captions of, in the order of the first, so that they can be compared."""
+    """Only the images that all files have captions of, in the order of the first file."""
     names = [name for name in matched[0].texts if all(name in each.texts for each in matched)]
     if not names:
         raise CapcliError(
-            f"{' and '.join(printable(each.path) for each in matched)} have captions of no image in common"
+            f"{' and '.join(printable(each.path) for each in matched)} have no captions of the same image"
         )
     for each in matched:
         if len(each.texts) > len(names):
             left_out = len(each.texts) - len(names)
-            warn(f"{printable(each.path)}: images left out, the other file having no caption of them: {left_out:,}")
+            warn(f"{printable(each.path)}: images left out because the other file has no caption of them: {left_out:,}")
     return [
         Matched(
             each.path,
             {name: each.texts[name] for name in names},
-            each.called,
+            each.file_names,
             each.captions_without_references,
             each.references_without_caption,
         )
@@ -180,25 +189,25 @@ def on_the_same_images(matched: Sequence[Matched]) -> list[Matched]:
     ]
 
 
-def say_what_is_left_out(matched: Matched) -> None:
+def warn_of_omissions(matched: Matched) -> None:
     path = printable(matched.path)
     if matched.captions_without_references:
-        warn(f"{path}: captions without references, not counted: {matched.captions_without_references:,}")
+        warn(f"{path}: captions left out because they have no references: {matched.captions_without_references:,}")
     if matched.references_without_caption:
         warn(
-            f"{path}: images with references and no caption: {matched.references_without_caption:,} (not counted, which "
-            "flatters a captioner that failed on them)"
+            f"{path}: images with references and no caption: {matched.references_without_caption:,} (left out; the "
+            "scores are too high if the captioner failed on them)"
         )
 
 
 def measure(matched: Matched, scorer: Scorer, meteor: java.Meteor | None) -> FileScores:
     scores = scorer.measure(matched.texts, meteor)
     figures = {name: scores.corpus[name] for name in output.MEASURES if name in scores.corpus}
-    return FileScores(matched, scores, figures | variety(list(scores.tokens.values())))
+    return FileScores(matched, scores, figures | diversity(list(scores.tokens.values())))
 
 
 def compared(result: Result, meteor: java.Meteor | None) -> Result:
-    """With the difference of two files, and the intervals that were asked for."""
+    """The result with the difference of two files and with intervals, if wanted."""
     measured = list(result.measured)
     difference = difference_intervals = None
     if len(measured) > 1:

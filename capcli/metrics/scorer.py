@@ -1,4 +1,4 @@
-"""Captions held against references: per corpus, per image, and the counts from which any resample is scored again."""
+"""Scores of captions against references: of the corpus, of each image, and the counts to score a resample from."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 BLEU = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4")
-Many = Callable[[Sequence[str]], list[str]]
+TokenizeAll = Callable[[Sequence[str]], list[str]]
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """How good captions are.
+    """The scores of one set of captions.
 
-    `corpus` holds a figure for each measure, `per_image` an array [images] in the order of `names`. BLEU and METEOR of a
-    corpus are no means of those: they are computed from counts summed over the images, which are in `bleu_counts` (as
-    pycocoevalcap's BLEU keeps them) and `meteor_counts` [images, 23]. `tokens` are the captions as they were compared.
+    `corpus` has a score for each measure, `per_image` an array [images] in the order of `names`. BLEU and METEOR of a corpus
+    are not means over the images: they are computed from summed counts, which are in `bleu_counts` (in pycocoevalcap's
+    format) and `meteor_counts` [images, 23]. `tokens` are the tokenized captions.
     """
 
     names: tuple[str, ...]
@@ -39,47 +39,51 @@ class Scores:
 class Scorer:
     """Scores captions of images by BLEU-1 to 4, ROUGE-L and CIDEr-D, as COCO reports them, without Java.
 
-    `references` hold for each image's name the captions people gave; they are tokenized once. `tokenize` is `ptb` or
-    `characters` (Chinese, Japanese and other scripts without spaces); None takes what fits the references. The measures
-    are pycocoevalcap's. Raises CapcliError where that is not installed.
+    `references` are the reference captions by image name; they are tokenized once. `tokenize` is `ptb` or `characters`
+    (Chinese, Japanese and other scripts without spaces); None chooses by the references. `tokenize_all` replaces the
+    tokenizer. The measures are pycocoevalcap's; raises CapcliError where that is not installed.
     """
 
     def __init__(
-        self, references: Mapping[str, Sequence[str]], tokenize: Tokenize | None = None, *, many: Many | None = None
+        self,
+        references: Mapping[str, Sequence[str]],
+        tokenize: Tokenize | None = None,
+        *,
+        tokenize_all: TokenizeAll | None = None,
     ) -> None:
         package_folder("bleu")
-        self.tokenize = tokenize or tokenization.fitting(text for each in references.values() for text in each)
+        self.tokenize = tokenize or tokenization.choose_tokenizer(text for each in references.values() for text in each)
         one = TOKENIZERS[self.tokenize]
-        self._many = many or (lambda texts: [one(text) for text in texts])
-        flat = iter(self._many([text for each in references.values() for text in each]))
+        self._tokenize_all = tokenize_all or (lambda texts: [one(text) for text in texts])
+        flat = iter(self._tokenize_all([text for each in references.values() for text in each]))
         self._references = {name: [next(flat) for _ in each] for name, each in references.items() if each}
 
     def score(self, captions: Mapping[str, str]) -> dict[str, float]:
         """`Bleu_1` to `Bleu_4`, `ROUGE_L` and `CIDEr` of the images that have both a caption and a reference.
 
-        CIDEr's document frequencies are those of these images' references. Raises CapcliError where there are none.
+        CIDEr's document frequencies are those of these images' references. Raises CapcliError where there are no such images.
         """
         return dict(self.measure(captions).corpus)
 
     def measure(self, captions: Mapping[str, str], meteor: Meteor | None = None) -> Scores:
-        """The same with all there is to know, and with METEOR where one is given."""
+        """`score` with per-image scores and counts, and with METEOR if given."""
         names = tuple(name for name in captions if name in self._references)
         if not names:
             raise CapcliError("no caption is of an image that has references")
-        said = dict(zip(names, self._many([captions[name] for name in names]), strict=True))
+        tokens = dict(zip(names, self._tokenize_all([captions[name] for name in names]), strict=True))
         references = {name: self._references[name] for name in names}
-        given = {name: [caption] for name, caption in said.items()}
+        given = {name: [caption] for name, caption in tokens.items()}
         corpus, per_image, bleu_counts = bleu(references, given)
         meteor_counts = None
         if meteor is not None:
-            meteor_counts, corpus["METEOR"], per_image["METEOR"] = score_meteor(meteor, references, said)
+            meteor_counts, corpus["METEOR"], per_image["METEOR"] = score_meteor(meteor, references, tokens)
         for measure, (whole, each) in rouge_and_cider(references, given).items():
             corpus[measure], per_image[measure] = float(whole), each
-        return Scores(names, said, corpus, per_image, bleu_counts, meteor_counts)
+        return Scores(names, tokens, corpus, per_image, bleu_counts, meteor_counts)
 
 
 def score_captions(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """`Scorer(references).score(captions)`, for references that are used once."""
+    """`Scorer(references).score(captions)`, where the references are used only once."""
     return Scorer(references).score(captions)
 
 
@@ -114,11 +118,11 @@ def rouge_and_cider(references: References, given: References) -> dict[str, tupl
 
 
 def score_meteor(
-    meteor: Meteor, references: References, said: Mapping[str, str]
+    meteor: Meteor, references: References, tokens: Mapping[str, str]
 ) -> tuple[npt.NDArray[np.float64], float, npt.NDArray[np.float64]]:
-    """The counts of each image, the score of all together, and of each."""
+    """Each image's counts [images, 23], the score of the corpus, and each image's score [images]."""
     import numpy as np
 
-    counts = np.array([meteor.statistics(said[name], references[name]) for name in references])
+    counts = np.array([meteor.statistics(tokens[name], references[name]) for name in references])
     *each, whole = meteor.scores([*counts.tolist(), counts.sum(axis=0).tolist()])
     return counts, whole, np.array(each)

@@ -1,4 +1,4 @@
-"""Captions as tokens: the words that COCO's scorers compare, or characters where a script has no spaces."""
+"""Captions as tokens: the words that COCO's scorers compare, or characters for scripts without spaces."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _BREAKS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029\0]+")
 
 
 def one_line(text: str) -> str:
-    """The text as one line of UTF-8: line breaks of all kinds are spaces, what is no character is U+FFFD, soft hyphens go."""
+    """The text in one line: line breaks become spaces, surrogates become U+FFFD, soft hyphens are removed."""
     return as_text(_BREAKS.sub(" ", text)).replace("\xad", "")
 
 
-# Scripts that put no space between words: Han, kana, bopomofo, Thai, Lao, Burmese, Khmer.
+# Scripts without spaces between words: Han, kana, bopomofo, Thai, Lao, Burmese, Khmer.
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3040-\u30fa\u30fc-\u312f\u31a0-\u31bf\u31f0-\u31ff"
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
@@ -32,21 +32,21 @@ _UNSPACED_LETTER = re.compile(rf"(?=[{_UNSPACED}]){LETTER}")
 
 
 def characters(text: str) -> str:
-    """A caption's characters where its script has no spaces, its words elsewhere, without punctuation; spaces between."""
+    """A caption's characters where the script has no spaces, else its words, without punctuation, separated by spaces."""
     folded = unicodedata.normalize("NFKC", one_line(text)).lower()
     return " ".join(_CHARACTER.findall(folded))
 
 
 def words(text: str) -> str:
-    """A caption's words as the PTB tokenizer takes them, without punctuation; spaces between."""
+    """A caption's PTB tokens without punctuation, separated by spaces."""
     return ptb.ptb(one_line(text))
 
 
 TOKENIZERS: Mapping[Tokenize, Callable[[str], str]] = {"ptb": words, "characters": characters}
 
 
-def fitting(texts: Iterable[str]) -> Tokenize:
-    """`characters` where more than half of the letters are of a script without spaces, of which PTB makes one token."""
+def choose_tokenizer(texts: Iterable[str]) -> Tokenize:
+    """`characters` where more than half of the letters are of a script without spaces, which PTB would not split."""
     letters = unspaced = 0
     for text in texts:
         if text.isascii():

@@ -1,4 +1,4 @@
-"""Files to images with their headers read: regular files only, and nothing decoded yet."""
+"""Open regular image files and read their headers; nothing is decoded yet."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from capcli.errors import ImageError
 
-IN_MEMORY = 64 << 20  # files up to this many bytes are read once and whole; from larger ones Pillow takes what it needs
+IN_MEMORY = 64 << 20  # files up to this many bytes are read whole; of larger ones Pillow reads what it needs
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 NO_DECODER = {
-    "EPS": "it is a PostScript program, which is not run here: convert it to PNG",
+    "EPS": "it is a PostScript program, which capcli does not run: convert it to PNG",
     "MPEG": "it is a video: extract a frame from it",
 }
 BEGINNINGS: dict[str, bytes | tuple[bytes, ...]] = {
@@ -26,13 +26,13 @@ BEGINNINGS: dict[str, bytes | tuple[bytes, ...]] = {
     "BMP": b"BM",
     "PSD": b"8BPS",
 }
-ZERO_TAIL = 32  # bytes; no encoder ends its image data with so many zeros
+ZERO_TAIL = 32  # bytes; no encoder ends its image data with that many zeros
 
 Stream = io.BytesIO | io.BufferedReader
 
 
 def open_image(source: str | bytes) -> Stream:
-    """The bytes of an image's file: those at a path, or those given.
+    """A stream of an image file, from its path or its bytes.
 
     Raises:
         ImageError: missing, not-a-file, permission, empty, or unreadable.
@@ -45,14 +45,13 @@ def open_image(source: str | bytes) -> Stream:
 
 
 def open_regular(path: str) -> Stream:
-    """Open the regular file at `path`, without waiting: a pipe with no writer would otherwise hang.
+    """Open the regular file at `path` without blocking: opening a pipe that has no writer would hang.
 
     Raises:
         ImageError: missing, not-a-file, permission, empty, or unreadable.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     try:
-        descriptor = os.open(path, flags)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError as error:  # a NUL, or characters that the file system cannot encode
         raise ImageError("missing", "no file can have this name") from error
     except OSError as error:
@@ -77,9 +76,9 @@ def _not_an_image_file(mode: int) -> ImageError:
 
 def _open_failure(error: OSError) -> ImageError:
     if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
-        return ImageError("missing", "there is no such file (or it is a link that leads nowhere)")
+        return ImageError("missing", "there is no such file (or it is a broken link)")
     if isinstance(error, PermissionError):
-        return ImageError("permission", "the file may not be read by this user")
+        return ImageError("permission", "no permission to read the file")
     if error.errno in (errno.ENXIO, errno.ENODEV):
         return ImageError("not-a-file", "it is a socket or device, not a file")
     return ImageError("unreadable", f"the file could not be opened: {error.strerror}")
@@ -89,7 +88,7 @@ def identify(stream: Stream) -> ImageFile.ImageFile:
     """The image in `stream`, its header read and nothing decoded.
 
     Raises:
-        ImageError: unknown-format, no-decoder, or unreadable: a damaged header, or an end that was never written.
+        ImageError: unknown-format, no-decoder, or unreadable (a damaged header, or an end that was never written).
     """
     stream.seek(0)
     head = stream.read(64)
@@ -110,7 +109,7 @@ def _unidentified(head: bytes) -> ImageError:
     for name in BEGINNINGS:
         if head.startswith(BEGINNINGS[name]):
             return ImageError("unreadable", f"it begins like {name}, but its header is damaged or cut short")
-    return ImageError("unknown-format", "it is not an image in any format that is known here")
+    return ImageError("unknown-format", "it is not an image in any supported format")
 
 
 def _is_heif(head: bytes) -> bool:
@@ -128,16 +127,16 @@ def _open_heif(stream: Stream) -> ImageFile.ImageFile:
     stream.seek(0)
     try:
         image: ImageFile.ImageFile = HeifImageFile(stream)  # type: ignore[no-untyped-call]
-    except SyntaxError as error:  # pillow-heif's word for every damage
+    except SyntaxError as error:  # pillow-heif raises it for every kind of damage
         raise ImageError("unreadable", "it begins like HEIF, but its header is damaged or cut short") from error
     return image
 
 
 def _ends_unwritten(stream: Stream, format_name: str) -> bool:
-    """Whether a file's end was never written, as when a copy into reserved space is interrupted.
+    """Whether the end of a file was never written, as when a copy into reserved space is interrupted.
 
-    Zeros are valid image data to a JPEG or PNG decoder, which would return half a picture. So: a run of zeros at the
-    end, and no end marker since the image data began. (Zeros behind the end marker are harmless padding.)
+    Decoders of JPEG and PNG accept zeros as image data and would return half a picture. The test: the file ends in
+    zeros, and there is no end marker after the start of the image data. (Zeros after the end marker are padding.)
     """
     stream.seek(-min(ZERO_TAIL, stream.seek(0, os.SEEK_END)), os.SEEK_END)
     if stream.read().strip(b"\0"):

@@ -1,7 +1,7 @@
-"""What a checkpoint's image processor asks for: preprocessor_config.json as one frozen `PixelSpec`, and its sizes.
+"""`PixelSpec`: the settings of a checkpoint's image processor, read from its preprocessor_config.json.
 
 The classes and their defaults are those of transformers' PIL backend (5.17 to 5.23), read from
-`transformers/models/*/image_processing_pil_*.py`; the tests hold both against the real processors.
+`transformers/models/*/image_processing_pil_*.py`; the tests compare both with the real processors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Triple = tuple[float, float, float]
 
 HALF: Triple = (0.5, 0.5, 0.5)
 CLIP = {"image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711)}
-NEAREST, LANCZOS, BILINEAR, BICUBIC, BOX, HAMMING = range(6)  # Pillow's numbers, and the only ones transformers takes
+NEAREST, LANCZOS, BILINEAR, BICUBIC, BOX, HAMMING = range(6)  # Pillow's numbers; transformers accepts no others
 
 COMMON: Mapping[str, Any] = {
     "do_resize": True,
@@ -52,26 +52,26 @@ CLASSES: Mapping[str, Mapping[str, Any]] = {
     "SiglipImageProcessor": {"size": {"height": 224, "width": 224}, "default_to_square": False},
     "ViTImageProcessor": {"size": 224, "resample": BILINEAR},
 }
-# Switches that leave these classes' pixels alone: ours are RGB already, and labels are not pixels.
+# Switches that do not change the pixels of these classes: the images are RGB already, and labels are not pixels.
 HARMLESS = {"do_convert_rgb", "do_reduce_labels"}
 
 
 @dataclass(frozen=True, slots=True)
 class PixelSpec:
-    """What a preprocessor_config.json asks for: how an RGB image becomes pixels, and pixels the model's input.
+    """How an RGB image becomes pixels, and how pixels become the model's input.
 
-    `rule` and `size` say what it is resized to: "keep" not at all; "exact" to (height, width); "shortest" so that the
-    shorter edge is size[0]; "between" likewise, unless the longer edge would pass size[1]; "within" to the largest that
-    fits (height, width). `crop` is the (height, width) then cut from the centre, black where the image is smaller.
+    `rule` and `size` determine the resized size: "keep" does not resize; "exact" is (height, width); "shortest" makes the
+    shorter edge size[0]; "between" does the same unless the longer edge would exceed size[1]; "within" is the largest size
+    that fits into (height, width). `crop` is the (height, width) then cut from the centre, black where the image is smaller.
 
-    From the uint8 pixels p the model's input is made thus, channel by channel, and the processor's float32 results
-    follow to the bit:
+    The model's input is computed from the uint8 pixels p, channel by channel, and equals the processor's float32 results
+    to the bit:
 
         x = float32(float64(p) * float64(rescale_factor))
-        x = (x - float32(mean)) / float32(std)              # both in float32, a division and no reciprocal
+        x = (x - float32(mean)) / float32(std)              # both in float32; a division, not a product
 
-    A processor that does not rescale has rescale_factor 1.0; one that does not normalise has mean 0 and std 1: the same
-    two lines then change nothing. p has 256 values, so the first line is a table of 256 float32.
+    A processor that does not rescale has rescale_factor 1.0; one that does not normalise has mean 0 and std 1. The two
+    lines then change nothing. p has 256 values, so the first line is a table of 256 float32.
     """
 
     rule: Rule
@@ -86,11 +86,11 @@ class PixelSpec:
     def from_config(cls, config: Mapping[str, Any]) -> PixelSpec:
         """Read a parsed preprocessor_config.json, or a processor_config.json that nests one under "image_processor".
 
-        Absent fields take the default of the processor class that the config names; a null does not, but turns its
-        step off, as in transformers. A setting that would make other pixels than ours is refused.
+        Absent fields take the default of the processor class that the config names. A null turns its step off, as in
+        transformers. A setting that would change the pixels in a way not implemented here is refused.
 
         Raises:
-            CapcliError: the class is none of `CLASSES`, or a setting is malformed or not supported; the field is named.
+            CapcliError: the class is not in `CLASSES`, or a setting is malformed or not supported; the message names it.
         """
         config = config.get("image_processor", config)
         settings = _settings(config)
@@ -127,7 +127,7 @@ class PixelSpec:
         return self.crop or (self.size if self.rule == "exact" else None)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) that an image of this size is resized to, before the crop; an edge may come out as 0."""
+        """(height, width) after resizing an image of this size, before the crop; an edge may be 0."""
         if self.rule == "keep":
             return height, width
         if self.rule == "exact":
@@ -141,7 +141,7 @@ class PixelSpec:
 
 
 def _shortest(height: int, width: int, edge: int) -> tuple[int, int]:
-    """transformers' `get_resize_output_image_size`: its order of operations decides how the long edge rounds."""
+    """transformers' `get_resize_output_image_size`: the order of operations determines how the long edge rounds."""
     if width <= height:
         return int(edge * height / width), edge
     return edge, int(edge * width / height)
@@ -162,7 +162,7 @@ def _between(height: int, width: int, shortest: int, longest: int) -> tuple[int,
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config over its class's defaults; "crop_pct" is among them for ConvNext alone, which alone reads it."""
+    """The defaults of the class, updated from the config; only ConvNext has and reads "crop_pct"."""
     name = config.get("image_processor_type") or config.get("feature_extractor_type")
     if not isinstance(name, str):
         raise CapcliError("The preprocessor config names no image processor (image_processor_type is missing).")
@@ -229,7 +229,7 @@ def _convnext(
 
 
 def _refuse_padding(spec: PixelSpec, settings: Mapping[str, Any]) -> None:
-    """Padding is refused unless it adds nothing: every image has one size already, and no larger one is asked for."""
+    """Padding is refused unless it adds nothing: all images have one size, and no larger one is set."""
     if not settings["do_pad"]:
         return
     fixed = spec.height is not None

@@ -1,4 +1,4 @@
-"""Every mode to RGB: upright, transparency over white, 16 bits scaled."""
+"""Images of every Pillow mode to upright RGB: transparency over white, 16 bits scaled to 8."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ PHOTOMETRIC, BITS_PER_SAMPLE, WHITE_IS_ZERO = 262, 258, 0  # TIFF tags, and a va
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Decode `image` and make it RGB, turned as its EXIF (or XMP) orientation says.
+    """Decode `image`, convert it to RGB and apply its EXIF (or XMP) orientation.
 
-    An RGB image that stands upright is returned as it is, not copied. Raises whatever Pillow raises.
+    An upright RGB image is returned itself, not copied. Raises whatever Pillow raises.
     """
     with _silent_libtiff() if image.format == "TIFF" else contextlib.nullcontext():
-        image.load()  # before the orientation is asked for: Pillow turns a TIFF as it loads it, and forgets the tag
+        image.load()  # before the orientation is read: Pillow rotates a TIFF as it loads it, and drops the tag
     method = TRANSPOSITIONS.get(_orientation(image))
     rgb = _rgb(image)
     if method is None:
         return rgb
     upright = rgb.transpose(method)
-    upright.info = {}  # which still says how to turn it
+    upright.info = {}  # it still has the orientation
     return upright
 
 
 @contextlib.contextmanager
 def _silent_libtiff() -> Iterator[None]:
-    """libtiff writes what it finds wrong to descriptor 2, past Python, besides failing as it should."""
+    """libtiff prints errors to file descriptor 2 besides reporting them: discard what it prints."""
     try:
         before = os.dup(2)
-    except OSError:  # there is no standard error to keep clean
+    except OSError:  # there is no standard error
         yield
         return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
     try:
         yield
     finally:
@@ -63,9 +63,9 @@ def _silent_libtiff() -> Iterator[None]:
 
 
 def array_rgb(array: Array) -> Image.Image:
-    """Make RGB of an array [height, width], or [height, width, 1 | 3 | 4] with a fourth channel of transparency.
+    """RGB from an array [height, width] or [height, width, 1 | 3 | 4], where a fourth channel is alpha.
 
-    uint8 as it is, uint16 by its high byte, bool as black and white, floats from 0 to 1.
+    uint8 is kept, uint16 is reduced to its high byte, bool is black and white, floats are from 0 to 1.
 
     Raises:
         ImageError: another shape or dtype, an empty array, or floats outside 0 to 1.
@@ -86,21 +86,21 @@ def _eight_bits(array: Array) -> Bytes:
         return (array >> 8).astype(np.uint8)
     if np.issubdtype(array.dtype, np.floating):
         floats = array.astype(np.float32, copy=False)
-        if not (floats.min() >= 0 and floats.max() <= 1):  # so that NaN fails too
-            raise ImageError("unreadable", "an array of floats must lie between 0 and 1")
+        if not (floats.min() >= 0 and floats.max() <= 1):  # NaN fails as well
+            raise ImageError("unreadable", "an array of floats must have values between 0 and 1")
         return _rounded(floats * np.float32(255))
     raise ImageError(
         "unreadable", f"an array of {array.dtype} is no image: uint8, uint16, bool or float from 0 to 1 is"
     )
 
 
-def upright(image: Image.Image) -> bool:
-    """Whether it is to be seen as it lies in its file."""
+def is_upright(image: Image.Image) -> bool:
+    """Whether its orientation changes nothing."""
     return _orientation(image) not in TRANSPOSITIONS
 
 
-def stands(image: Image.Image) -> bool:
-    """Whether it keeps its width and height when it is turned upright."""
+def keeps_shape(image: Image.Image) -> bool:
+    """Whether its orientation keeps width and height."""
     return _orientation(image) not in (5, 6, 7, 8)
 
 
@@ -108,7 +108,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
         return value if isinstance(value, int) else 1
-    except Exception:  # EXIF that cannot be parsed says nothing about the picture: it stays as it is
+    except Exception:  # EXIF that cannot be parsed is ignored
         return 1
 
 
@@ -128,7 +128,7 @@ def _over_white(image: Image.Image) -> Image.Image:
     """Composite as transformers' `convert_to_rgb` does, to the bit."""
     transparent = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
-        image = image.copy()  # a 16-bit PNG: Pillow keeps the high bytes of its samples, but all of this colour's
+        image = image.copy()  # a 16-bit PNG: Pillow reduces its samples to their high bytes, but not this colour
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
     if image.mode == "La":
         image = image.convert("LA")
@@ -138,7 +138,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
-    """High bytes, which is what Pillow makes of 16-bit colour: grey and colour of one picture come out the same."""
+    """The high bytes, as Pillow reduces 16-bit colour: grey and colour versions of one picture agree."""
     array = np.asarray(image)  # uint16 [height, width], in the byte order of its mode
     tags = getattr(image, "tag_v2", {})
     shift = 4 if tags.get(BITS_PER_SAMPLE) == (12,) else 8
@@ -152,9 +152,9 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 
 def _from_integers(image: Image.Image) -> Image.Image:
-    """32-bit integers carry no scale: up to 255 they are taken as 8 bits, up to 65535 as 16, and others are stretched.
+    """32-bit integers have no known scale: up to 255 they are 8 bits, up to 65535 16 bits, and others are stretched.
 
-    A portable graymap is the exception: Pillow has scaled it to 16 bits, however dark it is.
+    A portable graymap is the exception: Pillow has scaled it to 16 bits already.
     """
     array = np.asarray(image)
     low, high = int(array.min()), int(array.max())
@@ -165,9 +165,9 @@ def _from_integers(image: Image.Image) -> Image.Image:
 
 
 def _from_floats(image: Image.Image) -> Image.Image:
-    """Floats from 0 to 1 are scaled, whole numbers up to 255 are taken as 8 bits, and others are stretched.
+    """Floats from 0 to 1 are scaled, whole numbers up to 255 are 8 bits, and others are stretched.
 
-    NaN is black; infinities are the ends of the scale.
+    NaN becomes black; infinities become the ends of the scale.
     """
     array = np.asarray(image)
     finite = array[np.isfinite(array)]
@@ -182,7 +182,7 @@ def _from_floats(image: Image.Image) -> Image.Image:
 
 
 def _stretched(array: Array) -> Bytes:
-    """The smallest value black, the largest white."""
+    """Scaled so that the smallest value is black and the largest white."""
     values = array.astype(np.float64)
     low, high = values.min(), values.max()
     return _rounded((values - low) * (255 / ((high - low) or 1)))

@@ -1,9 +1,9 @@
-"""Measures a captioner of drawn scenes: how many of its captions are right, in each respect and in all; --card writes it down.
+"""How many captions of a captioner of drawn scenes are right, in each respect and in all; --card writes its model card.
 
-    python examples/measure_demo.py build/demo/captioner
+    python examples/judge_demo.py build/demo/captioner
 
-As a user would: picture files of a seed that was used for nothing else, greedy, through plain transformers, or through capcli
-where transformers alone does not search.
+The scenes have a seed that is used for nothing else, and are read from image files. Captions are greedy, from transformers
+alone, or from capcli for architectures that transformers does not have. `demo-model/README.md` is written by this script.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from transformers import (
 from capcli import Captioner
 
 SUFFIXES = (".jpg", ".png", ".webp")
-MEASURING_SEED, PICTURES_SEED = 3, 4  # demo.toml has 1, 2 and 5
+JUDGED_SEED, PICTURES_SEED = 3, 4  # demo.toml uses 1, 2 and 5
 
 
 @dataclass(slots=True)
 class Tally:
-    """How many captions are right in each respect; `right` is all of them at once, and a true word on the weather.
+    """How many captions are right in each respect; `right`: in all of them, and in the weather where it is mentioned.
 
-    `ended` counts those that an end token ended, where that is told.
+    `ended` counts captions with an end token, where that is known.
     """
 
     scenes: int = 0
@@ -58,12 +58,14 @@ class Tally:
         self.ended += ended
 
     def shares(self) -> dict[str, str]:
-        told = {name: value for name, value in asdict(self).items() if name != "scenes" and (value or name != "ended")}
-        return {name: f"{value / self.scenes:.1%}" for name, value in told.items()}
+        counts = {
+            name: value for name, value in asdict(self).items() if name != "scenes" and (value or name != "ended")
+        }
+        return {name: f"{value / self.scenes:.1%}" for name, value in counts.items()}
 
 
-def measure(folder: Path, seed: int, count: int) -> Tally:
-    """Captions so many new scenes."""
+def judge(folder: Path, seed: int, count: int) -> Tally:
+    """Caption `count` new scenes and judge the captions."""
     plain = AutoConfig.from_pretrained(folder).model_type == VisionEncoderDecoderConfig.model_type
     tally = Tally()
     with tempfile.TemporaryDirectory() as pictures:
@@ -76,7 +78,7 @@ def measure(folder: Path, seed: int, count: int) -> Tally:
 
 @torch.inference_mode()
 def by_transformers(folder: Path, paths: Sequence[Path]) -> Iterator[tuple[str, bool]]:
-    """The caption of each picture, one at a time, and whether it ended."""
+    """The caption of each picture, one at a time, and whether it has an end token."""
     model = VisionEncoderDecoderModel.from_pretrained(folder).eval()
     tokenizer, processor = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
     for path in paths:
@@ -136,13 +138,13 @@ def card(folder: Path, held_out: Tally, pictures: Tally) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure a captioner of drawn scenes.")
+    parser = argparse.ArgumentParser(description="Judge a captioner of drawn scenes.")
     parser.add_argument("folder", type=Path, help="the captioner")
     parser.add_argument("--count", type=int, default=1000, help="held-out scenes (1000)")
     parser.add_argument("--card", action="store_true", help="write its README.md with the figures")
     options = parser.parse_args()
-    held_out = measure(options.folder, MEASURING_SEED, options.count)
-    pictures = measure(options.folder, PICTURES_SEED, 24)
+    held_out = judge(options.folder, JUDGED_SEED, options.count)
+    pictures = judge(options.folder, PICTURES_SEED, 24)
     print("  ".join(f"{name} {share}" for name, share in held_out.shares().items()), f" of {held_out.scenes} scenes;")
     print(f"of the {pictures.scenes} pictures of examples/scenes {pictures.right} are right")
     if options.card:

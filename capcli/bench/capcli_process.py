@@ -1,4 +1,4 @@
-"""capcli as a contestant: `python -m capcli.bench.ours` reads a task, then captions its files at every `go`, in full."""
+"""capcli as a process of the bench: `python -m capcli.bench.capcli_process` reads a task and captions at every `go`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from capcli.sources import open_source
 
 
 def options_of(task: dict[str, Any], out: str) -> CaptionOptions:
-    """What `capcli caption` would be asked to do."""
+    """The options of the equivalent `capcli caption`."""
     return CaptionOptions(
         source=SourceOptions(sources=tuple(task["files"])),
         sink=SinkOptions(out=out, overwrite=True),
@@ -42,21 +42,21 @@ def main(task: dict[str, Any]) -> None:
         captioner = load_captioner(options, None)
         settings = search_settings(options, captioner)
         options = settle_gpu_decode(options, captioner.model, None)
-        loaded = time.perf_counter() - began
-        _, slots = caption(options, captioner, settings)  # to warm up
-        tell({"load": loaded, "dtype": captioner.model.dtype, "batch_size": slots, "gpu_decode": options.gpu_decode})
+        load = time.perf_counter() - began
+        _, slots = caption(options, captioner, settings)  # warm-up
+        answer({"load": load, "dtype": captioner.model.dtype, "batch_size": slots, "gpu_decode": options.gpu_decode})
         while sys.stdin.readline().strip() == "go":
             seconds, _ = caption(options, captioner, settings)
             rows = map(json.loads, Path(out).read_text("utf-8").splitlines())
-            tell({"seconds": seconds, "captions": {row["file_name"]: row["text"] for row in rows}})
+            answer({"seconds": seconds, "captions": {row["file_name"]: row["text"] for row in rows}})
 
 
-def tell(what: dict[str, Any]) -> None:
-    print(json.dumps(what), flush=True)
+def answer(fields: dict[str, Any]) -> None:
+    print(json.dumps(fields), flush=True)
 
 
 def caption(options: CaptionOptions, captioner: Any, settings: Any) -> tuple[float, int]:
-    """Seconds from the first name to the last row, and the slots."""
+    """Seconds from listing the first file to writing the last row, and the number of slots."""
     began = time.perf_counter()
     with open_sink(options.sink, lambda _: None) as sink:
         source = open_source(options.source, lambda _: None, None)

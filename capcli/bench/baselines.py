@@ -1,8 +1,9 @@
-"""transformers and Optimum as contestants, as good as scripts of theirs get: `python peers.py`, which reads a task.
+"""The baselines: transformers and Optimum as a good script would use them. `python baselines.py` reads a task.
 
-Needs no capcli, but for captioners of capcli's own architectures, which transformers learns of from it.
+A DataLoader's worker processes read the images, and `generate()` captions them in batches of the fastest size.
 
-Images are read by worker processes, as a data loader has them, and captioned by `generate()` in batches of the best size.
+This file runs without capcli, in the Python that --peer-python names; only captioners of capcli's own architectures need
+capcli, which registers them with transformers.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ import transformers
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-BATCHES = {"cpu": (8, 16, 32, 64), "cuda": (32, 64, 128, 256, 512)}  # by kind of device
-TRIED = 2  # batches of each size that decide which is best
+BATCHES = {"cpu": (8, 16, 32, 64), "cuda": (32, 64, 128, 256, 512)}  # batch sizes to try, by device type
+TRIED = 2  # batches of each size that are timed
 
 
 def usable_cpus() -> int:
-    """Those that this process may use, as far as the system tells."""
+    """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 4
 
 
 class Photos(Dataset[Any]):
-    """Photos as the processor makes them."""
+    """Photos as the image processor returns them."""
 
     def __init__(self, files: list[str], processor: Any) -> None:
         self.files, self.processor = files, processor
@@ -45,17 +46,18 @@ class Photos(Dataset[Any]):
 
 
 def loader_of(folder: str) -> Any:
-    """transformers' class of a captioner."""
+    """The class that loads a captioner."""
     name = json.loads((Path(folder) / "config.json").read_text("utf-8"))["architectures"][0]
     if hasattr(transformers, name):
         return getattr(transformers, name)
-    import capcli  # noqa: F401
+    import capcli
 
+    capcli.register()
     return transformers.AutoModel
 
 
-class Peer:
-    """A captioner that `generate()` runs."""
+class Baseline:
+    """A captioner run by `generate()`, as the task's `how` says."""
 
     def __init__(self, task: dict[str, Any]) -> None:
         self.task = task
@@ -79,34 +81,34 @@ class Peer:
             self.model.forward = torch.compile(self.model.forward)
 
     def run(self, batch_size: int, count: int | None = None) -> tuple[float, dict[str, str]]:
-        """Seconds for `count` photos, all of them without, and the captions by path."""
+        """Seconds for the first `count` photos (None: all), and the captions by path."""
         began = time.perf_counter()
         files = self.task["files"][:count]
         photos = torch.utils.data.Subset(self.photos, range(len(files)))
         on_gpu = self.device.type == "cuda"
         workers = min(len(files), max(2, min(32, usable_cpus() - 2)) if on_gpu else 2)
         loader = DataLoader(photos, batch_size, num_workers=workers, pin_memory=on_gpu)
-        said: list[str] = []
+        captions: list[str] = []
         with torch.inference_mode():
             for pixels in loader:
                 ids = self.model.generate(
                     pixel_values=pixels.to(self.device, self.dtype, non_blocking=True), **self.settings
                 )
-                said += [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-        return time.perf_counter() - began, dict(zip(files, said, strict=True))
+                captions += [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return time.perf_counter() - began, dict(zip(files, captions, strict=True))
 
     def best_batch(self) -> int:
-        """The quickest of BATCHES that there are photos for, each tried warm."""
+        """The fastest of BATCHES for which there are enough photos, each timed after a warm-up."""
         if self.task["how"] == "single":
             return 1
         count = len(self.task["files"])
         sizes = [size for size in BATCHES[self.device.type] if size <= count] or [count]
         rates = {}
         for size in sizes:
-            taken = min(count, TRIED * size)
+            timed = min(count, TRIED * size)
             try:
                 self.run(size, size)
-                rates[size] = taken / self.run(size, taken)[0]
+                rates[size] = timed / self.run(size, timed)[0]
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 if not rates:
@@ -123,17 +125,17 @@ def main(task: dict[str, Any]) -> None:
     began = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            peer = Peer(task)
+            baseline = Baseline(task)
         except ModuleNotFoundError as error:
             sys.exit(f"{error.name} is missing: give a Python that has it by --peer-python")
-        loaded = time.perf_counter() - began
-        batch_size = peer.best_batch()
+        load = time.perf_counter() - began
+        batch_size = baseline.best_batch()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    facts = {"load": loaded, "dtype": str(peer.dtype).removeprefix("torch."), "batch_size": batch_size, **versions}
+    facts = {"load": load, "dtype": str(baseline.dtype).removeprefix("torch."), "batch_size": batch_size, **versions}
     print(json.dumps(facts), flush=True)
     while sys.stdin.readline().strip() == "go":
         with contextlib.redirect_stdout(sys.stderr):
-            seconds, captions = peer.run(batch_size)
+            seconds, captions = baseline.run(batch_size)
         print(json.dumps({"seconds": seconds, "captions": captions}), flush=True)
 
 
