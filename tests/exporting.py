@@ -67,7 +67,7 @@ def step_graph_once(step: Step, memory: Memory, dtype: torch.dtype, profile: Any
 
 
 def stored(call: tuple[Any, ...], export: Callable[[], Any]) -> Any:
-    """The result of `export`, in a file named by the digest of everything it depends on; every caller gets a copy of its own."""
+    """The result of `export`, stored in a file named by the digest of all that it depends on; every caller gets another copy."""
     path = Path(os.environ["CAPCLI_TEST_SHARED"]) / f"{digest(*call)}.graph"
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

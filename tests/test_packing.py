@@ -1,4 +1,4 @@
-"""Packed linear layers change only the module they are asked to; malloc is set by the command alone."""
+"""Packing changes only the given module; only the command sets malloc."""
 
 from __future__ import annotations
 

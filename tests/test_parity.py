@@ -108,11 +108,11 @@ END = 119  # of the captioners with 120 tokens; 118 is their start, 117 their pa
 CHECKPOINTS = {
     "max_length counts the prompt": ({"max_length": 9}, {}),
     "min_length counts the prompt": ({"min_length": 6, "max_length": 14}, {}),
-    "min_new_tokens asked for comes before min_length": ({"min_length": 9, "max_length": 14}, {"min_new_tokens": 2}),
+    "the option min_new_tokens comes before min_length": ({"min_length": 9, "max_length": 14}, {"min_new_tokens": 2}),
     "min_new_tokens of nothing comes before min_length": ({"min_length": 9, "max_length": 14}, {"min_new_tokens": 0}),
     "min_new_tokens comes before min_length": ({"min_length": 4, "min_new_tokens": 7, "max_length": 14}, {}),
     "max_new_tokens comes before max_length": ({"max_length": 5, "max_new_tokens": 10}, {}),
-    "max_new_tokens asked for comes before max_length": ({"max_length": 5}, {"max_new_tokens": 10}),
+    "the option max_new_tokens comes before max_length": ({"max_length": 5}, {"max_new_tokens": 10}),
     "no length at all": ({}, {}),
     "several ends": ({"eos_token_id": [END, 3, 40, 77]}, {"max_new_tokens": 12}),
     "no end": ({"eos_token_id": None}, {"max_new_tokens": 7}),
@@ -165,8 +165,8 @@ def test_start_token_and_prompt_count_as_repetitions(decoder):
 @pytest.mark.parametrize("size", [2, 3, 4, 9])
 def test_captions_shorter_than_the_banned_ngrams(size, beams):
     for length in (1, 2, 3):
-        asked = {"max_new_tokens": length, "no_repeat_ngram_size": size, "num_beams": beams}
-        agrees(captioner(seed=1), pictures(2), Case(asked))
+        options = {"max_new_tokens": length, "no_repeat_ngram_size": size, "num_beams": beams}
+        agrees(captioner(seed=1), pictures(2), Case(options))
 
 
 SAMPLINGS = {
@@ -204,12 +204,12 @@ SAMPLINGS = {
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_sampling_equals_generate_with_the_same_noise(sampling):
-    asked, checkpoint = SAMPLINGS[sampling]
+    options, checkpoint = SAMPLINGS[sampling]
     images, lengths = pictures(5), set()
     keys = [noise.key(7, f"{i}.jpg") for i in range(len(images))]
     for decoder in ("gpt2", "bert"):
         model = captioner("vit", decoder, seed=4)
-        case = Case({"do_sample": True, "max_new_tokens": 10, **asked}, checkpoint)
+        case = Case({"do_sample": True, "max_new_tokens": 10, **options}, checkpoint)
         lengths |= agrees(model, images, case, keys=keys)
     assert len(lengths) >= 3
 
@@ -242,16 +242,16 @@ def test_any_settings_in_any_shapes_equal_generate(data):
     draw = data.draw
     model = captioner("vit", draw(one_of(["gpt2", "bert"])), one_id=draw(st.booleans()), seed=draw(one_of([1, 5])))
     beams = draw(st.integers(1, 6))
-    asked = {**draw(searches), "num_beams": beams, "num_return_sequences": draw(st.integers(1, beams))}
+    options = {**draw(searches), "num_beams": beams, "num_return_sequences": draw(st.integers(1, beams))}
     if draw(one_of([False, False, True])):
-        asked |= {"do_sample": True, "top_k": 0, "temperature": draw(one_of([1.0, 1.5]))}
-    if asked["max_new_tokens"] < asked.get("min_new_tokens", 0):
-        del asked["min_new_tokens"]
+        options |= {"do_sample": True, "top_k": 0, "temperature": draw(one_of([1.0, 1.5]))}
+    if options["max_new_tokens"] < options.get("min_new_tokens", 0):
+        del options["min_new_tokens"]
     prompt = draw(one_of([(), (5,), (5, 7, 5)]))
     slots = draw(st.integers(1, 33))
     shapes = Shapes(slots, draw(st.integers(1, slots)))
     indices = draw(st.lists(st.integers(0, len(POOL) - 1), min_size=1, max_size=40))
-    case = Case(asked, prompt=prompt)
+    case = Case(options, prompt=prompt)
     agrees(
         model, [POOL[i] for i in indices], case, shapes, keys=[1000 + i for i in indices], lag=draw(st.integers(0, 3))
     )

@@ -149,8 +149,8 @@ def make_run(folder: Path) -> tuple[list[object], Path]:
 def test_training_with_tags_and_captioning_with_them(tmp_path: Path) -> None:
     flags, data = make_run(tmp_path)
     out = tmp_path / "out"
-    told = ("--tags-column", "tags", "--tag-tokens", 6, "--image-tokens", 4, "--num-beams", 2)
-    done = call("train", *flags, *told, "--learning-rate", 1e-2, "--out", out)
+    tags = ("--tags-column", "tags", "--tag-tokens", 6, "--image-tokens", 4, "--num-beams", 2)
+    done = call("train", *flags, *tags, "--learning-rate", 1e-2, "--out", out)
     assert done.code == 0, done.err
     config = json.loads((out / "config.json").read_text())
     assert (config["model_type"], config["image_tokens"], config["tag_tokens"]) == ("prefix-captioner", 4, 6)
@@ -259,11 +259,11 @@ def test_tags_for_a_list_of_images(tmp_path: Path) -> None:
     rows = [{"file_name": "a.png", "tags": ["word9", "word11"]}, {"file_name": "c.png", "tags": "word12"}]
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     same = ("--model", folder, "--out", "-", "--workers", 0, "--dtype", "float32", "--max-new-tokens", 6)
-    told = {row["file_name"]: row["score"] for row in call("caption", photos, *same, "--tags-field", "tags").rows}
+    scores = {row["file_name"]: row["score"] for row in call("caption", photos, *same, "--tags-field", "tags").rows}
     captioner, names = Captioner.load(str(folder), dtype="float32"), ("a.png", "b.png", "c.png")
     images = [str(photos / name) for name in names]
     found = list(captioner.caption(images, tags=["[word9] [word11]", None, "word12"], max_new_tokens=6))
-    assert [each.score for each in found] == pytest.approx([told[name] for name in names], abs=1e-4)
+    assert [each.score for each in found] == pytest.approx([scores[name] for name in names], abs=1e-4)
     plain = [each.score for each in captioner.caption(images, max_new_tokens=6)]
     assert [mine == other for mine, other in zip(plain, [each.score for each in found], strict=True)] == [0, 1, 0]
     with pytest.raises(UsageError, match="2 tags and 3 images"):
@@ -281,9 +281,9 @@ def test_a_model_without_tags_refuses_them(tmp_path: Path) -> None:
     """Before its weights are read, which are damaged here."""
     folder, photos = save_family(tmp_path / "git", "git"), paint(tmp_path / "photos", "a.png")
     (folder / "model.safetensors").write_bytes(b"nothing")
-    told = call("caption", photos, "--model", folder, "--out", "-", "--tags-field", "tags")
-    assert told.code == 2
-    assert "reads no tags" in told.err
+    refused = call("caption", photos, "--model", folder, "--out", "-", "--tags-field", "tags")
+    assert refused.code == 2
+    assert "reads no tags" in refused.err
     flags, data = make_run(tmp_path)
     trained = call(
         "train", "--model", folder, "--data", data, "--tags-column", "tags", *SMALL, "--out", tmp_path / "it"
@@ -348,8 +348,8 @@ def test_tags_of_every_format_with_columns(tmp_path: Path, name: str) -> None:
         path.write_text("\n".join(map(json.dumps, rows)))
     elif name == "coco.json":
         images = [{"id": n, "file_name": each["file_name"], "tags": each["tags"]} for n, each in enumerate(rows)]
-        said = [{"id": n, "image_id": n, "caption": each["caption"]} for n, each in enumerate(rows)]
-        write_json(path, {"images": images, "annotations": said})
+        captions = [{"id": n, "image_id": n, "caption": each["caption"]} for n, each in enumerate(rows)]
+        write_json(path, {"images": images, "annotations": captions})
     else:
         images = [
             {"filename": each["file_name"], "tags": each["tags"], "sentences": [{"raw": each["caption"]}]}

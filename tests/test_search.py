@@ -22,8 +22,8 @@ from capcli.options import GenerationOptions
 START = {"decoder_start_token_id": 1}
 
 
-def settings_of(checkpoint=(), prompt=(), **asked) -> Settings:
-    return resolve({**START, **dict(checkpoint)}, GenerationOptions(**asked), prompt)
+def settings_of(checkpoint=(), prompt=(), **options) -> Settings:
+    return resolve({**START, **dict(checkpoint)}, GenerationOptions(**options), prompt)
 
 
 # Every field of transformers' GenerationConfig is on one of four lists. A new field in transformers fails here until somebody
@@ -122,10 +122,10 @@ def test_rows_and_pool_entries_follow_from_the_settings():
     assert (samples.rows, samples.entries) == (3, 30)
 
 
-@pytest.mark.parametrize("asked", [{"num_return_sequences": 2}, {"num_beams": 2, "num_return_sequences": 3}])
-def test_more_captions_than_the_search_has_are_refused(asked):
+@pytest.mark.parametrize("options", [{"num_return_sequences": 2}, {"num_beams": 2, "num_return_sequences": 3}])
+def test_more_captions_than_the_search_has_are_refused(options):
     with pytest.raises(UsageError, match="--num-beams"):
-        settings_of(**asked)
+        settings_of(**options)
 
 
 def test_the_run_file_names_the_settings_that_have_an_effect():
@@ -143,9 +143,9 @@ def test_a_prompt_that_leaves_no_room_is_refused():
 
 
 def test_settings_without_effect_give_a_warning():
-    asked = GenerationOptions(top_k=5, length_penalty=2.0)
-    assert len(idle(asked, settings_of(top_k=5, length_penalty=2.0))) == 2
-    assert idle(asked, settings_of(do_sample=True, num_beams=2)) == []
+    options = GenerationOptions(top_k=5, length_penalty=2.0)
+    assert len(idle(options, settings_of(top_k=5, length_penalty=2.0))) == 2
+    assert idle(options, settings_of(do_sample=True, num_beams=2)) == []
 
 
 @hypothesis(max_examples=200, deadline=None)
@@ -171,7 +171,7 @@ def test_top_few_finds_values_in_one_block_at_its_ends_and_in_the_rest():
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "options",
     [
         {},
         {"min_new_tokens": 5, "no_repeat_ngram_size": 1},
@@ -182,9 +182,9 @@ def test_top_few_finds_values_in_one_block_at_its_ends_and_in_the_rest():
         {"num_beams": 3, "no_repeat_ngram_size": 2, "repetition_penalty": 1.2},
     ],
 )
-def test_a_large_vocabulary_equals_generate(asked):
+def test_a_large_vocabulary_equals_generate(options):
     model = random_captioner("vit", "gpt2", vocabulary=23_003, width=16, dtype=torch.float64)
-    agrees(model, pictures(5), Case({"max_new_tokens": 8, **asked}))
+    agrees(model, pictures(5), Case({"max_new_tokens": 8, **options}))
 
 
 def test_sampled_beams_draw_from_a_large_vocabulary_without_a_filter():
@@ -194,11 +194,11 @@ def test_sampled_beams_draw_from_a_large_vocabulary_without_a_filter():
     assert len(found) > 1
 
 
-@pytest.mark.parametrize("asked", [{"num_beams": 4, "num_return_sequences": 4}, {"num_return_sequences": 3}])
-def test_sampling_from_fewer_tokens_than_rows_gives_captions(asked):
+@pytest.mark.parametrize("options", [{"num_beams": 4, "num_return_sequences": 4}, {"num_return_sequences": 3}])
+def test_sampling_from_fewer_tokens_than_rows_gives_captions(options):
     """generate() itself cannot draw here."""
     model = random_captioner("vit", "gpt2", seed=1)
-    case = Case({"do_sample": True, "top_k": 1, "max_new_tokens": 8, **asked})
+    case = Case({"do_sample": True, "top_k": 1, "max_new_tokens": 8, **options})
     for hypotheses in captions(model, pictures(3), case.settings(model)):
-        assert len(hypotheses) == asked["num_return_sequences"]
+        assert len(hypotheses) == options["num_return_sequences"]
         assert all(h.tokens and h.score > -50 for h in hypotheses)
