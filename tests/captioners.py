@@ -1,4 +1,4 @@
-"""Random captioners of every supported shape, small enough to make in a test, whose captions end early, late and not at all."""
+"""Small random captioners of every supported shape, whose captions end early, late and not at all."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from capcli.runtimes.eager import Eager
 
 SIZE = 32
 HALF = (0.5, 0.5, 0.5)
-WIDTH = {"vit": 40, "deit": 40, "beit": 40, "swin": 32, "swinv2": 32}  # of what the encoders leave
+WIDTH = {"vit": 40, "deit": 40, "beit": 40, "swin": 32, "swinv2": 32}  # of the encoders' features
 
 transformers.logging.set_verbosity_error()
 
@@ -85,10 +85,10 @@ def random_captioner(
     dtype: torch.dtype = torch.float32,
     **more: object,
 ) -> VisionEncoderDecoderModel:
-    """A captioner with large random weights, the same one for the same arguments: treat it as constant.
+    """A captioner with large random weights, the same object for the same arguments: do not change it.
 
     `ends` is the share of steps at which greedy decoding ends. `one_id`: start, end and padding are one token, as in the most
-    used checkpoint.
+    downloaded checkpoint.
     """
     torch.manual_seed(seed)
     more = {"tie_word_embeddings": False} | more
@@ -113,9 +113,9 @@ def random_captioner(
 
 @torch.inference_mode()
 def make_end(model: VisionEncoderDecoderModel, end: int, share: float) -> None:
-    """Lifts or lowers the end token's logit so that it is the highest at this share of the steps.
+    """Raises or lowers the end token's logit so that it is the highest at this share of the steps.
 
-    GPT-2's head has no bias: one channel of its last norm becomes constant and carries it.
+    GPT-2's head has no bias: one channel of its last norm becomes constant and acts as one.
     """
     head = model.decoder.get_output_embeddings()
     if head.bias is None:
@@ -140,14 +140,14 @@ def pictures(count: int, seed: int = 0) -> list[np.ndarray]:
 
 
 def values(picture: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """What transformers' image processor makes of a picture; [1, 3, h, w]."""
+    """A picture as transformers' image processor normalises it, [1, 3, h, w]."""
     x = torch.from_numpy(picture.astype(np.float64) * (1 / 255)).float()
     return ((x - 0.5) / 0.5).permute(2, 0, 1)[None].to(dtype)
 
 
 @cache
 def modules(model: PreTrainedModel) -> tuple[Encode, Step]:
-    """A captioner's modules as they are when loaded; `model` itself stays transformers' own."""
+    """The modules of a copy of a captioner, prepared as when it is loaded."""
     own, family = copy.deepcopy(model), family_of(model.config.to_dict())
     encode, step = family.Encode(own, 1 / 255, HALF, HALF).eval(), family.Step(own).eval()
     use_attention(step.decoder)
@@ -158,7 +158,7 @@ def modules(model: PreTrainedModel) -> tuple[Encode, Step]:
 
 
 def eager(model: PreTrainedModel, lag: int = 0) -> Eager:
-    """The runtime of a captioner, whose finished flags are read `lag` steps late."""
+    """The runtime of a captioner; finished flags are read `lag` steps late."""
     encode, step = modules(model)
     runtime = Eager(encode, step, torch.device("cpu"), prefixed=encode.prefixed)
     runtime.lag = lag
@@ -174,7 +174,7 @@ def captions(
     lag: int = 0,
     encoder_ids: Sequence[tuple[int, ...]] | None = None,
 ) -> list[list[Hypothesis]]:
-    """What capcli says of each of `images`."""
+    """capcli's captions of each of `images`."""
     jobs = [
         Job(i, image, keys[i] if keys else 0, encoder_ids[i] if encoder_ids else ()) for i, image in enumerate(images)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,12 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from running import save_captioner
 
     return save_captioner(tmp_path_factory.mktemp("captioner"))
+
+
+@pytest.fixture
+def shared_graphs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """`capcli export` in this process uses graphs that another test has exported from an equal module."""
+    from exporting import cached_graphs
+
+    with cached_graphs(tmp_path_factory):
+        yield

@@ -1,4 +1,4 @@
-"""A runtime and a feed without a model: every image has one right caption, so that a mix-up shows."""
+"""A runtime and a feed without a model. Every image has its own expected caption, so an exchanged image is noticed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from capcli.decoding.settings import Settings
 from capcli.decoding.shapes import Shapes
 
 VOCABULARY, END, START = 23, 22, 0
-BROKEN = 255  # an image of this number makes no finite memory
-WAVERING = 254  # one of this number has a finite memory, and no finite logits from its second step on
+BROKEN = 255  # the number of an image whose memory is not finite
+WAVERING = 254  # the number of an image whose logits are not finite from its second step on
 
 
 def image(number: int) -> np.ndarray:
@@ -25,34 +25,33 @@ def settings(most: int = 6, beams: int = 1) -> Settings:
     return Settings((START,), (END,), most, num_beams=beams, length_penalty=0.0)
 
 
-def said(number: int, position: int, last: int) -> int:
-    """What the image of this number says next; it ends after its number of tokens, modulo five."""
+def next_token(number: int, position: int, last: int) -> int:
+    """The token after `last` for the image of this number, which ends after number % 5 tokens."""
     return END if position >= number % 5 else 1 + (number * 5 + position * 7 + last * 3) % 21
 
 
 def caption(number: int, most: int = 6) -> tuple[int, ...]:
     tokens = [START]
     while tokens[-1] != END and len(tokens) <= most:
-        tokens.append(said(number, len(tokens) - 1, tokens[-1]))
+        tokens.append(next_token(number, len(tokens) - 1, tokens[-1]))
     return tuple(tokens[1:])
 
 
 class Chunk:
-    """The numbers of images that are ready once asked so often."""
+    """An encoded chunk: the images' numbers, ready after `calls` calls of `ready`."""
 
-    def __init__(self, numbers: Sequence[int], asked: int) -> None:
-        self.numbers, self._asked = numbers, asked
+    def __init__(self, numbers: Sequence[int], calls: int) -> None:
+        self.numbers, self._calls = numbers, calls
 
     def ready(self) -> bool:
-        self._asked -= 1
-        return self._asked < 0
+        self._calls -= 1
+        return self._calls < 0
 
 
 class FakeRuntime:
-    """Says what an image's number, the position and the last token demand. `fails(call)` says which calls run out of memory.
+    """Gives logits for `next_token`. `fails(n)`: whether the nth call runs out of memory.
 
-    `slow` says how often each chunk in turn is asked for until it is ready, where encoding runs beside the steps; None: it
-    does not.
+    `slow`: after how many calls of `ready` each chunk is ready, where encoding runs beside the steps; None: it does not.
     """
 
     def __init__(
@@ -65,18 +64,18 @@ class FakeRuntime:
         self.ahead, self._slow = slow is not None, list(slow or ())
         self.encoded = 0
         self.calls, self.admitted, self.steps = 0, [], 0
-        self.seated: dict[int, int] = {}
+        self.images: dict[int, int] = {}
         self.before_step: Callable[[], None] = lambda: None
 
-    def repeated(self, turn: Callable[[], None]) -> Callable[[], None]:
-        return turn
+    def repeated(self, step: Callable[[], None]) -> Callable[[], None]:
+        return step
 
     def fewer(self, shapes: Shapes, settings: Settings) -> Shapes:  # noqa: ARG002
         return shapes.halved()
 
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
         self.shapes, self.settings = shapes, settings
-        self.seated = {}
+        self.images = {}
         self.call()
 
     def encode(self, pixels: np.ndarray, encoder_ids: Sequence[Sequence[int]]) -> Chunk:
@@ -86,11 +85,11 @@ class FakeRuntime:
         self.encoded += 1
         return Chunk(pixels[:, 0, 0, 0].tolist(), self._slow.pop(0) if self._slow else 0)
 
-    def admit(self, encoded: Chunk, seats: Sequence[int]) -> torch.Tensor:
+    def admit(self, encoded: Chunk, slots: Sequence[int]) -> torch.Tensor:
         self.call()
-        numbers = encoded.numbers[: len(seats)]
+        numbers = encoded.numbers[: len(slots)]
         self.admitted.append(numbers)
-        self.seated |= dict(zip(seats, numbers, strict=True))
+        self.images |= dict(zip(slots, numbers, strict=True))
         return torch.tensor([number != BROKEN for number in numbers])
 
     def step(self, tokens: torch.Tensor, position: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
@@ -101,11 +100,11 @@ class FakeRuntime:
         assert tokens.shape == (slots, rows)
         assert visible.shape == (slots, rows, self.settings.entries)
         logits = torch.zeros(slots, rows, VOCABULARY)
-        for seat, number in self.seated.items():
+        for slot, number in self.images.items():
             for row in range(rows):
-                logits[seat, row, said(number, int(position[seat]), int(tokens[seat, row]))] = 20.0
-            if number == BROKEN or (number == WAVERING and position[seat] > 0):
-                logits[seat] = torch.nan
+                logits[slot, row, next_token(number, int(position[slot]), int(tokens[slot, row]))] = 20.0
+            if number == BROKEN or (number == WAVERING and position[slot] > 0):
+                logits[slot] = torch.nan
         return logits
 
     def call(self) -> None:
@@ -115,7 +114,7 @@ class FakeRuntime:
 
 
 class Trickle:
-    """Gives jobs in portions: each call that need not wait gives the next of `portions` (0: none are there yet), then all."""
+    """A feed that gives jobs in portions: each call without a wait gives the next of `portions` jobs, then as many as wanted."""
 
     def __init__(self, jobs: Sequence[Job], portions: Sequence[int] = ()) -> None:
         self._jobs, self._portions = list(jobs), list(portions)
@@ -125,20 +124,20 @@ class Trickle:
         self.on_take: Callable[[float | None], None] = lambda _: None
 
     def take(self, most: int, wait: float | None) -> list[Job]:
-        assert not self.ended, "asked after the end"
+        assert not self.ended, "called after the end"
         assert most > 0
         self.on_take(wait)
         self.waits.append(wait)
         portion = self._portions.pop(0) if self._portions else most
         count = min(most, max(portion, 1) if wait is None else portion)
-        given, self._jobs = self._jobs[:count], self._jobs[count:]
-        self.ended = count > len(given)
-        self.taken += len(given)
-        return given
+        jobs, self._jobs = self._jobs[:count], self._jobs[count:]
+        self.ended = count > len(jobs)
+        self.taken += len(jobs)
+        return jobs
 
 
 class Clock(SimpleNamespace):
-    """Stands in for the module `time`: time passes only when someone says so."""
+    """Replaces the module `time`: time passes only when `now` is set."""
 
     now: float = 1024.0
 

@@ -1,4 +1,4 @@
-"""Random captioners of the families beside vision-encoder-decoder, small enough to make in a test, whose captions end."""
+"""Small random captioners of the families other than vision-encoder-decoder, whose captions end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from capcli.models.prefix import PrefixCaptioner, PrefixConfig
 from capcli.models.vision_t5 import VisionT5, VisionT5Config
 
 PAD, START, END = VOCABULARY - 3, VOCABULARY - 2, VOCABULARY - 1
-IMAGE, IMAGE_TOKENS = VOCABULARY - 4, 17  # Florence-2's place holder
+IMAGE, IMAGE_TOKENS = VOCABULARY - 4, 17  # Florence-2's placeholder
 TEXT = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
@@ -103,7 +103,7 @@ def florence2() -> PreTrainedModel:
 
 RESNET = {"embedding_size": 16, "hidden_sizes": [16, 24, 40], "depths": [1, 1, 2], "layer_type": "bottleneck"}
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
-TAGS = 4  # tag words of a tagged prefix captioner at most
+TAGS = 4  # the most tag tokens of a tagged prefix captioner
 
 
 def prefix(encoder: PretrainedConfig | None = None, tag_tokens: int = 0) -> PreTrainedModel:
@@ -111,7 +111,7 @@ def prefix(encoder: PretrainedConfig | None = None, tag_tokens: int = 0) -> PreT
     text = GPT2Config(**GPT2, **ids, tie_word_embeddings=False)
     vision = encoder or ResNetConfig(**RESNET)
     model = PrefixCaptioner(PrefixConfig(vision, text, tag_tokens=tag_tokens, decoder_start_token_id=START))
-    for norm in model.modules():  # statistics as of a trained one
+    for norm in model.modules():  # statistics like those of a trained model
         if isinstance(norm, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(norm.running_mean, -0.5, 0.5)
             torch.nn.init.uniform_(norm.running_var, 0.5, 2.0)
@@ -139,13 +139,13 @@ T5 = {
 
 
 def vision_t5(encoder: PretrainedConfig | None = None) -> PreTrainedModel:
-    """SwinV2, and a T5 whose head is its embeddings, so its states are scaled before it."""
+    """SwinV2, and a T5 whose head is its embeddings, so that states are scaled before it."""
     swin = Swinv2Config(image_size=SIZE, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4)
     return VisionT5(VisionT5Config(encoder or swin, T5Config(**T5)))
 
 
 def vision_t5_gated() -> PreTrainedModel:
-    """ViT, a T5 v1.1 (gated, with a head of its own and no scale), and a T5 encoder for the question."""
+    """ViT, a T5 v1.1 (gated, with an untied head and no scale), and a T5 encoder for the question."""
     text = T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     reader = T5Config(**T5 | {"d_model": 32})
     model = VisionT5(VisionT5Config(ViTConfig(**VISION), text, reader))
@@ -178,7 +178,7 @@ def random_weights(model: PreTrainedModel) -> Any:
 
 @torch.inference_mode()
 def tell_apart(model: PrefixCaptioner) -> None:
-    """Leaves of image tokens what differs from picture to picture, as large as positions are."""
+    """Centres and scales image tokens, so that pictures differ by as much as positions do."""
     tokens = torch.stack([model.image(values(picture, torch.float64))[0] for picture in pictures(24, seed=99)])
     scale = 1 / tokens.std(0).mean()
     model.project.bias.copy_((model.project.bias - tokens.mean((0, 1))) * scale)
@@ -198,10 +198,10 @@ def random_of_family(family: str, seed: int = 0, ends: float = 0.2) -> Any:
 
 @torch.inference_mode()
 def make_end(model: Any, share: float) -> None:
-    """Lifts the end token's logit so that it is said at this share of the steps.
+    """Raises the end token's logit so that greedy decoding ends at this share of the steps.
 
-    A head without bias gets one: a channel of the last norm becomes constant and carries it. T5's last norm has none that
-    could: the end token's row becomes what states have in common, as long as it takes; twice, for a question has an end too.
+    In a head without bias, a channel of the last norm becomes constant and acts as one. T5's last norm has no bias either: the
+    end token's row becomes the mean state, scaled. This is done twice, as the question contains the end token, too.
     """
     head = (model.text_decoder if hasattr(model, "text_decoder") else model).get_output_embeddings()
     if model.config.model_type == "vision-t5":
@@ -212,7 +212,7 @@ def make_end(model: Any, share: float) -> None:
             hook.remove()
             head.weight[END] = torch.cat(states, 1).mean((0, 1))
             ratio = logits.amax(-1) / torch.cat([head(state)[:, -1:, END] for state in states], 1).T
-            head.weight[END] *= ratio[ratio > 0].quantile(0.75)  # beams find what does not end
+            head.weight[END] *= ratio[ratio > 0].quantile(0.75)  # beams prefer captions that do not end
         return
     if head.bias is None:
         norm = model.decoder.transformer.ln_f if hasattr(model, "decoder") else florence2_norm(model)
@@ -244,13 +244,13 @@ def florence2_norm(model: Any) -> Any:
 
 
 def encoder_ids(model: Any, prompt: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """What an encoder that reads a question is asked."""
+    """The ids that an encoder reads beside the image, for a prompt."""
     start = (START,) if model.config.model_type == "florence2" else ()
     return (*start, *(prompt or (5, 6)), END)
 
 
 def asks(model: Any) -> bool:
-    """Whether its encoder reads a question."""
+    """Whether the encoder reads the prompt."""
     return hasattr(family_of(model.config.to_dict()), "encoder_prompt")
 
 

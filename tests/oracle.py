@@ -1,4 +1,4 @@
-"""transformers' `generate()` on one image at a time: what every caption is held against."""
+"""transformers' `generate()` on one image at a time, the reference for every caption."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from capcli.options import GenerationOptions
 
 @dataclass(frozen=True)
 class Case:
-    """What a checkpoint says (`generation_config`), what the user asks for (`given`), and the prompt's ids."""
+    """Fields of the checkpoint's generation_config, the user's options (`given`), and the prompt's ids."""
 
     given: dict[str, Any] = field(default_factory=dict)
     checkpoint: dict[str, Any] = field(default_factory=dict)
     prompt: tuple[int, ...] = ()
 
     def config(self, model: PreTrainedModel) -> GenerationConfig:
-        config = copy.deepcopy(speaker(model).generation_config)
+        config = copy.deepcopy(generator(model).generation_config)
         for name, value in self.checkpoint.items():
             setattr(config, name, value)
         return config
@@ -58,16 +58,16 @@ class Truth:
 _known: dict[str, Truth] = {}
 
 
-def speaker(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a captioner whose `generate()` searches."""
+def generator(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a captioner whose `generate()` is called."""
     return getattr(model, "text_decoder", model)
 
 
 def truth(
     model: PreTrainedModel, image: np.ndarray, case: Case, key: int = 0, tags: tuple[int, ...] | None = None
 ) -> Truth:
-    """generate()'s captions; when sampling, with the noise that belongs to `key`. `tags` are words beside the image."""
-    name = f"{id(model)} {hash(image.tobytes())} {case} {key} {tags}"  # models are never let go
+    """generate()'s captions; when sampling, with the noise of `key`. `tags` are token ids beside the image."""
+    name = f"{id(model)} {hash(image.tobytes())} {case} {key} {tags}"  # models are never freed, so ids are unique
     if name not in _known:
         _known[name] = ask(model, image, case, key, tags)
     return _known[name]
@@ -83,7 +83,7 @@ def ask(model: PreTrainedModel, image: np.ndarray, case: Case, key: int, tags: t
             pixel_values=values(image, model.dtype),
             **prompted(model, case.prompt),
             **({} if tags is None else {"tags": torch.tensor([tags])}),
-            # with a cache, GIT of transformers 5.17 says other than without; of architectures of our own it would prove less
+            # without a cache: GIT's of transformers 5.17 changes captions, and capcli's own classes are to be tested without one
             use_cache=model.config.model_type not in ("git", "prefix-captioner", "vision-t5"),
             return_dict_in_generate=True,
             output_scores=True,
@@ -95,26 +95,26 @@ def ask(model: PreTrainedModel, image: np.ndarray, case: Case, key: int, tags: t
         end = next((n + 1 for n, token in enumerate(row) if token in settings.eos_token_ids), len(row))
         tokens.append(tuple(row[:end]))
         rows = [i] * end if getattr(out, "beam_indices", None) is None else out.beam_indices[i, :end].tolist()
-        said = [out.logits[n][rows[n]].double().log_softmax(-1)[row[n]].item() for n in range(end)]
-        scores.append(sum(said) / end)
+        log_probabilities = [out.logits[n][rows[n]].double().log_softmax(-1)[row[n]].item() for n in range(end)]
+        scores.append(sum(log_probabilities) / end)
     beam_scores = getattr(out, "sequences_scores", None)
     return Truth(tokens, None if beam_scores is None else beam_scores.tolist(), scores)
 
 
 @contextmanager
 def checkpoint(model: PreTrainedModel, case: Case) -> Iterator[None]:
-    """Lets a captioner be the checkpoint of a case: what generate() is given fills its gaps from the model's own config."""
-    model = speaker(model)
-    own, model.generation_config = model.generation_config, case.config(model)
+    """Gives a model the generation_config of a case, from which generate() takes what it is not given."""
+    model = generator(model)
+    before, model.generation_config = model.generation_config, case.config(model)
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = before
 
 
 @contextmanager
 def given_noise(key: int, rows: int, vocabulary: int) -> Iterator[None]:
-    """Lets generate() draw with capcli's noise: the largest of log-probability plus Gumbel noise, without replacement."""
+    """Makes generate() sample with capcli's noise: the largest of log-probability plus Gumbel noise, without replacement."""
     drawn, steps = torch.multinomial, count()
 
     def multinomial(probabilities: torch.Tensor, num_samples: int) -> torch.Tensor:
@@ -147,7 +147,7 @@ def agrees(
     tags: list[tuple[int, ...]] | None = None,
     rtol: float = 1e-6,
 ) -> set[int]:
-    """Fails unless every image's captions are generate()'s; the lengths of the captions."""
+    """Fails unless every image's captions are generate()'s; returns the lengths of the captions."""
     keys = keys or [0] * len(images)
     found = captions(model, images, case.settings(model), shapes, keys, lag, tags)
     for n, (image, key, hypotheses) in enumerate(zip(images, keys, found, strict=True)):

@@ -1,4 +1,4 @@
-"""The automatic batch size: as many slots as pay, as memory holds, and as there are images."""
+"""The automatic batch size: no more slots than are useful, fit into memory, and have images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Free = Callable[[int], None]
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Free:
-    """Says how many bytes the device has free from here on."""
+    """Sets the number of free bytes of the device."""
     return lambda count: monkeypatch.setattr(shapes_module, "free_memory", lambda _: count)
 
 
@@ -45,7 +45,7 @@ def model(captioner: Path) -> Captioner:
 
 
 @pytest.mark.parametrize("place", BOUNDS)
-def test_the_more_rows_an_image_takes_the_fewer_slots_pay(place: str) -> None:
+def test_more_rows_per_image_make_fewer_slots_useful(place: str) -> None:
     most, most_rows = BOUNDS[place]
     found = [useful_slots(torch.device(place), Settings((0,), (1,), 5, num_beams=rows)) for rows in range(1, 201)]
     assert found[0] == most
@@ -61,7 +61,7 @@ def test_samples_of_an_image_are_rows_as_beams_are() -> None:
 
 
 @given(st.integers(0, 1 << 50), st.integers(0, 1 << 45))
-def test_slots_fit_into_the_memory_that_is_free_and_are_at_least_one(memory: int, per_slot: int) -> None:
+def test_slots_fit_into_the_free_memory_and_are_at_least_one(memory: int, per_slot: int) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(shapes_module, "free_memory", lambda _: memory)
         slots = fitting_slots(CPU, per_slot)
@@ -69,7 +69,7 @@ def test_slots_fit_into_the_memory_that_is_free_and_are_at_least_one(memory: int
     assert slots >= 1
 
 
-def test_half_of_the_free_memory_is_used_and_more_of_it_takes_more_slots(free: Free) -> None:
+def test_half_of_the_free_memory_is_used(free: Free) -> None:
     found = []
     for memory in (0, 1, 1999, 2000, 4000, 200_000):
         free(memory)
@@ -77,17 +77,15 @@ def test_half_of_the_free_memory_is_used_and_more_of_it_takes_more_slots(free: F
     assert found == [1, 1, 1, 1, 2, 100]
 
 
-def test_the_free_memory_is_what_the_system_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_free_memory_is_that_of_proc_meminfo(monkeypatch: pytest.MonkeyPatch) -> None:
     assert free_memory(CPU) > 1 << 20
-    said = "MemTotal: 9 kB\nMemAvailable:    1234 kB\n"
-    monkeypatch.setattr(shapes_module, "open", lambda *_: io.StringIO(said), raising=False)
+    meminfo = "MemTotal: 9 kB\nMemAvailable:    1234 kB\n"
+    monkeypatch.setattr(shapes_module, "open", lambda *_: io.StringIO(meminfo), raising=False)
     assert free_memory(CPU) == 1234 * 1024
 
 
 @pytest.mark.parametrize("text", ["MemTotal: 9 kB\n", "MemAvailable: many\n", "no colon\n", None])
-def test_a_system_that_does_not_say_is_taken_to_have_four_gibibytes(
-    monkeypatch: pytest.MonkeyPatch, text: str | None
-) -> None:
+def test_without_proc_meminfo_four_gibibytes_are_assumed(monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
     def opened(*_: object) -> io.StringIO:
         if text is None:
             raise FileNotFoundError("/proc/meminfo")
@@ -97,7 +95,7 @@ def test_a_system_that_does_not_say_is_taken_to_have_four_gibibytes(
     assert free_memory(CPU) == 4 << 30
 
 
-def test_there_are_no_more_slots_than_images_and_never_none(model: Captioner, free: Free) -> None:
+def test_there_are_no_more_slots_than_images_and_at_least_one(model: Captioner, free: Free) -> None:
     free(1 << 40)
     settings = model.settings(GenerationOptions())
     slots = {count: model.shapes(settings, count).slots for count in (0, 1, 3, CPU_SLOTS, 10**6, None)}
@@ -106,8 +104,8 @@ def test_there_are_no_more_slots_than_images_and_never_none(model: Captioner, fr
 
 @hypothesis(max_examples=300, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 2000))
-def test_what_is_known_to_come_costs_no_more_than_what_may_come(slots: int, count: int) -> None:
-    """No more rounds of steps, no slots that are never full, and at most one encoding more."""
+def test_shapes_for_a_known_number_of_images_cost_no_more(slots: int, count: int) -> None:
+    """No more rounds of steps, no slots that are never used, and at most one more chunk to encode."""
     usual = Shapes.of(slots)
     shapes = usual.shared_by(count)
     assert 1 <= shapes.chunk <= shapes.slots <= slots
@@ -118,7 +116,7 @@ def test_what_is_known_to_come_costs_no_more_than_what_may_come(slots: int, coun
 
 
 @pytest.mark.parametrize("size", [1, 3, 500])
-def test_a_batch_size_that_is_given_is_kept(model: Captioner, free: Free, size: int) -> None:
+def test_a_given_batch_size_is_kept(model: Captioner, free: Free, size: int) -> None:
     free(0)
     settings = model.settings(GenerationOptions(num_beams=3))
     assert {model.shapes(settings, count, size).slots for count in (size, 10**6, None)} == {size}
@@ -127,8 +125,8 @@ def test_a_batch_size_that_is_given_is_kept(model: Captioner, free: Free, size: 
 def test_little_memory_makes_fewer_slots_and_beams_fewer_still(model: Captioner, free: Free) -> None:
     settings = [model.settings(GenerationOptions(num_beams=beams)) for beams in (1, 4)]
     free(1 << 40)
-    roomy = [model.shapes(each, None).slots for each in settings]
-    assert roomy == [CPU_SLOTS, min(CPU_SLOTS, CPU_ROWS // 4)]
+    largest = [model.shapes(each, None).slots for each in settings]
+    assert largest == [CPU_SLOTS, min(CPU_SLOTS, CPU_ROWS // 4)]
     free(1 << 20)
     greedy, beams = (model.shapes(each, None).slots for each in settings)
     assert 1 < beams < greedy < CPU_SLOTS
@@ -137,7 +135,7 @@ def test_little_memory_makes_fewer_slots_and_beams_fewer_still(model: Captioner,
 
 
 @pytest.mark.parametrize("beams", [1, 2, 5, 50])
-def test_a_chunk_is_never_more_than_the_slots(model: Captioner, beams: int) -> None:
+def test_a_chunk_is_never_larger_than_the_slots(model: Captioner, beams: int) -> None:
     settings = model.settings(GenerationOptions(num_beams=beams))
     for count in (*range(40), None):
         for size in (None, 1, 2, 3, 4, 5, 64):
@@ -145,17 +143,17 @@ def test_a_chunk_is_never_more_than_the_slots(model: Captioner, beams: int) -> N
             assert 1 <= shapes.chunk <= shapes.slots
 
 
-def test_a_runtime_of_fixed_shapes_hears_what_fits_and_what_must_be(
+def test_a_runtime_is_given_what_fits_or_the_batch_size_of_the_user(
     model: Captioner, free: Free, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slots, the most of them and the images; slots alone for a batch size that was asked for, which is taken or refused."""
+    """Slots, the most that fit and the number of images; for a batch size of the user, only slots."""
     free(0)
-    runtime, heard = model.model.runtime, []
+    runtime, calls = model.model.runtime, []
     shapes = runtime.shapes
     monkeypatch.setattr(
-        runtime, "shapes", lambda slots, said, *more: heard.append((slots, *more)) or shapes(slots, said, *more)
+        runtime, "shapes", lambda slots, settings, *more: calls.append((slots, *more)) or shapes(slots, settings, *more)
     )
     settings = model.settings(GenerationOptions())
     for count, size in ((None, None), (3, None), (10**6, 500), (3, 500)):
         model.shapes(settings, count, size)
-    assert heard == [(CPU_SLOTS, 1, None), (CPU_SLOTS, 1, 3), (500,), (500,), (3,)]
+    assert calls == [(CPU_SLOTS, 1, None), (CPU_SLOTS, 1, 3), (500,), (500,), (3,)]

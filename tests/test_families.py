@@ -1,4 +1,4 @@
-"""Every family says what transformers' `generate()` says; its folder captions through the command, and its engine too."""
+"""Every family gives the captions of transformers' `generate()`, in the loop, through the command and as an engine."""
 
 from __future__ import annotations
 
@@ -61,37 +61,38 @@ def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @families
 @pytest.mark.parametrize("search", SEARCHES)
-def test_a_family_says_what_generate_says(family: str, search: str) -> None:
-    """Nine images in four slots: some leave early and others take their seats; then one alone."""
+def test_captions_equal_those_of_generate(family: str, search: str) -> None:
+    """Nine images in four slots, so that slots are freed and used again; then one slot."""
     model, case = random_of_family(family), SEARCHES[search]
     case = replace(case, given={"max_new_tokens": 12, **case.given})
     lengths = agrees(model, pictures(9), case, keys=list(range(9)), lag=1)
-    assert len(lengths) >= 2, f"captions of {lengths} tokens prove little"
+    assert len(lengths) >= 2, f"all captions have {lengths} tokens: too easy a test"
     agrees(model, pictures(2), case, Shapes(1, 1))
 
 
 @families
-def test_a_family_says_the_same_in_loops_beside_each_other(family: str) -> None:
+def test_parallel_loops_give_the_same_captions(family: str) -> None:
     model = random_of_family(family)
     case = Case({"num_beams": 2, "max_new_tokens": 8})
-    asked, images = case.settings(model), pictures(30)
-    assert captions(model, images, asked, Shapes(3, 2, loops=3)) == captions(model, images, asked, Shapes(3, 2))
+    settings, images = case.settings(model), pictures(30)
+    alone = captions(model, images, settings, Shapes(3, 2))
+    assert captions(model, images, settings, Shapes(3, 2, loops=3)) == alone
 
 
 @pytest.mark.parametrize("search", ["greedy", "beams", "prompt"])
-def test_tags_are_of_each_image(search: str) -> None:
-    """Some have four, some none, and the empty places are hidden; what is said hangs on them."""
+def test_each_image_has_its_own_tags(search: str) -> None:
+    """From no tags to four; unused places are hidden, and the captions depend on the tags."""
     model, case = random_of_family("tagged"), SEARCHES[search]
     case = replace(case, given={"max_new_tokens": 12, **case.given})
     tags = [(*range(n, n + n % 5), *(NO_TOKEN,) * (TAGS - n % 5)) for n in range(9)]
     same = [pictures(1)[0]] * 9
     agrees(model, same, case, lag=1, tags=tags)
-    said = {h[0].tokens for h in captions(model, same, case.settings(model), encoder_ids=tags)}
-    assert len(said) > 1
+    found = {h[0].tokens for h in captions(model, same, case.settings(model), encoder_ids=tags)}
+    assert len(found) > 1
 
 
 @pytest.mark.parametrize("search", ["greedy", "beams"])
-def test_questions_are_of_each_image(search: str) -> None:
+def test_each_image_has_its_own_question(search: str) -> None:
     model, case = random_of_family("vision-t5"), SEARCHES[search]
     case = replace(case, given={"max_new_tokens": 12, **case.given})
     same, prompts = pictures(1)[0], [(n, 3 * n + 2, 7) for n in range(9)]
@@ -103,59 +104,59 @@ def test_questions_are_of_each_image(search: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "rows", "first"), [("vit", 4, 1), ("deit", 4, 2), ("swinv2", 4, 0), ("resnet", 2, 0)])
-def test_image_tokens_say_where_they_stand(kind: str, rows: int, first: int) -> None:
-    seeing = ResNetConfig(**RESNET) if kind == "resnet" else encoder_config(kind)
-    model, given = vision_t5(seeing), []
+def test_image_tokens_carry_their_row_and_column(kind: str, rows: int, first: int) -> None:
+    encoder = ResNetConfig(**RESNET) if kind == "resnet" else encoder_config(kind)
+    model, calls = vision_t5(encoder), []
     torch.nn.init.zeros_(model.image_projection.weight)
-    model.text_model.encoder.register_forward_pre_hook(lambda *call: given.append(call[2]), with_kwargs=True)
+    model.text_model.encoder.register_forward_pre_hook(lambda *call: calls.append(call[2]), with_kwargs=True)
     model.read(torch.zeros(1, 3, SIZE, SIZE), torch.tensor([[5]]))
-    image = given[0]["inputs_embeds"][0, :-1]
+    image = calls[0]["inputs_embeds"][0, :-1]
     assert len(image) == first + rows * rows
     assert not image[:first].any()
     grid = image[first:].view(rows, rows, -1)
     column, row = grid.split(24, 2)
-    assert all(torch.equal(column[0], each) for each in column)
-    assert all(torch.equal(row[:, 0], each) for each in row.unbind(1))
-    assert len({tuple(place.tolist()) for place in image[first:]}) == rows * rows
+    assert all(torch.equal(column[0], other) for other in column)
+    assert all(torch.equal(row[:, 0], other) for other in row.unbind(1))
+    assert len({tuple(token.tolist()) for token in image[first:]}) == rows * rows
 
 
 @pytest.mark.parametrize("kind", ["vit", "deit", "beit", "swin", "resnet"])
-def test_a_t5_reads_any_encoder(kind: str) -> None:
-    seeing = ResNetConfig(**RESNET) if kind == "resnet" else encoder_config(kind)
-    model = random_weights(vision_t5(seeing))
+def test_a_t5_with_every_encoder(kind: str) -> None:
+    encoder = ResNetConfig(**RESNET) if kind == "resnet" else encoder_config(kind)
+    model = random_weights(vision_t5(encoder))
     make_end(model, 0.2)
     agrees(model, pictures(5), Case({"max_new_tokens": 12}))
 
 
 @pytest.mark.parametrize("kind", ["vit", "deit", "beit", "swin", "swinv2"])
-def test_a_prefix_comes_from_any_encoder(kind: str) -> None:
+def test_a_prefix_captioner_with_every_encoder(kind: str) -> None:
     model = random_weights(prefix(encoder_config(kind)))
     make_end(model, 0.2)
     agrees(model, pictures(5), Case({"max_new_tokens": 12}))
 
 
 @families
-def test_a_folder_captions_as_plain_transformers_does(tmp_path: Path, family: str) -> None:
+def test_the_command_captions_as_transformers_does(tmp_path: Path, family: str) -> None:
     folder = save_family(tmp_path / family, family)
     photos = paint(tmp_path / "photos", *(f"{n}.png" for n in range(5)))
-    flags = ("--dtype", "float32", "--max-new-tokens", 10)
-    asked = ("--prompt", "word9 word11") if asks(random_of_family(family)) else ()
-    told = call("caption", photos, "--model", folder, "-o", "-", "--num-beams", 2, *asked, *flags)
-    assert told.code == 0, told.err
+    flags = ("--dtype", "float32", "--max-new-tokens", 10, "--workers", 0)
+    prompt = ("--prompt", "word9 word11") if asks(random_of_family(family)) else ()
+    done = call("caption", photos, "--model", folder, "-o", "-", "--num-beams", 2, *prompt, *flags)
+    assert done.code == 0, done.err
     model = type(random_of_family(family)).from_pretrained(folder).eval()
-    given = prompted(model, (9, 11) if asked else ())
+    given = prompted(model, (9, 11) if prompt else ())
     tokenizer, processor = (
-        each.from_pretrained(folder) for each in (transformers.AutoTokenizer, transformers.AutoImageProcessor)
+        kind.from_pretrained(folder) for kind in (transformers.AutoTokenizer, transformers.AutoImageProcessor)
     )
-    for row in told.rows:
+    for row in done.rows:
         pixels = processor(Image.open(photos / row["file_name"]).convert("RGB"), return_tensors="pt").pixel_values
         with torch.inference_mode():
             ids = model.generate(pixel_values=pixels, num_beams=2, max_new_tokens=10, **given)[0]
         assert row["text"] == tokenizer.decode(ids, skip_special_tokens=True).strip()
-    assert len({row["text"] for row in told.rows}) > 1
+    assert len({row["text"] for row in done.rows}) > 1
 
 
-# Each in both profiles: the T5s are one family, and the tagged are in test_prefix.py, whose engines read tags.
+# Every family in both profiles; the two T5s share one family, and tagged captioners are in test_prefix.py.
 @pytest.mark.parametrize(
     ("family", "profile"),
     [
@@ -163,38 +164,40 @@ def test_a_folder_captions_as_plain_transformers_does(tmp_path: Path, family: st
         *(("vision-t5", "fused"), ("vision-t5 v1.1", "portable")),
     ],
 )
-def test_an_engine_says_the_same(tmp_path: Path, family: str, profile: str) -> None:
+@pytest.mark.usefixtures("shared_graphs")
+def test_an_engine_gives_the_same_captions(tmp_path: Path, family: str, profile: str) -> None:
     folder, engine = save_family(tmp_path / family, family), tmp_path / "engine"
     photos = paint(tmp_path / "photos", *(f"{n}.png" for n in range(5)))
     done = call("export", "--onnx", "--model", folder, "--out", engine, "--profile", profile, "--device", "cpu")
     assert done.code == 0, done.err
     for search in ((), ("--num-beams", 3), ("--prompt", "word9 word11")):
-        ours, theirs = (
-            call("caption", photos, "--model", name, "-o", "-", "--max-new-tokens", 8, "--dtype", "float32", *search)
-            for name in (engine, folder)
-        )
-        assert ours.code == theirs.code == 0, ours.err
-        assert [row["text"] for row in ours.rows] == [row["text"] for row in theirs.rows]
+        flags = ("-o", "-", "--max-new-tokens", 8, "--dtype", "float32", "--workers", 0, *search)
+        found, expected = (call("caption", photos, "--model", model, *flags) for model in (engine, folder))
+        assert found.code == expected.code == 0, found.err
+        assert [row["text"] for row in found.rows] == [row["text"] for row in expected.rows]
 
 
 @pytest.mark.parametrize(
-    ("family", "tables"),  # of the vocabulary: one where what chooses words is the embedding
+    ("family", "tables"),  # matrices of the vocabulary's size: one where the output layer is the embedding
     [("florence2", 1), ("vision-t5", 1), ("vision-t5 v1.1", 2)],
 )
-def test_in_int8_what_chooses_words_stays_float32_and_is_stored_once(tmp_path: Path, family: str, tables: int) -> None:
+@pytest.mark.usefixtures("shared_graphs")
+def test_in_int8_the_output_layer_stays_float32_and_is_stored_once(tmp_path: Path, family: str, tables: int) -> None:
     folder, engine = save_family(tmp_path / family, family), tmp_path / "engine"
     flags = ("--quantize", "int8", "--profile", "portable", "--device", "cpu", "--force")
     done = call("export", "--onnx", "--model", folder, "--out", engine, *flags)
     assert done.code == 0, done.err
     model, vocabulary = onnx.load(str(engine / "step.onnx")), read_engine(str(engine)).vocabulary
-    coarse = [
-        {each.name: each.i for each in node.attribute} for node in model.graph.node if node.op_type == "MatMulNBits"
+    sizes = [
+        {field.name: field.i for field in node.attribute} for node in model.graph.node if node.op_type == "MatMulNBits"
     ]
-    assert coarse
-    assert not any(each["N"] == vocabulary or each["N"] < each["K"] for each in coarse)
+    assert sizes
+    assert not any(size["N"] == vocabulary or size["N"] < size["K"] for size in sizes)
     assert duplicate_weights(model) == []
-    kept = [each.data_type for each in model.graph.initializer if len(each.dims) == 2 and vocabulary in each.dims]
-    assert kept == [onnx.TensorProto.FLOAT] * tables
+    found = [
+        weight.data_type for weight in model.graph.initializer if len(weight.dims) == 2 and vocabulary in weight.dims
+    ]
+    assert found == [onnx.TensorProto.FLOAT] * tables
 
 
 def test_the_readme_lists_every_family() -> None:
@@ -213,25 +216,27 @@ def test_the_readme_lists_every_family() -> None:
         assert shown.strip().startswith("no") == (plans_refused(config) is not None), config["model_type"]
 
 
-def test_what_cannot_be_exported_is_told(tmp_path: Path) -> None:
+def test_an_impossible_export_names_the_reason(tmp_path: Path) -> None:
     done = call("export", "--trt", "--model", save_family(tmp_path / "it", "florence2"), "--out", tmp_path / "engine")
     assert done.code == 1
     assert "cannot become TensorRT plans: plans have fixed shapes" in done.err
     assert not (tmp_path / "engine").exists()
 
 
-def test_what_a_question_cannot_be_is_told(tmp_path: Path) -> None:
+def test_a_prompt_that_is_not_a_captioning_task_is_refused(tmp_path: Path) -> None:
     folder, photos = save_family(tmp_path / "it", "florence2"), paint(tmp_path / "photos", "a.png")
-    kept = call("caption", photos, "--model", folder, "-o", "-", "--prompt", "<CAPTION>", "--keep-prompt")
+    kept = call(
+        "caption", photos, "--model", folder, "-o", "-", "--prompt", "<CAPTION>", "--keep-prompt", "--workers", 0
+    )
     assert kept.code == 0
     assert "--keep-prompt has no effect" in kept.err
-    (folder / "model.safetensors").write_bytes(b"nothing")  # nobody reads it
+    (folder / "model.safetensors").write_bytes(b"nothing")  # it is not read
     done = call("caption", photos, "--model", folder, "-o", "-", "--prompt", "<OD>")
     assert done.code == 2
-    assert "<OD> is no task that captions" in done.err
+    assert "<OD> is not a captioning task" in done.err
 
 
-def test_a_checkpoint_with_code_of_its_own_is_told_where_its_weights_are(tmp_path: Path) -> None:
+def test_a_checkpoint_with_remote_code_is_refused_and_another_named(tmp_path: Path) -> None:
     folder, photos = save_family(tmp_path / "it", "florence2"), paint(tmp_path / "photos", "a.png")
     change_json(folder / "config.json", {"auto_map": {"AutoConfig": "configuration_florence2.Florence2Config"}})
     done = call("caption", photos, "--model", folder, "-o", "-")

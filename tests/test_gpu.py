@@ -1,4 +1,4 @@
-"""On a CUDA device: the same captions as `generate()` there, through refill and flags that are read late; engines; training."""
+"""On a CUDA device: captions equal `generate()` there, with slots that are used again and flags read late; engines; training."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ def test_captions_on_a_gpu_equal_generate_there(given: dict[str, int]) -> None:
     for index, image in enumerate(images):
         values = ((torch.from_numpy(image).double() * (1 / 255)).float() - 0.5) / 0.5
         values = values.permute(2, 0, 1)[None].double().to(device)
-        said = model.generate(pixel_values=values, max_new_tokens=12, **given)[0, 1:].tolist()
-        assert list(found[index]) == said[: len(found[index])]
-        assert len(said) == len(found[index])
+        expected = model.generate(pixel_values=values, max_new_tokens=12, **given)[0, 1:].tolist()
+        assert list(found[index]) == expected[: len(found[index])]
+        assert len(expected) == len(found[index])
 
 
 @pytest.mark.parametrize("given", [{}, {"num_beams": 4}], ids=["1 row", "4 rows"])
-def test_a_captured_step_says_what_an_uncaptured_one_says(given: dict[str, int]) -> None:
+def test_a_captured_step_gives_the_captions_of_an_uncaptured_one(given: dict[str, int]) -> None:
     device = torch.device("cuda:0")
     model = random_captioner("vit", "gpt2", seed=3).to(device)
     settings = resolve(model.generation_config.to_dict(), GenerationOptions(max_new_tokens=12, **given))
     images = torch.randint(0, 256, (600, SIZE, SIZE, 3), dtype=torch.uint8).numpy()
-    told = []
+    results = []
     for record in (True, False):
         encode, step = Encode(model, 1 / 255, (0.5,) * 3, (0.5,) * 3).eval().to(device), Step(model).eval()
         runtime = Eager(encode, step, device, record=record)
         jobs = [Job(index, image) for index, image in enumerate(images)]
         done = decode(IterableFeed(jobs), runtime, settings, Shapes(256, 64))
-        told.append({each.tag: each.hypotheses for each in done})
-    assert told[0] == told[1]
+        results.append({each.tag: each.hypotheses for each in done})
+    assert results[0] == results[1]
 
 
-def test_an_engine_on_cuda_says_what_pytorch_says(tmp_path: Path) -> None:
+def test_an_engine_on_cuda_gives_the_captions_of_pytorch(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has no CUDA: pip install onnxruntime-gpu")
@@ -62,7 +62,7 @@ def test_an_engine_on_cuda_says_what_pytorch_says(tmp_path: Path) -> None:
     done = call("export", "--onnx", *flags, "--device", "cuda")
     assert done.code == 0, done.err
     for search in ((), ("--num-beams", 4)):
-        ours, theirs = (
+        found, expected = (
             call(
                 "caption",
                 photos,
@@ -78,11 +78,11 @@ def test_an_engine_on_cuda_says_what_pytorch_says(tmp_path: Path) -> None:
             )
             for name in ("engine", "captioner")
         )
-        assert [row["text"] for row in ours.rows] == [row["text"] for row in theirs.rows]
+        assert [row["text"] for row in found.rows] == [row["text"] for row in expected.rows]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_training_on_cuda_learns(tmp_path: Path, dtype: str) -> None:
+def test_training_on_cuda_lowers_the_loss(tmp_path: Path, dtype: str) -> None:
     from training import history, paint_data, recipe
 
     text = recipe(tmp_path / "run.toml", paint_data(tmp_path / "pictures"), max_steps=40).read_text()

@@ -1,4 +1,4 @@
-"""The oracle: captions equal transformers' `generate()`, one image at a time, token for token."""
+"""The oracle: captions equal those of transformers' `generate()`, one image at a time, token for token."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from oracle import Case, agrees, matches, truth
 from capcli.decoding import noise
 from capcli.decoding.shapes import Shapes
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers")  # advice to who calls generate()
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers")  # advice for callers of generate()
 captioner = partial(random_captioner, dtype=torch.float64)
-ENOUGH = 10  # captions of a kind, at least, before their lengths are looked at
+ENOUGH = 10  # captions from which on their lengths must differ
 
 SEARCHES = {
     "greedy": {},
@@ -33,8 +33,8 @@ SEARCHES = {
     "early, all returned": {"num_beams": 4, "early_stopping": True, "num_return_sequences": 4},
     "never, long": {"num_beams": 4, "early_stopping": "never", "length_penalty": 1.5},
     "never, short": {"num_beams": 4, "early_stopping": "never", "length_penalty": -0.5},
-    "no word twice": {"no_repeat_ngram_size": 1},
-    "no word twice, beams": {"num_beams": 3, "no_repeat_ngram_size": 1},
+    "no token twice": {"no_repeat_ngram_size": 1},
+    "no token twice, beams": {"num_beams": 3, "no_repeat_ngram_size": 1},
     "no pair twice": {"no_repeat_ngram_size": 2},
     "no three twice": {"num_beams": 4, "no_repeat_ngram_size": 3},
     "no four twice": {"num_beams": 2, "no_repeat_ngram_size": 4},
@@ -56,19 +56,21 @@ SEARCHES = {
 
 
 @pytest.mark.parametrize("search", SEARCHES)
-def test_every_search_says_what_generate_says(search):
+def test_every_search_equals_generate(search):
     for one_id in (False, True):
         lengths = set()
         for decoder in ("gpt2", "bert"):
             model = captioner("vit", decoder, one_id=one_id, seed=1)
             lengths |= agrees(model, pictures(8), Case({"max_new_tokens": 12, **SEARCHES[search]}))
-        endless = one_id and SEARCHES[search].get("no_repeat_ngram_size") == 1  # the start is the end, said already
-        assert len(lengths) >= 3 or endless, f"captions of {lengths} tokens prove little"
+        endless = (
+            one_id and SEARCHES[search].get("no_repeat_ngram_size") == 1
+        )  # the start token, already used, is the end token
+        assert len(lengths) >= 3 or endless, f"all captions have {lengths} tokens: too easy a test"
 
 
 @pytest.mark.parametrize("decoder", ["gpt2", "bert"])
 @pytest.mark.parametrize("encoder", list(WIDTH))
-def test_every_encoder_feeds_every_decoder_with_equal_and_unequal_widths(encoder, decoder):
+def test_every_encoder_with_every_decoder_of_equal_and_unequal_width(encoder, decoder):
     for width in (WIDTH[encoder], 48):
         model = captioner(encoder, decoder, width=width, seed=2)
         assert hasattr(model, "enc_to_dec_proj") == (width == 48)
@@ -95,7 +97,7 @@ def test_every_encoder_feeds_every_decoder_with_equal_and_unequal_widths(encoder
     ],
     ids=lambda x: ", ".join(x) if isinstance(x, dict) else x,
 )
-def test_the_decoders_own_options_are_followed(decoder, more):
+def test_the_decoders_config_options_are_respected(decoder, more):
     model = captioner("vit", decoder, width=WIDTH["vit"], seed=3, **more)
     for search in ({}, {"num_beams": 4, "num_return_sequences": 2}):
         agrees(model, pictures(5), Case({"max_new_tokens": 10, **search}))
@@ -106,11 +108,11 @@ END = 119  # of the captioners with 120 tokens; 118 is their start, 117 their pa
 CHECKPOINTS = {
     "max_length counts the prompt": ({"max_length": 9}, {}),
     "min_length counts the prompt": ({"min_length": 6, "max_length": 14}, {}),
-    "min_new_tokens asked for comes before min_length": ({"min_length": 9, "max_length": 14}, {"min_new_tokens": 2}),
+    "the option min_new_tokens comes before min_length": ({"min_length": 9, "max_length": 14}, {"min_new_tokens": 2}),
     "min_new_tokens of nothing comes before min_length": ({"min_length": 9, "max_length": 14}, {"min_new_tokens": 0}),
     "min_new_tokens comes before min_length": ({"min_length": 4, "min_new_tokens": 7, "max_length": 14}, {}),
     "max_new_tokens comes before max_length": ({"max_length": 5, "max_new_tokens": 10}, {}),
-    "max_new_tokens asked for comes before max_length": ({"max_length": 5}, {"max_new_tokens": 10}),
+    "the option max_new_tokens comes before max_length": ({"max_length": 5}, {"max_new_tokens": 10}),
     "no length at all": ({}, {}),
     "several ends": ({"eos_token_id": [END, 3, 40, 77]}, {"max_new_tokens": 12}),
     "no end": ({"eos_token_id": None}, {"max_new_tokens": 7}),
@@ -140,15 +142,15 @@ CHECKPOINTS = {
 
 @pytest.mark.parametrize("prompt", [(), (5,), (5, 7, 5), (118, 9)], ids=lambda p: f"{len(p)} prompt ids")
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_checkpoints_generation_config_is_followed(name, prompt):
-    checkpoint, asked = CHECKPOINTS[name]
+def test_a_checkpoints_generation_config_is_respected(name, prompt):
+    checkpoint, given = CHECKPOINTS[name]
     model = captioner("vit", "gpt2", seed=2)
     for search in ({}, {"num_beams": 3}):
-        agrees(model, pictures(3), Case({**search, **asked}, checkpoint, prompt))
+        agrees(model, pictures(3), Case({**search, **given}, checkpoint, prompt))
 
 
 @pytest.mark.parametrize("decoder", ["gpt2", "bert"])
-def test_start_and_prompt_count_where_repetition_does(decoder):
+def test_start_token_and_prompt_count_as_repetitions(decoder):
     model = captioner("vit", decoder, one_id=True, seed=3)
     for prompt in ((), (END,), (8, 9), (8, 8, 8)):
         for search in (
@@ -161,10 +163,10 @@ def test_start_and_prompt_count_where_repetition_does(decoder):
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("size", [2, 3, 4, 9])
-def test_captions_shorter_than_the_ngram_that_may_not_repeat(size, beams):
+def test_captions_shorter_than_the_banned_ngrams(size, beams):
     for length in (1, 2, 3):
-        asked = {"max_new_tokens": length, "no_repeat_ngram_size": size, "num_beams": beams}
-        agrees(captioner(seed=1), pictures(2), Case(asked))
+        options = {"max_new_tokens": length, "no_repeat_ngram_size": size, "num_beams": beams}
+        agrees(captioner(seed=1), pictures(2), Case(options))
 
 
 SAMPLINGS = {
@@ -201,18 +203,18 @@ SAMPLINGS = {
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_sampling_says_what_generate_says_of_the_same_noise(sampling):
-    asked, checkpoint = SAMPLINGS[sampling]
+def test_sampling_equals_generate_with_the_same_noise(sampling):
+    options, checkpoint = SAMPLINGS[sampling]
     images, lengths = pictures(5), set()
     keys = [noise.key(7, f"{i}.jpg") for i in range(len(images))]
     for decoder in ("gpt2", "bert"):
         model = captioner("vit", decoder, seed=4)
-        case = Case({"do_sample": True, "max_new_tokens": 10, **asked}, checkpoint)
+        case = Case({"do_sample": True, "max_new_tokens": 10, **options}, checkpoint)
         lengths |= agrees(model, images, case, keys=keys)
     assert len(lengths) >= 3
 
 
-def test_sampling_after_a_prompt_and_with_one_id_says_what_generate_says():
+def test_sampling_after_a_prompt_and_with_one_special_token_equals_generate():
     images, keys = pictures(4), [3, 5, 7, 9]
     model = captioner("vit", "gpt2", one_id=True, seed=4)
     for search in ({"num_return_sequences": 3}, {"num_beams": 3, "temperature": 1.5}):
@@ -220,7 +222,7 @@ def test_sampling_after_a_prompt_and_with_one_id_says_what_generate_says():
         agrees(model, images, case, keys=keys)
 
 
-POOL = pictures(5)
+POOL = pictures(3)  # each costs a call of generate() per settings
 one_of = st.sampled_from
 searches = st.fixed_dictionaries(
     {"max_new_tokens": one_of([1, 4, 11])},
@@ -236,20 +238,20 @@ searches = st.fixed_dictionaries(
 
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_any_settings_in_any_shapes_say_what_generate_says(data):
+def test_any_settings_in_any_shapes_equal_generate(data):
     draw = data.draw
     model = captioner("vit", draw(one_of(["gpt2", "bert"])), one_id=draw(st.booleans()), seed=draw(one_of([1, 5])))
     beams = draw(st.integers(1, 6))
-    asked = {**draw(searches), "num_beams": beams, "num_return_sequences": draw(st.integers(1, beams))}
+    options = {**draw(searches), "num_beams": beams, "num_return_sequences": draw(st.integers(1, beams))}
     if draw(one_of([False, False, True])):
-        asked |= {"do_sample": True, "top_k": 0, "temperature": draw(one_of([1.0, 1.5]))}
-    if asked["max_new_tokens"] < asked.get("min_new_tokens", 0):
-        del asked["min_new_tokens"]
+        options |= {"do_sample": True, "top_k": 0, "temperature": draw(one_of([1.0, 1.5]))}
+    if options["max_new_tokens"] < options.get("min_new_tokens", 0):
+        del options["min_new_tokens"]
     prompt = draw(one_of([(), (5,), (5, 7, 5)]))
     slots = draw(st.integers(1, 33))
     shapes = Shapes(slots, draw(st.integers(1, slots)))
     indices = draw(st.lists(st.integers(0, len(POOL) - 1), min_size=1, max_size=40))
-    case = Case(asked, prompt=prompt)
+    case = Case(options, prompt=prompt)
     agrees(
         model, [POOL[i] for i in indices], case, shapes, keys=[1000 + i for i in indices], lag=draw(st.integers(0, 3))
     )
@@ -270,7 +272,7 @@ def test_more_images_than_slots_and_fewer(slots):
     "search", [{}, {"num_beams": 4}, {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True}]
 )
 @pytest.mark.parametrize("decoder", ["gpt2", "bert"])
-def test_float32_says_what_generate_says_save_for_ties_that_float64_confirms(decoder, search):
+def test_float32_equals_generate_except_for_ties_in_float64(decoder, search):
     images, case = pictures(24, seed=8), Case({"max_new_tokens": 12, **search})
     single, double = (random_captioner("vit", decoder, seed=7, dtype=d) for d in (torch.float32, torch.float64))
     found = captions(single, images, case.settings(single), Shapes(7, 3))
@@ -285,22 +287,22 @@ def test_float32_says_what_generate_says_save_for_ties_that_float64_confirms(dec
     assert ties <= 1
 
 
-def tied(model, image, mine, theirs, case) -> bool:
-    """Whether two captions are worth the same in float64: greedily where they part, with beams as wholes."""
-    asked = case.settings(model)
-    worth = []
-    part = next((n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), -1)
-    for tokens in (mine, theirs):
-        ids = torch.tensor([[*asked.prompt, *tokens]])
+def tied(model, image, first, second, case) -> bool:
+    """Whether two captions have the same score in float64: greedy at the first different token, with beams as a whole."""
+    settings = case.settings(model)
+    scores = []
+    part = next((n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), -1)
+    for tokens in (first, second):
+        ids = torch.tensor([[*settings.prompt, *tokens]])
         with torch.inference_mode():
             logits = model(pixel_values=values(image, model.dtype), decoder_input_ids=ids[:, :-1]).logits[0]
-        said = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        whole = said.sum() / len(tokens) ** asked.length_penalty
-        worth.append((whole if asked.num_beams > 1 else said[part]).item())
-    return abs(worth[0] - worth[1]) < 1e-5
+        each = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        whole = each.sum() / len(tokens) ** settings.length_penalty
+        scores.append((whole if settings.num_beams > 1 else each[part]).item())
+    return abs(scores[0] - scores[1]) < 1e-5
 
 
-def test_a_tie_is_a_tie_only_where_float64_says_so():
+def test_a_tie_is_recognised_only_where_scores_are_equal():
     model, image, case = captioner(seed=7), pictures(1)[0], Case({"max_new_tokens": 6})
     best = truth(model, image, case).tokens[0]
     assert tied(model, image, best, best, case)

@@ -1,4 +1,4 @@
-"""A captioner with the image before its words: put together, trained, frozen and unfrozen, and told of tags."""
+"""The prefix captioner: assembled, trained, frozen and unfrozen, and with tags."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_ten_tokens_of_a_square_are_two_rows_of_five() -> None:
 
 
 @pytest.mark.parametrize("encoder", [RESNET_TABLE, VIT])
-def test_joining_leaves_the_parts_as_they_were(tmp_path: Path, encoder: dict[str, Any]) -> None:
-    """The encoder and the GPT-2 are those of their folders; the seed decides the projection."""
+def test_assembly_does_not_change_the_parts(tmp_path: Path, encoder: dict[str, Any]) -> None:
+    """Encoder and GPT-2 have the weights of their folders; the projection depends on the seed."""
     torch.manual_seed(3)
     config = transformers.AutoConfig.for_model(**encoder)
     transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "encoder")
@@ -77,7 +77,7 @@ def test_image_and_caption_share_the_positions_of_the_decoder() -> None:
         new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", image_tokens=64, max_length=None)
 
 
-def test_what_does_not_go_together_is_told() -> None:
+def test_parts_that_cannot_be_joined_are_refused() -> None:
     with pytest.raises(UsageError, match="needs --join prefix or a T5 as decoder"):
         new(encoder=RESNET_TABLE, decoder=GPT2)
     with pytest.raises(UsageError, match="--join prefix takes only a gpt2 as decoder"):
@@ -113,8 +113,8 @@ def test_frozen_batch_norms_keep_their_statistics() -> None:
     assert next(model.encoder.parameters()).grad is not None
 
 
-def test_words_count_alone_and_see_all_before_them() -> None:
-    """A word's logits hang on the image, on tags that are there and on words before it, and on nothing else."""
+def test_a_tokens_logits_depend_on_everything_before_it_and_nothing_after() -> None:
+    """On the image, on the tags in use and on earlier tokens."""
     model: Any = new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", image_tokens=4, tag_tokens=3).model.double()
     torch.nn.init.normal_(model.project.weight)
     pixels, ids = torch.rand(1, 3, 32, 32, dtype=torch.float64), torch.tensor([[1, 7, 8, 9]])
@@ -132,7 +132,7 @@ def test_words_count_alone_and_see_all_before_them() -> None:
 
 
 def make_run(folder: Path) -> tuple[list[object], Path]:
-    """Data whose tags say the colour, and the flags of a run that learns from them with a new tokenizer."""
+    """Data whose tags name the colour, and the options of a run that trains on them with a new tokenizer."""
     data = paint_data(folder / "data")
     lines = Path(data).read_text().splitlines()
     tags = {
@@ -146,11 +146,11 @@ def make_run(folder: Path) -> tuple[list[object], Path]:
     return [*flags, "--tokenizer", "new", "--vocab-size", 320, "--data", data, "--val-fraction", 0.3, *SMALL], data
 
 
-def test_a_tagged_captioner_is_trained_and_captions_by_tags(tmp_path: Path) -> None:
+def test_training_with_tags_and_captioning_with_them(tmp_path: Path) -> None:
     flags, data = make_run(tmp_path)
     out = tmp_path / "out"
-    told = ("--tags-column", "tags", "--tag-tokens", 6, "--image-tokens", 4, "--num-beams", 2)
-    done = call("train", *flags, *told, "--learning-rate", 1e-2, "--out", out)
+    tags = ("--tags-column", "tags", "--tag-tokens", 6, "--image-tokens", 4, "--num-beams", 2)
+    done = call("train", *flags, *tags, "--learning-rate", 1e-2, "--out", out)
     assert done.code == 0, done.err
     config = json.loads((out / "config.json").read_text())
     assert (config["model_type"], config["image_tokens"], config["tag_tokens"]) == ("prefix-captioner", 4, 6)
@@ -178,8 +178,8 @@ def test_a_tagged_captioner_is_trained_and_captions_by_tags(tmp_path: Path) -> N
     assert "has no column 'words'; its columns: file_name, tags" in wrong.err
 
 
-def test_tags_read_as_in_training(tmp_path: Path) -> None:
-    """What a caption run makes of a picture is what the model says of its pixels and the ids of its tags."""
+def test_tags_are_read_as_in_training(tmp_path: Path) -> None:
+    """The score of a caption run is the model's, for the same pixels and the ids of the tags."""
     flags, _ = make_run(tmp_path)
     out = tmp_path / "out"
     assert call("train", *flags, "--tags-column", "tags", "--out", out).code == 0
@@ -199,7 +199,8 @@ def test_tags_read_as_in_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("profile", ["fused", "portable"])
-def test_an_engine_reads_tags_too(tmp_path: Path, profile: str) -> None:
+@pytest.mark.usefixtures("shared_graphs")
+def test_an_engine_reads_tags(tmp_path: Path, profile: str) -> None:
     folder, engine = save_family(tmp_path / "tagged", "tagged"), tmp_path / "engine"
     photos = paint(tmp_path / "photos", *(f"{n}.png" for n in range(4)))
     rows = [{"file_name": f"{n}.png", "tags": " ".join(f"word{9 + n + k}" for k in range(n))} for n in range(4)]
@@ -212,15 +213,15 @@ def test_an_engine_reads_tags_too(tmp_path: Path, profile: str) -> None:
         ("--num-beams", 3, "--tags-field", "tags"),
         ("--tags-field", "tags", "--prompt", "word9 word11"),
     ):
-        ours, theirs = (call("caption", photos, "--model", name, *same, *search) for name in (engine, folder))
-        assert ours.code == theirs.code == 0, ours.err
-        assert [row["text"] for row in ours.rows] == [row["text"] for row in theirs.rows]
+        found, expected = (call("caption", photos, "--model", model, *same, *search) for model in (engine, folder))
+        assert found.code == expected.code == 0, found.err
+        assert [row["text"] for row in found.rows] == [row["text"] for row in expected.rows]
     planned = call("export", "--trt", "--model", folder, "--out", tmp_path / "plans")
     assert planned.code == 1
     assert "reads tags too" in planned.err
 
 
-def test_tags_come_from_the_nearest_metadata_that_names_the_image(tmp_path: Path) -> None:
+def test_tags_come_from_the_nearest_metadata_file_with_the_image(tmp_path: Path) -> None:
     below = tmp_path / "all" / "some"
     below.mkdir(parents=True)
     (below / "metadata.csv").write_text("file_name,tags\na.png,near\nempty.png,\n")
@@ -235,7 +236,7 @@ def test_tags_come_from_the_nearest_metadata_that_names_the_image(tmp_path: Path
         MetadataTags("tags").of(str(tmp_path / "a.png"))
 
 
-def test_tags_are_found_wherever_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tags_are_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_family(tmp_path / "tagged", "tagged")
     photos = paint(tmp_path / "photos", "sub/a.png")
     (photos / "metadata.jsonl").write_text(json.dumps({"file_name": "sub/a.png", "tags": "word9 word11"}))
@@ -252,37 +253,37 @@ def test_tags_are_found_wherever_one_stands(tmp_path: Path, monkeypatch: pytest.
     assert len(set(scores)) == 1
 
 
-def test_tags_go_with_a_list_of_images(tmp_path: Path) -> None:
+def test_tags_for_a_list_of_images(tmp_path: Path) -> None:
     folder = save_family(tmp_path / "tagged", "tagged")
     photos = paint(tmp_path / "photos", "a.png", "b.png", "c.png")
     rows = [{"file_name": "a.png", "tags": ["word9", "word11"]}, {"file_name": "c.png", "tags": "word12"}]
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     same = ("--model", folder, "--out", "-", "--workers", 0, "--dtype", "float32", "--max-new-tokens", 6)
-    told = {row["file_name"]: row["score"] for row in call("caption", photos, *same, "--tags-field", "tags").rows}
+    scores = {row["file_name"]: row["score"] for row in call("caption", photos, *same, "--tags-field", "tags").rows}
     captioner, names = Captioner.load(str(folder), dtype="float32"), ("a.png", "b.png", "c.png")
     images = [str(photos / name) for name in names]
     found = list(captioner.caption(images, tags=["[word9] [word11]", None, "word12"], max_new_tokens=6))
-    assert [each.score for each in found] == pytest.approx([told[name] for name in names], abs=1e-4)
+    assert [each.score for each in found] == pytest.approx([scores[name] for name in names], abs=1e-4)
     plain = [each.score for each in captioner.caption(images, max_new_tokens=6)]
     assert [mine == other for mine, other in zip(plain, [each.score for each in found], strict=True)] == [0, 1, 0]
     with pytest.raises(UsageError, match="2 tags and 3 images"):
         captioner.caption(images, tags=["[dog]", None])
     with pytest.raises(UsageError, match="not UTF-8"):
         captioner.caption(images[:1], tags=["\udcff"])
-    for strange, given in (("[dog]", images), ([["dog"]], images[:1]), (["[dog]"], iter(images[:1]))):
+    for wrong, given in (("[dog]", images), ([["dog"]], images[:1]), (["[dog]"], iter(images[:1]))):
         with pytest.raises(TypeError, match="tags"):
-            captioner.caption(given, tags=strange)  # type: ignore[arg-type]
+            captioner.caption(given, tags=wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="reads no tags"):
         Captioner.load(str(save_family(tmp_path / "git", "git"))).caption(images, tags=[None] * 3)
 
 
-def test_a_model_without_tags_says_so(tmp_path: Path) -> None:
+def test_a_model_without_tags_refuses_them(tmp_path: Path) -> None:
     """Before its weights are read, which are damaged here."""
     folder, photos = save_family(tmp_path / "git", "git"), paint(tmp_path / "photos", "a.png")
     (folder / "model.safetensors").write_bytes(b"nothing")
-    told = call("caption", photos, "--model", folder, "--out", "-", "--tags-field", "tags")
-    assert told.code == 2
-    assert "reads no tags" in told.err
+    refused = call("caption", photos, "--model", folder, "--out", "-", "--tags-field", "tags")
+    assert refused.code == 2
+    assert "reads no tags" in refused.err
     flags, data = make_run(tmp_path)
     trained = call(
         "train", "--model", folder, "--data", data, "--tags-column", "tags", *SMALL, "--out", tmp_path / "it"
@@ -295,7 +296,7 @@ def test_a_model_without_tags_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "it").exists()
 
 
-def test_tags_go_with_prepared_data(tmp_path: Path) -> None:
+def test_tags_of_prepared_data(tmp_path: Path) -> None:
     flags, data = make_run(tmp_path)
     prepared = tmp_path / "prepared"
     done = call(
@@ -325,12 +326,12 @@ def test_tags_go_with_prepared_data(tmp_path: Path) -> None:
         (["", None, "dog"], "[dog]"),
     ],
 )
-def test_tags_are_one_text(held: object, text: str) -> None:
+def test_tags_become_one_text(held: object, text: str) -> None:
     assert tag_text(held) == text
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "coco.json", "karpathy.json", "rows.parquet", "captions.token"])
-def test_tags_of_every_format_that_has_columns(tmp_path: Path, name: str) -> None:
+def test_tags_of_every_format_with_columns(tmp_path: Path, name: str) -> None:
     from capcli.annotations import read_split
 
     paint(tmp_path, "a.png", "b.png")
@@ -347,8 +348,8 @@ def test_tags_of_every_format_that_has_columns(tmp_path: Path, name: str) -> Non
         path.write_text("\n".join(map(json.dumps, rows)))
     elif name == "coco.json":
         images = [{"id": n, "file_name": each["file_name"], "tags": each["tags"]} for n, each in enumerate(rows)]
-        said = [{"id": n, "image_id": n, "caption": each["caption"]} for n, each in enumerate(rows)]
-        write_json(path, {"images": images, "annotations": said})
+        captions = [{"id": n, "image_id": n, "caption": each["caption"]} for n, each in enumerate(rows)]
+        write_json(path, {"images": images, "annotations": captions})
     else:
         images = [
             {"filename": each["file_name"], "tags": each["tags"], "sentences": [{"raw": each["caption"]}]}
@@ -363,8 +364,8 @@ def test_tags_of_every_format_that_has_columns(tmp_path: Path, name: str) -> Non
     assert [(each.name, each.tags) for each in read_split(options).train] == [("a.png", "[dog]"), ("b.png", "")]
 
 
-def test_a_broken_run_goes_on_as_if_unbroken(tmp_path: Path) -> None:
-    """From a step before its encoder learns, with the statistics of its batch norms."""
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    """Resumed before the encoder is unfrozen, with the statistics of its batch norms."""
     flags, _ = make_run(tmp_path)
     flags += ["--tags-column", "tags", "--freeze", "encoder", "--unfreeze-after", 3, "--save-every", 1]
     save = CaptionTrainer._save_checkpoint  # noqa: SLF001

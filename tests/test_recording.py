@@ -1,7 +1,7 @@
-"""A step can be recorded once and replayed: nothing in it waits for the device, and all its tensors stay where they are.
+"""A step can be recorded and replayed: no operation waits for the device, and all tensors keep their addresses.
 
-That is what a CUDA graph asks of it (test_gpu.py captures one). Here the step runs on the meta device, which computes nothing,
-and a recording of its operations is replayed in its place.
+A CUDA graph requires that (test_gpu.py captures one). Here the step runs on the meta device, which computes nothing, and a
+recording of its operations is replayed in its place.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ families = pytest.mark.parametrize("decoder", ["gpt2", "bert"])
 
 
 class Watch(TorchDispatchMode):
-    """Keeps the operations that wait for the device or bring something from the host."""
+    """Collects the operations that wait for the device or copy a tensor from the host."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bad: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        made = func(*args, **(kwargs or {}))
-        told = [x for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
-        # a number of the host may be an operand of a kernel, but is not copied to the device
-        host = [x for x in given if x.device.type == "cpu" and x.dim()]
-        crossing = {x.device.type for x in (*given, *told) if x.dim() or "copy" in str(func)} == {"cpu", "meta"}
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        result = func(*args, **(kwargs or {}))
+        outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        # a scalar on the host may be an operand of a kernel without a copy to the device
+        host = [x for x in inputs if x.device.type == "cpu" and x.dim()]
+        crossing = {x.device.type for x in (*inputs, *outputs) if x.dim() or "copy" in str(func)} == {"cpu", "meta"}
         waits = any(word in str(func) for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique"))
         if host or crossing or waits:
             self.bad.append(str(func))
-        return made
+        return result
 
 
 @every_search
@@ -85,7 +85,7 @@ def test_no_operation_of_a_step_waits_for_the_device(decoder: str, given: dict[s
 
 
 class Replaying(Eager):
-    """Replays the operations of a step as they were recorded at the third, over the same tensors."""
+    """Replays the recorded operations of the third step with the same tensors."""
 
     replayed = 0
 
@@ -102,7 +102,7 @@ class Replaying(Eager):
                 before = [x.clone() for x in state]
                 recording = make_fx(lambda: step())()
                 for x, old in zip(state, before, strict=True):
-                    x.copy_(old)  # unlike a CUDA graph's, this recording did what it recorded
+                    x.copy_(old)  # unlike a CUDA graph's capture, this recording executed the step
             recording()
             self.replayed += 1
 
@@ -113,17 +113,17 @@ class Replaying(Eager):
 
 @every_search
 @families
-def test_a_recorded_step_says_the_same(decoder: str, given: dict[str, Any]) -> None:
+def test_a_recorded_step_gives_the_same_captions(decoder: str, given: dict[str, Any]) -> None:
     model = random_captioner("vit", decoder, seed=5)
     settings = resolve(model.generation_config.to_dict(), GenerationOptions(max_new_tokens=12, **given))
     runtime = Replaying(*modules(model), torch.device("cpu"))
     images = pictures(11, seed=4)
-    told = [said(each, images, settings) for each in (runtime, Eager(*modules(model), torch.device("cpu")))]
-    assert told[0] == told[1]
+    plain = Eager(*modules(model), torch.device("cpu"))
+    assert tokens(runtime, images, settings) == tokens(plain, images, settings)
     assert runtime.replayed > len(images) // 4
 
 
-def said(runtime: Eager, images: list[Any], settings: Settings) -> dict[int, list[tuple[int, ...]]]:
+def tokens(runtime: Eager, images: list[Any], settings: Settings) -> dict[int, list[tuple[int, ...]]]:
     jobs = [Job(n, image, key=n) for n, image in enumerate(images)]
     return {
         done.tag: [h.tokens for h in done.hypotheses]

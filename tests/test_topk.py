@@ -1,6 +1,6 @@
-"""One reading of logits tells what `log_softmax` and the best of every block are: on a CPU, without Triton, and by its kernel.
+"""`summarize_logits` against `log_softmax` and block maxima: on a CPU, without Triton, and with the Triton kernel.
 
-The kernel runs in Triton's interpreter here, and is compiled for GPUs of four generations; on CUDA it runs where one is.
+The kernel runs in Triton's interpreter and is compiled for GPUs of four generations; with a CUDA device it also runs there.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def logits(size: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    made = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(seed)) * 5 + seed
-    made[0, 1] = -math.inf
-    made[0, 1, size // 2] = 3.0
-    made[1, 2] = 7.0
-    return made.to(dtype)
+    x = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(seed)) * 5 + seed
+    x[0, 1] = -math.inf
+    x[0, 1, size // 2] = 3.0
+    x[1, 2] = 7.0
+    return x.to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
-def test_log_probabilities_are_those_of_log_softmax(size: int, dtype: torch.dtype) -> None:
+def test_log_probabilities_equal_those_of_log_softmax(size: int, dtype: torch.dtype) -> None:
     x = logits(size, dtype)
     found = summarize_logits(x)
     tokens = torch.randint(0, size, (2, 3, 4))
@@ -46,13 +46,13 @@ def test_log_probabilities_are_those_of_log_softmax(size: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_what_is_no_number_makes_a_row_none(wrong: float) -> None:
+def test_a_value_that_is_not_finite_makes_its_row_nan(wrong: float) -> None:
     x = logits(600, torch.float32)
     x[0, 0, 17] = wrong
-    told = summarize_logits(x).log_probabilities(x, torch.zeros(2, 3, 1, dtype=torch.long))[..., 0]
-    assert told[0, 0].isnan()
-    assert told[0, 2].isfinite()
-    assert told[1].isfinite().all()
+    found = summarize_logits(x).log_probabilities(x, torch.zeros(2, 3, 1, dtype=torch.long))[..., 0]
+    assert found[0, 0].isnan()
+    assert found[0, 2].isfinite()
+    assert found[1].isfinite().all()
 
 
 KERNEL = f"""
@@ -63,9 +63,9 @@ from capcli.decoding.topk_triton import summarize_rows
 for size in SIZES:
     for dtype in DTYPES:
         rows = logits(size, dtype, seed=1).flatten(0, 1)
-        for ours, plain in zip(summarize_rows(rows, {BLOCK}), by_torch(rows.float()), strict=True):
-            assert ours.shape == plain.shape
-            assert torch.allclose(ours, plain, atol=1e-5), (size, dtype)
+        for found, expected in zip(summarize_rows(rows, {BLOCK}), by_torch(rows.float()), strict=True):
+            assert found.shape == expected.shape
+            assert torch.allclose(found, expected, atol=1e-5), (size, dtype)
         rows[2, 1] = math.nan
         best, peak, log_sum = summarize_rows(rows, {BLOCK})
         assert log_sum[2].isnan().all() or peak[2].isnan().all()
@@ -91,7 +91,7 @@ print("the same", {BLOCK})
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="no Triton: pip install triton")
 @pytest.mark.parametrize(("program", "interpret"), [(KERNEL, "1"), (COMPILED, "0")], ids=["interpreted", "compiled"])
-def test_the_kernel_says_the_same(program: str, interpret: str, tmp_path: Path) -> None:
+def test_the_kernel_equals_torch(program: str, interpret: str, tmp_path: Path) -> None:
     path = os.pathsep.join((os.path.dirname(__file__), *sys.path))
     env = {**os.environ, "TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
@@ -102,9 +102,9 @@ def test_the_kernel_says_the_same(program: str, interpret: str, tmp_path: Path) 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [*SIZES, 50257])
-def test_the_kernel_is_used_on_cuda_and_says_the_same(size: int, dtype: torch.dtype) -> None:
+def test_the_kernel_is_used_on_cuda_and_equals_torch(size: int, dtype: torch.dtype) -> None:
     assert fused() is not None, "Triton, or a C compiler for it, is missing"
     x = logits(size, dtype)
-    there, here = summarize_logits(x.cuda()), summarize_logits(x)
+    on_gpu, on_cpu = summarize_logits(x.cuda()), summarize_logits(x)
     for name in ("best", "peak", "log_sum"):
-        assert torch.allclose(getattr(there, name).cpu(), getattr(here, name), atol=1e-4)
+        assert torch.allclose(getattr(on_gpu, name).cpu(), getattr(on_cpu, name), atol=1e-4)

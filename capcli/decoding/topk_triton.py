@@ -1,6 +1,6 @@
 """`summarize_logits` on CUDA: a Triton kernel that reads every logit once and writes one number per block.
 
-The sum is that of online softmax (Milakov and Gimelshein, 2018): it is rescaled whenever the maximum rises. In a file of its own,
+The sum is that of online softmax (Milakov and Gimelshein, 2018): it is rescaled whenever the maximum rises. A separate file,
 because importing it needs Triton.
 """
 

@@ -1,6 +1,6 @@
 """An attention function that is faster than PyTorch's on CPUs for a few queries or in bfloat16; elsewhere it calls PyTorch's.
 
-It is registered with transformers under names of its own, so models that capcli did not load keep their attention.
+It is registered with transformers under separate names, so models that capcli did not load keep their attention.
 """
 
 from __future__ import annotations
