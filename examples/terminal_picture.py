@@ -1,4 +1,4 @@
-"""Render a real terminal run of capcli as examples/terminal.svg, the picture in the README: `python examples/terminal_picture.py`.
+"""Render a real terminal run of capcli as examples/terminal.svg, the picture in the README.
 
 Needs the package pexpect (in the extra `dev`).
 """

@@ -1,4 +1,4 @@
-"""What tests of new captioners share: tiny encoders and decoders with and without weights, and tokenizers of every kind."""
+"""For tests of assembled captioners: tiny encoders and decoders with and without weights, and tokenizers of every kind."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ CLASSIFIERS = {
 def new(
     *, captions: Iterable[str] = CAPTIONS, generation: GenerationOptions | None = None, seed: int = 0, **options: Any
 ) -> AssembledCaptioner:
-    """An untrained captioner: a tiny ViT and GPT-2 with a new tokenizer, unless `options` say otherwise."""
+    """An untrained captioner: by default a tiny ViT and GPT-2 with a new tokenizer."""
     if "model" not in options:
         options = {"encoder": VIT, "decoder": GPT2, "tokenizer": "new", "vocab_size": 320, "max_length": 40} | options
     return assemble(ModelOptions(**options), lambda: captions, generation or GenerationOptions(), seed)
 
 
 def save_encoder(folder: Path, kind: str = "vit", **processor: Any) -> Any:
-    """A classifier, as encoders are published, with its image processor."""
+    """Saves a classifier, the form in which encoders are published, with its image processor."""
     torch.manual_seed(11)
     model = CLASSIFIERS[kind](encoder_config(kind))
     for weight in model.parameters():
@@ -77,18 +77,18 @@ def save_encoder(folder: Path, kind: str = "vit", **processor: Any) -> Any:
 
 
 def save_decoder(folder: Path, kind: str = "gpt2", *, vocabulary: int = 120) -> Any:
-    """A language model without cross-attention and without a tokenizer."""
+    """Saves a language model without cross-attention and without a tokenizer."""
     torch.manual_seed(12)
     config = decoder_config(kind, 48, vocabulary, add_cross_attention=False, is_decoder=kind == "gpt2")
-    made = {"gpt2": transformers.GPT2LMHeadModel, "bert": transformers.BertForMaskedLM}[kind](config)
-    for weight in made.parameters():
+    model = {"gpt2": transformers.GPT2LMHeadModel, "bert": transformers.BertForMaskedLM}[kind](config)
+    for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3)
-    made.save_pretrained(folder)
-    return made
+    model.save_pretrained(folder)
+    return model
 
 
 def save_characters(folder: Path) -> Path:
-    """A BERT vocabulary of characters, as Chinese GPT-2s have it: a vocab.txt and nothing else."""
+    """Saves a BERT vocabulary of characters, such as Chinese GPT-2s have: only a vocab.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = sorted({letter for caption in CAPTIONS for letter in caption if not letter.isspace()})
     continued = [f"##{letter}" for letter in letters if letter.isascii()]
@@ -98,7 +98,7 @@ def save_characters(folder: Path) -> Path:
 
 
 def save_bytes(folder: Path) -> Path:
-    """A byte-level BPE as GPT-2 has it: vocab.json and merges.txt, and <|endoftext|> for everything."""
+    """Saves a byte-level BPE such as GPT-2's: vocab.json and merges.txt; <|endoftext|> is start, end and padding."""
     folder.mkdir(parents=True, exist_ok=True)
     core = ByteLevelBPETokenizer()
     core.train_from_iterator(CAPTIONS, vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
@@ -107,7 +107,7 @@ def save_bytes(folder: Path) -> Path:
 
 
 def save_pieces(folder: Path, captions: Iterable[str] = CAPTIONS, **settings: Any) -> Any:
-    """A SentencePiece model trained on the captions, and its own processor."""
+    """Saves a SentencePiece model trained on the captions; returns its SentencePieceProcessor."""
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The gradients of one update on eight captions, cut into batches and processes in different ways; torchrun starts this too."""
+"""The gradients of one update on eight captions, split into batches and processes in several ways; torchrun runs it too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from capcli.training.loop.trainer import CaptionTrainer
 from capcli.training.model.assembly import AssembledCaptioner
 from capcli.training.setup import make_trainer
 
-SAID = [
+CAPTIONS = [
     ("a dog", "two dogs are running on the sand by the water and one of them jumps"),
     ("a man in a red shirt", "bike"),
     ("a child plays with a ball in the park", "children"),
@@ -33,27 +33,27 @@ SAID = [
 
 
 def annotated(folder: Path) -> list[Annotated]:
-    """Four images with two captions each, on disk."""
+    """Writes four images; each has two captions."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(pictures(len(SAID))):
+    for number, picture in enumerate(pictures(len(CAPTIONS))):
         Image.fromarray(picture).save(folder / f"{number}.png")
-    return [Annotated(f"{n}.png", str(folder / f"{n}.png"), captions) for n, captions in enumerate(SAID)]
+    return [Annotated(f"{n}.png", str(folder / f"{n}.png"), captions) for n, captions in enumerate(CAPTIONS)]
 
 
 def captioner(folder: Path) -> AssembledCaptioner:
-    """Without dropout; its tokenizer's one special token starts, ends and pads."""
+    """A captioner without dropout; one special token is start, end and padding."""
     if not (folder / "vocab.json").exists():
         save_decoder(folder, vocabulary=300)
         save_bytes(folder)
-    made = new(decoder=str(folder), tokenizer=None)
-    for part in made.model.modules():
+    assembled = new(decoder=str(folder), tokenizer=None)
+    for part in assembled.model.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
-    return made
+    return assembled
 
 
 class Capture(TrainerCallback):
-    """Keeps the gradients that the optimizer is about to follow."""
+    """Keeps the gradients of the optimizer's next step."""
 
     def __init__(self) -> None:
         self.gradients: dict[str, torch.Tensor] = {}
@@ -64,9 +64,9 @@ class Capture(TrainerCallback):
 
 
 def trainer_of(
-    folder: Path, made: AssembledCaptioner, batch_size: int, accumulation: int, **more: Any
+    folder: Path, assembled: AssembledCaptioner, batch_size: int, accumulation: int, **more: Any
 ) -> CaptionTrainer:
-    """The Trainer of `capcli train` with a run of one step."""
+    """The Trainer of `capcli train`, for one step."""
     options = TrainOptions(
         data=DataOptions(data=("captions.txt",)),
         model=ModelOptions(encoder=VIT, decoder=GPT2, max_length=40),
@@ -82,7 +82,7 @@ def trainer_of(
     trainer = make_trainer(
         options,
         training_arguments(options, str(folder / "out")),
-        made,
+        assembled,
         TrainingData(annotated(folder / "images"), [], DataReport()),
     )
     with Interrupts(quiet=True) as interrupts:

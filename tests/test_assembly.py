@@ -1,4 +1,4 @@
-"""New captioners: every encoder with every decoder, what is random and what is kept, and the folder that transformers loads."""
+"""Assembled captioners: every kind of encoder and decoder, which weights are random, and the folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def table(kind: str) -> dict[str, Any]:
     return TABLES[kind] | {"model_type": kind}
 
 
-def save(made: Any, place: Path) -> Path:
-    folders.save_captioner(place, made.model, made.tokenizer, made.processor)
+def save(assembled: Any, place: Path) -> Path:
+    folders.save_captioner(place, assembled.model, assembled.tokenizer, assembled.processor)
     return place
 
 
@@ -65,11 +65,11 @@ def same(one: Any, other: Any) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def loss_of(made: Any, captions: list[str]) -> torch.Tensor:
-    """Whatever the loss will be: one that every weight which captioning uses has a share in."""
-    labels = torch.tensor(encode_captions(made.tokenizer, captions, made.specials, 40))
+def loss_of(assembled: Any, captions: list[str]) -> torch.Tensor:
+    """transformers' own loss, which depends on every weight that captioning uses."""
+    labels = torch.tensor(encode_captions(assembled.tokenizer, captions, assembled.specials, 40))
     pixels = torch.cat([values(picture) for picture in pictures(len(captions))])
-    loss: torch.Tensor = made.model(pixel_values=pixels, labels=labels).loss
+    loss: torch.Tensor = assembled.model(pixel_values=pixels, labels=labels).loss
     return loss
 
 
@@ -77,132 +77,140 @@ def loss_of(made: Any, captions: list[str]) -> torch.Tensor:
     ("encoder", "decoder"),
     [*((kind, "gpt2") for kind in ENCODERS), *(("vit", kind) for kind in DECODERS if kind != "gpt2")],
 )
-def test_new_captioners_of_every_kind(tmp_path: Path, encoder: str, decoder: str) -> None:
-    made = new(
+def test_new_captioners_of_every_kind_caption_like_transformers(tmp_path: Path, encoder: str, decoder: str) -> None:
+    assembled = new(
         encoder=table(encoder),
         decoder={"gpt2": GPT2, "bert": BERT}[decoder],
         generation=GenerationOptions(num_beams=3, max_new_tokens=7, length_penalty=0.5),
     )
-    assert made.new == {"encoder", "decoder"}
-    assert made.new_cross_attention
-    loss_of(made, CAPTIONS[:1]).backward()
-    idle = [name for name, weight in made.model.named_parameters() if weight.requires_grad and weight.grad is None]
-    assert idle == []  # or training on several devices would wait for them
+    assert assembled.new == {"encoder", "decoder"}
+    assert assembled.encode.encoder is assembled.model.encoder
+    assert assembled.step.decoder is assembled.model.decoder
+    loss_of(assembled, CAPTIONS[:1]).backward()
+    unused = [
+        name for name, weight in assembled.model.named_parameters() if weight.requires_grad and weight.grad is None
+    ]
+    assert unused == []  # DDP waits for the gradient of every weight that requires one
 
-    place = save(made, tmp_path / "a folder")
+    place = save(assembled, tmp_path / "a folder")
     loaded, report = VisionEncoderDecoderModel.from_pretrained(place, output_loading_info=True)
-    assert same(loaded, made.model)
+    assert same(loaded, assembled.model)
     assert not any(report.values())
     assert loaded.config.architectures == ["VisionEncoderDecoderModel"]
-    kept = loaded.generation_config
-    assert (kept.num_beams, kept.max_new_tokens, kept.length_penalty) == (3, 7, 0.5)
+    saved = loaded.generation_config
+    assert (saved.num_beams, saved.max_new_tokens, saved.length_penalty) == (3, 7, 0.5)
     tokenizer: Any = AutoTokenizer.from_pretrained(place)
     picture = pictures(1)[0]
-    said = tokenizer.decode(loaded.eval().generate(values(picture))[0], skip_special_tokens=True)
+    generated = tokenizer.decode(loaded.eval().generate(values(picture))[0], skip_special_tokens=True)
     captioner = Captioner.load(str(place), device="cpu", dtype="float32")
     (caption,) = captioner.caption([Image.fromarray(picture)])
-    assert caption.text == said.strip()  # type: ignore[union-attr]
+    assert caption.text == generated.strip()  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("kind", [save_bytes, save_characters, save_pieces])
-@pytest.mark.parametrize("decoder", [GPT2, BERT], ids=["gpt2", "bert"])
-def test_tokenizers_of_every_kind(tmp_path: Path, kind: Callable[[Path], object], decoder: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "decoder"),
+    [(save_bytes, GPT2), (save_characters, GPT2), (save_pieces, GPT2), (save_characters, BERT)],
+    ids=["bytes-gpt2", "characters-gpt2", "pieces-gpt2", "characters-bert"],
+)
+def test_tokenizers_of_every_kind_are_saved_whole(
+    tmp_path: Path, kind: Callable[[Path], object], decoder: dict[str, Any]
+) -> None:
     kind(tmp_path / "tokenizer")
-    made = new(decoder=decoder, tokenizer=str(tmp_path / "tokenizer"))
-    count = len(made.tokenizer)
-    place = save(made, tmp_path / "saved")
+    assembled = new(decoder=decoder, tokenizer=str(tmp_path / "tokenizer"))
+    count = len(assembled.tokenizer)
+    place = save(assembled, tmp_path / "saved")
     assert not list(place.glob("*.model"))
     config = json.loads((place / "config.json").read_text())
     assert config["decoder"]["vocab_size"] == count
-    s = made.specials
+    s = assembled.specials
     for part in (config, json.loads((place / "generation_config.json").read_text())):
         ids = [part[name] for name in ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")]
         assert ids == [s.start, s.start, s.end, s.pad]
     again: Any = AutoTokenizer.from_pretrained(place)
     captioner = Captioner.load(str(place), device="cpu", dtype="float32")
     every = list(range(count))
-    assert again.decode(every) == made.tokenizer.decode(every) == captioner.model.tokenizer.decode(every)
+    assert again.decode(every) == assembled.tokenizer.decode(every) == captioner.model.tokenizer.decode(every)
     assert special_tokens(again) == s
     assert again.pad_token_id == s.pad
 
 
 @pytest.mark.skipif(not RINNA.exists(), reason="the shared data is not here")
-def test_rinna_from_its_real_config_and_tokenizer(tmp_path: Path) -> None:
-    made = new(decoder=str(RINNA / "gpt2-ja-xsmall-config.json"), tokenizer=None)
-    assert made.specials == SpecialTokens(1, 2, 3)
-    decoder = made.model.config.decoder
+def test_rinnas_real_config_and_tokenizer_are_read(tmp_path: Path) -> None:
+    assembled = new(decoder=str(RINNA / "gpt2-ja-xsmall-config.json"), tokenizer=None)
+    assert assembled.specials == SpecialTokens(1, 2, 3)
+    decoder = assembled.model.config.decoder
     assert (decoder.n_embd, decoder.n_inner, decoder.n_layer, decoder.vocab_size) == (512, 2304, 6, 32000)
-    again: Any = AutoTokenizer.from_pretrained(save(made, tmp_path / "saved"))
-    labels = encode_captions(again, ["犬がボールで遊んでいる。"], made.specials, 40)
+    assembled.tokenizer.save_pretrained(tmp_path)
+    again: Any = AutoTokenizer.from_pretrained(tmp_path)
+    labels = encode_captions(again, ["犬がボールで遊んでいる。"], assembled.specials, 40)
     assert again.decode(labels[0], skip_special_tokens=True) == "犬がボールで遊んでいる。"
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_weights_of_an_encoder_are_kept_and_its_head_is_not(tmp_path: Path, encoder: str) -> None:
+def test_an_encoder_keeps_its_weights_without_the_head(tmp_path: Path, encoder: str) -> None:
     classifier = save_encoder(tmp_path / "encoder", encoder, resample=3, size=32)
-    made = new(encoder=str(tmp_path / "encoder"))
-    theirs = state(getattr(classifier, classifier.base_model_prefix))
-    ours = state(made.model.encoder)
-    assert theirs.keys() - ours.keys() <= {"embeddings.mask_token"}
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs.keys() & ours.keys())
-    assert {name for name in ours.keys() - theirs.keys() if "pooler." not in name} == set()
-    assert made.new == {"decoder"}
-    assert made.processor == json.loads((tmp_path / "encoder" / "preprocessor_config.json").read_text())
-    place = save(made, tmp_path / "saved")
-    assert json.loads((place / "preprocessor_config.json").read_text()) == made.processor
-    assert made.spec.resample == 3
+    assembled = new(encoder=str(tmp_path / "encoder"))
+    original = state(getattr(classifier, classifier.base_model_prefix))
+    encoder_weights = state(assembled.model.encoder)
+    assert original.keys() - encoder_weights.keys() <= {"embeddings.mask_token"}
+    assert all(torch.equal(encoder_weights[name], original[name]) for name in original.keys() & encoder_weights.keys())
+    assert {name for name in encoder_weights.keys() - original.keys() if "pooler." not in name} == set()
+    assert assembled.new == {"decoder"}
+    assert assembled.processor == json.loads((tmp_path / "encoder" / "preprocessor_config.json").read_text())
+    place = save(assembled, tmp_path / "saved")
+    assert json.loads((place / "preprocessor_config.json").read_text()) == assembled.processor
+    assert assembled.spec.resample == 3
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_weights_of_a_decoder_are_kept_and_its_cross_attention_is_new(tmp_path: Path, decoder: str) -> None:
-    speaker = save_decoder(tmp_path / "decoder", decoder, vocabulary=300)
+def test_a_decoder_keeps_its_weights_and_gets_new_cross_attention(tmp_path: Path, decoder: str) -> None:
+    original = save_decoder(tmp_path / "decoder", decoder, vocabulary=300)
     save_bytes(tmp_path / "decoder")
-    made = new(decoder=str(tmp_path / "decoder"), tokenizer=None)
-    assert made.new == {"encoder", "cross-attention"}
-    ours = state(made.model.decoder)
-    assert all(torch.equal(ours[name], weight) for name, weight in state(speaker).items())
-    rest = {name for name in ours if name not in state(speaker)}
-    assert rest
-    assert all("crossattention" in name or "ln_cross_attn" in name for name in rest)
-    assert made.model.config.decoder.add_cross_attention
-    assert made.model.config.decoder.is_decoder
+    assembled = new(decoder=str(tmp_path / "decoder"), tokenizer=None)
+    assert assembled.new == {"encoder", "cross-attention"}
+    weights = state(assembled.model.decoder)
+    assert all(torch.equal(weights[name], weight) for name, weight in state(original).items())
+    new_weights = {name for name in weights if name not in state(original)}
+    assert new_weights
+    assert all("crossattention" in name or "ln_cross_attn" in name for name in new_weights)
+    assert assembled.model.config.decoder.add_cross_attention
+    assert assembled.model.config.decoder.is_decoder
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_a_tokenizer_of_others_gets_embeddings_of_its_own(tmp_path: Path, decoder: str) -> None:
+def test_another_tokenizer_gets_new_embeddings(tmp_path: Path, decoder: str) -> None:
     save_decoder(tmp_path / "decoder", decoder, vocabulary=300)
     save_bytes(tmp_path / "decoder")
     kept = new(decoder=str(tmp_path / "decoder"), tokenizer=None)
     other = new(decoder=str(tmp_path / "decoder"), vocab_size=300)
     assert other.new == {"encoder", "cross-attention", "embeddings"}
     assert any("embeddings are new" in note for note in other.notes)
-    rows, old = (made.model.get_input_embeddings().weight for made in (other, kept))
+    rows, old = (assembled.model.get_input_embeddings().weight for assembled in (other, kept))
     assert len(rows) == len(other.tokenizer)
     shared = min(len(rows), len(old))
     assert not (rows[:shared] == old[:shared]).all(1).any()
-    assert 0.01 < rows.std().item() < 0.03  # as new models have them
-    taken_out = other.model.get_output_embeddings()
-    assert taken_out.weight is rows
+    assert 0.01 < rows.std().item() < 0.03  # as in new models
+    assert other.model.get_output_embeddings().weight is rows
     first, second = state(kept.model), state(other.model)
     inner = [name for name in first if ".h." in name or ".layer." in name]
     assert all(torch.equal(first[name], second[name]) for name in inner)
 
 
-def test_tokens_added_to_a_tokenizer_get_rows_and_the_others_keep_theirs(tmp_path: Path) -> None:
+def test_added_tokens_get_new_embeddings_and_the_others_keep_theirs(tmp_path: Path) -> None:
     save_decoder(tmp_path / "decoder", vocabulary=300)
-    own: Any = new(decoder=str(tmp_path / "decoder"), tokenizer=str(save_bytes(tmp_path / "decoder"))).tokenizer
-    count = len(own)
-    own.add_tokens([f"<extra {n}>" for n in range(50)])
-    own.save_pretrained(tmp_path / "longer")
-    made = new(decoder=str(tmp_path / "decoder"), tokenizer=str(tmp_path / "longer"))
+    tokenizer: Any = new(decoder=str(tmp_path / "decoder"), tokenizer=str(save_bytes(tmp_path / "decoder"))).tokenizer
+    count = len(tokenizer)
+    tokenizer.add_tokens([f"<extra {n}>" for n in range(50)])
+    tokenizer.save_pretrained(tmp_path / "longer")
+    assembled = new(decoder=str(tmp_path / "decoder"), tokenizer=str(tmp_path / "longer"))
     plain = new(decoder=str(tmp_path / "decoder"), tokenizer=None)
-    assert made.new == {"encoder", "cross-attention"}
-    rows, old = (each.model.get_input_embeddings().weight for each in (made, plain))
+    assert assembled.new == {"encoder", "cross-attention"}
+    rows, old = (each.model.get_input_embeddings().weight for each in (assembled, plain))
     assert len(rows) == count + 50
     assert torch.equal(rows[:count], old[:count])
 
 
-def test_the_seed_decides_and_nothing_else(tmp_path: Path) -> None:
+def test_random_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     save_encoder(tmp_path / "encoder")
     save_decoder(tmp_path / "decoder", vocabulary=120)
     for options in ({}, {"encoder": str(tmp_path / "encoder"), "decoder": str(tmp_path / "decoder")}):
@@ -210,7 +218,7 @@ def test_the_seed_decides_and_nothing_else(tmp_path: Path) -> None:
         one = new(**options, seed=5)
         after = torch.rand(1)
         torch.manual_seed(1)
-        assert torch.equal(torch.rand(1), after)  # the process's own numbers are where they were
+        assert torch.equal(torch.rand(1), after)  # the process's random generator is unchanged
         assert same(one.model, new(**options, seed=5).model)
         assert not same(one.model, new(**options, seed=6).model)
     alone = new(encoder=str(tmp_path / "encoder"), seed=5)
@@ -219,54 +227,54 @@ def test_the_seed_decides_and_nothing_else(tmp_path: Path) -> None:
     )
 
 
-def test_widths_that_differ_are_joined_by_a_projection() -> None:
+def test_only_different_widths_are_joined_by_a_projection() -> None:
     assert new().model.enc_to_dec_proj.weight.shape == (48, 40)
     assert not hasattr(new(decoder=GPT2 | {"n_embd": 40}).model, "enc_to_dec_proj")
 
 
-def test_a_start_token_that_is_also_padding_is_learnt(tmp_path: Path) -> None:
-    made = new(decoder=BERT, tokenizer=str(save_bytes(tmp_path)))
-    assert made.specials.start == made.specials.pad
-    again = new(model=str(save(made, tmp_path / "saved")))
+def test_a_start_token_that_is_also_padding_is_learned(tmp_path: Path) -> None:
+    assembled = new(decoder=BERT, tokenizer=str(save_bytes(tmp_path)))
+    assert assembled.specials.start == assembled.specials.pad
+    again = new(model=str(save(assembled, tmp_path / "saved")))
     gradients = []
-    for each in (made, again):
+    for each in (assembled, again):
         loss_of(each, CAPTIONS[:1]).backward()
-        through = each.model.decoder.bert.embeddings.word_embeddings
-        assert through.padding_idx is None
-        gradients.append(through.weight.grad[made.specials.start])
+        embeddings = each.model.decoder.bert.embeddings.word_embeddings
+        assert embeddings.padding_idx is None
+        gradients.append(embeddings.weight.grad[assembled.specials.start])
     assert gradients[0].abs().sum() > 0
     assert torch.equal(*gradients)
 
 
-def test_weights_in_half_precision_are_trained_in_full(tmp_path: Path) -> None:
+def test_weights_in_half_precision_become_float32(tmp_path: Path) -> None:
     encoder = save_encoder(tmp_path / "encoder").half()
     encoder.save_pretrained(tmp_path / "encoder")
-    made = new(encoder=str(tmp_path / "encoder"))
-    assert {weight.dtype for weight in made.model.parameters()} == {torch.float32}
-    assert VisionEncoderDecoderModel.from_pretrained(save(made, tmp_path / "saved")).dtype == torch.float32
+    assembled = new(encoder=str(tmp_path / "encoder"))
+    assert {weight.dtype for weight in assembled.model.parameters()} == {torch.float32}
+    assert VisionEncoderDecoderModel.from_pretrained(save(assembled, tmp_path / "saved")).dtype == torch.float32
 
 
-def test_the_settings_of_system_1_are_its_generation_config(tmp_path: Path) -> None:
-    asked = GenerationOptions(
+def test_search_settings_are_written_to_the_generation_config(tmp_path: Path) -> None:
+    given = GenerationOptions(
         num_beams=5, do_sample=True, temperature=1.2, top_k=50, top_p=0.95, no_repeat_ngram_size=3
     )
-    made = new(generation=asked)
-    written = json.loads((save(made, tmp_path) / "generation_config.json").read_text())
+    assembled = new(generation=given)
+    written = json.loads((save(assembled, tmp_path) / "generation_config.json").read_text())
     named = ("num_beams", "do_sample", "temperature", "top_k", "top_p", "no_repeat_ngram_size")
-    assert {name: written[name] for name in named} == {name: getattr(asked, name) for name in named}
+    assert {name: written[name] for name in named} == {name: getattr(given, name) for name in named}
     assert written["max_new_tokens"] == 40
-    assert made.notes[-1] == "the encoder has new random weights"
+    assert assembled.notes[-1] == "the encoder has new random weights"
 
 
-def test_settings_without_effect_are_said_and_left_out(tmp_path: Path) -> None:
-    made = new(generation=GenerationOptions(temperature=0.7, length_penalty=2.0, seed=3))
-    assert "--temperature has no effect without --do-sample" in made.notes
-    assert "--length-penalty has no effect with one beam" in made.notes
-    written = json.loads((save(made, tmp_path) / "generation_config.json").read_text())
+def test_settings_without_effect_are_reported_and_not_written(tmp_path: Path) -> None:
+    assembled = new(generation=GenerationOptions(temperature=0.7, length_penalty=2.0, seed=3))
+    assert "--temperature has no effect without --do-sample" in assembled.notes
+    assert "--length-penalty has no effect with one beam" in assembled.notes
+    written = json.loads((save(assembled, tmp_path) / "generation_config.json").read_text())
     assert not {"temperature", "length_penalty", "seed"} & written.keys()
 
 
-def test_going_on_from_a_captioner_changes_only_what_is_asked_for(tmp_path: Path) -> None:
+def test_a_trained_captioner_is_changed_only_where_options_say_so(tmp_path: Path) -> None:
     first = new(generation=GenerationOptions(num_beams=3, no_repeat_ngram_size=2, length_penalty=2.0))
     place = save(first, tmp_path / "first")
     again = new(model=str(place))
@@ -287,8 +295,8 @@ def test_going_on_from_a_captioner_changes_only_what_is_asked_for(tmp_path: Path
     assert not any(weight.requires_grad for weight in other.model.encoder.pooler.parameters())
 
 
-def test_going_on_keeps_special_tokens_that_the_tokenizer_does_not_tell(tmp_path: Path) -> None:
-    place = save_captioner(tmp_path)  # whose start token is <start>
+def test_a_trained_captioner_keeps_special_tokens_that_its_tokenizer_does_not_name(tmp_path: Path) -> None:
+    place = save_captioner(tmp_path)  # its start token is <start>
     config = json.loads((place / "generation_config.json").read_text())
     (place / "generation_config.json").write_text(
         json.dumps(config | {"decoder_start_token_id": 7, "eos_token_id": [9, 8]})
@@ -296,13 +304,13 @@ def test_going_on_keeps_special_tokens_that_the_tokenizer_does_not_tell(tmp_path
     assert new(model=str(place)).specials == SpecialTokens(7, 9, 117)
 
 
-def test_parts_of_a_captioners_config_will_do(tmp_path: Path) -> None:
+def test_parts_are_taken_from_a_captioners_config(tmp_path: Path) -> None:
     whole = write_json(
         tmp_path / "config.json", {"model_type": "vision-encoder-decoder", "encoder": VIT, "decoder": GPT2}
     )
-    made = new(encoder=str(whole), decoder=str(whole))
-    assert made.model.config.encoder.hidden_size == 40
-    assert made.model.config.decoder.n_embd == 48
+    assembled = new(encoder=str(whole), decoder=str(whole))
+    assert assembled.model.config.encoder.hidden_size == 40
+    assert assembled.model.config.decoder.n_embd == 48
 
 
 @pytest.mark.parametrize(
@@ -331,7 +339,7 @@ def test_parts_of_a_captioners_config_will_do(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_is_a_usage_error(options: dict[str, Any], message: str) -> None:
+def test_wrong_options_are_usage_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         new(**options)
 
@@ -349,22 +357,22 @@ def test_what_cannot_be_is_a_usage_error(options: dict[str, Any], message: str) 
     ],
     ids=str,
 )
-def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
+def test_contradicting_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ModelOptions(**options)
 
 
-def test_captions_are_as_long_as_the_decoder_holds_unless_said(tmp_path: Path) -> None:
+def test_captions_are_by_default_as_long_as_the_decoder_holds(tmp_path: Path) -> None:
     for holds, expected in ((39, 39), (64, 50)):
-        made = new(decoder=GPT2 | {"n_positions": holds}, max_length=None)
-        assert made.max_length == made.model.generation_config.max_new_tokens == expected
-        folders.save_captioner(tmp_path / str(holds), made.model, made.tokenizer, made.processor)
+        assembled = new(decoder=GPT2 | {"n_positions": holds}, max_length=None)
+        assert assembled.max_length == assembled.model.generation_config.max_new_tokens == expected
+        folders.save_captioner(tmp_path / str(holds), assembled.model, assembled.tokenizer, assembled.processor)
         assert new(model=str(tmp_path / str(holds))).max_length == expected
     with pytest.raises(UsageError, match=r"--max-length is 40, but .* holds 39 tokens"):
         new(model=str(tmp_path / "39"), max_length=40)
 
 
-def test_folders_that_are_no_encoder_are_told(tmp_path: Path) -> None:
+def test_folders_without_a_usable_encoder_are_refused_with_the_reason(tmp_path: Path) -> None:
     place = tmp_path / "enc"
     place.mkdir()
     with pytest.raises(CapcliError, match=r"enc has no config\.json"):
@@ -392,47 +400,45 @@ def test_folders_that_are_no_encoder_are_told(tmp_path: Path) -> None:
     for kind in FILES:
         write_json(tmp_path / kind / "config.json", {"model_type": kind})
         for part in ("encoder", "decoder"):
-            with pytest.raises(
-                UsageError, match=f"of the kind {kind}.* It is a whole captioner: --model goes on from it"
-            ):
+            with pytest.raises(UsageError, match=f"of the kind {kind}.* It is a whole captioner: give it as --model"):
                 new(**{part: str(tmp_path / kind)})
     (place / "config.json").write_text("{")
     with pytest.raises(CapcliError, match=r"config\.json of .*enc is not JSON"):
         new(encoder=str(place))
 
 
-def test_an_encoder_without_a_processor_gets_one_and_says_so(tmp_path: Path) -> None:
+def test_an_encoder_without_a_processor_gets_one_with_a_note(tmp_path: Path) -> None:
     save_encoder(tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
-    made = new(encoder=str(tmp_path))
-    assert "has no preprocessor_config.json: images are resized to 32x32" in made.notes[0]
-    assert (made.spec.height, made.spec.width, made.spec.mean) == (32, 32, (0.5, 0.5, 0.5))
+    assembled = new(encoder=str(tmp_path))
+    assert "has no preprocessor_config.json: images are resized to 32x32" in assembled.notes[0]
+    assert (assembled.spec.height, assembled.spec.width, assembled.spec.mean) == (32, 32, (0.5, 0.5, 0.5))
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CapcliError, match=r"Cannot write the model to .*file"):
         save(new(), tmp_path / "file")
 
 
-def test_a_folder_whose_name_is_no_text_is_told(tmp_path: Path) -> None:
-    made = new()
+def test_a_folder_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    assembled = new()
     with pytest.raises(CapcliError, match="its name is not UTF-8"):
         folders.save_captioner(
-            os.fsdecode(os.fsencode(tmp_path) + b"/\xff"), made.model, made.tokenizer, made.processor
+            os.fsdecode(os.fsencode(tmp_path) + b"/\xff"), assembled.model, assembled.tokenizer, assembled.processor
         )
 
 
 def test_a_new_tokenizer_gets_new_embeddings_whatever_the_decoder_has(tmp_path: Path) -> None:
     count = len(new().tokenizer)
-    speaker = save_decoder(tmp_path / "decoder", vocabulary=count)  # of the same size, by chance
-    (tmp_path / "decoder" / "tokenizer.json").write_text("broken, and not asked for")
-    made = new(decoder=str(tmp_path / "decoder"))
-    assert "embeddings" in made.new
-    assert not (made.model.get_input_embeddings().weight == speaker.get_input_embeddings().weight).all(1).any()
+    original = save_decoder(tmp_path / "decoder", vocabulary=count)  # of the same size, by chance
+    (tmp_path / "decoder" / "tokenizer.json").write_text("broken, and not read")
+    assembled = new(decoder=str(tmp_path / "decoder"))
+    assert "embeddings" in assembled.new
+    assert not (assembled.model.get_input_embeddings().weight == original.get_input_embeddings().weight).all(1).any()
 
 
-def test_weights_in_a_pickle_are_read_and_code_in_it_is_not_run(tmp_path: Path) -> None:
+def test_weights_in_a_pickle_are_read_without_running_its_code(tmp_path: Path) -> None:
     save_encoder(tmp_path)
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
     safe = new(encoder=str(tmp_path))
@@ -443,7 +449,7 @@ def test_weights_in_a_pickle_are_read_and_code_in_it_is_not_run(tmp_path: Path) 
         new(encoder=str(tmp_path))
 
 
-def test_loading_and_saving_say_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_and_saving_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_encoder(tmp_path / "encoder")
     save_decoder(tmp_path / "decoder", vocabulary=300)
     save_bytes(tmp_path / "decoder")
@@ -454,16 +460,21 @@ def test_loading_and_saving_say_nothing(tmp_path: Path, capfd: pytest.CaptureFix
 
 
 FROM_HUB = """
-import sys
+from huggingface_hub import close_session
 from capcli.errors import CapcliError
 from capcli.options import GenerationOptions, ModelOptions
-from capcli.training.assembly import assemble
-for encoder, decoder in (("who/sees", "who/speaks"), ("who/is-not", "who/speaks")):
-    try:
-        made = assemble(ModelOptions(encoder=encoder, decoder=decoder), list, GenerationOptions(), 0)
-        print(sorted(made.new), made.model.config.encoder.model_type, made.tokenizer.name_or_path, flush=True)
-    except CapcliError as error:
-        print(error, flush=True)
+from capcli.training.model.assembly import assemble
+def attempts():
+    for encoder, decoder in (("who/sees", "who/speaks"), ("who/is-not", "who/speaks")):
+        try:
+            assembled = assemble(ModelOptions(encoder=encoder, decoder=decoder), list, GenerationOptions(), 0)
+            print(sorted(assembled.new), assembled.model.config.encoder.model_type, assembled.tokenizer.name_or_path, flush=True)
+        except CapcliError as error:
+            print(error, flush=True)
+attempts()
+input()  # until the hub is gone
+close_session()  # its server still answers on open connections
+attempts()
 """
 
 
@@ -476,34 +487,34 @@ def test_parts_come_from_the_hub_and_then_from_its_cache(tmp_path: Path) -> None
         for name, place in (("who/sees", "encoder"), ("who/speaks", "decoder")):
             hub.repos[name] = Repo()
             hub.repos[name].push(files_of(tmp_path / place) | {"tf_model.h5": b"large", "README.md": b""})
-        lines = assemble_apart(tmp_path, hub.url)
-        assert lines[0] == found
-        assert lines[1].startswith("There is no folder who/is-not here, and no such model on the hub")
+        env = environment(
+            HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", FROM_HUB], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == found
+        assert process.stdout.readline().startswith("There is no folder who/is-not here, and no such model on the hub")
         assert not {"tf_model.h5", "README.md"} & hub.fetched()
-        url = hub.url
-    lines = assemble_apart(tmp_path, url)  # where nobody answers any more
+    rest, _ = process.communicate("\n", timeout=120)
+    assert process.returncode == 0
+    lines = rest.splitlines()
     assert lines[0] == found
     assert "give --encoder a folder" in lines[1]
 
 
-def assemble_apart(place: Path, url: str) -> list[str]:
-    env = environment(HF_ENDPOINT=url, HF_HOME=str(place / "cache"), HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
-    done = subprocess.run([sys.executable, "-c", FROM_HUB], env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
 @pytest.mark.parametrize("encoder", ["vit", "deit"])
-def test_a_new_encoder_sees_where_its_patches_stand(encoder: str) -> None:
-    """Every place has a row of its own; neighbours are more alike than patches far apart, in rows and columns alike."""
-    made = new(encoder=table(encoder))
-    places = made.model.encoder.embeddings.position_embeddings[0].detach()
-    config = made.model.config.encoder
+def test_a_new_encoder_starts_with_position_embeddings(encoder: str) -> None:
+    """Every position has its own; near patches are more similar than far ones, equally in rows and columns."""
+    assembled = new(encoder=table(encoder))
+    positions = assembled.model.encoder.embeddings.position_embeddings[0].detach()
+    config = assembled.model.config.encoder
     side = config.image_size // config.patch_size
-    grid = places[-side * side :].reshape(side, side, -1)
-    alike = torch.nn.functional.cosine_similarity(grid[:1, :1], grid, dim=-1)
-    assert alike[0, 1] > alike[0, 3]
-    assert alike[1, 0] > alike[3, 0]
-    assert torch.allclose(alike, alike.T, atol=1e-5)
-    assert alike.flatten()[1:].max() < 0.99
-    assert not places[: -side * side].any()
+    grid = positions[-side * side :].reshape(side, side, -1)
+    similarity = torch.nn.functional.cosine_similarity(grid[:1, :1], grid, dim=-1)
+    assert similarity[0, 1] > similarity[0, 3]
+    assert similarity[1, 0] > similarity[3, 0]
+    assert torch.allclose(similarity, similarity.T, atol=1e-5)
+    assert similarity.flatten()[1:].max() < 0.99
+    assert not positions[: -side * side].any()

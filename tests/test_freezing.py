@@ -1,4 +1,4 @@
-"""Freezing: what is frozen stays as it is to the bit, what is new learns, and dropout rests with what is frozen."""
+"""Freezing: frozen weights do not change, new weights learn, and frozen modules use no dropout."""
 
 from __future__ import annotations
 
@@ -14,111 +14,120 @@ from capcli.errors import UsageError
 from capcli.training.loop.freezing import freeze, refuse_freezing, train, unfreeze
 from capcli.training.model.tokenizers import encode_captions
 
-DROPPING = {"attn_pdrop": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5}
+DROPOUT = {"attn_pdrop": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5}
 
 
-def learnt(made: Any) -> set[str]:
+def changed_by_training(assembled: Any) -> set[str]:
     """The names of the weights that one step of training changes."""
-    before = {name: weight.detach().clone() for name, weight in made.model.named_parameters()}
-    optimizer = torch.optim.AdamW([w for w in made.model.parameters() if w.requires_grad], lr=0.1, weight_decay=0.1)
-    labels = torch.tensor(encode_captions(made.tokenizer, CAPTIONS[:1], made.specials, 40))
-    train(made.model)
-    made.model(pixel_values=values(pictures(1)[0]), labels=labels).loss.backward()
+    before = {name: weight.detach().clone() for name, weight in assembled.model.named_parameters()}
+    optimizer = torch.optim.AdamW(
+        [w for w in assembled.model.parameters() if w.requires_grad], lr=0.1, weight_decay=0.1
+    )
+    labels = torch.tensor(encode_captions(assembled.tokenizer, CAPTIONS[:1], assembled.specials, 40))
+    train(assembled.model)
+    assembled.model(pixel_values=values(pictures(1)[0]), labels=labels).loss.backward()
     optimizer.step()
-    return {name for name, weight in made.model.named_parameters() if not torch.equal(weight, before[name])}
+    return {name for name, weight in assembled.model.named_parameters() if not torch.equal(weight, before[name])}
 
 
-def names(made: Any, start: str = "") -> set[str]:
-    """All that could learn."""
-    every = {name for name, _ in made.model.named_parameters() if not name.startswith("encoder.pooler.")}
+def names(assembled: Any, start: str = "") -> set[str]:
+    """The weights that can learn, of those whose names start with `start`."""
+    every = {name for name, _ in assembled.model.named_parameters() if not name.startswith("encoder.pooler.")}
     return {name for name in every if name.startswith(start)}
 
 
-def numbers(made: Any, chosen: set[str]) -> int:
-    return sum(weight.numel() for name, weight in made.model.named_parameters() if name in chosen)
+def numbers(assembled: Any, chosen: set[str]) -> int:
+    return sum(weight.numel() for name, weight in assembled.model.named_parameters() if name in chosen)
 
 
-def test_a_frozen_encoder_stays_and_the_projection_learns() -> None:
-    made = new()
-    frozen = freeze(made.model, "encoder")
-    assert set(frozen.names) == names(made, "encoder.")
-    size, rest = numbers(made, names(made, "encoder.")), numbers(made, names(made) - names(made, "encoder."))
+def test_a_frozen_encoder_does_not_change_and_the_projection_learns() -> None:
+    assembled = new()
+    frozen = freeze(assembled.model, "encoder")
+    assert set(frozen.names) == names(assembled, "encoder.")
+    size, rest = (
+        numbers(assembled, names(assembled, "encoder.")),
+        numbers(assembled, names(assembled) - names(assembled, "encoder.")),
+    )
     assert frozen.line() == f"frozen: the encoder ({size:,} parameters); {rest:,} learn"
-    changed = learnt(made)
-    assert changed == names(made) - names(made, "encoder.")
+    changed = changed_by_training(assembled)
+    assert changed == names(assembled) - names(assembled, "encoder.")
     assert "enc_to_dec_proj.weight" in changed
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
-def test_of_a_frozen_decoder_new_cross_attention_learns(tmp_path: Path, kind: str) -> None:
+def test_new_cross_attention_of_a_frozen_decoder_learns(tmp_path: Path, kind: str) -> None:
     save_decoder(tmp_path, kind, vocabulary=300)
     save_bytes(tmp_path)
-    made = new(decoder=str(tmp_path), tokenizer=None)
-    frozen = freeze(made.model, "decoder", new_cross_attention=made.new_cross_attention)
-    crossing = {name for name in names(made, "decoder.") if "crossattention" in name or "ln_cross_attn" in name}
+    assembled = new(decoder=str(tmp_path), tokenizer=None)
+    frozen = freeze(assembled.model, "decoder", new_cross_attention="cross-attention" in assembled.new)
+    crossing = {name for name in names(assembled, "decoder.") if "crossattention" in name or "ln_cross_attn" in name}
     assert crossing
-    assert set(frozen.names) == names(made, "decoder.") - crossing
-    assert learnt(made) == names(made) - set(frozen.names)
+    assert set(frozen.names) == names(assembled, "decoder.") - crossing
+    assert changed_by_training(assembled) == names(assembled) - set(frozen.names)
 
 
-def test_cross_attention_that_was_trained_is_frozen_with_its_decoder() -> None:
-    made = new()
-    assert set(freeze(made.model, "decoder").names) == names(made, "decoder.")
-    assert learnt(made) == names(made) - names(made, "decoder.")
+def test_trained_cross_attention_is_frozen_with_its_decoder() -> None:
+    assembled = new()
+    assert set(freeze(assembled.model, "decoder").names) == names(assembled, "decoder.")
+    assert changed_by_training(assembled) == names(assembled) - names(assembled, "decoder.")
 
 
 @pytest.mark.parametrize("table", [GPT2, BERT], ids=["gpt2", "bert"])
-def test_of_a_frozen_decoder_new_embeddings_learn(table: dict[str, Any]) -> None:
-    made = new(decoder=table)
-    freeze(made.model, "decoder", new_embeddings=True)
-    changed = learnt(made) & names(made, "decoder.")
+def test_new_embeddings_of_a_frozen_decoder_learn(table: dict[str, Any]) -> None:
+    assembled = new(decoder=table)
+    freeze(assembled.model, "decoder", new_embeddings=True)
+    changed = changed_by_training(assembled) & names(assembled, "decoder.")
     tied = {name for name in changed if name.endswith(("wte.weight", "word_embeddings.weight"))}
     assert len(tied) == 1
     assert all(name.startswith("decoder.cls.") for name in changed - tied)
 
 
-def test_unfreezing_lets_everything_learn_but_the_pooler() -> None:
-    made = new()
-    freeze(made.model, "encoder")
-    open_again = unfreeze(made.model)
-    assert open_again.line() == f"frozen: nothing; {numbers(made, names(made)):,} parameters learn"
-    assert learnt(made) == names(made)
+def test_after_unfreezing_all_but_the_pooler_learns() -> None:
+    assembled = new()
+    freeze(assembled.model, "encoder")
+    unfrozen = unfreeze(assembled.model)
+    assert unfrozen.line() == f"frozen: nothing; {numbers(assembled, names(assembled)):,} parameters learn"
+    assert changed_by_training(assembled) == names(assembled)
 
 
-def test_freezing_one_part_thaws_the_other() -> None:
-    made = new()
-    freeze(made.model, "encoder")
-    assert set(freeze(made.model, "decoder").names) == names(made, "decoder.")
-    assert all(w.requires_grad for name, w in made.model.named_parameters() if name in names(made, "encoder."))
+def test_freezing_one_part_unfreezes_the_other() -> None:
+    assembled = new()
+    freeze(assembled.model, "encoder")
+    assert set(freeze(assembled.model, "decoder").names) == names(assembled, "decoder.")
+    assert all(
+        w.requires_grad for name, w in assembled.model.named_parameters() if name in names(assembled, "encoder.")
+    )
 
 
-def test_a_frozen_encoder_drops_nothing() -> None:
-    made = new(encoder=VIT | {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}, decoder=GPT2 | DROPPING)
+def test_a_frozen_encoder_uses_no_dropout() -> None:
+    assembled = new(
+        encoder=VIT | {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}, decoder=GPT2 | DROPOUT
+    )
     picture = values(pictures(1)[0])
-    train(made.model)
-    assert not torch.equal(made.model.encoder(picture)[0], made.model.encoder(picture)[0])
-    freeze(made.model, "encoder")
-    train(made.model)
-    assert torch.equal(made.model.encoder(picture)[0], made.model.encoder(picture)[0])
-    assert made.model.decoder.training
-    unfreeze(made.model)
-    train(made.model)
-    assert all(module.training for module in made.model.modules())
+    train(assembled.model)
+    assert not torch.equal(assembled.model.encoder(picture)[0], assembled.model.encoder(picture)[0])
+    freeze(assembled.model, "encoder")
+    train(assembled.model)
+    assert torch.equal(assembled.model.encoder(picture)[0], assembled.model.encoder(picture)[0])
+    assert assembled.model.decoder.training
+    unfreeze(assembled.model)
+    train(assembled.model)
+    assert all(module.training for module in assembled.model.modules())
 
 
-def test_of_a_frozen_decoder_only_what_learns_drops() -> None:
-    made = new(decoder=GPT2 | DROPPING)
-    freeze(made.model, "decoder", new_cross_attention=True)
-    train(made.model)
-    block = made.model.decoder.transformer.h[0]
+def test_only_the_learning_part_of_a_frozen_decoder_uses_dropout() -> None:
+    assembled = new(decoder=GPT2 | DROPOUT)
+    freeze(assembled.model, "decoder", new_cross_attention=True)
+    train(assembled.model)
+    block = assembled.model.decoder.transformer.h[0]
     assert block.crossattention.training
     assert block.crossattention.attn_dropout.training
-    assert not any(part.training for part in (block.attn, block.mlp.dropout, made.model.decoder.transformer.drop))
-    assert made.model.encoder.training
+    assert not any(part.training for part in (block.attn, block.mlp.dropout, assembled.model.decoder.transformer.drop))
+    assert assembled.model.encoder.training
 
 
 @pytest.mark.parametrize("what", ["encoder", "decoder"])
-def test_what_is_random_is_not_frozen(what: Any) -> None:
+def test_a_new_part_cannot_be_frozen(what: Any) -> None:
     with pytest.raises(UsageError, match=f"freeze is {what}, but the {what} is new"):
         refuse_freezing(what, new().new)
     refuse_freezing(what, {"cross-attention", "embeddings"})

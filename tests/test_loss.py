@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from captioners import pictures, values
-from gradients import SAID, captioner, gradients, trainer_of
+from gradients import CAPTIONS, captioner, gradients, trainer_of
 from running import environment
 
 from capcli.training.model.assembly import AssembledCaptioner
@@ -27,11 +27,11 @@ def sentence(made: AssembledCaptioner, text: str) -> list[int]:
 def plain(folder: Path) -> dict[str, torch.Tensor]:
     """The gradients of transformers' own loss on all of it at once."""
     made = captioner(folder / "decoder")
-    sentences = [sentence(made, text) for captions in SAID for text in captions]
+    sentences = [sentence(made, text) for captions in CAPTIONS for text in captions]
     assert len(set(map(len, sentences))) > 3
     longest = max(map(len, sentences))
     labels = torch.tensor([ids + [-100] * (longest - len(ids)) for ids in sentences])
-    pixels = torch.cat([values(picture) for picture in pictures(len(SAID)) for _ in range(2)])
+    pixels = torch.cat([values(picture) for picture in pictures(len(CAPTIONS)) for _ in range(2)])
     made.model.train()
     made.model(pixel_values=pixels, labels=labels).loss.backward()
     return {name: w.grad for name, w in made.model.named_parameters() if w.grad is not None}
@@ -81,7 +81,7 @@ def test_every_caption_is_a_pair_with_its_end_and_without_padding(place: Path) -
     end = made.tokenizer.eos_token_id
     assert made.specials.pad == end
     trainer = trainer_of(place, made, 8, 1)
-    sentences = [sentence(made, text) for captions in SAID for text in captions]
+    sentences = [sentence(made, text) for captions in CAPTIONS for text in captions]
     (batch,) = trainer.get_train_dataloader()
     labels, read = batch["labels"].tolist(), batch["decoder_input_ids"].tolist()
     learnt = [[token for token in row if token != -100] for row in labels]
@@ -90,5 +90,5 @@ def test_every_caption_is_a_pair_with_its_end_and_without_padding(place: Path) -
     for row, ids, seen, pixels in zip(labels, learnt, read, batch["pixel_values"], strict=True):
         assert row == ids + [-100] * (len(row) - len(ids))
         assert seen[: len(ids)] == [made.specials.start, *ids[:-1]]
-        shown = pictures(len(SAID))[sentences.index(ids) // 2]
+        shown = pictures(len(CAPTIONS))[sentences.index(ids) // 2]
         assert pixels.tolist() == shown.tolist()

@@ -70,17 +70,17 @@ def test_image_and_caption_share_the_positions_of_the_decoder() -> None:
     assert new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", max_length=None).max_length == 50
     assert new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", image_tokens=40, max_length=None).max_length == 24
     with pytest.raises(
-        UsageError, match="holds 64 tokens, and 40 image tokens and 0 of tags leave 24: give 24 or less"
+        UsageError, match="holds 64 tokens, and 40 image tokens and 0 tag tokens leave 24: give 24 or less"
     ):
         new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", image_tokens=40, max_length=25)
-    with pytest.raises(UsageError, match="leave no room for words"):
+    with pytest.raises(UsageError, match="leave no room for a caption"):
         new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", image_tokens=64, max_length=None)
 
 
 def test_what_does_not_go_together_is_told() -> None:
-    with pytest.raises(UsageError, match="goes before the words only: give join prefix"):
+    with pytest.raises(UsageError, match="needs --join prefix or a T5 as decoder"):
         new(encoder=RESNET_TABLE, decoder=GPT2)
-    with pytest.raises(UsageError, match="before the words of a gpt2 only"):
+    with pytest.raises(UsageError, match="--join prefix takes only a gpt2 as decoder"):
         new(encoder=RESNET_TABLE, decoder=BERT, join="prefix")
     with pytest.raises(UsageError, match="--image-tokens is an option of a prefix"):
         ModelOptions(encoder="vit", decoder="gpt2", image_tokens=4)

@@ -1,4 +1,4 @@
-"""The folder of `capcli train`: nothing of anybody's is lost in it, and commands that cannot be meant leave it alone."""
+"""The folder of `capcli train`: other files in it are never lost, and wrong commands do not change it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRAINED = ("config.json", "README.md", "tokenizer.json", "model.safetensors")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures, a recipe of two steps, and the run of it in `done`."""
+    """Pictures, a recipe of two steps, and its finished run in `done`."""
     place = tmp_path_factory.mktemp("folder")
     recipe(place / "run.toml", paint_data(place / "pictures"), max_steps=2, evaluate_every=2)
     result = train(place, place / "done")
@@ -26,7 +26,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def out(place: Path, tmp_path: Path) -> Path:
-    """A finished run."""
+    """A copy of the finished run."""
     return Path(shutil.copytree(place / "done", tmp_path / "out"))
 
 
@@ -34,7 +34,7 @@ def train(place: Path, out: Path, *arguments: object) -> Ended:
     return call("train", "--config", place / "run.toml", "--out", out, *arguments)
 
 
-def whole(folder: Path) -> dict[str, bytes]:
+def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -53,31 +53,31 @@ def whole(folder: Path) -> dict[str, bytes]:
     ],
     ids=lambda wrong: wrong[-2],
 )
-def test_a_wrong_command_overwrites_nothing(place: Path, out: Path, tmp_path: Path, wrong: tuple[object, ...]) -> None:
-    before = whole(out)
+def test_a_wrong_command_changes_nothing(place: Path, out: Path, tmp_path: Path, wrong: tuple[object, ...]) -> None:
+    before = contents(out)
     given = [str(each).format(tmp_path) for each in wrong]
     result = train(place, out, "--overwrite", *given)
     assert result.code in (1, 2), result.err
-    assert whole(out) == before
+    assert contents(out) == before
     assert train(place, tmp_path / "new", *given).code == result.code
     assert not (tmp_path / "new").exists()
 
 
-def test_only_what_a_run_wrote_is_overwritten(place: Path, out: Path) -> None:
-    mine = [out / name for name in ("notes.txt", "checkpoints/mine", "tensorboard/mine", "vocab.txt")]
-    for path in mine[:3]:
+def test_only_files_that_a_run_wrote_are_overwritten(place: Path, out: Path) -> None:
+    foreign = [out / name for name in ("notes.txt", "checkpoints/mine", "tensorboard/mine", "vocab.txt")]
+    for path in foreign[:3]:
         path.write_text("mine")
     (out / "checkpoints" / "checkpoint-1").mkdir()
     assert train(place, out, "--overwrite").code == 0
-    assert [path.read_text() for path in mine[:3]] == ["mine"] * 3
+    assert [path.read_text() for path in foreign[:3]] == ["mine"] * 3
     assert sorted(os.listdir(out / "checkpoints")) == ["checkpoint-2", "mine"]
     assert len(os.listdir(out / "tensorboard")) == 2
     assert weights(out) == weights(place / "done")
-    mine[3].write_text("a vocabulary")
+    foreign[3].write_text("a vocabulary")
     refused = train(place, out, "--overwrite")
     assert refused.code == 2
     assert "vocab.txt, which no training run wrote" in refused.err
-    assert mine[3].read_text() == "a vocabulary"
+    assert foreign[3].read_text() == "a vocabulary"
 
 
 @pytest.mark.parametrize(
@@ -91,18 +91,18 @@ def test_only_what_a_run_wrote_is_overwritten(place: Path, out: Path) -> None:
         ("image-root", "tensorboard"),
     ],
 )
-def test_what_would_be_read_is_not_overwritten(place: Path, out: Path, option: str, path: str) -> None:
+def test_inputs_of_the_run_are_not_overwritten(place: Path, out: Path, option: str, path: str) -> None:
     (out / ".." / "link").symlink_to(out)
-    before = whole(out)
+    before = contents(out)
     result = train(place, out, "--overwrite", f"--{option}", out / path)
     assert result.code == 2
     assert f"--{option} {out / path} lies in what --overwrite would remove" in result.err
-    assert whole(out) == before
+    assert contents(out) == before
 
 
 @pytest.mark.parametrize("flag", [(), ("--resume",), ("--overwrite",)])
 @pytest.mark.parametrize("begun", [{}, {"train.toml": "seed = 1", "run.json": "{}"}])
-def test_a_folder_of_somebody_elses_is_refused(
+def test_a_folder_that_no_run_wrote_is_refused(
     place: Path, tmp_path: Path, begun: dict[str, str], flag: tuple[str, ...]
 ) -> None:
     out = tmp_path / "out"
@@ -111,13 +111,13 @@ def test_a_folder_of_somebody_elses_is_refused(
         (out / "checkpoints" / "game.sav").write_text("level 9")
     for name, text in {"README.md": "mine", "config.json": "{}", **begun}.items():
         (out / name).write_text(text)
-    before = whole(out)
+    before = contents(out)
     result = train(place, out, *flag)
     assert result.code == 2
-    assert whole(out) == before
+    assert contents(out) == before
 
 
-def test_what_a_killed_start_left_is_begun_again_but_nothing_of_anybodys_goes(place: Path, out: Path) -> None:
+def test_a_run_killed_at_its_start_is_begun_again_without_removing_other_files(place: Path, out: Path) -> None:
     for name in (*TRAINED, *os.listdir(out)):
         if (out / name).is_file() and name not in ("run.json", "train.toml", "history.csv"):
             os.remove(out / name)
@@ -134,25 +134,25 @@ def test_what_a_killed_start_left_is_begun_again_but_nothing_of_anybodys_goes(pl
     assert weights(out) == weights(place / "done")
 
 
-def test_a_captioner_without_its_checkpoints_is_still_a_run(place: Path, out: Path) -> None:
+def test_a_folder_without_its_checkpoints_still_counts_as_a_run(place: Path, out: Path) -> None:
     shutil.rmtree(out / "checkpoints")
-    before = whole(out)
+    before = contents(out)
     for flag, words in (((), "--overwrite throws it away"), (("--resume",), "no checkpoint to go on from")):
         result = train(place, out, *flag)
         assert result.code == 2
         assert words in result.err
-        assert whole(out) == before
+        assert contents(out) == before
     assert train(place, out, "--overwrite").code == 0
     assert history(out)[-1]["step"] == "2"
 
 
-def test_there_is_nothing_to_resume(tmp_path: Path) -> None:
+def test_resuming_needs_a_run(tmp_path: Path) -> None:
     result = call("train", "--out", tmp_path / "nowhere", "--resume")
     assert result.code == 2
     assert "holds no run to go on with" in result.err
 
 
-def test_another_encoder_is_named_by_what_is_otherwise(out: Path, tmp_path: Path) -> None:
+def test_a_changed_encoder_is_refused_naming_the_changed_value(out: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.toml"
     other.write_text(tomli_w.dumps({"model": {"encoder": {**ENCODER, "hidden_size": 32}}}))
     result = call("train", "--config", other, "--out", out, "--resume")
@@ -162,8 +162,8 @@ def test_another_encoder_is_named_by_what_is_otherwise(out: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("given", [("--model",), ("--encoder", "--decoder")])
-def test_a_flag_wins_over_the_parts_in_a_file(place: Path, tmp_path: Path, given: tuple[str, ...]) -> None:
-    """The recipe has encoder, decoder and tokenizer, or a model; what is not there is only missed by its own name."""
+def test_a_flag_replaces_the_parts_in_a_file(place: Path, tmp_path: Path, given: tuple[str, ...]) -> None:
+    """The file names encoder, decoder and tokenizer, or a model; only the missing path is reported."""
     if given != ("--model",):
         text = f'[data]\ndata = "{place / "pictures" / "captions.txt"}"\n[model]\nmodel = "m"\n'
         (tmp_path / "run.toml").write_text(text)
@@ -188,7 +188,7 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in NUMBERS.items() for value in values])
-def test_a_number_that_cannot_be_is_named(place: Path, tmp_path: Path, name: str, value: str) -> None:
+def test_a_wrong_number_is_refused_naming_its_option(place: Path, tmp_path: Path, name: str, value: str) -> None:
     result = train(place, tmp_path / "out", f"--{name}", value)
     assert result.code == 2
     assert f"--{name}" in result.err
@@ -200,7 +200,7 @@ def test_a_number_that_cannot_be_is_named(place: Path, tmp_path: Path, name: str
     assert not (tmp_path / "out").exists()
 
 
-def test_the_card_says_of_how_many_images_each_figure_is(place: Path, tmp_path: Path) -> None:
+def test_the_card_gives_the_number_of_images_behind_each_figure(place: Path, tmp_path: Path) -> None:
     text = (place / "done" / "README.md").read_text()
     assert "On 3 validation images, of which 2 were captioned (the loss is of all), with the weights of step 2." in text
     flags = ("--caption-images", 0, "--max-steps", 1)

@@ -1,4 +1,4 @@
-"""Tokenizers in training: special tokens of every kind of vocabulary, SentencePiece to the token, captions as labels."""
+"""Tokenizers for training: special tokens of every kind of vocabulary, SentencePiece token for token, captions to labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from capcli.errors import CapcliError, UsageError
 from capcli.training.model.tokenizers import (
     SpecialTokens,
-    count_cut,
     encode_captions,
     load_tokenizer,
     new_tokenizer,
@@ -34,7 +33,7 @@ ODD = [
 CASED = ["ABCDEFGHIJKLMNOPQRSTUVWXYZ", *CAPTIONS]
 
 
-def given_tokens(tokenizer: Any, text: str) -> list[int]:
+def token_ids(tokenizer: Any, text: str) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
@@ -54,7 +53,7 @@ def test_bert_vocabularies_start_with_cls_and_end_with_sep(tmp_path: Path) -> No
     assert specials.line(tokenizer) == "special tokens: start [CLS] (2), end [SEP] (3), pad [PAD] (0)"
 
 
-def test_sentencepiece_names_its_own(tmp_path: Path) -> None:
+def test_sentencepiece_models_name_their_special_tokens(tmp_path: Path) -> None:
     save_pieces(tmp_path / "padded", control_symbols=["[PAD]", "[CLS]"])
     tokenizer = load_tokenizer(str(tmp_path / "padded"))
     assert special_tokens(tokenizer).line(tokenizer) == "special tokens: start <s> (1), end </s> (2), pad [PAD] (3)"
@@ -63,7 +62,7 @@ def test_sentencepiece_names_its_own(tmp_path: Path) -> None:
     assert special_tokens(bare).line(bare) == "special tokens: start </s> (2), end </s> (2), pad </s> (2)"
 
 
-def test_ids_of_a_config_count_only_where_the_tokenizer_has_them() -> None:
+def test_special_tokens_of_a_config_count_only_if_the_tokenizer_has_them() -> None:
     class Config:
         bos_token_id = eos_token_id = 50256
 
@@ -89,18 +88,18 @@ def test_ids_of_a_config_count_only_where_the_tokenizer_has_them() -> None:
     ],
     ids=str,
 )
-def test_tokens_are_those_of_sentencepiece(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_tokens_equal_those_of_sentencepiece(tmp_path: Path, settings: dict[str, Any]) -> None:
     pieces = save_pieces(tmp_path, captions=CASED, **settings)
     tokenizer = load_tokenizer(str(tmp_path))
-    assert len(tokenizer) == pieces.get_piece_size()  # and none of T5's extra ones
+    assert len(tokenizer) == pieces.get_piece_size()  # without T5's sentinel tokens
     for text in [*CAPTIONS, *ODD]:
-        assert given_tokens(tokenizer, text) == pieces.encode(text), text
+        assert token_ids(tokenizer, text) == pieces.encode(text), text
     for text in CAPTIONS:
         assert tokenizer.decode(pieces.encode(text)) == pieces.decode(pieces.encode(text))
 
 
 @pytest.mark.skipif(not RINNA.exists(), reason="the shared data is not here")
-def test_tokens_of_rinna_are_those_of_sentencepiece() -> None:
+def test_rinnas_tokens_equal_those_of_sentencepiece() -> None:
     import sentencepiece
 
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(RINNA / "spiece.model"))
@@ -114,36 +113,36 @@ def test_tokens_of_rinna_are_those_of_sentencepiece() -> None:
         "𠮷野家の前",
     ]
     for text in [*japanese, *CAPTIONS, *ODD]:
-        assert given_tokens(tokenizer, text) == pieces.encode(text.lower()), text
-    assert given_tokens(tokenizer, "Tシャツ") == pieces.encode("tシャツ")  # T is in no piece: it would be unknown
+        assert token_ids(tokenizer, text) == pieces.encode(text.lower()), text
+    assert token_ids(tokenizer, "Tシャツ") == pieces.encode("tシャツ")  # T is in no piece: it would be unknown
     labels = encode_captions(tokenizer, japanese, special_tokens(tokenizer), 50)
     assert [row[-1] for row in labels] == [2] * 4
     assert tokenizer.decode(labels[0], skip_special_tokens=True) == japanese[0]
 
 
-def test_a_saved_sentencepiece_tokenizer_needs_its_model_no_more(tmp_path: Path) -> None:
+def test_a_saved_sentencepiece_tokenizer_does_not_need_the_model_file(tmp_path: Path) -> None:
     pieces = save_pieces(tmp_path / "from", control_symbols=["[PAD]"])
     write_json(tmp_path / "from" / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "pad_token": "[PAD]"})
     load_tokenizer(str(tmp_path / "from")).save_pretrained(tmp_path / "to")
     assert not list((tmp_path / "to").glob("*.model"))
     again: Any = AutoTokenizer.from_pretrained(tmp_path / "to")
     assert special_tokens(again) == SpecialTokens(1, 2, 3)
-    assert [given_tokens(again, text) for text in CAPTIONS] == [pieces.encode(text) for text in CAPTIONS]
+    assert [token_ids(again, text) for text in CAPTIONS] == [pieces.encode(text) for text in CAPTIONS]
 
 
-def test_lower_casing_is_done_where_the_tokenizer_asks_for_it(tmp_path: Path) -> None:
+def test_text_is_lower_cased_where_the_tokenizer_config_says_so(tmp_path: Path) -> None:
     pieces = save_pieces(tmp_path, captions=CASED)
-    assert given_tokens(load_tokenizer(str(tmp_path)), "A Black DOG") == pieces.encode("A Black DOG")
+    assert token_ids(load_tokenizer(str(tmp_path)), "A Black DOG") == pieces.encode("A Black DOG")
     write_json(tmp_path / "tokenizer_config.json", {"do_lower_case": True})
-    assert given_tokens(load_tokenizer(str(tmp_path)), "A Black DOG") == pieces.encode("a black dog")
+    assert token_ids(load_tokenizer(str(tmp_path)), "A Black DOG") == pieces.encode("a black dog")
 
 
-def test_lower_casing_is_done_where_capitals_are_unknown(tmp_path: Path) -> None:
+def test_text_is_lower_cased_where_the_model_has_no_capitals(tmp_path: Path) -> None:
     pieces = save_pieces(tmp_path, captions=["the quick brown fox jumps over the lazy dogs", *CAPTIONS])
-    assert given_tokens(load_tokenizer(str(tmp_path)), "A Black DOG") == pieces.encode("a black dog")
+    assert token_ids(load_tokenizer(str(tmp_path)), "A Black DOG") == pieces.encode("a black dog")
 
 
-def test_a_new_tokenizer_says_everything(tmp_path: Path) -> None:
+def test_a_new_tokenizer_encodes_any_text(tmp_path: Path) -> None:
     tokenizer = new_tokenizer(CAPTIONS, 420)
     assert len(tokenizer) <= 420
     specials = special_tokens(tokenizer)
@@ -151,15 +150,17 @@ def test_a_new_tokenizer_says_everything(tmp_path: Path) -> None:
     unseen = ["Zürich 🇨🇭 is naïve", "雪だるま", "<s> </s>", "ﷺ"]
     labels = encode_captions(tokenizer, [*CAPTIONS, *unseen], specials, 500)
     assert tokenizer.batch_decode(labels, skip_special_tokens=True) == [*CAPTIONS, *unseen]
-    assert all(len(row) < len(text) / 2 for row, text in zip(labels[:8], CAPTIONS, strict=False))  # it has learnt words
+    assert all(
+        len(row) < len(text) / 2 for row, text in zip(labels[:8], CAPTIONS, strict=False)
+    )  # it has learned words
     tokenizer.save_pretrained(tmp_path)
     again: Any = AutoTokenizer.from_pretrained(tmp_path)
     assert encode_captions(again, CAPTIONS, special_tokens(again), 50) == labels[: len(CAPTIONS)]
 
 
-def test_a_word_is_the_same_token_wherever_it_stands() -> None:
+def test_a_word_is_the_same_token_at_every_position() -> None:
     tokenizer = new_tokenizer(["dog dog dog", "a dog"] * 5, 320)
-    assert len(set(given_tokens(tokenizer, "dog dog dog"))) == 1
+    assert len(set(token_ids(tokenizer, "dog dog dog"))) == 1
 
 
 def test_the_same_captions_give_the_same_tokenizer() -> None:
@@ -167,22 +168,21 @@ def test_the_same_captions_give_the_same_tokenizer() -> None:
     assert first == second
 
 
-def test_no_captions_no_tokenizer() -> None:
+def test_a_new_tokenizer_needs_captions() -> None:
     with pytest.raises(CapcliError, match="no captions"):
         new_tokenizer([], 300)
 
 
-def test_the_end_token_is_last_though_it_is_also_padding(tmp_path: Path) -> None:
+def test_labels_end_with_the_end_token_even_if_it_is_also_padding(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(save_bytes(tmp_path)))
     specials = special_tokens(tokenizer)
     labels = encode_captions(tokenizer, CAPTIONS, specials, 50)
     assert [row.count(specials.end) for row in labels] == [1] * len(CAPTIONS)
     assert [row[-1] for row in labels] == [specials.end] * len(CAPTIONS)
     assert [tokenizer.decode(row[:-1]) for row in labels] == CAPTIONS
-    assert count_cut(labels, specials) == 0
 
 
-def test_a_cut_caption_does_not_end(tmp_path: Path) -> None:
+def test_a_truncated_caption_has_no_end_token(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(save_characters(tmp_path)))
     specials = special_tokens(tokenizer)
     (whole,) = encode_captions(tokenizer, ["一个男孩在公园里踢球"], specials, 11)
@@ -190,11 +190,10 @@ def test_a_cut_caption_does_not_end(tmp_path: Path) -> None:
     assert whole[-1] == specials.end
     (cut,) = encode_captions(tokenizer, ["一个男孩在公园里踢球"], specials, 10)
     assert cut == whole[:10]
-    assert count_cut([whole, cut, cut], specials) == 2
 
 
 @pytest.mark.parametrize("kind", [save_bytes, save_characters, save_pieces])
-def test_text_that_reads_like_a_special_token_is_none(tmp_path: Path, kind: Any) -> None:
+def test_text_that_looks_like_a_special_token_is_encoded_as_text(tmp_path: Path, kind: Any) -> None:
     kind(tmp_path)
     tokenizer: Any = load_tokenizer(str(tmp_path))
     specials = special_tokens(tokenizer)
@@ -217,13 +216,13 @@ def test_more_captions_than_one_batch_keep_their_order(tmp_path: Path) -> None:
     ]
 
 
-def test_a_tokenizer_json_goes_before_a_model_file(tmp_path: Path) -> None:
+def test_tokenizer_json_is_preferred_to_a_model_file(tmp_path: Path) -> None:
     new_tokenizer(CAPTIONS, 300).save_pretrained(tmp_path)
     save_pieces(tmp_path)
     assert load_tokenizer(str(tmp_path)).convert_ids_to_tokens(2) == "<pad>"
 
 
-def test_what_is_no_tokenizer_is_told(tmp_path: Path) -> None:
+def test_unusable_tokenizers_are_refused_with_the_reason(tmp_path: Path) -> None:
     empty = tmp_path / "empty folder"
     empty.mkdir()
     with pytest.raises(CapcliError, match=r"empty folder has no tokenizer: tokenizer\.json, .*vocab\.txt"):
@@ -231,7 +230,7 @@ def test_what_is_no_tokenizer_is_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"No such folder: .*nowhere"):
         load_tokenizer(str(tmp_path / "nowhere"))
     (empty / "spiece.model").write_bytes(b"no such thing")
-    with pytest.raises(CapcliError, match=r"spiece\.model is no SentencePiece model"):
+    with pytest.raises(CapcliError, match=r"spiece\.model is not a SentencePiece model"):
         load_tokenizer(str(empty))
     with pytest.raises(UsageError, match=r"--tokenizer takes the folder"):
         load_tokenizer(str(empty / "spiece.model"))
@@ -246,7 +245,7 @@ def test_what_is_no_tokenizer_is_told(tmp_path: Path) -> None:
         load_tokenizer(str(empty))
 
 
-def test_code_that_a_tokenizer_brings_is_never_run(tmp_path: Path) -> None:
+def test_code_of_a_tokenizer_is_never_run(tmp_path: Path) -> None:
     save_characters(tmp_path)
     custom = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(custom))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from capcli.decoding.settings import Settings
-from capcli.models.checkpoint import modules, quiet_transformers
+from capcli.models.checkpoint import encode_and_step, quiet_transformers
 from capcli.models.dtypes import DTYPES
 from capcli.models.families import family_of
 from capcli.models.int8 import Int8Linear
@@ -92,7 +92,7 @@ def cost_of(files: ModelFiles, size: tuple[int, int], settings: Settings, slots:
     with torch.device("meta"), quiet_transformers():
         whole = unfilled(files.config).to(DTYPES[dtype]).eval()
         whole.set_attn_implementation("eager")  # whose products are counted on any device
-    encode, step = modules(whole, PixelSpec.from_config(files.processor))
+    encode, step = encode_and_step(whole, PixelSpec.from_config(files.processor))
     encoder_ids = (
         (torch.zeros(1, len(settings.encoder_ids), dtype=torch.long, device="meta"),) if settings.encoder_ids else ()
     )

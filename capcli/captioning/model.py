@@ -14,10 +14,10 @@ from capcli.engine.engine_json import Engine
 from capcli.errors import CapcliError, UsageError
 from capcli.models.attention import use_attention
 from capcli.models.checkpoint import (
+    encode_and_step,
     explained_tokenizer,
     generation_of,
     load_weights,
-    modules,
     own_generation,
     pixel_size,
     puts_spaces,
@@ -76,7 +76,7 @@ def load_checkpoint(files: ModelFiles, device: torch.device, dtype: str) -> Mode
     """The model of a folder of weights, in PyTorch."""
     spec = PixelSpec.from_config(files.processor)
     whole = load_weights(files, dtype, device)
-    encode, step = modules(whole, spec)
+    encode, step = encode_and_step(whole, spec)
     use_attention(encode.encoder, bfloat16=dtype == "int8" and multiplies_bfloat16())
     attends = use_attention(step.decoder)
     # half as much to read in every step, at the same captions (BENCHMARKS.md)

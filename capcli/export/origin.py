@@ -23,7 +23,7 @@ from capcli.export.folder import copy, writing
 from capcli.export.parity import PYTORCH
 from capcli.export.quantize import quantize
 from capcli.models.attention import use_attention
-from capcli.models.checkpoint import explained_tokenizer, generation_of, load_weights, modules, pixel_size
+from capcli.models.checkpoint import encode_and_step, explained_tokenizer, generation_of, load_weights, pixel_size
 from capcli.models.dtypes import DTYPES
 from capcli.models.families import encoder_prompt_of, family_of, tag_room
 from capcli.models.model_files import GENERATION, ModelFiles, fingerprint, list_model, setting_files
@@ -66,7 +66,7 @@ class CheckpointOrigin:
             raise CapcliError(f"{options.model} cannot become TensorRT plans: {refused}. Export --onnx")
         self.spec = PixelSpec.from_config(model.processor)
         loaded = load_weights(model, options.dtype, torch.device("cpu"))
-        self.encode, self.step = modules(loaded, self.spec)
+        self.encode, self.step = encode_and_step(loaded, self.spec)
         self.size = pixel_size(model.name, self.encode.size, self.spec, any_size=self.encode.any_size)
         self.generation, self.positions = generation_of(model, loaded), self.step.positions
         prompt = encoder_prompt_of(model.config)
@@ -115,7 +115,7 @@ class CheckpointOrigin:
     def reference(self, device: torch.device) -> SlotRuntime:
         """PyTorch in float32, whatever the engine computes in."""
         torch.backends.cudnn.allow_tf32 = False  # else its convolutions on CUDA are not in float32
-        encode, step = modules(load_weights(self.model, "float32", device), self.spec)
+        encode, step = encode_and_step(load_weights(self.model, "float32", device), self.spec)
         use_attention(step.decoder)
         return Eager(encode, step, device, prefixed=encode.prefixed)
 

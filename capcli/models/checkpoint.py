@@ -34,7 +34,7 @@ def load_weights(files: ModelFiles, dtype: str, device: torch.device) -> Any:
         return model.eval().to(device)
 
 
-def modules(model: Any, spec: PixelSpec) -> tuple[Encode, Step]:
+def encode_and_step(model: Any, spec: PixelSpec) -> tuple[Encode, Step]:
     """A model's encode and step, on its device; they share its weights."""
     family = family_of(model.config.to_dict())
     encode = family.Encode(model, spec.rescale_factor, spec.mean, spec.std)

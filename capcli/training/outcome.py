@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from capcli.models import model_files
-from capcli.models.checkpoint import modules, puts_spaces
+from capcli.models.checkpoint import puts_spaces
 from capcli.models.families import family_of, tag_room
 from capcli.options import TaskOptions, TrainOptions
 from capcli.records import Annotated
@@ -74,14 +74,14 @@ def card_facts(
     loss: float | None,
     scores: Mapping[str, float],
 ) -> CardFacts:
-    model, (encode, speak) = made.model, modules(made.model, made.spec)
+    model = made.model
     tokens, family = made.specials, family_of(model.config.to_dict())
     given = options.model
     named = [part for part in (given.model, given.encoder, given.decoder) if isinstance(part, str)]
     return CardFacts(
         name=os.path.basename(os.path.abspath(place.folder)),
-        encoder=described(encode.encoder.config, given.encoder),
-        decoder=described(speak.decoder.config, given.decoder),
+        encoder=described(made.encode.encoder.config, given.encoder),
+        decoder=described(made.step.decoder.config, given.decoder),
         parameters=model.num_parameters(),
         image_size=trainer.collate.size,
         tokenizer=f"{type(made.tokenizer).__name__}, {len(made.tokenizer):,} tokens",

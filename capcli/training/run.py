@@ -15,7 +15,14 @@ from capcli.interrupts import Interrupts
 from capcli.models.checkpoint import quiet_transformers
 from capcli.options import TrainOptions
 from capcli.text import counted
-from capcli.training.data.dataset import Facts, Lost, TrainingData, read_data, refuse_unvalidated, validating
+from capcli.training.data.dataset import (
+    Facts,
+    LostImages,
+    TrainingData,
+    read_data,
+    refuse_unvalidated,
+    validation_flags,
+)
 from capcli.training.data.mixing import TaskMixture, shares
 from capcli.training.data.pairs import Pairs
 from capcli.training.loop.arguments import total_steps, training_arguments
@@ -29,7 +36,7 @@ from capcli.training.outcome import leave_captioner
 from capcli.training.output.folder import EVENTS, LEFT_OUT, RunFolder
 from capcli.training.output.history import History
 from capcli.training.output.view import Sample, View
-from capcli.training.setup import assembled, make_trainer, refuse_unread
+from capcli.training.setup import assemble_captioner, make_trainer, refuse_unread_tags
 
 LAUNCHER = 5.0  # seconds in which torchrun passes on the signal that a terminal has already sent
 SHOWN = 3  # validation images whose captions are shown at each evaluation
@@ -47,10 +54,10 @@ def run(options: TrainOptions, place: RunFolder) -> int:
     with quiet_transformers():
         if place.checkpoint is None:
             refuse_configs({role: getattr(options.model, role.replace("-", "_")) for role in KINDS})
-            refuse_unread(options, quiet=options.quiet or not main)
+            refuse_unread_tags(options, quiet=options.quiet or not main)
         data, facts = read_data(options, place, arguments)
         refuse_unvalidated(options, data)
-        made = assembled(options, place.checkpoint, data, quiet=options.quiet or not main)
+        made = assemble_captioner(options, place.checkpoint, data, quiet=options.quiet or not main)
         options = replace(options, model=replace(options.model, max_length=made.max_length))
         new = pinned_new(options, place, facts, made)
         hold = freezer(options, new)
@@ -146,14 +153,14 @@ def describe(
         view.say(note)
     if frozen:
         view.say(frozen.line())
-    if cut := trainer.pairs.cut(made.specials.end):
+    if cut := trainer.pairs.count_truncated(made.specials.end):
         what = counted(cut, "answer" if options.task else "caption")
         longer = "is longer" if cut == 1 else "are longer"
         view.say(f"{what} {longer} than {made.max_length} tokens and cut (--max-length): cut ones teach no end")
     for line in never_drawn(options, trainer.pairs):
         view.say(line)
     if not data.val:
-        view.say(f"nothing validates (give {validating(options)}): the last checkpoint is taken for the best")
+        view.say(f"nothing validates (give {validation_flags(options)}): the last checkpoint is taken for the best")
     if torch.cuda.is_available() and (count := torch.cuda.device_count()) > trainer.args.world_size:
         view.say(
             f"{trainer.args.world_size} of {count} GPUs in use; all: torchrun --nproc-per-node gpu -m capcli train ..."
@@ -177,7 +184,7 @@ def show(
     points = earlier_points(place.checkpoint)
     reached = points[-1].step if points else 0
     events = SummaryWriter(place.path(EVENTS), purge_step=reached + 1 if reached else None)
-    trainer.evaluating, trainer.failed = view.evaluating, Lost(place, data.report, view.say)
+    trainer.evaluating, trainer.failed = view.evaluating, LostImages(place, data.report, view.say)
 
     def samples() -> Sequence[Sample]:
         shown = trainer.validation.samples(trainer.captions, SHOWN) if trainer.validation else ()

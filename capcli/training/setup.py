@@ -1,4 +1,4 @@
-"""From options, data and an untrained captioner to the Trainer that trains it."""
+"""Builds the Trainer of a run from its options, its data and the captioner to train."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 
 from capcli.errors import UsageError
 from capcli.metrics import Scorer
-from capcli.models.checkpoint import modules, pixel_size
+from capcli.models.checkpoint import pixel_size
 from capcli.models.encoder_text import gap_names, tag_ids, with_gaps
 from capcli.models.families import encoder_prompt_of, tag_room
 from capcli.models.hub import find_model
@@ -34,24 +34,29 @@ from capcli.training.model.tokenizers import encode_captions
 from capcli.training.output.folder import sources
 
 
-def assembled(options: TrainOptions, checkpoint: str | None, data: TrainingData, *, quiet: bool) -> AssembledCaptioner:
-    """The captioner before training; as it is at a checkpoint."""
-    wanted = options.model
-    if options.data.tags_column is not None and wanted.join == "prefix" and wanted.tag_tokens is None:
-        wanted = replace(wanted, tag_tokens=TAG_TOKENS)
+def assemble_captioner(
+    options: TrainOptions, checkpoint: str | None, data: TrainingData, *, quiet: bool
+) -> AssembledCaptioner:
+    """The captioner to train: as it was at the checkpoint, or at the start of the run where that is None.
+
+    Raises what `assemble` raises.
+    """
+    model = options.model
+    if options.data.tags_column is not None and model.join == "prefix" and model.tag_tokens is None:
+        model = replace(model, tag_tokens=TAG_TOKENS)
     if checkpoint is not None:
-        wanted = ModelOptions(model=checkpoint, max_length=wanted.max_length)
+        model = ModelOptions(model=checkpoint, max_length=model.max_length)
     return assemble(
-        wanted,
-        lambda: (text for each in data.train for text in (*each.captions, *([each.tags] if each.tags else ()))),
+        model,
+        lambda: (text for image in data.train for text in (*image.captions, *([image.tags] if image.tags else ()))),
         options.generation,
         options.data.seed,
         quiet=quiet,
     )
 
 
-def refuse_unread(options: TrainOptions, *, quiet: bool) -> None:
-    """Raises UsageError for tags that the captioner would not read; of one that is gone on from its config.json says so."""
+def refuse_unread_tags(options: TrainOptions, *, quiet: bool) -> None:
+    """Raises UsageError for a tags column that the captioner would not read."""
     column, model = options.data.tags_column, options.model.model
     if column is not None and options.model.tag_tokens == 0:
         raise UsageError(
@@ -64,88 +69,98 @@ def refuse_unread(options: TrainOptions, *, quiet: bool) -> None:
 
 
 def make_trainer(
-    options: TrainOptions, arguments: Seq2SeqTrainingArguments, made: AssembledCaptioner, data: TrainingData
+    options: TrainOptions, arguments: Seq2SeqTrainingArguments, assembled: AssembledCaptioner, data: TrainingData
 ) -> CaptionTrainer:
-    encode, _ = modules(made.model, made.spec)
-    name = options.model.model or "the captioner"
-    size = pixel_size(name, encode.size, made.spec, any_size=encode.any_size)
-    collate = Collate(size, made.specials.start, made.specials.pad)
-    pairs = partial(make_pairs, options=options, made=made, size=size)
+    """The Trainer of a run. Raises UsageError for tasks that the captioner cannot learn."""
+    name, encode = options.model.model or "the captioner", assembled.encode
+    size = pixel_size(name, encode.size, assembled.spec, any_size=encode.any_size)
+    collate = Collate(size, assembled.specials.start, assembled.specials.pad)
     train: Pairs | TaskMixture
-    validation: Validation | Validations | None
+    validation: Validation | Validations | None = None
     if options.task:
-        train, validation = make_tasks(options, made, data, size, collate)
+        train, validation = make_tasks(options, assembled, data, size, collate)
     else:
+        pairs = partial(make_pairs, options=options, assembled=assembled, size=size)
         train = pairs(data.train)
-        validation = make_validation(options, pairs(data.val), collate, data.val) if data.val else None
+        if data.val:
+            validation = make_validation(options, pairs(data.val), collate, data.val)
     if options.gradient_checkpointing:
-        model: Any = made.model  # under its new name, where it has that
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        # which has frozen embeddings give gradients, for the reentrant kind; a model that adds to them in place then fails
-        model.disable_input_require_grads()
-    trainer = CaptionTrainer(made, arguments, train, collate, validation, options)
+        enable_checkpointing(assembled.model)
+    trainer = CaptionTrainer(assembled, arguments, train, collate, validation, options)
     trainer.remove_callback(DefaultFlowCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Switches on gradient checkpointing, in its non-reentrant form."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # transformers renames the method
+    # For the reentrant form transformers makes frozen embeddings require gradients; models that add to them in place then fail.
+    model.disable_input_require_grads()
 
 
 def make_pairs(
     annotated: Sequence[Annotated],
     *,
     options: TrainOptions,
-    made: AssembledCaptioner,
+    assembled: AssembledCaptioner,
     size: tuple[int, int],
-    asked: str | None = None,
+    question: str | None = None,
 ) -> Pairs:
-    """Pairs with the question that is asked, None for the one that the model is asked by itself."""
-    flat = [text for each in annotated for text in each.captions]
-    labels = iter(encode_captions(made.tokenizer, flat, made.specials, made.max_length))
-    images = Images(annotated, made.spec, size, options.max_pixels)
-    tokens = [[next(labels) for _ in each.captions] for each in annotated]
-    return Pairs(images, tokens, encoder_ids(made, asked), tags_of(annotated, made))
+    """The pairs of a split; `question` None is the model's default one, in families whose encoder reads a question."""
+    flat = [text for image in annotated for text in image.captions]
+    labels = iter(encode_captions(assembled.tokenizer, flat, assembled.specials, assembled.max_length))
+    tokens = [[next(labels) for _ in image.captions] for image in annotated]
+    images = Images(annotated, assembled.spec, size, options.max_pixels)
+    return Pairs(images, tokens, encoder_ids(assembled, question), tags_of(annotated, assembled))
 
 
-def tags_of(annotated: Sequence[Annotated], made: AssembledCaptioner) -> Tokens | None:
-    """The tags of each image as a tagged captioner reads them; None for any other captioner."""
-    room = tag_room(made.model.config.to_dict())
-    return np.array(tag_ids(made.tokenizer, [each.tags for each in annotated], room), np.int32) if room else None
+def encoder_ids(assembled: AssembledCaptioner, question: str | None) -> Sequence[int]:
+    """The token ids that the encoder reads for a question; none in families whose encoder reads no text."""
+    to_ids = encoder_prompt_of(assembled.model.config.to_dict())
+    return to_ids(assembled.tokenizer, question) if to_ids else ()
 
 
-def encoder_ids(made: AssembledCaptioner, asked: str | None) -> Sequence[int]:
-    """What the encoder is asked, in a family whose encoder is asked."""
-    ask = encoder_prompt_of(made.model.config.to_dict())
-    return ask(made.tokenizer, asked) if ask else ()
+def tags_of(annotated: Sequence[Annotated], assembled: AssembledCaptioner) -> Tokens | None:
+    """The tag token ids of each image, [images, tag_tokens]; None for a captioner that reads no tags."""
+    room = tag_room(assembled.model.config.to_dict())
+    if not room:
+        return None
+    return np.array(tag_ids(assembled.tokenizer, [image.tags for image in annotated], room), np.int32)
 
 
 def make_tasks(
-    options: TrainOptions, made: AssembledCaptioner, data: TrainingData, size: tuple[int, int], collate: Collate
+    options: TrainOptions, assembled: AssembledCaptioner, data: TrainingData, size: tuple[int, int], collate: Collate
 ) -> tuple[TaskMixture, Validations | None]:
-    """The pairs of all tasks, and what validates each. Raises UsageError for a model that cannot learn one of them."""
-    ask = encoder_prompt_of(made.model.config.to_dict())
-    if ask is None:
+    """The pairs of all tasks and their validations. Raises UsageError for a task that the model cannot learn."""
+    config = assembled.model.config
+    if encoder_prompt_of(config.to_dict()) is None:
         raise UsageError(
-            f"a {made.model.config.model_type} is asked nothing, so it learns one task: give a T5 for a decoder"
+            f"a {config.model_type} reads no question, so it learns only one task: give a T5 as decoder for several"
         )
-    keep_question(made.model.config, options.task)
-    where = dict(zip(sources(options), data.parts, strict=True))
-    learnt, held = [], {}
+    set_default_question(config, options.task)
+    part_of = dict(zip(sources(options), data.parts, strict=True))
+    training: list[Pairs] = []
+    validations: dict[str, Validation] = {}
     for task in options.task:
-        train, val = where[task.data]
+        train, val = part_of[task.data]
         if not train:
             raise UsageError(f"task {task.name}: no image is left to train on")
-        make = partial(make_task_pairs, task=task, options=options, made=made, size=size)
-        learnt.append(make(train))
+        pairs = partial(make_task_pairs, task=task, options=options, assembled=assembled, size=size)
+        training.append(pairs(train))
         if val:
-            held[task.name] = make_task_validation(options, task, made, make(val), collate, val)
-    weights = [task.weight for task in options.task]
-    validating = TaskMixture([each.pairs for each in held.values()], [1.0] * len(held)) if held else None
+            validations[task.name] = make_task_validation(options, task, assembled, pairs(val), collate, val)
+    mixture = TaskMixture(training, [task.weight for task in options.task])
+    if not validations:
+        return mixture, None
+    validation_pairs = TaskMixture([each.pairs for each in validations.values()], [1.0] * len(validations))
     kinds = {task.name: task.kind for task in options.task}
-    return TaskMixture(learnt, weights), None if validating is None else Validations(validating, collate, held, kinds)
+    return mixture, Validations(validation_pairs, collate, validations, kinds)
 
 
-def keep_question(config: Any, tasks: Sequence[TaskOptions]) -> None:
-    """Makes what the first captioning task asks what the captioner is asked by itself, where its config holds that."""
+def set_default_question(config: Any, tasks: Sequence[TaskOptions]) -> None:
+    """Makes the question of the first captioning task the model's default, where its config has one."""
     first = next((task.question for task in tasks if task.kind == CAPTION), None)
     if first is not None and hasattr(config, "question"):
         config.question = first
@@ -156,20 +171,20 @@ def make_task_pairs(
     *,
     task: TaskOptions,
     options: TrainOptions,
-    made: AssembledCaptioner,
+    assembled: AssembledCaptioner,
     size: tuple[int, int],
 ) -> Pairs:
+    """`make_pairs` for one task."""
     if task.kind != MASKED:
-        return make_pairs(annotated, options=options, made=made, size=size, asked=task.question)
-    flat = [text for each in annotated for text in each.captions]
-    words = iter(encode_words(made.tokenizer, flat, made.specials))
-    images = Images(annotated, made.spec, size, options.max_pixels)
+        return make_pairs(annotated, options=options, assembled=assembled, size=size, question=task.question)
+    flat = [text for image in annotated for text in image.captions]
+    words = iter(encode_words(assembled.tokenizer, flat, assembled.specials))
     return MaskedPairs(
-        images,
-        [[next(words) for _ in each.captions] for each in annotated],
-        gaps_of(made.tokenizer),
-        made.specials.end,
-        made.max_length,
+        Images(annotated, assembled.spec, size, options.max_pixels),
+        [[next(words) for _ in image.captions] for image in annotated],
+        gaps_of(assembled.tokenizer),
+        assembled.specials.end,
+        assembled.max_length,
         options.data.seed,
     )
 
@@ -177,25 +192,32 @@ def make_task_pairs(
 def make_task_validation(
     options: TrainOptions,
     task: TaskOptions,
-    made: AssembledCaptioner,
+    assembled: AssembledCaptioner,
     pairs: Pairs,
     collate: Collate,
     val: Sequence[Annotated],
 ) -> Validation:
-    """As `make_validation`; what is masked in a caption is the same at every evaluation."""
-    held = make_validation(options, pairs, collate, val)
+    """`make_validation` for one task; every evaluation masks the same words of a caption."""
+    validation = make_validation(options, pairs, collate, val)
     if not isinstance(pairs, MaskedPairs):
-        return replace(held, question=task.question, scorer=held.scorer if task.kind == CAPTION else None)
-    masked = {str(number): pairs.masked(pairs.first(number)) for number in held.captioned}
-    names = gap_names(made.tokenizer)
-    answers = {n: [with_gaps(made.tokenizer, answer.tolist(), names)] for n, (_, answer) in masked.items()}
-    return replace(held, scorer=None, references=answers, encoder_ids={n: tuple(q) for n, (q, _) in masked.items()})
+        scorer = validation.scorer if task.kind == CAPTION else None
+        return replace(validation, question=task.question, scorer=scorer)
+    masked = {str(number): pairs.masked(pairs.first(number)) for number in validation.captioned}
+    names = gap_names(assembled.tokenizer)
+    return replace(
+        validation,
+        scorer=None,
+        references={
+            number: [with_gaps(assembled.tokenizer, answer.tolist(), names)] for number, (_, answer) in masked.items()
+        },
+        encoder_ids={number: tuple(ids) for number, (ids, _) in masked.items()},
+    )
 
 
 def make_validation(
     options: TrainOptions, pairs: Pairs, collate: Collate, annotated: Sequence[Annotated]
 ) -> Validation:
-    """Captions are made for some of the images, drawn once: the same at every evaluation, and in every process."""
+    """The images to caption are drawn once: they are the same at every evaluation and in every process."""
     count = min(options.caption_images, len(annotated))
     captioned = random.Random(options.data.seed).sample(range(len(annotated)), count)
     references = {str(index): annotated[index].captions for index in captioned}

@@ -1,4 +1,4 @@
-"""The images and captions of a run: read, looked at once, and from then on the same until it ends."""
+"""The images and captions of a training run: read and checked once, then the same until the run ends."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from capcli.text import counted
 from capcli.training.output.folder import LEFT_OUT, RunFolder, digest, sources
 
 Facts = dict[str, Any]  # for run.json
-Part = tuple[list[Annotated], list[Annotated]]
+Part = tuple[list[Annotated], list[Annotated]]  # training and validation images of one source
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run learns from and is held against; `report` says what was left out.
+    """The images to train on and to validate on; `report` lists those left out.
 
-    `parts` are the same by where they come from, in the order of `place.sources`: each what to learn from, and what validates.
+    `parts` holds the same images by source, in the order of `output.folder.sources`.
     """
 
     train: list[Annotated]
@@ -35,11 +35,12 @@ class TrainingData:
 
     @classmethod
     def of(cls, parts: Sequence[Part], report: DataReport) -> TrainingData:
-        train, val = ([image for part in parts for image in part[which]] for which in (0, 1))
+        train = [image for part, _ in parts for image in part]
+        val = [image for _, part in parts for image in part]
         return cls(train, val, report, parts)
 
     def only(self, kept: Container[int]) -> TrainingData:
-        """The images whose `id` is among `kept`."""
+        """The images whose `id()` is in `kept`."""
         parts = [
             ([image for image in train if id(image) in kept], [image for image in val if id(image) in kept])
             for train, val in self.parts
@@ -49,7 +50,7 @@ class TrainingData:
 
 @dataclass(slots=True)
 class CheckedImages:
-    """How many images were looked at so far."""
+    """Counts for the progress bar of the check."""
 
     done: int = 0
     failed: int = 0
@@ -58,50 +59,52 @@ class CheckedImages:
 
     @property
     def rate(self) -> float:
+        """Images per second."""
         return self.done / max(time.monotonic() - self.began, 1e-9)
 
 
 def read_data(options: TrainOptions, place: RunFolder, arguments: Any) -> tuple[TrainingData, Facts]:
-    """The split, without images that cannot be used, and what a run that goes on needs to know of that. The first process
-    looks at every image; the others, and a run that goes on, take its word, so that all of them learn from the same.
+    """The data without images that cannot be used, and the facts on it that a resumed run needs.
 
-    Raises CapcliError for an empty or broken set, and where a run that goes on finds other data than it began with.
+    Only the first process decodes every image, and only when a run begins; the other processes and a resumed run take over
+    its result, so that all of them train on the same images. Raises CapcliError for an empty or unreadable set, and when a
+    resumed run finds other data than the run began with.
     """
     with arguments.main_process_first(local=False):
-        data = _together([read_split(each) for each in sources(options)])
+        data = _combine([read_split(source) for source in sources(options)])
     if place.checkpoint is None:
-        looked = _looked_at(options, data) if arguments.process_index == 0 else None
-        if looked is not None:
-            broadcast_object_list([looked[1]])
-            return looked
-        [known] = broadcast_object_list([None])
+        checked = _check(options, data) if arguments.process_index == 0 else None
+        if checked is not None:
+            broadcast_object_list([checked[1]])
+            return checked
+        [facts] = broadcast_object_list([None])
     else:
-        known = place.recall()
-    data = _without(set(known["broken"]), data)
-    data.report.failures.extend(Failure(*each) for each in known["left_out"])
-    if [digest(data.train), digest(data.val)] != known["data"]:
-        then, now = (known["images"], known["val_images"]), (len(data.train), len(data.val))
+        facts = place.recall()
+    data = _without(set(facts["broken"]), data)
+    data.report.failures.extend(Failure(*values) for values in facts["left_out"])
+    if [digest(data.train), digest(data.val)] != facts["data"]:
+        then, now = (facts["images"], facts["val_images"]), (len(data.train), len(data.val))
         change = (
-            "captions or names of images are others"
+            "captions or image names differ"
             if then == now
             else f"{counted(then[0], 'image')} then to train on and {then[1]} to validate, {now[0]} and {now[1]} now"
         )
         raise CapcliError(
-            f"the data is no longer what {place.folder} was begun with: {change}. Bring it back, or begin another run "
-            "from the model with --model"
+            f"the data has changed since {place.folder} was begun: {change}. Restore it, or begin another run from the "
+            "model with --model"
         )
-    return data, known
+    return data, facts
 
 
-def _together(splits: Sequence[Split]) -> TrainingData:
-    """Several splits as one: what validates in one of them is learnt from in none."""
+def _combine(splits: Sequence[Split]) -> TrainingData:
+    """Several splits as one: a validation image of any of them is a training image of none."""
     if len(splits) == 1:
         [split] = splits
         return TrainingData.of([(split.train, split.val)], split.report)
     report = DataReport()
-    for each in splits:
-        report.failures += each.report.failures
-        report.notes += each.report.notes
+    for split in splits:
+        report.failures += split.report.failures
+        report.notes += split.report.notes
     held_out = {image.image for split in splits for image in split.val}
     parts = [([image for image in split.train if image.image not in held_out], split.val) for split in splits]
     data = TrainingData.of(parts, report)
@@ -110,32 +113,34 @@ def _together(splits: Sequence[Split]) -> TrainingData:
     return data
 
 
-def _looked_at(options: TrainOptions, data: TrainingData) -> tuple[TrainingData, Facts]:
-    looked = CheckedImages()
-    count, before = len(data.train) + len(data.val), len(data.report.failures)
-    with Progress(looked, shown=not options.quiet, total=lambda: count, task="looking at the images") as bar:
+def _check(options: TrainOptions, data: TrainingData) -> tuple[TrainingData, Facts]:
+    """The data without images that cannot be decoded, and the facts for run.json."""
+    checked = CheckedImages()
+    images = [*data.train, *data.val]
+    failures_before = len(data.report.failures)
+    with Progress(checked, shown=not options.quiet, total=lambda: len(images), task="checking the images") as bar:
 
         def progress(done: int, _total: int) -> None:
-            looked.done = done
+            checked.done = done
             bar.update()
 
         good = check_images(
-            [*data.train, *data.val],
+            images,
             data.report,
             workers=options.workers,
             max_pixels=options.max_pixels,
             timeout=options.decode_timeout,
             progress=progress,
         )
-    kept = {id(each) for each in good}
-    broken = [number for number, each in enumerate((*data.train, *data.val)) if id(each) not in kept]
-    told = [[each.name, each.error, each.message] for each in data.report.failures[before:]]
+    kept = {id(image) for image in good}
+    broken = [number for number, image in enumerate(images) if id(image) not in kept]
+    left_out = [[failure.name, failure.error, failure.message] for failure in data.report.failures[failures_before:]]
     data = data.only(kept)
     if not data.train:
         raise CapcliError(f"no image is left to train on: {data.report.line()}")
     return data, {
         "broken": broken,
-        "left_out": told,
+        "left_out": left_out,
         "data": [digest(data.train), digest(data.val)],
         "images": len(data.train),
         "val_images": len(data.val),
@@ -143,42 +148,44 @@ def _looked_at(options: TrainOptions, data: TrainingData) -> tuple[TrainingData,
 
 
 def _without(broken: set[int], data: TrainingData) -> TrainingData:
-    """The data without images that were found broken before; names would not do, for two folders may share them."""
-    every = [*data.train, *data.val]
-    data.report.count((every[number] for number in broken if number < len(every)), -1)
-    return data.only({id(each) for number, each in enumerate(every) if number not in broken})
+    """The data without the images of these numbers; two folders may share a name, so names do not identify an image."""
+    images = [*data.train, *data.val]
+    data.report.count((images[number] for number in broken if number < len(images)), -1)
+    return data.only({id(image) for number, image in enumerate(images) if number not in broken})
 
 
 def refuse_unvalidated(options: TrainOptions, data: TrainingData) -> None:
-    """Raises UsageError where something goes by validation and nothing validates."""
+    """Raises UsageError where a setting depends on validation and there are no validation images."""
     if data.val:
         return
     plateau = options.schedule == "reduce_lr_on_plateau"
     for name, given in (("patience", options.patience is not None), ("schedule reduce_lr_on_plateau", plateau)):
         if given:
-            raise UsageError(f"{name} goes by validation, and nothing validates: give {validating(options)}")
+            raise UsageError(
+                f"{name} needs validation, and there are no validation images: give {validation_flags(options)}"
+            )
 
 
-def validating(options: TrainOptions) -> str:
-    """What to give so that something validates."""
+def validation_flags(options: TrainOptions) -> str:
+    """The settings that add validation images, for messages."""
     return "a [[task]] val_fraction or val_data" if options.task else "--val-fraction or --val-data"
 
 
-class Lost:
-    """Images that broke while a run went on, each told once and listed with those left out before."""
+class LostImages:
+    """Called with each image that failed to load during training: reports it once and adds it to the images left out."""
 
     def __init__(self, place: RunFolder, report: DataReport, say: Callable[[str], None]) -> None:
         self._path, self._report, self._say = place.path(LEFT_OUT), report, say
-        known = place.recall().get("lost", [])
-        self._place, self._names = place, {each[0] for each in known}
-        report.failures.extend(Failure(*each) for each in known)
+        lost = place.recall().get("lost", [])
+        self._place, self._names = place, {values[0] for values in lost}
+        report.failures.extend(Failure(*values) for values in lost)
 
     def __call__(self, failure: Failure) -> None:
         if failure.name in self._names:
             return
         self._names.add(failure.name)
         self._report.failures.append(failure)
-        self._say(f"{failure.name} can no longer be loaded, and teaches nothing: {failure.message}")
+        self._say(f"{failure.name} can no longer be loaded and is left out: {failure.message}")
         self._report.write(self._path)
         lost = [*self._place.recall().get("lost", []), [failure.name, failure.error, failure.message]]
         self._place.remember(lost=lost)

@@ -1,4 +1,4 @@
-"""Several tasks in one run: their pairs as one data set, drawn by weight, anew each epoch and the same for the same seed."""
+"""Several tasks in one run: their pairs as one data set, sampled by weight and in an order that the seed decides."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from capcli.training.data.pairs import Pair, Pairs
 
 
 class TaskMixture(Dataset[Pair]):
-    """The pairs of several tasks, one after the other. Beyond its length it begins again: index + draw * length is a pair as it
-    is drawn for another time, which masked captions heed.
+    """The pairs of several tasks, one task after the other.
+
+    An index of at least the length is a repeated draw: index + n * length is draw number n of the pair, which decides what a
+    masked caption masks.
     """
 
     def __init__(self, parts: Sequence[Pairs], weights: Sequence[float]) -> None:
@@ -24,9 +26,9 @@ class TaskMixture(Dataset[Pair]):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def cut(self, end: int) -> int:
-        """How many captions do not end: they were longer than the labels may be."""
-        return sum(part.cut(end) for part in self.parts)
+    def count_truncated(self, end: int) -> int:
+        """How many captions are longer than the labels may be, and so lack the `end` token."""
+        return sum(part.count_truncated(end) for part in self.parts)
 
     def __getitem__(self, index: int) -> Pair:
         draw, at = divmod(int(index), len(self))
@@ -35,12 +37,14 @@ class TaskMixture(Dataset[Pair]):
 
 
 class TaskSampler(Sampler[int]):
-    """An epoch of as many draws as there are pairs, each task as often as its weight says, none of its pairs twice as often
-    as another before all have come. Epochs differ, by `set_epoch`, which transformers' Trainer calls, also when it goes on.
+    """Indices of a TaskMixture for one epoch: as many as it has pairs, each task in proportion to its weight.
+
+    Within a task no pair comes a second time before all have come once. Epochs differ: transformers' Trainer calls
+    `set_epoch`, also on resumption.
     """
 
-    def __init__(self, mixed: TaskMixture, seed: int) -> None:
-        self._sizes, self._weights = [len(part) for part in mixed.parts], mixed.weights
+    def __init__(self, mixture: TaskMixture, seed: int) -> None:
+        self._sizes, self._weights = [len(part) for part in mixture.parts], mixture.weights
         self._seed, self._epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -50,20 +54,20 @@ class TaskSampler(Sampler[int]):
         return sum(self._sizes)
 
     def __iter__(self) -> Iterator[int]:
-        draw = np.random.default_rng((self._seed, self._epoch))
-        whole, start = len(self), 0
-        serials = []
-        for size, count in zip(self._sizes, shares(whole, self._weights), strict=True):
+        random = np.random.default_rng((self._seed, self._epoch))
+        total, start = len(self), 0
+        indices = []
+        for size, count in zip(self._sizes, shares(total, self._weights), strict=True):
             passes = -(-count // size)
-            order = np.concatenate([draw.permutation(size) for _ in range(passes)] or [np.empty(0, np.int64)])[:count]
-            nth = self._epoch * passes + np.arange(count) // size
-            serials.append(start + order + whole * nth)
+            order = np.concatenate([random.permutation(size) for _ in range(passes)] or [np.empty(0, np.int64)])[:count]
+            draw = self._epoch * passes + np.arange(count) // size
+            indices.append(start + order + total * draw)
             start += size
-        yield from draw.permutation(np.concatenate(serials)).tolist()
+        yield from random.permutation(np.concatenate(indices)).tolist()
 
 
-def shares(whole: int, weights: Sequence[float]) -> list[int]:
-    """`whole` in parts by weight."""
-    parts = list(accumulate(weight / max(weights) for weight in weights))  # whose sum is finite whatever they are
-    ends = [round(whole * part / parts[-1]) for part in parts]
+def shares(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` divided in proportion to the weights; the parts add up to it."""
+    sums = list(accumulate(weight / max(weights) for weight in weights))  # scaled, so that the sum does not overflow
+    ends = [round(total * part / sums[-1]) for part in sums]
     return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from capcli.errors import CapcliError
-from capcli.models.checkpoint import modules
 from capcli.models.families import family_of
 from capcli.options import TrainOptions
 from capcli.records import Failure
@@ -99,8 +98,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.failed: Callable[[Failure], None] = lambda _: None
         self.meter = Meter()
         self.captions: dict[str, str] = {}
-        encode, _ = modules(made.model, made.spec)
-        self._normalise, self._seeing = encode.normalise, encode.encoder.config
+        made.encode.to(made.model.device)  # its mean and deviation are not part of the model
+        self._normalise, self._seeing = made.encode.normalise, made.encode.encoder.config
         self._family = family_of(made.model.config.to_dict())
 
     # Batches
@@ -189,7 +188,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         losses = held.losses(self.model, self._prepare_inputs, self.accelerator)
         metrics = {f"eval_{name}": value for name, value in losses.items()}
         if held.captioned:
-            with captioner_of(self.model, made.tokenizer, made.spec, held.collate.size) as captioner:
+            with captioner_of(made, held.collate.size) as captioner:
                 self.captions = held.captions(captioner, self.accelerator, self.evaluating)
             metrics |= {f"eval_{name}": value for name, value in held.scores(self.captions).items()}
         self.model.train(training)

@@ -19,15 +19,14 @@ from capcli.captioning.model import Model
 from capcli.errors import CapcliError
 from capcli.metrics import Scorer
 from capcli.models.attention import use_attention
-from capcli.models.checkpoint import modules
 from capcli.models.families import IGNORED, family_of, last_logits
 from capcli.models.model_files import ModelFiles
 from capcli.options import GenerationOptions
-from capcli.pixels import PixelSpec
 from capcli.records import Caption, Failure, Loaded
 from capcli.runtimes.eager import Eager
 from capcli.training.data.pairs import Collate, Images, Pairs
 from capcli.training.loop.loss import token_sum
+from capcli.training.model.assembly import AssembledCaptioner
 
 Prepare = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -168,20 +167,20 @@ class Batches(Arrivals):
 
 
 @contextmanager
-def captioner_of(model: Any, tokenizer: Any, spec: PixelSpec, size: tuple[int, int]) -> Iterator[Captioner]:
+def captioner_of(assembled: AssembledCaptioner, size: tuple[int, int]) -> Iterator[Captioner]:
     """A model in training as the captioner it is by now; it goes on training as it was."""
-    training = model.training
+    model: Any = assembled.model
+    encode, step, training = assembled.encode.to(model.device), assembled.step, model.training
     model.eval()
-    encode, step = modules(model, spec)
     config = model.config.to_dict()
     family, attention = family_of(config), step.decoder.config._attn_implementation  # noqa: SLF001
     use_attention(step.decoder)
     made = Model.of(
         config,
-        tokenizer,
+        assembled.tokenizer,
         runtime=Eager(encode, step, model.device, prefixed=encode.prefixed),
         dtype="float32",
-        spec=spec,
+        spec=assembled.spec,
         size=size,
         generation=family.generation(config, model.generation_config.to_dict()),
         positions=step.positions,

@@ -1,1 +1,1 @@
-"""Assembling the captioner to train: pretrained parts, tokenizers, embeddings."""
+"""Assembling the captioner to train: pretrained parts, tokenizer, embeddings, generation settings."""

@@ -1,4 +1,4 @@
-"""An encoder or a decoder by itself: from the weights of a folder or the hub, or new from a config, at random."""
+"""One part of a captioner, encoder or decoder: loaded from a folder or the hub, or new with random weights from a config."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ from capcli.models.model_files import (
     weight_files,
 )
 from capcli.text import printable
-from capcli.training.model.positions import set_positions
 
 CLASSES: Mapping[str, str] = {
     "vit": "ViTModel",
@@ -54,8 +53,8 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 CROSS_ATTENTION = ("crossattention", "ln_cross_attn")
 HEADS = ("lm_head.", "cls.")
 POOLER = "pooler."
-SAVED = ("transformers_version", "architectures")  # what transformers writes into a config, and people seldom do
-# What configs of any kind may hold: transformers wrote it into all of them once, or reads it from any.
+SAVED = ("transformers_version", "architectures")  # transformers writes these into every config that it saves
+# Keys that a config of any kind may hold: transformers writes or once wrote them into all, or reads them from any.
 ANY_KIND = frozenset(
     [
         *("add_cross_attention", "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens"),
@@ -73,19 +72,19 @@ ANY_KIND = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
-    """What a part is made of: its kind, the values of its config, and its files where it has weights.
+class PartConfig:
+    """A part before it is loaded: its kind, the values of its config, and its files where it has weights.
 
-    `strange` names, for people, values that its kind does nothing with, in a config that transformers saved itself.
+    `unused` is a line for the user that names config keys which this kind ignores, in a config that transformers saved.
     """
 
-    role: str  # "encoder" or "decoder"
-    title: str
+    role: str  # a key of KINDS
+    title: str  # for messages
     kind: str
     values: Mapping[str, Any]
     files: ModelFiles | None = None
-    folder: str | None = None  # where its tokenizer lies, if it has one
-    strange: str | None = None
+    folder: str | None = None  # where its tokenizer is, if it has one
+    unused: str | None = None
 
     @property
     def tokenizer_files(self) -> ModelFiles:
@@ -94,51 +93,51 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class PretrainedPart:
-    """A model, and which of its weights its checkpoint lacked: those are random."""
+    """A loaded part; `missing` names the weights that its checkpoint lacked, which are random."""
 
     model: Any
     missing: frozenset[str] = frozenset()
 
 
-def find_part(role: str, given: str | Mapping[str, Any], *, quiet: bool = False) -> Config:
-    """The encoder or decoder that an option names.
+def find_part(role: str, given: str | Mapping[str, Any], *, quiet: bool = False) -> PartConfig:
+    """The part that the option of this role names.
 
-    Raises UsageError for what cannot be right, CapcliError for files that cannot be had or are of no supported kind.
+    Raises UsageError for a value that cannot be right, CapcliError for files that cannot be read or are of no supported kind.
     """
     if isinstance(given, Mapping):
-        return _new(role, f"the {role} table", given, None)
+        return _from_config(role, f"the {role} table", given, None)
     path = os.path.expanduser(given)
     if is_config(given):
-        return _new(role, given, _read_config(path), os.path.dirname(path) or ".")
-    files = find_model(given, quiet=quiet, take=partial(_gather, role), option=f"--{role}")
+        return _from_config(role, given, _read_config(path), os.path.dirname(path) or ".")
+    files = find_model(given, quiet=quiet, take=partial(_fetch_part, role), option=f"--{role}")
     kind, values = _kind(role, given, files.config)
-    return Config(role, given, kind, values, files, files.folder)
+    return PartConfig(role, given, kind, values, files, files.folder)
 
 
 def is_config(given: str | Mapping[str, Any]) -> bool:
-    """Whether an option gives a config, of which new weights are made, and no weights."""
+    """Whether an option value is a config, for new random weights, and not a folder or name with weights."""
     return isinstance(given, Mapping) or (given.endswith(".json") and not os.path.isdir(os.path.expanduser(given)))
 
 
 def refuse_configs(given: Mapping[str, str | Mapping[str, Any] | None]) -> None:
-    """Raises what `find_part` raises of the configs among the parts that are given, by role: nothing is fetched for it."""
+    """Raises what `find_part` raises for the configs among the given parts, by role; fetches nothing."""
     for role, part in given.items():
         if part is not None and is_config(part):
             find_part(role, part)
 
 
-def config_of(part: Config, **changes: Any) -> Any:
-    """Its config as transformers has it, with `changes`. Raises UsageError for values that it refuses."""
+def config_of(part: PartConfig, **changes: Any) -> Any:
+    """The transformers config of a part, with `changes`. Raises UsageError for values that transformers refuses."""
     kind = getattr(transformers, CLASSES[part.kind]).config_class
     try:
         with quiet_transformers():
             return kind.from_dict({**part.values, **changes})
-    except Exception as error:  # its checks raise types of their own
-        raise UsageError(f"No {part.kind} can be made from {part.title}: {_line(error)}") from error
+    except Exception as error:  # transformers raises many types here
+        raise UsageError(f"No {part.kind} can be made from {part.title}: {_first_line(error)}") from error
 
 
-def make_part(part: Config, seed: int, **changes: Any) -> PretrainedPart:
-    """The model in float32, with `changes` to its config; what is random in it depends on the seed alone."""
+def make_part(part: PartConfig, seed: int, **changes: Any) -> PretrainedPart:
+    """The model in float32, with `changes` to its config; its random weights depend on the seed alone."""
     kind, config = getattr(transformers, CLASSES[part.kind]), config_of(part, **changes)
     if part.files is None:
         return PretrainedPart(_random_model(part, kind, config, seed))
@@ -153,39 +152,36 @@ def make_part(part: Config, seed: int, **changes: Any) -> PretrainedPart:
 
 @contextmanager
 def seeded(seed: int, what: str) -> Iterator[None]:
-    """Random numbers that the seed and the name of what is drawn decide; the process's own go on afterwards as they were."""
+    """torch's random numbers inside depend on `seed` and `what` alone; afterwards the process's generator is as before."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(zlib.crc32(f"{seed} {what}".encode()))
         yield
 
 
-def _random_model(part: Config, kind: Any, config: Any, seed: int) -> Any:
+def _random_model(part: PartConfig, kind: Any, config: Any, seed: int) -> Any:
     try:
         with quiet_transformers(), seeded(seed, part.role):
-            model = kind(config).float()
-        if part.role == "encoder":
-            set_positions(model)
-        return model
+            return kind(config).float()
     except MemoryError as error:
         raise CapcliError(f"Not enough memory for {part.title}: make it smaller.") from error
-    except Exception as error:  # sizes that do not go together are told by whichever layer meets them
-        raise UsageError(f"No {part.kind} can be made from {part.title}: {_line(error)}") from error
+    except Exception as error:  # any layer may refuse sizes that do not fit each other
+        raise UsageError(f"No {part.kind} can be made from {part.title}: {_first_line(error)}") from error
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _new(role: str, title: str, values: Mapping[str, Any], folder: str | None) -> Config:
+def _from_config(role: str, title: str, values: Mapping[str, Any], folder: str | None) -> PartConfig:
     saved = any(name in values for name in SAVED)
     if values.get("model_type") == "vision-encoder-decoder" and isinstance(values.get(role), Mapping):
         values = values[role]
         saved = saved or any(name in values for name in SAVED)
     kind, values = _kind(role, title, values)
-    strange = _strange(title, kind, values)
-    if strange and not saved:
-        raise UsageError(strange)
-    return Config(role, title, kind, values, None, folder, strange)
+    unused = _unused_keys(title, kind, values)
+    if unused and not saved:
+        raise UsageError(unused)
+    return PartConfig(role, title, kind, values, None, folder, unused)
 
 
 def _read_config(path: str) -> Mapping[str, Any]:
@@ -202,7 +198,10 @@ def _read_config(path: str) -> Mapping[str, Any]:
 
 
 def _kind(role: str, title: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The kind, by model_type or else by the class that the config was saved with (rinna's old ones say gpt2-ja)."""
+    """The kind, from model_type or else from the class in `architectures`, and the values without model_type.
+
+    rinna's old configs have the model_type gpt2-ja. Raises UsageError for a kind that this role does not support.
+    """
     kind = values.get("model_type")
     if kind not in KINDS[role]:
         kind = _kind_of_class(values.get("architectures")) or kind
@@ -211,9 +210,9 @@ def _kind(role: str, title: str, values: Mapping[str, Any]) -> tuple[str, dict[s
     message = f"{title} is of the kind {kind}" if kind else f"{title} has no model_type"
     message += f"; supported as {role} are {', '.join(KINDS[role])}."
     if kind in (*JOINED, *WHOLE):
-        message += " It is a whole captioner: --model goes on from it."
+        message += " It is a whole captioner: give it as --model."
     elif "auto_map" in values:
-        message += " It brings its own code, which capcli never runs."
+        message += " It needs its own Python code, which capcli never runs."
     raise UsageError(message)
 
 
@@ -223,8 +222,11 @@ def _kind_of_class(architectures: object) -> str | None:
     return getattr(config, "model_type", None)
 
 
-def _strange(title: str, kind: str, values: Collection[str]) -> str | None:
-    """transformers takes any name and does nothing with most: a slip of the pen would go unnoticed. None: there is none."""
+def _unused_keys(title: str, kind: str, values: Collection[str]) -> str | None:
+    """A line that names config keys which this kind ignores; None where there are none.
+
+    transformers accepts any key, so a misspelt one would go unnoticed.
+    """
     config = getattr(transformers, CLASSES[kind]).config_class
     known = {*config().to_dict(), *config.attribute_map}
     unknown = [name for name in values if name not in known | ANY_KIND and not name.startswith("_")]
@@ -232,30 +234,33 @@ def _strange(title: str, kind: str, values: Collection[str]) -> str | None:
     shown = [
         f"{printable(name)} (did you mean {near[name][0]}?)" if near[name] else printable(name) for name in unknown
     ]
-    such = "no such setting" if len(unknown) == 1 else "no such settings"
-    return f"{title} sets {', '.join(shown)}: {kind} has {such}" if unknown else None
+    noun = "setting" if len(unknown) == 1 else "settings"
+    return f"{title} sets {', '.join(shown)}: {kind} has no such {noun}" if unknown else None
 
 
-def _gather(role: str, name: str, shelf: ModelListing, revision: str | None) -> ModelFiles:
-    """Fetch an encoder's or decoder's files, the weights last; processor and tokenizer are taken where they are."""
-    if CONFIG not in shelf.names:
-        raise IncompleteError(f"{shelf.title} has no {CONFIG}, so it is no model in the format of transformers.")
-    config = shelf.read_json(CONFIG)
+def _fetch_part(role: str, name: str, listing: ModelListing, revision: str | None) -> ModelFiles:
+    """Fetches the files of a part, the weights last; processor and tokenizer only where they exist."""
+    if CONFIG not in listing.names:
+        raise IncompleteError(f"{listing.title} has no {CONFIG}, so it is not a transformers model.")
+    config = listing.read_json(CONFIG)
     _kind(role, name, config)
-    weights = weight_files(shelf)
-    lacks = [file for file in weights if file not in shelf.names]
-    if lacks or not weights:
-        raise IncompleteError(f"{shelf.title} lacks its weights ({lacks[0] if lacks else 'model.safetensors'}).")
-    settings = setting_files(shelf.names)
-    processor = processor_of(shelf)
-    paths = [shelf.fetch(file) for file in (*settings, *weights)]
+    weights = weight_files(listing)
+    missing = [file for file in weights if file not in listing.names]
+    if missing or not weights:
+        raise IncompleteError(f"{listing.title} lacks its weights ({missing[0] if missing else 'model.safetensors'}).")
+    settings = setting_files(listing.names)
+    processor = processor_of(listing)
+    paths = [listing.fetch(file) for file in (*settings, *weights)]
     return ModelFiles(name, os.path.dirname(paths[0]), revision, config, processor)
 
 
-def _refuse_missing(part: Config, missing: Collection[str]) -> None:
-    """A decoder that was no captioner's lacks cross-attention, one saved without a head the head; it may lack nothing else."""
+def _refuse_missing(part: PartConfig, missing: Collection[str]) -> None:
+    """Raises CapcliError for missing weights, except those that may be random.
+
+    These are the pooler of an encoder; in a decoder, cross-attention, which a language model has none of, and the head.
+    """
     random = (*CROSS_ATTENTION, *HEADS) if part.role == "decoder" else (POOLER,)
-    lacks = sorted(name for name in missing if not any(sign in name for sign in random))
+    lacks = sorted(name for name in missing if not any(part_name in name for part_name in random))
     if lacks:
         shown = ", ".join(lacks[:3]) + (f" and {len(lacks) - 3} more" if len(lacks) > 3 else "")
         raise CapcliError(f"The weights of {part.title} lack {shown}: download or save the model again.")

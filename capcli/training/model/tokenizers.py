@@ -1,4 +1,4 @@
-"""Tokenizers in training: the decoder's own, a given one or a new one; its special tokens; captions as labels."""
+"""Tokenizers for training: reading one from any format, training a new one, its special tokens, captions to labels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import transformers
@@ -18,15 +19,15 @@ from capcli.models.hub import find_model
 from capcli.models.model_files import IncompleteError, ModelFiles, ModelListing, setting_files
 from capcli.training.model.sentencepiece import convert_pieces
 
-START, END, PAD = "<s>", "</s>", "<pad>"  # of a new tokenizer
-BATCH = 4096  # captions that are encoded at once
+START, END, PAD = "<s>", "</s>", "<pad>"  # special tokens of a new tokenizer
+BATCH = 4096  # captions per call of the tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """Ids of the token before a caption, the one after it, and padding; any two may be the same token.
+    """Ids of the start token, the end token and padding; any two may be the same token.
 
-    `first` is the one that every caption begins with, after the start token, in captioners that are forced to it.
+    `first` is the forced_bos_token_id of captioners that have one: every caption begins with it, after the start token.
     """
 
     start: int
@@ -35,22 +36,22 @@ class SpecialTokens:
     first: int | None = None
 
     def line(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """For people: special tokens: start <s> (1), end </s> (2), pad [PAD] (3)."""
+        """For example: special tokens: start <s> (1), end </s> (2), pad [PAD] (3)."""
         names = {"start": self.start, "end": self.end, "pad": self.pad}
         shown = [f"{role} {tokenizer.convert_ids_to_tokens(i)} ({i})" for role, i in names.items()]
         return f"special tokens: {', '.join(shown)}"
 
 
 def special_tokens(tokenizer: Any, decoder_config: Any = None) -> SpecialTokens:
-    """What the tokenizer has: its own start and end, else BERT's [CLS] and [SEP], else what the decoder's config says.
+    """The tokenizer's start and end tokens, else BERT's [CLS] and [SEP], else those of the decoder's config.
 
-    A start token that there is not is the end token, as in GPT-2; so is padding. Raises CapcliError without an end token.
+    Without a start token or padding the end token is used, as in GPT-2. Raises CapcliError where there is no end token.
     """
     end = _first(tokenizer, decoder_config, ("eos_token_id", "sep_token_id"), ("eos_token_id",))
     if end is None:
         raise CapcliError(
             f"The tokenizer {_name(tokenizer)} has no end token (neither eos_token nor sep_token), so captions could not "
-            "end: name one in its tokenizer_config.json, or take another tokenizer (or `new`)."
+            "end: name one in its tokenizer_config.json, or give another tokenizer (or `new`)."
         )
     starts = ("decoder_start_token_id", "bos_token_id")
     start = _first(tokenizer, decoder_config, ("bos_token_id", "cls_token_id"), starts)
@@ -58,10 +59,13 @@ def special_tokens(tokenizer: Any, decoder_config: Any = None) -> SpecialTokens:
     return SpecialTokens(end if start is None else start, end, end if pad is None else pad)
 
 
-def _first(tokenizer: Any, config: Any, own: Sequence[str], configured: Sequence[str]) -> int | None:
-    """The first id there is; a config's only where the tokenizer has such a token (uer's Chinese GPT-2 says 50256 of 21128)."""
-    found = [getattr(tokenizer, name, None) for name in own]
-    found += [i for i in (getattr(config, name, None) for name in configured) if _has(tokenizer, i)]
+def _first(tokenizer: Any, config: Any, names: Sequence[str], config_names: Sequence[str]) -> int | None:
+    """The first id that is set; one from the config counts only if the tokenizer has it.
+
+    uer's Chinese GPT-2 has an eos_token_id of 50256 and 21128 tokens.
+    """
+    found = [getattr(tokenizer, name, None) for name in names]
+    found += [i for i in (getattr(config, name, None) for name in config_names) if _has(tokenizer, i)]
     return next((int(i) for i in found if i is not None), None)
 
 
@@ -74,12 +78,15 @@ def _name(tokenizer: Any) -> str:
 
 
 def new_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` tokens, learnt from the captions: whatever is written can be said in it.
+    """A byte-level BPE of at most `vocab_size` tokens, trained on the captions; it can encode any text.
 
-    A caption's first word is the same token as that word elsewhere, and decoding gives no space before it.
+    A word is the same token at the start of a caption and elsewhere, and decoded text does not start with a space.
     Raises CapcliError when there are no captions.
     """
-    counted = _Counting(captions)
+    captions = iter(captions)
+    first = next(captions, None)
+    if first is None:
+        raise CapcliError("There are no captions to train a tokenizer on.")
     core = Tokenizer(models.BPE())
     core.normalizer = normalizers.NFC()
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -91,9 +98,7 @@ def new_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokeniz
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    core.train_from_iterator(counted, trainer)
-    if not counted.count:
-        raise CapcliError("There are no captions to train a tokenizer on.")
+    core.train_from_iterator(chain((first,), captions), trainer)
     fast: Any = PreTrainedTokenizerFast
     return fast(  # type: ignore[no-any-return]
         tokenizer_object=core,
@@ -104,85 +109,68 @@ def new_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokeniz
     )
 
 
-class _Counting:
-    """An iterable that counts what it gives."""
-
-    def __init__(self, items: Iterable[str]) -> None:
-        self.items, self.count = items, 0
-
-    def __iter__(self) -> Any:
-        for item in self.items:
-            self.count += 1
-            yield item
-
-
 def encode_captions(
     tokenizer: Any, captions: Sequence[str], specials: SpecialTokens, max_length: int
 ) -> list[list[int]]:
-    """The labels of each caption: its tokens, without the start token, and the end token last; at most `max_length` in all.
+    """The labels of each caption: its tokens without the start token, then the end token; at most `max_length` in all.
 
-    A caption that is longer is cut and gets no end token: it does not end there (`count_cut` counts these). Text that reads like
-    a special token is never one.
+    A longer caption is truncated and gets no end token, because it does not end there. Text that looks like a special token
+    is encoded as ordinary text.
     """
-    never = {specials.start, specials.end, specials.pad, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    special = {specials.start, specials.end, specials.pad, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
     labels, before = [], [] if specials.first is None else [specials.first]
-    with quiet_transformers():  # which warns of lengths that are cut here
+    with quiet_transformers():  # it warns of captions that are longer than its model's limit
         for first in range(0, len(captions), BATCH):
             batch = list(captions[first : first + BATCH])
             rows = tokenizer(batch, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            labels += [[*before, *(i for i in row if i not in never), specials.end][:max_length] for row in rows]
+            labels += [[*before, *(i for i in row if i not in special), specials.end][:max_length] for row in rows]
     return labels
 
 
-def count_cut(labels: Iterable[Sequence[int]], specials: SpecialTokens) -> int:
-    """How many captions `encode_captions` cut."""
-    return sum(row[-1] != specials.end for row in labels)
-
-
 def load_tokenizer(name: str, *, quiet: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or of a model on the hub, whatever else that holds.
+    """The tokenizer in a folder or of a model on the hub.
 
-    Raises UsageError for a name that cannot be, CapcliError when there is no tokenizer or it cannot be used.
+    Raises UsageError for a name that cannot be right, CapcliError when there is no tokenizer or it cannot be used.
     """
-    return read_tokenizer(find_model(name, quiet=quiet, take=gather_tokenizer, option="--tokenizer"))
+    return read_tokenizer(find_model(name, quiet=quiet, take=fetch_tokenizer, option="--tokenizer"))
 
 
-def gather_tokenizer(name: str, shelf: ModelListing, revision: str | None) -> ModelFiles:
-    """Fetch a tokenizer's files. Raises IncompleteError when there are none."""
-    files = setting_files(shelf.names)
-    if not has_tokenizer(shelf.names):
+def fetch_tokenizer(name: str, listing: ModelListing, revision: str | None) -> ModelFiles:
+    """Fetches a tokenizer's files. Raises IncompleteError when there are none."""
+    files = setting_files(listing.names)
+    if not has_tokenizer(listing.names):
         raise IncompleteError(
-            f"{shelf.title} has no tokenizer: tokenizer.json, vocab.json with merges.txt, vocab.txt, or a SentencePiece .model."
+            f"{listing.title} has no tokenizer: tokenizer.json, vocab.json with merges.txt, vocab.txt, or a SentencePiece .model."
         )
-    config = shelf.read_json("config.json") if "config.json" in shelf.names else {}
-    paths = [shelf.fetch(file) for file in files]
+    config = listing.read_json("config.json") if "config.json" in listing.names else {}
+    paths = [listing.fetch(file) for file in files]
     return ModelFiles(name, os.path.dirname(paths[0]), revision, config, {})
 
 
 def has_tokenizer(names: Iterable[str]) -> bool:
-    return _kind(set(names)) is not None
+    return _reader(set(names)) is not None
 
 
 def read_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder. Raises CapcliError when it cannot be used."""
     names = set(os.listdir(files.folder))
-    read = _kind(names)
+    read = _reader(names)
     if read is None:
         raise IncompleteError(f"{files.name} has no tokenizer.")
     with explained(files), quiet_transformers():
         tokenizer: Any = read(files.folder)
         tokenizer.name_or_path = files.name
-    for how in ("is_local", "local_files_only"):  # of the loading, not of the tokenizer: it would be saved with it
-        tokenizer.init_kwargs.pop(how, None)
+    for name in ("is_local", "local_files_only"):  # options of this loading, which would be saved with the tokenizer
+        tokenizer.init_kwargs.pop(name, None)
     if not len(tokenizer):
         raise CapcliError(f"The tokenizer of {files.name} has no tokens: replace its files.")
     return tokenizer  # type: ignore[no-any-return]
 
 
-def _kind(names: set[str]) -> Callable[[str], Any] | None:
-    """How to read the tokenizer among these files; None when there is none.
+def _reader(names: set[str]) -> Callable[[str], Any] | None:
+    """The function that reads the tokenizer in a folder with these files; None when there is none.
 
-    tokenizer.json says everything; without it a SentencePiece model goes before what tokenizer_config.json calls it.
+    tokenizer.json is complete and comes first; then a SentencePiece model, whatever class tokenizer_config.json names.
     """
     if "tokenizer.json" in names:
         return _auto
@@ -210,7 +198,7 @@ def _from_pieces(folder: str) -> Any:
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
-    models_there = sorted(name for name in os.listdir(folder) if name.endswith(".model"))
-    if len(models_there) > 1:
-        raise CapcliError(f"{folder} has several SentencePiece models ({', '.join(models_there)}): leave one.")
-    return convert_pieces(os.path.join(folder, models_there[0]), config if isinstance(config, dict) else {})
+    model_files = sorted(name for name in os.listdir(folder) if name.endswith(".model"))
+    if len(model_files) > 1:
+        raise CapcliError(f"{folder} has several SentencePiece models ({', '.join(model_files)}): leave only one.")
+    return convert_pieces(os.path.join(folder, model_files[0]), config if isinstance(config, dict) else {})
