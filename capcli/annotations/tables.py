@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from capcli.annotations.rows import (
     Annotations,
     ColumnNames,
     Row,
-    captions_of,
     object_row,
     raw_name,
     split_of,
@@ -26,7 +24,7 @@ from capcli.annotations.text_files import lines
 from capcli.errors import CapcliError
 from capcli.options import DataOptions
 from capcli.sources import IMAGE_SUFFIXES
-from capcli.text import printable
+from capcli.text import json_list, printable
 
 _SEPARATORS = ("\t", ",", "|", ";")
 csv.field_size_limit(1 << 30)  # characters; a single long cell is no reason to give up all others
@@ -189,12 +187,8 @@ def _fitted(cells: list[str], layout: TableLayout, caption: int, path: str, numb
 
 def cell_captions(cell: str) -> Sequence[object]:
     """The captions in a cell: one, or the several of a JSON list, which is how tables hold lists."""
-    if cell.startswith(('["', "[{")) and cell.endswith("]"):
-        try:
-            return captions_of(json.loads(cell))
-        except ValueError:
-            pass
-    return (cell,)
+    listed = json_list(cell)
+    return (cell,) if listed is None else listed
 
 
 def parquet_table(path: str, options: DataOptions) -> Annotations:

@@ -1,4 +1,4 @@
-"""Tags: words on an image that an annotation's column holds, as one text whatever the column looks like."""
+"""Tags of images from the metadata files beside them."""
 
 from __future__ import annotations
 
@@ -7,23 +7,9 @@ from collections.abc import Mapping
 
 from capcli.annotations.detection import file_annotations
 from capcli.annotations.folders import METADATA
-from capcli.annotations.rows import clean
-from capcli.annotations.tables import cell_captions
 from capcli.errors import UsageError
 from capcli.options import DataOptions
-
-
-def tag_text(value: object) -> str:
-    """`[dog] [bark]` as it is, and the same for a list, also one in JSON; nothing for an empty cell."""
-    if hasattr(value, "tolist"):  # NumPy's array
-        value = value.tolist()
-    if isinstance(value, str) and value.startswith("["):
-        found = cell_captions(value)
-        value = value if len(found) == 1 and found[0] == value else list(found)
-    if isinstance(value, list | tuple):
-        words = (clean(str(each)) for each in value if each is not None)
-        return " ".join(f"[{word}]" for word in words if word)
-    return "" if value is None or value != value else clean(str(value))
+from capcli.text import tag_text
 
 
 class MetadataTags:

@@ -24,7 +24,6 @@ import torch
 from PIL import Image
 
 from capcli import pixels
-from capcli.annotations.tags import tag_text
 from capcli.captioning.feed import ArrivalFeed, Arrivals, Deliver, LocalArrivals, Order, Result
 from capcli.captioning.model import Model, choose_dtype, device_of, load_model
 from capcli.decoding import noise
@@ -42,7 +41,7 @@ from capcli.models.model_files import ModelFiles
 from capcli.models.questions import gap_names, tag_ids, with_gaps
 from capcli.options import DEFAULT_MODEL, MAX_PIXELS, GenerationOptions
 from capcli.records import Candidate, Caption, Failure, Loaded
-from capcli.text import is_text, printable
+from capcli.text import is_text, printable, tag_text
 
 ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.generic]
 # Between two of these a space is the tokenizer's, not the language's: CJK ideographs, kana, punctuation, full-width forms.
