@@ -139,8 +139,8 @@ class Settings:
         """Entries of a slot's pool: the prefix (all of the prompt but its last token), then every row's every token."""
         return len(self.prompt) - 1 + self.rows * self.max_new_tokens
 
-    def receipt(self) -> dict[str, Any]:
-        """The settings as a run's receipt shows them: those that have an effect."""
+    def effective(self) -> dict[str, Any]:
+        """The settings that have an effect, as the run file has them."""
         idle = (*(() if self.do_sample else SAMPLING), *(() if self.num_beams > 1 else BEAM_SEARCH))
         idle += () if self.question else ("question",)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in idle}

@@ -24,7 +24,7 @@ from capcli.prepare.manifest import Shard, ShardPlan
 from capcli.prepare.shard_log import ShardLog, begun
 from capcli.prepare.shards import ShardWriter, SplitFiles, describe, features_of
 from capcli.records import Failure
-from capcli.sinks.failures import failure_line
+from capcli.sinks.formats import failure_line
 from capcli.storage import atomic, locks, run_file
 from capcli.text import printable
 
