@@ -7,7 +7,6 @@ import json
 import os
 import resource
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sinking import caption_of, rows, run
+from sinking import caption_of, memory_folder, rows, run
 
 from capcli.errors import CapcliError
 from capcli.options import SinkOptions
@@ -41,10 +40,8 @@ ODD = [
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """A folder in memory where there is one: thousands of renames on a disk take ten times as long."""
-    memory = "/dev/shm"
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
-        yield Path(folder)
+    with memory_folder() as folder:
+        yield folder
 
 
 @pytest.fixture(autouse=True)
@@ -101,20 +98,19 @@ def test_a_name_with_lines_of_commas_is_not_taken_for_a_row(tmp_path: Path, name
     text=st.text(alphabet='a",\r\n\0\x1bü', max_size=6),
     data=st.data(),
 )
-def test_any_rows_cut_anywhere_are_completed(
-    tmp_path_factory: pytest.TempPathFactory, suffix: str, raw: list[bytes], text: str, data: st.DataObject
-) -> None:
-    out = tmp_path_factory.mktemp("cut") / f"captions.{suffix}"
+def test_any_rows_cut_anywhere_are_completed(suffix: str, raw: list[bytes], text: str, data: st.DataObject) -> None:
     names = [os.fsdecode(name) for name in raw]
 
     def caption(name: str) -> Caption:
         return Caption(name, (Candidate(text, -0.5),))
 
-    run(names, SinkOptions(str(out)), caption=caption)
-    whole = out.read_bytes()
-    out.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
-    run(names, SinkOptions(str(out)), caption=caption)
-    assert out.read_bytes() == whole
+    with memory_folder() as folder:
+        out = folder / f"captions.{suffix}"
+        run(names, SinkOptions(str(out)), caption=caption)
+        whole = out.read_bytes()
+        out.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+        run(names, SinkOptions(str(out)), caption=caption)
+        assert out.read_bytes() == whole
 
 
 def test_failures_cut_anywhere_are_written_again(tmp_path: Path) -> None:
