@@ -25,17 +25,22 @@ fi
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: demo test gpu-test gpu-bench check lint python
+.PHONY: demo test test-external gpu-test gpu-bench check lint python
 
 demo: $(VENV)/.installed
 	$(BIN)/capcli caption examples/scenes --model examples/demo-model --out captions.jsonl
 	@head -n 8 captions.jsonl
 
 # A process for each core, up to four: most tests wait for processes of their own to start.
-TESTS := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+TESTS := $(PYTEST) -m 'not external'
 
 test: $(VENV)/.installed-dev
 	$(TESTS)
+
+# What needs other people's programs: Java (METEOR). Skipped, with the reason, where one is missing.
+test-external: $(VENV)/.installed-dev
+	$(PYTEST) -m external -rs
 
 # What needs a CUDA device; skipped, with the reason, where there is none.
 gpu-test: $(VENV)/.installed-dev
@@ -48,6 +53,7 @@ gpu-bench: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 check: lint
 	$(BIN)/mypy

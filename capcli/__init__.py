@@ -1,4 +1,4 @@
-"""capcli captions folders of images in bulk. `Captioner` is its Python interface; nothing heavy is imported before use."""
+"""capcli captions folders of images in bulk. `Captioner` is its Python interface. Importing capcli does not import torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODULES = {
     "CapcliError": "errors",
     "UsageError": "errors",
 }
-OWN_ARCHITECTURES = ("prefix", "vision_t5")  # modules of capcli.models, each of which registers its own when imported
+OWN_ARCHITECTURES = ("prefix", "vision_t5")  # modules of capcli.models that register a model class when imported
 
 
 def __getattr__(name: str) -> Any:
@@ -30,7 +30,7 @@ def __getattr__(name: str) -> Any:
 
 
 def register() -> None:
-    """Make capcli's own architectures known to transformers' Auto classes, so that their folders load as any other.
+    """Registers capcli's own architectures with transformers' Auto classes, which then load their folders.
 
     Imports torch and transformers. The `capcli` command does not need it.
     """

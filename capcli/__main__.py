@@ -1,4 +1,4 @@
-"""`python -m capcli` is `capcli`."""
+"""`python -m capcli` runs `capcli`."""
 
 from capcli.cli import main
 

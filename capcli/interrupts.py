@@ -1,4 +1,4 @@
-"""Ctrl-C and termination: the first asks the run to finish what is under way, the second ends it at once."""
+"""SIGINT (Ctrl-C) and SIGTERM: the first one asks the run to finish the work in progress, the second one ends it at once."""
 
 from __future__ import annotations
 
@@ -12,69 +12,72 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+MESSAGE = "capcli: interrupted; finishing the work in progress (interrupt again to exit at once)\n"
+
 
 class Interrupts:
-    """While entered, the first SIGINT or SIGTERM only sets `signal`, which is told; a second ends the program.
+    """A context in which the first SIGINT or SIGTERM only sets `signal`; a second one raises SystemExit.
 
-    A launcher may pass on what the process has heard itself: within `grace` seconds of the first there is no second.
-    Outside the main thread, where Python hears no signals, it does nothing.
+    Unless `quiet`, the first one prints a line. A launcher may send the process a signal that it has already received, so a
+    second one is ignored for `grace` seconds. Outside the main thread, where Python runs no signal handlers, the context
+    has no effect.
     """
 
     def __init__(self, *, quiet: bool, grace: float = 0.0) -> None:
         self.signal: int | None = None
-        self._quiet, self._grace, self._heard = quiet, grace, 0.0
+        self._quiet, self._grace, self._received = quiet, grace, 0.0
         self._process = os.getpid()
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     def asked(self) -> bool:
+        """Whether the run should finish."""
         return self.signal is not None
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a program that a signal ended: 130 or 143; 0 where none came."""
+        """The exit code that a shell expects of a program ended by the signal, 130 or 143; 0 without a signal."""
         return 0 if self.signal is None else 128 + self.signal
 
     def __enter__(self) -> Self:
-        heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        for number in heard:
-            self._before[number] = signal.signal(number, self._heed)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _heed(self, number: int, _frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a fork of ours: the run is its parent's, which ends it
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked child: the parent owns the run and ends its children
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
         if self.signal is not None:
-            if time.monotonic() - self._heard < self._grace:
+            if time.monotonic() - self._received < self._grace:
                 return
             raise SystemExit(128 + number)
-        self.signal, self._heard = number, time.monotonic()
+        self.signal, self._received = number, time.monotonic()
         if not self._quiet:
-            # Past Python's buffers, in whose use the signal may have come; on a terminal, behind its ^C.
-            line = "capcli: finishing what is under way; again, to leave at once\n"
+            # Not through sys.stderr: the signal may have interrupted a write to its buffer. A terminal has printed ^C.
             with contextlib.suppress(OSError):
-                os.write(2, f"{chr(10) if sys.stderr.isatty() else ''}{line}".encode())
+                os.write(2, f"{chr(10) if sys.stderr.isatty() else ''}{MESSAGE}".encode())
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """In it SIGTERM ends the program as an exception does, so that what was begun is cleaned up."""
+    """A context in which SIGTERM raises SystemExit, so that `finally` blocks and other contexts clean up."""
 
     def leave(number: int, _frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():  # where Python lets no handler be set
+    if threading.current_thread() is not threading.main_thread():  # Python sets signal handlers in the main thread only
         yield
         return
-    before = signal.signal(signal.SIGTERM, leave)
+    previous = signal.signal(signal.SIGTERM, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)

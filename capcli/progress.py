@@ -1,4 +1,4 @@
-"""How a run goes: its counts, a bar or now and then a line while it lasts, and one line at its end."""
+"""Counts of a run, and their display: a progress bar on a terminal, otherwise a line from time to time, and a summary."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any, Protocol, Self
 
 from capcli.records import Caption, Failure
 
-PLAIN_EVERY = 30.0  # seconds between lines where standard error is no terminal
-BAR_EVERY = 0.1
+PLAIN_EVERY = 30.0  # seconds between lines if standard error is not a terminal
+BAR_EVERY = 0.1  # seconds between updates of the bar
 
 
 class Counted(Protocol):
-    """What progress is shown of: images done, with those that failed, and those that an earlier run did."""
+    """Counts that can be displayed: images done, those of them that failed, images skipped, and images per second."""
 
     @property
     def done(self) -> int: ...
@@ -35,7 +35,7 @@ class Counted(Protocol):
 
 @dataclass(slots=True)
 class Report:
-    """What a run did so far. `failed` counts this run, `on_record` the failures of earlier ones that still stand."""
+    """Counts of a caption run. `skipped` images were done by earlier runs, `on_record` images failed in earlier runs."""
 
     captioned: int = 0
     failed: int = 0
@@ -51,10 +51,12 @@ class Report:
 
     @property
     def done(self) -> int:
+        """Images of this run, failures included."""
         return self.captioned + self.failed
 
     @property
     def seen(self) -> int:
+        """Images of this run and of earlier runs."""
         return self.done + self.skipped
 
     @property
@@ -68,9 +70,11 @@ class Report:
 
     @property
     def exit_code(self) -> int:
+        """3 if any image failed, in this run or an earlier one, otherwise 0."""
         return 3 if self.failed or self.on_record else 0
 
     def line(self) -> str:
+        """The summary of the run."""
         them = "it" if self.on_record == 1 else "them"
         old = f" ({self.on_record} failed before: --retry-failed tries {them} again)" if self.on_record else ""
         done = f"{self.captioned} captioned, {self.skipped} skipped, {self.failed} failed{old}"
@@ -78,15 +82,16 @@ class Report:
 
 
 class Progress:
-    """Shows a report on standard error until it is closed: a bar on a terminal, else a line now and then.
+    """A context that displays a report on standard error, if `shown`: a bar on a terminal, otherwise a line every 30 s.
 
-    `total` counts what there is to do and may take its time: it runs in a thread of its own; None where nobody can know.
+    `total` returns the number of images of the run, including skipped ones. It may be slow: it is called in a thread. None
+    means that the number cannot be known.
     """
 
     def __init__(
         self, report: Counted, *, shown: bool, total: Callable[[], int] | None, task: str = "captioning"
     ) -> None:
-        self._report, self._shown, self._what = report, shown, task
+        self._report, self._shown, self._label = report, shown, task
         self._total: int | None = None
         self._bar: Any = None
         self._next = time.monotonic() + (BAR_EVERY if sys.stderr.isatty() else PLAIN_EVERY)
@@ -96,7 +101,7 @@ class Progress:
     def __enter__(self) -> Self:
         if self._shown and sys.stderr.isatty():
             self._bar = make_bar()
-            self._task = self._bar.add_task(self._what, total=None, failed=0, rate=0.0)
+            self._task = self._bar.add_task(self._label, total=None, failed=0, rate=0.0)
             self._bar.start()
         return self
 
@@ -104,52 +109,56 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._draw()
+            self._update_bar()
             self._bar.stop()
 
     def update(self) -> None:
-        """To be called often; shows something when it is time."""
+        """Displays the report if enough time has passed since the last display. Cheap enough to be called per image."""
         if not self._shown or time.monotonic() < self._next:
             return
         self._next = time.monotonic() + (PLAIN_EVERY if self._bar is None else BAR_EVERY)
         if self._bar is not None:
-            self._draw()
+            self._update_bar()
         else:
-            say(self._words())
+            say(self._line())
 
     def _count(self, total: Callable[[], int]) -> None:
         self._total = total()
 
-    def _draw(self) -> None:
-        report = self._report
-        total = None if self._total is None else max(report.done, self._total - report.skipped)
-        self._bar.update(self._task, completed=report.done, total=total, failed=report.failed, rate=report.rate)
+    def _images(self) -> int | None:
+        """The number of images that this run has to do, if it is known."""
+        return None if self._total is None else max(self._report.done, self._total - self._report.skipped)
 
-    def _words(self) -> str:
-        report, done = self._report, self._report.done
-        total = None if self._total is None else max(done, self._total - report.skipped)
-        of = "" if total is None else f" of {total}"
-        left = "" if total is None or not done else f", {duration((total - done) / report.rate)} left"
-        return f"{done}{of} done, {report.failed} failed, {report.rate:.1f} images/s{left}"
+    def _update_bar(self) -> None:
+        report = self._report
+        self._bar.update(
+            self._task, completed=report.done, total=self._images(), failed=report.failed, rate=report.rate
+        )
+
+    def _line(self) -> str:
+        report, images = self._report, self._images()
+        of = "" if images is None else f" of {images}"
+        left = "" if images is None or not report.done else f", {duration((images - report.done) / report.rate)} left"
+        return f"{report.done}{of} done, {report.failed} failed, {report.rate:.1f} images/s{left}"
 
 
 def say(line: str) -> None:
-    """A line on standard error. Where nobody reads it any more the run goes on: what counts is in its files."""
+    """Prints a line on standard error. If that is closed, the run continues without messages."""
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2)  # the interpreter would fail at its end on what is left in the buffer
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)  # otherwise the interpreter fails at exit, when it flushes the buffer
+        os.close(null)
 
 
 def warn(line: str) -> None:
-    """A line on standard error that says who speaks."""
+    """Prints a line on standard error that starts with the name of the program."""
     say(f"capcli: {line}")
 
 
 def make_bar() -> Any:
-    """A rich progress bar: done, total, failures, images per second, time left."""
+    """A rich progress bar: images done, total, failures, images per second, time left."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -166,7 +175,7 @@ def make_bar() -> Any:
 
 
 def duration(seconds: float) -> str:
-    """A rough time for people: 40 s, 12 min, 3 h 5 min."""
+    """A rounded duration: `40 s`, `12 min`, `3 h 5 min`."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""What travels through a run: an entry, then its pixels, then its captions; or, at any point, its failure."""
+"""The records of a run: an entry becomes a loaded image, and that its captions. At any step it may become a failure."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the command line reads this file, and is quick without numpy
+if TYPE_CHECKING:  # the command line imports this module and must not import NumPy
     import numpy as np
     import numpy.typing as npt
 
-FACTS = ("width", "height", "format", "mode", "bytes", "sha256")  # what can be asked for of an image's file
+FACTS = ("width", "height", "format", "mode", "bytes", "sha256")  # properties of an image file that a row can contain
 Facts = Mapping[str, str | int]
 
 
@@ -18,35 +18,34 @@ Facts = Mapping[str, str | int]
 class Entry:
     """One image that a source lists.
 
-    `name` is what it is recorded under, `path` what is opened. Both may hold any bytes but NUL: those that are not UTF-8
-    are lone surrogates (`os.fsdecode`). `question` are the ids that the encoder reads
-    beside it, where it is asked one of its own.
+    `name` is the image's name in the output, `path` the file to open. Both may contain any bytes but NUL; those that are not
+    UTF-8 are lone surrogates (`os.fsdecode`). `encoder_ids` holds the token ids that the encoder reads with this image, for
+    example of its tags; without any, those of the run's settings apply.
     """
 
     name: str
     path: str
-    question: tuple[int, ...] = ()
+    encoder_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """An image as the captioner takes it: `pixels` uint8 [height, width, 3], before rescaling and normalisation.
+    """An image as the captioner takes it: `pixels` uint8 [height, width, 3], before rescaling and normalization.
 
-    Where images are encoded anew, to be stored, `pixels` is the new file's bytes, uint8 [n].
-
-    `facts` holds what was asked for of the file itself (`width`, `height`, `sha256`, ...), the size after orientation.
-    `question` is its entry's.
+    Where images are encoded again to be stored, `pixels` is the content of the new file, uint8 [n]. `facts` holds the
+    requested properties of the original file (`width`, `height`, `sha256`, ...), the size after orientation. `encoder_ids` is
+    that of the entry.
     """
 
     name: str
     pixels: npt.NDArray[np.uint8]
     facts: Facts = field(default_factory=dict)
-    question: tuple[int, ...] = ()
+    encoder_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One caption of an image; `score` is the mean raw log-probability of its tokens, the end token included."""
+    """One caption of an image. `score` is the mean raw log-probability of its tokens, the end token included."""
 
     text: str
     score: float
@@ -54,7 +53,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """The captions of one image, best first; never empty."""
+    """The captions of one image, best first; at least one."""
 
     name: str
     candidates: tuple[Candidate, ...]
@@ -62,16 +61,18 @@ class Caption:
 
     @property
     def text(self) -> str:
+        """The text of the best caption."""
         return self.candidates[0].text
 
     @property
     def score(self) -> float:
+        """The score of the best caption."""
         return self.candidates[0].score
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An image that could not be captioned: `error` is one word for programs, `message` one line for people."""
+    """An image that could not be captioned. `error` is a machine-readable code, `message` one line of text."""
 
     name: str
     error: str
@@ -80,7 +81,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An image inside a dataset on disk: its file's bytes are in row `row` of the split in `folder`, in `column`."""
+    """An image in a dataset on disk: the bytes of its file are in row `row` and column `column` of the split in `folder`."""
 
     folder: str
     row: int
@@ -89,11 +90,12 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """An image with its captions, as annotations give it.
+    """An image with its captions, as annotations state them.
 
-    `name` is what the annotations call it (COCO's `file_name`, a table's cell), and `image` where it is: a path, a row of
-    a dataset on disk, or None where nothing looked for it (references). `captions` holds no empty one and may be empty
-    itself. `split` is "train", "val", "test", or None where the annotations do not say. `tags` are words on the image.
+    `name` is the name in the annotations (COCO's `file_name`, a cell of a table). `image` is where the image is: a path, a
+    row of a dataset on disk, or None if it was not looked up (references). `captions` contains no empty caption, and may be
+    empty itself. `split` is "train", "val", "test", or None if the annotations do not state it. `tags` is text that
+    describes the image.
     """
 
     name: str

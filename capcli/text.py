@@ -1,4 +1,7 @@
-"""Text without torch: names of images that may not be UTF-8, option names, and the cells of caption tables."""
+"""Image names as bytes and as printable text, small pieces of message text, and cells of annotation tables as text.
+
+A name may contain any bytes but NUL. Bytes that are not UTF-8 are lone surrogates, as `os.fsdecode` returns them.
+"""
 
 from __future__ import annotations
 
@@ -8,46 +11,47 @@ import unicodedata
 
 _BREAKS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_LONGEST_NAME = 200  # characters of a name in a message
 
 
 def raw_bytes(name: str) -> bytes:
-    """The bytes a name stands for; two names are the same when these are."""
+    """The bytes of a name. Two names are the same if their bytes are."""
     try:
         return name.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # half a UTF-16 pair, which Windows allows in names
+    except UnicodeEncodeError:  # half a UTF-16 surrogate pair, which names written on Windows may contain
         return name.encode("utf-8", "surrogatepass")
 
 
 def is_text(name: str) -> bool:
-    """Whether the name can be written as UTF-8."""
+    """Whether the name can be encoded as UTF-8."""
     return _SURROGATE.search(name) is None
 
 
 def as_text(text: str) -> str:
-    """The text with U+FFFD for every byte that is not UTF-8."""
+    """The text with U+FFFD in place of each byte that is not UTF-8."""
     return _SURROGATE.sub("\ufffd", text)
 
 
 def printable(text: str) -> str:
-    """The text with all that could drive a terminal written as escapes."""
+    """The text with escapes in place of characters that could control a terminal."""
     if text.isprintable():
         return text
-    return "".join(map(_shown, text))
+    return "".join(map(_escaped, text))
 
 
 def brief(name: str) -> str:
-    """The name as a message bears it: `printable`, and cut where it is longer than names are."""
-    return printable(name if len(name) <= 200 else f"{name[:200]}…")
+    """The name for a message: `printable`, and shortened if it is longer than 200 characters."""
+    return printable(name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…")
 
 
 def flag(name: str) -> str:
-    """The option by which the command line sets a field of this name."""
+    """The command-line option of the field `name`: `--num-beams` of `num_beams`."""
     return f"--{name.replace('_', '-')}"
 
 
-def counted(number: int, word: str) -> str:
-    """The number with its word, as many as it takes."""
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str) -> str:
+    """The number and the noun, in the plural where needed: `1 image`, `2,000 images`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def clean(text: str) -> str:
@@ -80,7 +84,7 @@ def tag_text(value: object) -> str:
     return "" if value is None or value != value else clean(str(value))  # only NaN differs from itself
 
 
-def _shown(character: str) -> str:
+def _escaped(character: str) -> str:
     if character.isprintable() or unicodedata.category(character) == "Zs":
         return character
     if "\udc80" <= character <= "\udcff":

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
 
-from capcli.decoding.capacity import paying_slots
-from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
+from capcli.decoding.loop import IterableFeed, Job, decode
 from capcli.decoding.settings import Settings
+from capcli.decoding.shapes import Shapes, useful_slots
 from capcli.models.attention import use_attention
 from capcli.models.packing import keep_memory_mapped, speed_up
 from capcli.models.vision_encoder_decoder import Encode, Step
@@ -79,7 +79,7 @@ def ours(options: argparse.Namespace) -> Callable[[], Captions]:
         speed_up(step)
     runtime = Eager(encode.eval(), step.eval(), device)
     settings = Settings((START,), (), TOKENS, num_beams=options.num_beams)
-    slots = min(paying_slots(runtime.device, settings), options.images)
+    slots = min(useful_slots(runtime.device, settings), options.images)
     jobs = [Job(index, image) for index, image in enumerate(pictures(options.images))]
 
     def run() -> Captions:

@@ -26,7 +26,7 @@ import torch
 from capcli.captioning.captioner import Captioner
 from capcli.captioning.pipeline import CaptionRun, wanted_entries
 from capcli.captioning.plan import choose_shapes, earlier_naming, new_run_file, search_settings
-from capcli.decoding.loop import Shapes
+from capcli.decoding.shapes import Shapes
 from capcli.loading import Loading, load
 from capcli.options import CaptionOptions, GenerationOptions, SinkOptions, SourceOptions
 from capcli.progress import Report

@@ -20,12 +20,12 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
+from capcli.cli.model import leave_cores_to
 from transformers import VisionEncoderDecoderModel
 
 from capcli import Captioner
-from capcli.cli.model import leave_cores_to
-from capcli.decoding.loop import Shapes
 from capcli.decoding.search import make_search
+from capcli.decoding.shapes import Shapes
 from capcli.models.packing import keep_memory_mapped
 from capcli.options import GenerationOptions
 
@@ -63,7 +63,7 @@ def of_capcli(folder: str, slots: int) -> Measure:
             runtime.allocate(Shapes(slots, slots), settings)
             search = make_search(settings, slots, runtime.device)
             runtime.admit(runtime.encode(images, [settings.question] * slots), range(slots))
-            search.seat(list(range(slots)), [0] * slots)
+            search.admit(list(range(slots)), [0] * slots)
             search.advance(runtime.step(*search.inputs()))
             stepping, began = 0.0, time.perf_counter()
             for _ in range(TOKENS - 1):

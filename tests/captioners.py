@@ -24,10 +24,11 @@ from transformers import (
     ViTConfig,
 )
 
-from capcli.decoding.loop import IterableFeed, Job, Shapes
+from capcli.decoding.loop import IterableFeed, Job
 from capcli.decoding.parallel import decode_in_parallel
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import Settings
+from capcli.decoding.shapes import Shapes
 from capcli.models.attention import use_attention
 from capcli.models.families import family_of
 from capcli.models.modules import Encode, Step
@@ -171,13 +172,15 @@ def captions(
     shapes: Shapes = Shapes(4, 2),  # noqa: B008
     keys: Sequence[int] | None = None,
     lag: int = 0,
-    questions: Sequence[tuple[int, ...]] | None = None,
+    encoder_ids: Sequence[tuple[int, ...]] | None = None,
 ) -> list[list[Hypothesis]]:
     """What capcli says of each of `images`."""
-    jobs = [Job(i, image, keys[i] if keys else 0, questions[i] if questions else ()) for i, image in enumerate(images)]
+    jobs = [
+        Job(i, image, keys[i] if keys else 0, encoder_ids[i] if encoder_ids else ()) for i, image in enumerate(images)
+    ]
     found = {}
     for done in chain.from_iterable(
-        decode_in_parallel(IterableFeed(jobs), eager(model, lag).beside(shapes.loops), settings, shapes)
+        decode_in_parallel(IterableFeed(jobs), eager(model, lag).replicas(shapes.loops), settings, shapes)
     ):
         assert done.tag not in found, "captioned twice"
         found[done.tag] = done.hypotheses

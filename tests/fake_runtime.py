@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from capcli.decoding.loop import Job, Shapes
+from capcli.decoding.loop import Job
 from capcli.decoding.settings import Settings
+from capcli.decoding.shapes import Shapes
 
 VOCABULARY, END, START = 23, 22, 0
 BROKEN = 255  # an image of this number makes no finite memory
@@ -78,10 +79,10 @@ class FakeRuntime:
         self.seated = {}
         self.call()
 
-    def encode(self, pixels: np.ndarray, questions: Sequence[Sequence[int]]) -> Chunk:
+    def encode(self, pixels: np.ndarray, encoder_ids: Sequence[Sequence[int]]) -> Chunk:
         self.call()
         assert pixels.shape == (self.shapes.chunk, 2, 2, 3), "encode has one shape"
-        assert len(questions) == len(pixels)
+        assert len(encoder_ids) == len(pixels)
         self.encoded += 1
         return Chunk(pixels[:, 0, 0, 0].tolist(), self._slow.pop(0) if self._slow else 0)
 

@@ -243,7 +243,7 @@ def florence2_norm(model: Any) -> Any:
     return model.model.language_model.decoder.layers[-1].final_layer_norm
 
 
-def question(model: Any, prompt: tuple[int, ...] = ()) -> tuple[int, ...]:
+def encoder_ids(model: Any, prompt: tuple[int, ...] = ()) -> tuple[int, ...]:
     """What an encoder that reads a question is asked."""
     start = (START,) if model.config.model_type == "florence2" else ()
     return (*start, *(prompt or (5, 6)), END)
@@ -251,18 +251,18 @@ def question(model: Any, prompt: tuple[int, ...] = ()) -> tuple[int, ...]:
 
 def asks(model: Any) -> bool:
     """Whether its encoder reads a question."""
-    return hasattr(family_of(model.config.to_dict()), "question")
+    return hasattr(family_of(model.config.to_dict()), "encoder_prompt")
 
 
 def prompted(model: Any, prompt: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
     """A prompt as each family's `generate()` takes it; [1, W]."""
     kind = model.config.model_type
     if kind == "florence2":
-        return {"input_ids": torch.tensor([[IMAGE] * IMAGE_TOKENS + list(question(model, prompt))])}
+        return {"input_ids": torch.tensor([[IMAGE] * IMAGE_TOKENS + list(encoder_ids(model, prompt))])}
     if kind == "prefix-captioner":
         return {"input_ids": torch.tensor([[START, *prompt]])}
     if asks(model):
-        return {"input_ids": torch.tensor([question(model, prompt)])}
+        return {"input_ids": torch.tensor([encoder_ids(model, prompt)])}
     if not prompt:
         return {}
     if kind == "blip":  # which puts its start token over the first and leaves the last away

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from captioners import captions, modules, values
-from families import asks, prompted, question
+from families import asks, encoder_ids, prompted
 from transformers import GenerationConfig, PreTrainedModel
 
 from capcli.decoding import noise
-from capcli.decoding.loop import Shapes
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import NO_TOKEN, Settings, resolve
+from capcli.decoding.shapes import Shapes
 from capcli.models.families import family_of
 from capcli.options import GenerationOptions
 
@@ -41,9 +41,9 @@ class Case:
         config = model.config.to_dict()
         own = family_of(config).generation(config, self.config(model).to_dict())
         if asks(model):
-            return replace(resolve(own, GenerationOptions(**self.given)), question=question(model, self.prompt))
+            return replace(resolve(own, GenerationOptions(**self.given)), encoder_ids=encoder_ids(model, self.prompt))
         empty = (NO_TOKEN,) * getattr(model.config, "tag_tokens", 0)
-        return replace(resolve(own, GenerationOptions(**self.given), self.prompt), question=empty)
+        return replace(resolve(own, GenerationOptions(**self.given), self.prompt), encoder_ids=empty)
 
 
 @dataclass(frozen=True)

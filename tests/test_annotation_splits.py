@@ -1,4 +1,4 @@
-"""Which images are trained on and which validate; and every image decoded once, before that."""
+"""Which images are for training and which for validation; and the check that each can be decoded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def names(images: list[Annotated]) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """200 empty files and their captions, two of each; reading opens none of the images."""
+    """200 empty files with two captions each; reading opens no image."""
     for name in NAMES:
         (tmp_path / name).touch()
     rows = [f"{name},caption {number} of {name}" for number in (1, 2) for name in NAMES]
@@ -47,14 +47,14 @@ def listed(path: Path, images: list[str]) -> Path:
     return path
 
 
-def test_nothing_says_what_validates(folder: Path) -> None:
+def test_all_images_are_for_training_by_default(folder: Path) -> None:
     found = split(folder / "captions.csv")
     assert (names(found.train), found.val) == (NAMES, [])
     assert {image.split for image in found.train} == {"train"}
     assert (found.report.images, found.report.captions) == (200, 400)
 
 
-def test_a_share_is_drawn_by_image(folder: Path) -> None:
+def test_validation_images_are_drawn_by_image(folder: Path) -> None:
     found = split(folder / "captions.csv", val_fraction=0.1)
     assert (len(found.train), len(found.val)) == (180, 20)
     assert sorted(names(found.train) + names(found.val)) == NAMES
@@ -70,7 +70,7 @@ def test_a_share_is_drawn_by_image(folder: Path) -> None:
     assert names(again.val) != names(found.val)
 
 
-def test_a_share_of_few_leaves_one_on_either_side(folder: Path) -> None:
+def test_a_share_of_few_images_leaves_one_on_either_side(folder: Path) -> None:
     for count, share, sizes in ((2, 0.01, (1, 1)), (2, 0.99, (1, 1)), (1, 0.5, (1, 0)), (3, 0.99, (1, 2))):
         rows = [f"{name},x" for name in NAMES[:count]]
         (folder / "few.csv").write_text("\n".join(["image,caption", *rows]))
@@ -110,7 +110,7 @@ def test_lists_of_names(folder: Path) -> None:
     assert (sorted(names(drawn.train) + names(drawn.val)), len(drawn.val)) == (NAMES[:100], 10)
 
 
-def test_images_that_no_list_names_need_not_be_there(folder: Path) -> None:
+def test_images_in_no_list_may_be_missing(folder: Path) -> None:
     for name in NAMES[100:]:
         (folder / name).unlink()
     train, val = listed(folder / "t", NAMES[:90]), listed(folder / "v", NAMES[90:101])
@@ -119,7 +119,7 @@ def test_images_that_no_list_names_need_not_be_there(folder: Path) -> None:
     assert found.report.line() == "100 images, 200 captions; left out: 1 missing"
 
 
-def test_a_list_of_other_names_is_an_error_with_an_example_of_each(folder: Path) -> None:
+def test_a_list_of_other_names_is_an_error_with_examples(folder: Path) -> None:
     with pytest.raises(CapcliError, match=r"v and the data .*: other\.png in the list, 000\.jpg in the data"):
         split(folder / "captions.csv", val_names=listed(folder / "v", ["other.png"]))
     with pytest.raises(CapcliError, match="lists no image"):
@@ -128,7 +128,7 @@ def test_a_list_of_other_names_is_an_error_with_an_example_of_each(folder: Path)
         split(folder / "captions.csv", val_names=folder / "nowhere")
 
 
-def test_one_name_in_two_folders_is_not_guessed_at(tmp_path: Path) -> None:
+def test_a_name_in_two_folders_matches_neither(tmp_path: Path) -> None:
     paint(tmp_path, "x/1.jpg", "y/1.jpg", "y/2.jpg")
     (tmp_path / "c.csv").write_text("image,caption\nx/1.jpg,a\ny/1.jpg,b\ny/2.jpg,c\n")
     found = split(tmp_path / "c.csv", val_names=listed(tmp_path / "v", ["1.jpg", "2.jpg"]))
@@ -136,7 +136,7 @@ def test_one_name_in_two_folders_is_not_guessed_at(tmp_path: Path) -> None:
     assert len(found.report.notes) == 1
 
 
-def test_splits_that_the_annotations_say(folder: Path) -> None:
+def test_splits_of_the_annotations(folder: Path) -> None:
     words = ["train", "restval", "Validation", "dev", "test", ""]
     images = [
         {"filename": name, "split": word, "sentences": [{"raw": name}]}
@@ -152,7 +152,7 @@ def test_splits_that_the_annotations_say(folder: Path) -> None:
     assert (names(named.train), names(named.val)) == (["000.jpg"], ["002.jpg"])
 
 
-def test_an_image_whose_rows_are_in_both_splits_is_held_out(folder: Path) -> None:
+def test_an_image_with_rows_in_two_splits_is_held_out(folder: Path) -> None:
     rows = ["000.jpg,a,train", "001.jpg,b,train", "./000.jpg,c,val", "001.jpg,d,test", "002.jpg,e,train"]
     (folder / "t.csv").write_text("\n".join(["image,caption,split", *rows]))
     found = split(folder / "t.csv")
@@ -161,7 +161,7 @@ def test_an_image_whose_rows_are_in_both_splits_is_held_out(folder: Path) -> Non
     assert [note for note in found.report.notes if note.startswith("2 images in more than one split")]
 
 
-def test_validation_data_of_its_own(folder: Path) -> None:
+def test_separate_validation_data(folder: Path) -> None:
     rows = [f"{name},x,{word}" for name, word in zip(NAMES[150:153], ("val", "test", "train"), strict=True)]
     (folder / "val.csv").write_text("\n".join(["image,caption,split", *rows]))
     found = split(folder / "captions.csv", val_data=(str(folder / "val.csv"),))
@@ -187,13 +187,13 @@ def test_limits(folder: Path) -> None:
     assert len(split(folder / "captions.csv", train_limit=0.0001).train) == 1
 
 
-def test_all_test_is_an_error(folder: Path) -> None:
+def test_test_images_alone_are_an_error(folder: Path) -> None:
     (folder / "t.csv").write_text("image,caption,split\n000.jpg,x,test\n")
-    with pytest.raises(CapcliError, match=r"t\.csv: nothing is left"):
+    with pytest.raises(CapcliError, match=r"t\.csv: no image is left"):
         split(folder / "t.csv")
 
 
-def test_prepared_data_against_itself(tmp_path: Path) -> None:
+def test_prepared_data_as_its_own_validation_data(tmp_path: Path) -> None:
     import datasets
 
     pictures = [{"bytes": (paint(tmp_path, "a.png", seed=n) / "a.png").read_bytes(), "path": None} for n in range(6)]
@@ -227,8 +227,8 @@ def test_broken_images_are_found_and_left_out(tmp_path: Path, workers: int) -> N
     (tmp_path / "t.csv").write_text("image,caption\n" + rows)
     report = DataReport()
     images = list(read_annotations([str(tmp_path / "t.csv")], DataOptions(), locate=True, report=report))
-    heard: list[tuple[int, int]] = []
-    good = check_images(images, report, workers=workers, progress=lambda *counts: heard.append(counts))
+    calls: list[tuple[int, int]] = []
+    good = check_images(images, report, workers=workers, progress=lambda *counts: calls.append(counts))
     assert names(good) == ["a.jpg", "c.webp"]
     assert {failure.name: failure.error for failure in report.failures} == {
         "b.png": "unreadable",
@@ -236,12 +236,12 @@ def test_broken_images_are_found_and_left_out(tmp_path: Path, workers: int) -> N
         "e.gif": "unknown-format",
         "f.jpg": "missing",
     }
-    assert heard == [(number, 5) for number in range(1, 6)]
+    assert calls == [(number, 5) for number in range(1, 6)]
     assert (report.images, report.captions) == (2, 4)
     assert report.line() == "2 images, 4 captions; left out: 1 missing, 3 broken"
 
 
-def test_no_good_image_is_an_error(tmp_path: Path) -> None:
+def test_it_is_an_error_if_no_image_can_be_decoded(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("no image")
     image = Annotated("a.jpg", str(tmp_path / "a.jpg"), ("x",))
     with pytest.raises(CapcliError, match=r"none of 1 image.*a\.jpg: it is not an image"):
@@ -253,7 +253,7 @@ def test_no_good_image_is_an_error(tmp_path: Path) -> None:
 
 
 @needs_data
-def test_flickr8k_s_own_lists() -> None:
+def test_the_lists_of_flickr8k() -> None:
     flickr = DATA / "flickr8k"
     found = split(flickr / "captions.txt", train_names=flickr / "train.txt", val_names=flickr / "val.txt")
     assert (len(found.train), len(found.val)) == (6000, 1000)

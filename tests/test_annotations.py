@@ -1,9 +1,11 @@
-"""Images with captions, read from every format people have them in."""
+"""Images with captions, read from every format that is known."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
+import gc
 import json
 import os
 import re
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 from running import paint
 
 from capcli.annotations import DataReport, read_annotations
+from capcli.annotations.reading import garbage_collection_paused
 from capcli.errors import CapcliError, UsageError
 from capcli.options import DataOptions
 from capcli.records import Annotated, Stored
@@ -35,7 +38,7 @@ def read(*paths: Path, report: DataReport | None = None, locate: bool = True, **
     return list(read_annotations(names, wanted, locate=locate, report=DataReport() if report is None else report))
 
 
-def said(images: list[Annotated]) -> dict[str, tuple[str, ...]]:
+def captions_by_name(images: list[Annotated]) -> dict[str, tuple[str, ...]]:
     return {image.name: image.captions for image in images}
 
 
@@ -101,7 +104,7 @@ FILES: dict[str, str | bytes | object] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_format_of_one_file_says_the_same(photos: Path, name: str) -> None:
+def test_every_file_format_gives_the_same_captions(photos: Path, name: str) -> None:
     report = DataReport()
     images = read(write(photos / name, FILES[name]), report=report)
     assert {os.path.basename(str(image.image)): image.captions for image in images} == TWO
@@ -114,7 +117,7 @@ def test_every_format_of_one_file_says_the_same(photos: Path, name: str) -> None
 def test_references_need_no_images(tmp_path: Path, name: str) -> None:
     images = read(write(tmp_path / name, FILES[name]), locate=False)
     stem = name == "kohya.json"
-    assert said(images) == {os.path.splitext(key)[0] if stem else key: value for key, value in TWO.items()}
+    assert captions_by_name(images) == {os.path.splitext(key)[0] if stem else key: value for key, value in TWO.items()}
     assert {image.image for image in images} == {None}
 
 
@@ -123,7 +126,7 @@ def test_images_come_in_the_order_of_their_first_row(photos: Path) -> None:
     assert [(image.name, image.captions) for image in read(table)] == [("b.png", ("1", "3")), ("a.jpg", ("2",))]
 
 
-def test_columns_are_those_that_are_named(photos: Path) -> None:
+def test_the_named_columns_are_read(photos: Path) -> None:
     table = write(photos / "t.csv", "image,photo,caption,said,part\nx,a.jpg,no,yes,dev\nx,b.png,no,yes,TEST\n")
     images = read(table, image_column="photo", caption_column="Said", split_column="part")
     assert [(image.name, image.captions, image.split) for image in images] == [
@@ -132,13 +135,16 @@ def test_columns_are_those_that_are_named(photos: Path) -> None:
     ]
 
 
-def test_columns_of_a_table_without_header_go_by_number(photos: Path) -> None:
+def test_columns_of_a_table_without_header_are_given_by_number(photos: Path) -> None:
     table = write(photos / "t.tsv", "A dog\t7\ta.jpg\nA cat\t8\tb.png\n")
-    assert said(read(table, image_column="3", caption_column="1")) == {"a.jpg": ("A dog",), "b.png": ("A cat",)}
+    assert captions_by_name(read(table, image_column="3", caption_column="1")) == {
+        "a.jpg": ("A dog",),
+        "b.png": ("A cat",),
+    }
 
 
 @pytest.mark.parametrize(
-    ("options", "kind", "words"),
+    ("options", "kind", "parts"),
     [
         ({"image_column": "foto"}, UsageError, ("t.csv", "'foto'", "picture, words")),
         ({"caption_column": "x", "image_column": "picture"}, UsageError, ("'x'", "picture, words")),
@@ -152,8 +158,8 @@ def test_columns_of_a_table_without_header_go_by_number(photos: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-def test_a_column_that_is_not_there(
-    photos: Path, options: dict[str, str], kind: type[CapcliError], words: tuple[str, ...], suffix: str
+def test_a_missing_column_is_an_error_that_lists_the_columns(
+    photos: Path, options: dict[str, str], kind: type[CapcliError], parts: tuple[str, ...], suffix: str
 ) -> None:
     table = photos / f"t.{suffix}"
     if suffix == "csv":
@@ -165,14 +171,14 @@ def test_a_column_that_is_not_there(
     with pytest.raises(CapcliError) as caught:
         read(table, **options)
     assert type(caught.value) is kind
-    for word in (*words, table.name):
-        assert word.replace("t.csv", table.name) in str(caught.value)
+    for part in (*parts, table.name):
+        assert part.replace("t.csv", table.name) in str(caught.value)
 
 
-def test_captions_are_stripped_and_made_one_line_and_nothing_else(photos: Path) -> None:
+def test_captions_are_stripped_and_put_on_one_line(photos: Path) -> None:
     odd = "  Zwei  Hunde,\t„los“ \r\n und\u2028weg 🐕 \u00a0"
     table = write(photos / "t.jsonl", json.dumps({"file_name": "a.jpg", "text": odd}))
-    assert said(read(table)) == {"a.jpg": ("Zwei  Hunde,\t„los“   und weg 🐕",)}
+    assert captions_by_name(read(table)) == {"a.jpg": ("Zwei  Hunde,\t„los“   und weg 🐕",)}
 
 
 def test_cells_with_separators_quotes_and_breaks(photos: Path) -> None:
@@ -181,13 +187,13 @@ def test_cells_with_separators_quotes_and_breaks(photos: Path) -> None:
         'image,caption\na.jpg,one, two , three\na.jpg,"one, ""two"""\na.jpg,5" and 6" boards\na.jpg,"up\ndown"\n'
         'b.png,"A ""dog"", red",\n',
     )
-    assert said(read(table)) == {
+    assert captions_by_name(read(table)) == {
         "a.jpg": ("one, two , three", 'one, "two"', '5" and 6" boards', "up down"),
         "b.png": ('A "dog", red',),
     }
 
 
-def test_what_is_empty_is_left_out_and_listed(photos: Path) -> None:
+def test_empty_captions_are_left_out_and_listed(photos: Path) -> None:
     rows: list[dict[str, object]] = [
         {"file_name": "a.jpg", "captions": ["A dog.", "", None, " \n\u00a0", 12, float("nan"), 1.5]},
         {"file_name": "b.png", "text": None},
@@ -197,7 +203,7 @@ def test_what_is_empty_is_left_out_and_listed(photos: Path) -> None:
     ]
     table = write(photos / "t.jsonl", "\n".join(map(json.dumps, rows)))
     report = DataReport()
-    assert said(read(table, report=report)) == {"a.jpg": ("A dog.", "12", "1.5")}
+    assert captions_by_name(read(table, report=report)) == {"a.jpg": ("A dog.", "12", "1.5")}
     assert [(failure.name, failure.error) for failure in report.failures] == [
         *[("a.jpg", "empty-caption")] * 4,
         ("b.png", "empty-caption"),
@@ -215,14 +221,14 @@ def test_what_is_empty_is_left_out_and_listed(photos: Path) -> None:
     assert not (photos / "data.failures.jsonl").exists()
 
 
-def test_flickr30k_s_broken_row_is_an_empty_caption(photos: Path) -> None:
+def test_the_broken_row_of_flickr30k_is_an_empty_caption(photos: Path) -> None:
     table = write(photos / "t.csv", "image_name| comment_number| comment\na.jpg| 3| A dog .\na.jpg| 4   A dog runs .\n")
     report = DataReport()
-    assert said(read(table, report=report)) == {"a.jpg": ("A dog .",)}
+    assert captions_by_name(read(table, report=report)) == {"a.jpg": ("A dog .",)}
     assert report.empty_captions == 1
 
 
-def test_a_caption_is_kept_twice_when_one_file_says_it_twice(photos: Path) -> None:
+def test_a_caption_repeated_within_one_file_is_kept_twice(photos: Path) -> None:
     one = write(photos / "1.csv", "image,caption\na.jpg,A dog\na.jpg,A dog\n")
     two = write(photos / "2.csv", "image,caption\n./a.jpg,A dog\na.jpg,Ein Hund\na.jpg,Ein Hund\n")
     for locate in (True, False):
@@ -231,12 +237,12 @@ def test_a_caption_is_kept_twice_when_one_file_says_it_twice(photos: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "parts"),
     [
         ("cut.json", json.dumps(COCO)[:-30], ("line 1", "cut short")),
         ("cut-pretty.json", json.dumps(COCO, indent=1)[:-30], ("line", "column", "cut short")),
         ("cut.jsonl", '{"image": "a.jpg", "text": "x', ("line 1", "cut short")),
-        ("no-lines.jsonl", '{"image": \n{"image": "a.jpg\n', ("line 2", "no JSON")),
+        ("no-lines.jsonl", '{"image": \n{"image": "a.jpg\n', ("line 2", "not JSON")),
         ("latin.csv", "image,caption\na.jpg,ok\na.jpg,caf\xe9\n".encode("latin-1"), ("line 3", "UTF-8")),
         (
             "latin.jsonl",
@@ -264,28 +270,28 @@ def test_a_caption_is_kept_twice_when_one_file_says_it_twice(photos: Path) -> No
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_clear_error(
-    photos: Path, name: str, content: str | bytes | object, words: tuple[str, ...]
+    photos: Path, name: str, content: str | bytes | object, parts: tuple[str, ...]
 ) -> None:
     path = write(photos / name, content)
-    if not words:  # a column called split may hold anything, unless it was named
+    if not parts:  # a column called split may have any values, unless the user named it
         assert read(path)[0].split is None
-        words = ("'somewhere'", "train")
+        parts = ("'somewhere'", "train")
     with pytest.raises(CapcliError) as caught:
         read(path, split_column="split" if name == "split.csv" else None)
     assert caught.value.exit_code == 1
-    for word in (name, *words):
-        assert word in str(caught.value)
+    for part in (name, *parts):
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "parts"),
     [
         ("cut.jsonl", LINES[:-8], ("1 row", "line 3", "cut short")),
-        ("no-object.jsonl", '{"image": "a.jpg", "text": "x"}\n[1]\n{]\n', ("2 rows", "line 2", "no object")),
+        ("no-object.jsonl", '{"image": "a.jpg", "text": "x"}\n[1]\n{]\n', ("2 rows", "line 2", "not an object")),
         (
             "first.jsonl",
             '{"image": "b.png", \n{"image": "a.jpg", "text": "x"}\n',
-            ("1 row", "line 1, column", "no JSON"),
+            ("1 row", "line 1, column", "not JSON"),
         ),
         (
             "other.jsonl",
@@ -296,26 +302,26 @@ def test_a_file_that_cannot_be_read_is_one_clear_error(
         ("token.txt", "a.jpg#0\tA dog\nA cat\n", ("1 row", "line 2", "'A cat'")),
     ],
 )
-def test_a_row_that_cannot_be_read_is_told_and_passed_over(
-    photos: Path, name: str, content: str, words: tuple[str, ...]
+def test_a_row_that_cannot_be_read_is_reported_and_skipped(
+    photos: Path, name: str, content: str, parts: tuple[str, ...]
 ) -> None:
     report = DataReport()
     path = write(photos / name, content)
-    assert list(said(read(path, report=report))) == ["a.jpg"]
+    assert list(captions_by_name(read(path, report=report))) == ["a.jpg"]
     [note] = report.notes
-    assert note.startswith(words[0] if "row" in words[0] else "1 row")
-    for word in (f"of {path} cannot be read: passed over; the first: {path}: ", *words):
-        assert word in note
+    assert note.startswith(parts[0] if "row" in parts[0] else "1 row")
+    for part in (f"of {path} cannot be read: skipped; the first: {path}: ", *parts):
+        assert part in note
     assert report.unread == int(note.split()[0])
     assert "that cannot be read" in report.line()
 
 
-def test_what_is_not_there_is_a_usage_error(tmp_path: Path) -> None:
+def test_a_missing_path_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere\.csv: no such file"):
         read(tmp_path / "nowhere.csv")
     with pytest.raises(UsageError, match="no data"):
         read()
-    with pytest.raises(UsageError, match=r"--image-root .*nowhere is no folder"):
+    with pytest.raises(UsageError, match=r"--image-root .*nowhere is not a folder"):
         read(tmp_path, image_root=str(tmp_path / "nowhere"))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UsageError, match="pipe"):
@@ -329,10 +335,10 @@ def test_images_are_found_near_the_annotations(tmp_path: Path, folder: str) -> N
     paint(tmp_path / "annotations" / folder, *TWO)
     images = read(write(tmp_path / "annotations" / "captions_train2014.json", COCO))
     assert all(os.path.isfile(str(image.image)) for image in images)
-    assert said(images) == TWO
+    assert captions_by_name(images) == TWO
 
 
-def test_the_split_s_folder_and_coco_s_release_tell_photos_of_one_name_apart(tmp_path: Path) -> None:
+def test_images_of_one_name_are_found_by_split_folder_and_coco_release(tmp_path: Path) -> None:
     paint(tmp_path, "train/1.jpg", "validation/1.jpg", "val/COCO_val2014_1.jpg", "val2014/COCO_val2014_1.jpg")
     table = "image,caption,split\n1.jpg,here,valid\nCOCO_val2014_1.jpg,coco,test\n"
     images = read(write(tmp_path / "t.csv", table))
@@ -362,25 +368,25 @@ def test_image_root_and_absolute_names(tmp_path: Path) -> None:
     assert report.missing == 1
 
 
-def test_none_found_says_where_was_looked(tmp_path: Path) -> None:
+def test_the_error_names_the_folders_that_were_searched(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     table = write(tmp_path / "t.csv", "image,caption\na.jpg,1\n")
     with pytest.raises(CapcliError) as caught:
         read(table)
-    for word in ("t.csv", "CSV", "a.jpg", f"{tmp_path},", f"{tmp_path}/images", "--image-root"):
-        assert word in str(caught.value)
+    for part in ("t.csv", "CSV", "a.jpg", f"{tmp_path},", f"{tmp_path}/images", "--image-root"):
+        assert part in str(caught.value)
     with pytest.raises(CapcliError, match=r"prepare --url-column"):
         read(write(tmp_path / "t.csv", "image,caption\nhttps://example.org/a.jpg,1\n"))
     with pytest.raises(CapcliError, match=r"no image has a caption.*t\.csv.*columns: image, caption"):
         read(write(tmp_path / "t.csv", "image,caption\na.jpg,\n"))
 
 
-def test_addresses_come_through_as_names(tmp_path: Path) -> None:
+def test_urls_are_names(tmp_path: Path) -> None:
     table = write(tmp_path / "t.tsv", "text\timage_path\nA dog\thttps://example.org/x//a.jpg?y=1\n")
-    assert said(read(table, locate=False)) == {"https://example.org/x//a.jpg?y=1": ("A dog",)}
+    assert captions_by_name(read(table, locate=False)) == {"https://example.org/x//a.jpg?y=1": ("A dog",)}
 
 
-def test_names_of_any_bytes(tmp_path: Path) -> None:
+def test_names_may_have_any_bytes(tmp_path: Path) -> None:
     odd = [b"caf\xe9.jpg", "日本 1.jpg".encode(), b"a#b.jpg", b" lead.jpg", b'q"uo,te.jpg', b"x.jpg#0 y.png"]
     paint(tmp_path, *odd)
     rows = [
@@ -408,11 +414,11 @@ def test_names_in_other_unicode_forms_and_without_suffix(tmp_path: Path) -> None
     assert [os.path.basename(str(image.image)) for image in images] == ["cafe\u0301.jpg", "0017.png", "IMG_1.JPG"]
 
 
-def test_what_caption_writes_is_read_where_its_receipt_says_the_images_are(tmp_path: Path) -> None:
+def test_captions_are_read_with_the_images_of_their_run_file(tmp_path: Path) -> None:
     paint(tmp_path / "photos", *TWO)
     (tmp_path / "out").mkdir()
     write(tmp_path / "out" / "captions.run.json", {"folder": str(tmp_path / "photos")})
-    assert said(read(write(tmp_path / "out" / "captions.jsonl", LINES))) == TWO
+    assert captions_by_name(read(write(tmp_path / "out" / "captions.jsonl", LINES))) == TWO
 
 
 def parquet(path: Path, columns: dict[str, list[Any]]) -> Path:
@@ -427,13 +433,13 @@ def test_parquet(photos: Path) -> None:
     table = parquet(
         photos / "t", {"id": [1, 2], "image": ["a.jpg", "b.png"], "captions": [list(TWO["a.jpg"]), ["Two cats."]]}
     )
-    assert said(read(table)) == TWO
+    assert captions_by_name(read(table)) == TWO
     rows = parquet(
         photos / "u", {"image": ["a.jpg", "b.png", "a.jpg"], "caption": ["A dog.", "Two cats.", "A brown dog."]}
     )
-    assert said(read(rows)) == TWO
+    assert captions_by_name(read(rows)) == TWO
     inside = parquet(photos / "v", {"image": [{"bytes": b"x", "path": "z.jpg"}], "caption": ["A dog."]})
-    assert said(read(inside, locate=False)) == {"z.jpg": ("A dog.",)}
+    assert captions_by_name(read(inside, locate=False)) == {"z.jpg": ("A dog.",)}
     with pytest.raises(CapcliError, match="save_to_disk"):
         read(inside)
     write(photos / "broken", b"PAR1" + b"x" * 40)
@@ -468,7 +474,11 @@ def test_folder_of_images_with_text_files(tmp_path: Path) -> None:
     write(tmp_path / "notes.txt", "no image of this name")
     report = DataReport()
     images = read(tmp_path, report=report)
-    assert said(images) == {"1_x/a.jpg": TWO["a.jpg"], "1_x/b.png": TWO["b.png"], "val/e.jpg": ("held out",)}
+    assert captions_by_name(images) == {
+        "1_x/a.jpg": TWO["a.jpg"],
+        "1_x/b.png": TWO["b.png"],
+        "val/e.jpg": ("held out",),
+    }
     assert [image.split for image in images] == [None, None, "val"]
     assert {(failure.name, failure.error) for failure in report.failures} == {
         ("c d.webp", "empty-caption"),
@@ -476,11 +486,11 @@ def test_folder_of_images_with_text_files(tmp_path: Path) -> None:
     }
 
 
-def test_a_folder_without_annotations_says_what_was_looked_for(photos: Path) -> None:
+def test_a_folder_without_annotations_is_an_error_with_what_was_looked_for(photos: Path) -> None:
     with pytest.raises(CapcliError, match=r"metadata\.jsonl.*\.txt beside them$"):
         read(photos)
     write(photos / "captions.csv", "image,caption\na.jpg,1\n")
-    with pytest.raises(CapcliError, match=r"there is captions\.csv: give that file"):
+    with pytest.raises(CapcliError, match=r"it has captions\.csv: give that file"):
         read(photos)
 
 
@@ -541,7 +551,7 @@ def test_dataset_on_disk_with_a_row_for_each_caption(tmp_path: Path, photos: Pat
         ]
 
 
-def test_dataset_on_disk_that_names_files(photos: Path) -> None:
+def test_dataset_on_disk_with_paths_of_images(photos: Path) -> None:
     saved(photos / "set", {"image_path": ["a.jpg", "gone.jpg"], "caption": ["1", "2"]})
     report = DataReport()
     [image] = read(photos / "set", report=report)
@@ -554,7 +564,7 @@ def test_dataset_on_disk_that_names_files(photos: Path) -> None:
 
 
 def bare(folder: Path, captions: list[str], paths: list[str]) -> None:
-    """A dataset on disk whose Image column holds paths alone, as datasets wrote them once."""
+    """A dataset on disk whose Image column has only paths, as older versions of datasets wrote."""
     import pyarrow
 
     kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
@@ -566,7 +576,7 @@ def bare(folder: Path, captions: list[str], paths: list[str]) -> None:
     write(folder / "state.json", {"_data_files": [{"filename": "data.arrow"}]})
 
 
-def test_damaged_datasets_on_disk(tmp_path: Path, photos: Path) -> None:
+def test_a_damaged_dataset_on_disk_is_an_error(tmp_path: Path, photos: Path) -> None:
     saved(tmp_path / "set", {"image": files(photos, "a.jpg"), "words": ["1"]})
     with pytest.raises(CapcliError, match=r"--caption-column; its columns: image, words"):
         read(tmp_path / "set")
@@ -579,52 +589,59 @@ def test_damaged_datasets_on_disk(tmp_path: Path, photos: Path) -> None:
         read(tmp_path / "set", caption_column="words")
 
 
-def test_large_tables_are_quick(tmp_path: Path) -> None:
+def test_large_tables_are_read_fast(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    for number in range(8000):
+    for number in range(500):
         (tmp_path / "images" / f"{number}.jpg").touch()
-    rows = "".join(f'{number % 8000}.jpg,"A dog, and number {number} ."\n' for number in range(40_000))
+    rows = "".join(f'{number % 500}.jpg,"A dog, and number {number} ."\n' for number in range(10_000))
     table = write(tmp_path / "captions.txt", "image,caption\n" + rows)
     began = time.process_time()
-    assert len(read(table)) == 8000
-    assert time.process_time() - began < 3
+    assert len(read(table)) == 500
+    assert time.process_time() - began < 0.75
 
 
-def test_without_pyarrow_parquet_is_one_clear_error(photos: Path) -> None:
+def test_garbage_collection_is_paused_and_then_as_before() -> None:
+    assert gc.isenabled()
+    with contextlib.suppress(CapcliError), garbage_collection_paused():
+        assert not gc.isenabled()
+        raise CapcliError("an error")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with garbage_collection_paused():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_text_is_read_without_heavy_packages_and_parquet_names_the_one_it_needs(photos: Path) -> None:
+    table = write(photos / "t.csv", "image,caption\na.jpg,x\n")
     parquet(photos / "t.parquet", {"image": ["a.jpg"], "caption": ["x"]})
     script = (
-        "import sys; sys.modules['pyarrow'] = None\n"
+        "import sys\n"
         "from capcli.annotations import DataReport, read_annotations\n"
         "from capcli.options import DataOptions\n"
-        "list(read_annotations([sys.argv[1]], DataOptions(), locate=True, report=DataReport()))\n"
+        "def read(path):\n"
+        "    return list(read_annotations([path], DataOptions(), locate=True, report=DataReport()))\n"
+        "print(len(read(sys.argv[1])), {'torch', 'pyarrow', 'datasets', 'transformers'} & set(sys.modules))\n"
+        "sys.modules['pyarrow'] = None\n"
+        "read(sys.argv[2])\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", script, photos / "t.parquet"], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", script, table, photos / "t.parquet"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.stdout.strip() == "1 set()"
     assert "pip install 'capcli[train]'" in ended.stderr.splitlines()[-1]
 
 
-def test_reading_text_imports_nothing_heavy() -> None:
-    script = (
-        "import sys, capcli.annotations; print({'torch', 'pyarrow', 'datasets', 'transformers'} & set(sys.modules))"
-    )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert ended.stdout.strip() == "set()"
-
-
 @needs_data
-def test_real_files() -> None:
-    english = read(DATA / "flickr8k" / "captions.txt")
-    chinese = read(DATA / "flickr8k" / "captions.zh.txt")
-    assert len(english) == len(chinese) == 7000
-    assert {len(image.captions) for image in english} == {len(image.captions) for image in chinese} == {5}
-    assert {image.image for image in english} == {image.image for image in chinese}
-    both = read(DATA / "flickr8k" / "captions.txt", DATA / "flickr8k" / "captions.zh.txt")
-    assert len(both) == 7000
-    assert both[0].captions[4:6] == (
-        english[0].captions[4],
-        next(i for i in chinese if i.name == english[0].name).captions[0],
-    )
+def test_annotations_of_flickr8k_and_coco() -> None:
+    files = [DATA / "flickr8k" / name for name in ("captions.txt", "captions.zh.txt")]
+    images = read(*files)
+    assert len(images) == 7000
+    assert {len(image.captions) for image in images} == {10}
+    assert len({image.image for image in images}) == 7000
+    assert [text.isascii() for text in images[0].captions] == [True] * 5 + [False] * 5
     coco = read(DATA / "photos" / "coco_captions.json")
     assert (len(coco), sum(len(image.captions) for image in coco)) == (80, 400)
 
@@ -661,7 +678,7 @@ PIECES = (
 
 
 def expected(rows: list[tuple[str, str]]) -> dict[str, list[str]]:
-    """What is to be read of rows of a name and a caption: spellings of a name together, white space cut off."""
+    """The captions of rows of a name and a caption: spellings of a name are one image, white space is stripped."""
     captions: dict[str, list[str]] = {}
     for name, text in rows:
         kept = [re.sub("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+", " ", text.strip())] if text.strip() else []
@@ -669,7 +686,7 @@ def expected(rows: list[tuple[str, str]]) -> dict[str, list[str]]:
     return {name: texts for name, texts in captions.items() if texts}
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(
         st.tuples(TEXTS.filter(bool), TEXTS.filter(lambda text: not text.startswith("["))).filter(
@@ -679,7 +696,7 @@ def expected(rows: list[tuple[str, str]]) -> dict[str, list[str]]:
         max_size=6,
     )
 )
-def test_whatever_is_written_is_read(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
+def test_rows_that_are_written_are_read_back(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
     for suffix, separator in (("csv", ","), ("tsv", "\t")):
         with open(tmp_path / f"t.{suffix}", "w", newline="", encoding="utf-8") as file:
             csv.writer(file, delimiter=separator, quoting=csv.QUOTE_ALL).writerows([("image", "caption"), *rows])
@@ -701,17 +718,17 @@ def test_whatever_is_written_is_read(tmp_path: Path, rows: list[tuple[str, str]]
                 read(tmp_path / name, locate=False)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(BEGINNINGS), st.lists(st.one_of(st.sampled_from(PIECES), st.binary(max_size=3)), max_size=30))
 def test_any_bytes_are_annotations_or_one_clear_error(tmp_path: Path, beginning: bytes, pieces: list[bytes]) -> None:
     path = write(tmp_path / "any", beginning + b"".join(pieces))
-    words = "any"
+    message = "any"
     try:
         images = read(path, locate=False)
     except CapcliError as error:
-        words, images = str(error), []
-    assert "any" in words
-    assert "\n" not in words
+        message, images = str(error), []
+    assert "any" in message
+    assert "\n" not in message
     assert all(image.name and image.captions for image in images)
 
 
@@ -726,7 +743,7 @@ def test_a_dataset_column_of_bytes_is_images(column: str, photos: Path) -> None:
     assert [image.image for image in found] == [Stored(str(photos / "set"), row, column) for row in (0, 2)]
 
 
-def test_bytes_are_no_name(photos: Path) -> None:
+def test_image_bytes_are_not_a_name(photos: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = {"image": [(photos / name).read_bytes() for name in TWO], "text": ["A dog.", "Two cats."]}
     datasets.Dataset.from_dict(rows).to_parquet(str(photos / "t.parquet"))
@@ -735,7 +752,7 @@ def test_bytes_are_no_name(photos: Path) -> None:
     assert len(str(raised.value)) < 500
 
 
-def test_a_dataset_with_one_image_in_two_splits_says_its_captions_once(photos: Path) -> None:
+def test_captions_of_an_image_in_two_splits_of_a_dataset_count_once(photos: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = {"image": [str(photos / "a.jpg")] * 2, "caption": ["A dog.", "A dog."]}
     split = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
@@ -744,7 +761,7 @@ def test_a_dataset_with_one_image_in_two_splits_says_its_captions_once(photos: P
     assert (image.captions, image.split) == (("A dog.", "A dog."), "val")
 
 
-def test_names_in_messages_have_an_end(tmp_path: Path) -> None:
+def test_long_names_are_cut_in_messages(tmp_path: Path) -> None:
     data = write(tmp_path / "c.csv", f"image,caption\n{'x' * 5000}.jpg,text\n")
     with pytest.raises(CapcliError) as raised:
         read(data)
@@ -752,20 +769,20 @@ def test_names_in_messages_have_an_end(tmp_path: Path) -> None:
     assert len(str(raised.value)) < 1000
 
 
-def test_one_long_cell_costs_nothing(photos: Path) -> None:
+def test_a_very_long_cell_is_read(photos: Path) -> None:
     long = "x" * 200_000
     data = write(photos / "c.csv", f"image,caption\na.jpg,{long}\nb.png,Two cats.\n")
-    assert said(read(data)) == {"a.jpg": (long,), "b.png": ("Two cats.",)}
+    assert captions_by_name(read(data)) == {"a.jpg": (long,), "b.png": ("Two cats.",)}
 
 
 def test_two_columns_of_captions_are_both_read(photos: Path) -> None:
     data = write(photos / "c.csv", "image,caption,Caption\na.jpg,A dog.,A brown dog.\nb.png,Two cats.,Cats, two\n")
-    assert said(read(data)) == {"a.jpg": ("A dog.", "A brown dog."), "b.png": ("Two cats.", "Cats, two")}
+    assert captions_by_name(read(data)) == {"a.jpg": ("A dog.", "A brown dog."), "b.png": ("Two cats.", "Cats, two")}
 
 
-def test_a_nul_is_told_with_its_line(photos: Path) -> None:
+def test_a_nul_byte_is_reported_with_its_line(photos: Path) -> None:
     data = write(photos / "c.csv", "image,caption\na.jpg,A d\0og.\n")
-    with pytest.raises(CapcliError, match="line 2 holds a NUL byte"):
+    with pytest.raises(CapcliError, match="line 2 has a NUL byte"):
         read(data)
 
 

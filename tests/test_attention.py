@@ -67,7 +67,7 @@ def test_queries_are_answered_in_their_dtype_whatever_is_kept(monkeypatch, amx, 
         hidden = each if each is None or each.is_floating_point() else torch.where(each, 0.0, -torch.inf)
         for said, _ in (
             attention.attend(nn.Module(), query, key.bfloat16(), value.bfloat16(), each),
-            attention.attend_coarsely(nn.Module(), query, key, value, each),
+            attention.attend_in_bfloat16(nn.Module(), query, key, value, each),
         ):
             assert said.dtype == torch.float32
             torch.testing.assert_close(said.double(), attended(query, key, value, hidden), atol=2e-2, rtol=2e-2)

@@ -14,18 +14,18 @@ from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 
 from capcli import Captioner
-from capcli.decoding import capacity
-from capcli.decoding.capacity import (
+from capcli.decoding import shapes as shapes_module
+from capcli.decoding.settings import Settings
+from capcli.decoding.shapes import (
     CPU_ROWS,
     CPU_SLOTS,
     CUDA_ROWS,
     CUDA_SLOTS,
+    Shapes,
     fitting_slots,
     free_memory,
-    paying_slots,
+    useful_slots,
 )
-from capcli.decoding.loop import Shapes
-from capcli.decoding.settings import Settings
 from capcli.options import GenerationOptions
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ Free = Callable[[int], None]
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Free:
     """Says how many bytes the device has free from here on."""
-    return lambda count: monkeypatch.setattr(capacity, "free_memory", lambda _: count)
+    return lambda count: monkeypatch.setattr(shapes_module, "free_memory", lambda _: count)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def model(captioner: Path) -> Captioner:
 @pytest.mark.parametrize("place", BOUNDS)
 def test_the_more_rows_an_image_takes_the_fewer_slots_pay(place: str) -> None:
     most, most_rows = BOUNDS[place]
-    found = [paying_slots(torch.device(place), Settings((0,), (1,), 5, num_beams=rows)) for rows in range(1, 201)]
+    found = [useful_slots(torch.device(place), Settings((0,), (1,), 5, num_beams=rows)) for rows in range(1, 201)]
     assert found[0] == most
     assert found == sorted(found, reverse=True)
     assert len(set(found)) > 5
@@ -57,13 +57,13 @@ def test_the_more_rows_an_image_takes_the_fewer_slots_pay(place: str) -> None:
 def test_samples_of_an_image_are_rows_as_beams_are() -> None:
     beams = Settings((0,), (1,), 5, num_beams=16)
     samples = Settings((0,), (1,), 5, do_sample=True, num_return_sequences=16)
-    assert paying_slots(CPU, beams) == paying_slots(CPU, samples) == CPU_ROWS // 16
+    assert useful_slots(CPU, beams) == useful_slots(CPU, samples) == CPU_ROWS // 16
 
 
 @given(st.integers(0, 1 << 50), st.integers(0, 1 << 45))
 def test_slots_fit_into_the_memory_that_is_free_and_are_at_least_one(memory: int, per_slot: int) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(capacity, "free_memory", lambda _: memory)
+        patched.setattr(shapes_module, "free_memory", lambda _: memory)
         slots = fitting_slots(CPU, per_slot)
     assert slots == 1 or 1 < slots * per_slot <= memory or per_slot == 0
     assert slots >= 1
@@ -80,7 +80,7 @@ def test_half_of_the_free_memory_is_used_and_more_of_it_takes_more_slots(free: F
 def test_the_free_memory_is_what_the_system_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert free_memory(CPU) > 1 << 20
     said = "MemTotal: 9 kB\nMemAvailable:    1234 kB\n"
-    monkeypatch.setattr(capacity, "open", lambda *_: io.StringIO(said), raising=False)
+    monkeypatch.setattr(shapes_module, "open", lambda *_: io.StringIO(said), raising=False)
     assert free_memory(CPU) == 1234 * 1024
 
 
@@ -93,7 +93,7 @@ def test_a_system_that_does_not_say_is_taken_to_have_four_gibibytes(
             raise FileNotFoundError("/proc/meminfo")
         return io.StringIO(text)
 
-    monkeypatch.setattr(capacity, "open", opened, raising=False)
+    monkeypatch.setattr(shapes_module, "open", opened, raising=False)
     assert free_memory(CPU) == 4 << 30
 
 

@@ -1,9 +1,10 @@
-"""`capcli caption` as a user types it: help, usage errors, sources, rows, failures, sidecars, exit codes."""
+"""The command line of `capcli`: help, options and usage errors; and the sources, rows, failures and files of `capcli caption`."""
 
 from __future__ import annotations
 
 import base64
 import csv
+import gc
 import hashlib
 import io
 import json
@@ -28,20 +29,36 @@ from safetensors.torch import load_file, save_file
 
 import capcli
 from capcli.cli import cli
+from capcli.errors import UsageError
+from capcli.options import (
+    CaptionOptions,
+    DataOptions,
+    GenerationOptions,
+    ModelOptions,
+    SinkOptions,
+    SourceOptions,
+    TrainOptions,
+)
 
 HEAVY = ("PIL", "huggingface_hub", "numpy", "rich", "torch", "transformers")
 TREE = ("a.png", b"caf\xe9.gif", "new\nline.png", "quo'te\".bmp", "sub/b.jpg", "sub/c d.webp", "sub/deep/e.tif")
 
 
+@pytest.fixture(autouse=True)
+def decode_in_this_process(monkeypatch: pytest.MonkeyPatch):
+    """Without decoder processes, whose start takes longer than most runs; a test that needs them gives --workers."""
+    monkeypatch.setenv("CAPCLI_CAPTION_WORKERS", "0")
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     paint(tmp_path / "photos", *TREE)
-    (tmp_path / "photos" / "notes.txt").write_text("no picture")
+    (tmp_path / "photos" / "notes.txt").write_text("not an image")
     return tmp_path / "photos"
 
 
 def names(rows: list[dict[str, Any]]) -> list[bytes]:
-    """The names of rows, byte for byte."""
+    """The file names of rows as bytes."""
     return [
         base64.b64decode(row["file_name_bytes"]) if row.get("file_name_bytes") else row["file_name"].encode()
         for row in rows
@@ -56,44 +73,45 @@ def table(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(path.read_bytes().decode(), newline="")))
 
 
-def receipt(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(out.with_suffix(".run.json").read_text())
-    return found
+def run_file(out: Path) -> dict[str, Any]:
+    """The run file beside an output file."""
+    content: dict[str, Any] = json.loads(out.with_suffix(".run.json").read_text())
+    return content
 
 
 # Help and options
 
 
-LIGHT = f"""
+SEVERAL_COMMANDS = f"""
 import json, sys
 from capcli.cli import main
 for arguments in json.load(sys.stdin):
     sys.argv = ["capcli", *arguments]
     try:
         main()
-    except SystemExit as leaving:
-        print("code", leaving.code or 0)
+    except SystemExit as exit:
+        print("code", exit.code or 0)
 print("heavy", sorted(set(sys.modules) & set({HEAVY!r})))
 """
 
 
-def light(*commands: list[str]) -> list[str]:
-    """The words that these commands say, run one after the other in a fresh process."""
+def run_in_new_process(*commands: list[str]) -> list[str]:
+    """The output of commands that run one after the other in a new process, and the heavy packages that it imported."""
     done = subprocess.run(
-        [sys.executable, "-c", LIGHT], input=json.dumps(commands).encode(), capture_output=True, check=True
+        [sys.executable, "-c", SEVERAL_COMMANDS], input=json.dumps(commands).encode(), capture_output=True, check=True
     )
     return done.stdout.decode().splitlines()
 
 
-def test_help_and_version_come_without_anything_heavy():
+def test_help_and_version_import_nothing_heavy():
     helps = [[name, flag] for name in cli.commands for flag in ("--help", "-h")]
-    said = light(["--version"], ["--help"], ["-h"], *helps)
-    assert said[0].startswith("capcli, version ")
-    assert said.count("code 0") == 3 + len(helps)
-    assert said[-1] == "heavy []"
+    output = run_in_new_process(["--version"], ["--help"], ["-h"], *helps)
+    assert output[0].startswith("capcli, version ")
+    assert output.count("code 0") == 3 + len(helps)
+    assert output[-1] == "heavy []"
 
 
-def test_a_wrong_option_is_told_before_anything_heavy_is_imported():
+def test_a_wrong_option_is_refused_before_anything_heavy_is_imported():
     wrong = [
         ["nosuch"],
         [],
@@ -115,9 +133,9 @@ def test_a_wrong_option_is_told_before_anything_heavy_is_imported():
         ["caption", ".", "--format", "xml"],
         ["caption", ".", "--device", "abacus"],
     ]
-    said = light(*wrong)
-    assert [line for line in said if line.startswith("code")] == ["code 2"] * len(wrong)
-    assert said[-1] == "heavy []"
+    output = run_in_new_process(*wrong)
+    assert [line for line in output if line.startswith("code")] == ["code 2"] * len(wrong)
+    assert output[-1] == "heavy []"
 
 
 def every_option() -> Iterator[tuple[click.Command, click.Option]]:
@@ -138,16 +156,18 @@ def sample(option: click.Option) -> str:
         return "width,sha256"
     if option.multiple:
         return "*.tif thumbs/**"
+    if isinstance(kind, click.IntRange):
+        return str(max(3, kind.min or 0))
     return "cpu" if option.name == "device" else "0.5" if isinstance(kind, click.FloatRange) else "3"
 
 
-def test_every_option_explains_itself():
-    silent = [option.name for _, option in every_option() if not option.help or not option.help.endswith((".", "]"))]
-    assert not silent
+def test_every_option_has_a_help_text():
+    lacking = [option.name for _, option in every_option() if not re.search(r"[.\]]$", option.help or "")]
+    assert not lacking
 
 
 def needed(command: click.Command, option: click.Option) -> list[str]:
-    """What must be typed besides an option."""
+    """The arguments that a command requires besides an option."""
     arguments = ["x"] * any(isinstance(param, click.Argument) for param in command.params)
     for other in command.params:
         if isinstance(other, click.Option) and other.required and other is not option:
@@ -173,24 +193,24 @@ def test_every_option_can_be_set_in_the_environment(monkeypatch: pytest.MonkeyPa
         def parsed(
             *arguments: str, command: click.Command = command, prefix: str = prefix, rest: list[str] = rest
         ) -> dict[str, Any]:
-            made = command.make_context(
+            context = command.make_context(
                 str(command.name), [*rest, *arguments], auto_envvar_prefix=prefix, **cli.context_settings
             )
-            return made.params
+            return context.params
 
-        plain, wanted = {} if option.required else parsed(), parsed(*typed)
-        separator = option.type.envvar_list_splitter or " "  # the system's for paths
+        plain, expected = {} if option.required else parsed(), parsed(*typed)
+        separator = option.type.envvar_list_splitter or " "  # for paths, that of the system
         monkeypatch.setenv(f"{prefix}_{name.upper()}", separator.join(values))
-        assert parsed() == wanted, name
+        assert parsed() == expected, name
         monkeypatch.delenv(f"{prefix}_{name.upper()}")
-        assert wanted.get(name) != plain.get(name) or not option.expose_value, name
+        assert expected.get(name) != plain.get(name) or not option.expose_value, name
 
 
-def test_the_environment_reaches_the_run(captioner: Path, photos: Path, tmp_path: Path):
+def test_environment_variables_reach_the_run(captioner: Path, photos: Path, tmp_path: Path):
     settings = {"NUM_BEAMS": "4", "FIELDS": "width", "OUT": str(tmp_path / "c.jsonl"), "EXCLUDE": "sub *.gif"}
     env = {f"CAPCLI_CAPTION_{name}": value for name, value in {**settings, "EARLY_STOPPING": "never"}.items()}
     assert call("caption", photos, "-m", captioner, env=env).code == 0
-    generation = receipt(tmp_path / "c.jsonl")["settings"]["generation"]
+    generation = run_file(tmp_path / "c.jsonl")["settings"]["generation"]
     assert (generation["num_beams"], generation["early_stopping"]) == (4, "never")
     assert [set(row) for row in lines(tmp_path / "c.jsonl")] == [{"file_name", "text", "score", "width"}] * 3
 
@@ -203,9 +223,45 @@ def test_a_shell_can_complete_options():
         return done.stdout.decode()
 
     assert "_capcli_completion" in completion(_CAPCLI_COMPLETE="bash_source")
-    words = {"COMP_WORDS": "capcli caption --num-", "COMP_CWORD": "2"}
-    said = completion(_CAPCLI_COMPLETE="bash_complete", **words).split()
-    assert said == ["plain,--num-beams", "plain,--num-return-sequences"]
+    typed = {"COMP_WORDS": "capcli caption --num-", "COMP_CWORD": "2"}
+    completions = completion(_CAPCLI_COMPLETE="bash_complete", **typed).split()
+    assert completions == ["plain,--num-beams", "plain,--num-return-sequences"]
+
+
+DATA = DataOptions(data=("captions.csv",))
+MODEL = ModelOptions(model="captioner")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (lambda: GenerationOptions(num_beams=0), "num_beams is 0; it must be a whole number of at least 1"),
+        (lambda: GenerationOptions(num_beams=True), "num_beams is True"),
+        (lambda: GenerationOptions(num_beams=2.5), "num_beams is 2.5"),  # type: ignore[arg-type]
+        (lambda: GenerationOptions(temperature=float("nan")), "temperature is nan; it must be a number above 0"),
+        (lambda: GenerationOptions(length_penalty=101), "a number of at least -100 and at most 100"),
+        (lambda: GenerationOptions(early_stopping="maybe"), "must be true, false or never"),  # type: ignore[arg-type]
+        (lambda: SinkOptions(format="xml"), "--format is 'xml'; it must be jsonl or csv"),  # type: ignore[arg-type]
+        (lambda: CaptionOptions(SourceOptions(), SinkOptions(), batch_size=0), "--batch-size is 0"),
+        (lambda: DataOptions(val_fraction=1.0), "--val-fraction is 1.0; it must be a number above 0 and below 1"),
+        (lambda: DataOptions(val_limit=1.5), "--val-limit is 1.5; it must be a number of images"),
+        (
+            lambda: ModelOptions(model="m", vocab_size=258),
+            "--vocab-size is 258; it must be a whole number of at least 259",
+        ),
+        (lambda: TrainOptions(DATA, MODEL, "out", save_every=0), "must be epoch or a whole number of at least 1"),
+        (lambda: TrainOptions(DataOptions(("c.csv",), seed=-1), MODEL, "out"), "--seed is -1"),
+    ],
+)
+def test_options_refuse_values_out_of_their_limits(options: Any, message: str):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        options()
+
+
+def test_a_command_leaves_the_garbage_collector_as_it_was():
+    before = gc.get_threshold(), gc.get_freeze_count()
+    assert call("--version").code == 0
+    assert (gc.get_threshold(), gc.get_freeze_count()) == before
 
 
 # Errors
@@ -213,22 +269,22 @@ def test_a_shell_can_complete_options():
 
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch):
-    """Reading any weights fails the test."""
+    """Fails the test if weights are loaded."""
 
     def refuse(*_: Any, **__: Any) -> None:
-        pytest.fail("weights were read")
+        pytest.fail("weights were loaded")
 
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", refuse)
 
 
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ("", "no source"),
         ("nosuch.jpg", "nosuch.jpg: no such file or folder"),
         ("photos 'nosuch/*.jpg'", "no file with an image suffix matches"),
-        ("- -", "asked for twice"),
+        ("- -", "given twice"),
         ("photos -0", "there is no list"),
         ("--from-file nosuch.txt", "cannot read the list nosuch.txt"),
         ("photos/a.png --include '*.png'", "no SOURCE is one"),
@@ -251,57 +307,50 @@ def no_weights(monkeypatch: pytest.MonkeyPatch):
         ("photos -m captioner --num-return-sequences 3 --num-beams 2", "--num-beams 3"),
     ],
 )
-def test_wrong_usage_is_told_before_any_weights_are_read(
-    arguments: str, said: str, captioner: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+def test_wrong_usage_is_one_line_and_refused_before_weights_are_loaded(
+    arguments: str, message: str, captioner: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(photos.parent)
     Path("captioner").symlink_to(captioner)
     before = sorted(photos.parent.rglob("*"))
     ended = call("caption", *shlex.split(arguments))
     assert (ended.code, ended.out) == (2, b"")
-    assert said in ended.err
+    assert message in ended.err
     assert ended.err.count("\n") == 1
     assert "Traceback" not in ended.err
     assert sorted(photos.parent.rglob("*")) == before
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"guidance_scale": 3.0}, "guidance_scale=3.0"),
-        ({"penalty_alpha": 0.6}, "penalty_alpha=0.6"),
-        ({"made_up_field": 7}, "made_up_field=7"),
-    ],
-)
-def test_a_field_of_the_checkpoint_that_is_not_known_is_named(
-    fields: dict[str, Any], said: str, photos: Path, tmp_path: Path
-):
-    model = save_captioner(tmp_path / "odd", generation=fields)
+@pytest.mark.parametrize("field", [{"guidance_scale": 3.0}, {"penalty_alpha": 0.6}, {"made_up_field": 7}])
+def test_an_unsupported_field_of_the_generation_config_is_named(field: dict[str, Any], photos: Path, tmp_path: Path):
+    model = save_captioner(tmp_path / "odd", generation=field)
     ended = call("caption", photos, "-m", model)
     assert ended.code == 1
-    assert said in ended.err
+    ((name, value),) = field.items()
+    assert f"{name}={value}" in ended.err
 
 
-def test_debug_shows_where_an_error_came_from(photos: Path):
+def test_debug_prints_the_traceback_of_an_error(photos: Path):
     plain = call("caption", photos, "-m", "./nosuch")
-    for shown in (
+    for ended in (
         call("caption", photos, "-m", "./nosuch", "--debug"),
         call("caption", photos, "-m", "./nosuch", env={"CAPCLI_CAPTION_DEBUG": "yes"}),
     ):
-        assert shown.code == plain.code == 2
-        assert "Traceback" in shown.err
-        assert shown.err.endswith(plain.err)
+        assert ended.code == plain.code == 2
+        assert "Traceback" in ended.err
+        assert ended.err.endswith(plain.err)
     assert "Traceback" not in plain.err
 
 
-def test_an_error_nobody_foresaw_is_one_line(photos: Path, monkeypatch: pytest.MonkeyPatch):
-    def break_down(*_: Any) -> None:
-        raise ZeroDivisionError("by nothing")
+def test_an_unexpected_error_is_one_line(photos: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr("capcli.captioning.pipeline.run", break_down)
+    monkeypatch.setattr("capcli.captioning.pipeline.run", fail)
     ended = call("caption", photos)
-    assert (ended.code, ended.err) == (1, "capcli: unexpected ZeroDivisionError: by nothing (--debug shows where)\n")
+    message = "capcli: unexpected ZeroDivisionError: by zero (--debug prints the traceback)\n"
+    assert (ended.code, ended.err) == (1, message)
 
 
 # Sources
@@ -317,7 +366,7 @@ def test_sources_of_every_kind_are_captioned_in_order(captioner: Path, tmp_path:
     (tmp_path / "list.txt").write_bytes(listed)
     null = b"\0".join([within[2], within[1], within[3]]) + b"\0"
     (tmp_path / "list.nul").write_bytes(null)
-    for arguments, stdin, wanted in (
+    for arguments, stdin, expected in (
         (["photos"], b"", every),
         (["photos", "--no-recursive"], b"", top),
         (["photos", "--include", "*.tif", "--include", "*.gif"], b"", [every[1], every[6]]),
@@ -331,12 +380,12 @@ def test_sources_of_every_kind_are_captioned_in_order(captioner: Path, tmp_path:
         (["--from-file", "list.nul", "-0"], b"", [within[2], within[1], within[3]]),
         (["--from-file", "-", "photos/a.png"], listed, [within[0], within[5], within[0]]),
     ):
-        ended = call("caption", *arguments, "-m", captioner, "--workers", 0, stdin=stdin)
+        ended = call("caption", *arguments, "-m", captioner, stdin=stdin)
         assert ended.code == 0, ended.err
-        assert names(ended.rows) == wanted, arguments
+        assert names(ended.rows) == expected, arguments
 
 
-def test_a_caption_does_not_depend_on_how_its_image_was_listed(captioner: Path, photos: Path):
+def test_captions_do_not_depend_on_how_images_are_listed(captioner: Path, photos: Path):
     folder = call("caption", photos, "-m", captioner).rows
     single = call("caption", photos / "sub/b.jpg", "-m", captioner, "--batch-size", 32).rows
     assert single[0]["text"] == folder[4]["text"]
@@ -346,8 +395,8 @@ def test_a_caption_does_not_depend_on_how_its_image_was_listed(captioner: Path, 
 # Rows
 
 
-def test_neither_workers_nor_batches_change_a_byte(captioner: Path, tmp_path: Path):
-    paint(tmp_path / "photos", *(f"{n:02d}.png" for n in range(20)))
+def test_captions_do_not_depend_on_workers_or_batch_size(captioner: Path, tmp_path: Path):
+    paint(tmp_path / "photos", *(f"{n:02d}.png" for n in range(12)))
     (tmp_path / "photos" / "07a.png").write_bytes(b"broken")
 
     def out(*arguments: object) -> bytes:
@@ -355,19 +404,19 @@ def test_neither_workers_nor_batches_change_a_byte(captioner: Path, tmp_path: Pa
         assert ended.code == 3
         return ended.out
 
+    greedy = out()
+    assert greedy.count(b"\n") == 12
+    for workers in ("auto", 1, 2):
+        assert out("--workers", workers) == greedy
     for search in ([], ["--num-beams", 3, "--num-return-sequences", 2]):
-        usual = out(*search)
-        assert usual.count(b"\n") == 20
-        for arguments in (["--workers", 0], ["--workers", 1], ["--workers", 2]):
-            assert out(*search, *arguments) == usual
-        texts = [json.loads(line)["text"] for line in usual.splitlines()]
+        texts = [json.loads(line)["text"] for line in out(*search, "--workers", 2).splitlines()]
         for size in (1, 2, 7):
             assert [json.loads(line)["text"] for line in out(*search, "--batch-size", size).splitlines()] == texts
     done = out("--order", "done", "--batch-size", 4)
     assert sorted(done.splitlines()) == sorted(out("--batch-size", 4).splitlines())
 
 
-def test_several_captions_come_best_first(captioner: Path, photos: Path):
+def test_several_captions_are_sorted_by_score(captioner: Path, photos: Path):
     rows = call("caption", photos, "-m", captioner, "--num-beams", 4, "--num-return-sequences", 3).rows
     for row in rows:
         assert len(row["candidates"]) == 3
@@ -375,7 +424,7 @@ def test_several_captions_come_best_first(captioner: Path, photos: Path):
         assert len({candidate["text"] for candidate in row["candidates"]}) == 3
 
 
-def test_sampling_is_repeated_by_its_seed(captioner: Path, photos: Path):
+def test_sampling_is_reproducible_by_seed(captioner: Path, photos: Path):
     def sampled(*arguments: object) -> list[list[str]]:
         rows = call("caption", photos, "-m", captioner, "--do-sample", "--num-return-sequences", 4, *arguments).rows
         return [[candidate["text"] for candidate in row["candidates"]] for row in rows]
@@ -386,7 +435,7 @@ def test_sampling_is_repeated_by_its_seed(captioner: Path, photos: Path):
     assert any(len(set(texts)) > 1 for texts in three)
 
 
-def test_facts_of_the_file_become_columns(captioner: Path, photos: Path, tmp_path: Path):
+def test_fields_add_properties_of_the_image_file(captioner: Path, photos: Path, tmp_path: Path):
     fields = ["sha256", "width", "height", "format", "mode", "bytes"]
     rows = call("caption", photos, "-m", captioner, "--fields", ",".join(fields)).rows
     for row, name in zip(rows, names(rows), strict=True):
@@ -399,7 +448,7 @@ def test_facts_of_the_file_become_columns(captioner: Path, photos: Path, tmp_pat
     assert [int(row["width"]) for row in table(tmp_path / "c.csv")] == [row["width"] for row in rows]
 
 
-def test_csv_holds_what_json_lines_hold(captioner: Path, photos: Path, tmp_path: Path):
+def test_csv_contains_the_same_values_as_json_lines(captioner: Path, photos: Path, tmp_path: Path):
     search = ["-m", captioner, "--num-beams", 2, "--num-return-sequences", 2]
     rows = call("caption", photos, *search).rows
     assert call("caption", photos, *search, "-o", tmp_path / "c.csv").code == 0
@@ -413,38 +462,38 @@ def test_csv_holds_what_json_lines_hold(captioner: Path, photos: Path, tmp_path:
     assert piped.out.count(b"\r\n") == 0
 
 
-def test_a_prompt_is_left_out_unless_it_is_kept(captioner: Path, photos: Path):
-    usual = call("caption", photos, "-m", captioner).rows
-    asked = call("caption", photos, "-m", captioner, "--prompt", "word30 word31").rows
+def test_the_prompt_is_removed_from_captions_without_keep_prompt(captioner: Path, photos: Path):
+    plain = call("caption", photos, "-m", captioner).rows
+    prompted = call("caption", photos, "-m", captioner, "--prompt", "word30 word31").rows
     kept = call("caption", photos, "-m", captioner, "--prompt", "word30 word31", "--keep-prompt").rows
-    assert [row["text"] for row in asked] != [row["text"] for row in usual]
-    assert [row["text"] for row in kept] == [f"word30 word31 {row['text']}".strip() for row in asked]
+    assert [row["text"] for row in prompted] != [row["text"] for row in plain]
+    assert [row["text"] for row in kept] == [f"word30 word31 {row['text']}".strip() for row in prompted]
 
 
-def test_the_checkpoints_own_settings_are_in_force_and_on_record(photos: Path, tmp_path: Path):
-    own = {
+def test_generation_settings_of_the_checkpoint_apply_and_are_recorded(photos: Path, tmp_path: Path):
+    settings = {
         "num_beams": 3,
         "length_penalty": 2.0,
         "early_stopping": True,
         "no_repeat_ngram_size": 1,
         "max_new_tokens": 7,
     }
-    model, plain = save_captioner(tmp_path / "own", generation=own), save_captioner(tmp_path / "plain")
+    model, plain = save_captioner(tmp_path / "own", generation=settings), save_captioner(tmp_path / "plain")
     out = tmp_path / "c.jsonl"
     assert call("caption", photos, "-m", model, "-o", out).code == 0
-    generation = receipt(out)["settings"]["generation"]
-    assert {name: generation[name] for name in own} == own
+    generation = run_file(out)["settings"]["generation"]
+    assert {name: generation[name] for name in settings} == settings
     flags = ["--num-beams", 3, "--length-penalty", 2, "--early-stopping", "true", "--no-repeat-ngram-size", 1]
-    asked = call("caption", photos, "-m", plain, *flags, "--max-new-tokens", 7)
-    assert asked.out == out.read_bytes()
-    assert call("caption", photos, "-m", plain).out != asked.out
+    by_flags = call("caption", photos, "-m", plain, *flags, "--max-new-tokens", 7)
+    assert by_flags.out == out.read_bytes()
+    assert call("caption", photos, "-m", plain).out != by_flags.out
 
 
 # Failures
 
 
-def hostile(folder: Path) -> dict[str, str]:
-    """Files that are no images, each in its own way, by name and what the failure is called."""
+def corrupt_images(folder: Path) -> dict[str, str]:
+    """Writes three images and files that are no valid images; returns the error code of each invalid file, by name."""
     whole = (paint(folder, "0-whole.jpg", "5-whole.png", "z-whole.webp") / "0-whole.jpg").read_bytes()
     png, webp = (folder / "5-whole.png").read_bytes(), (folder / "z-whole.webp").read_bytes()
     huge = bytearray(png)
@@ -476,8 +525,8 @@ def hostile(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_each_corrupt_image_is_one_failure_and_the_run_goes_on(captioner: Path, tmp_path: Path, workers: int):
-    kinds = hostile(tmp_path / "photos")
+def test_each_corrupt_image_is_one_failure(captioner: Path, tmp_path: Path, workers: int):
+    kinds = corrupt_images(tmp_path / "photos")
     out = tmp_path / "c.jsonl"
     ended = call("caption", tmp_path / "photos", "-m", captioner, "-o", out, "--workers", workers)
     assert ended.code == 3
@@ -486,26 +535,26 @@ def test_each_corrupt_image_is_one_failure_and_the_run_goes_on(captioner: Path, 
     assert [row["file_name"] for row in failures] == sorted(kinds)
     assert {row["file_name"]: row["error"] for row in failures} == kinds
     assert all(row["message"] and "\n" not in row["message"] for row in failures)
-    assert receipt(out)["counts"] == {"captions": 3, "failures": len(kinds)}
+    assert run_file(out)["counts"] == {"captions": 3, "failures": len(kinds)}
     assert ended.err.startswith(f"3 captioned, 0 skipped, {len(kinds)} failed")
     assert ended.err.rstrip().endswith(f"what failed is in {tmp_path / 'c.failures.jsonl'}")
 
 
-def test_failures_of_rows_on_standard_output_are_told_or_listed(captioner: Path, photos: Path, tmp_path: Path):
-    (photos / "b.png").write_bytes(b"no picture")
-    told = call("caption", photos, "-m", captioner)
-    assert (told.code, told.err.count("b.png")) == (3, 1)
+def test_failures_are_printed_without_a_failure_list(captioner: Path, photos: Path, tmp_path: Path):
+    (photos / "b.png").write_bytes(b"not an image")
+    printed = call("caption", photos, "-m", captioner)
+    assert (printed.code, printed.err.count("b.png")) == (3, 1)
     listed = call("caption", photos, "-m", captioner, "--failures", tmp_path / "f.jsonl")
     assert (listed.code, listed.err.count("b.png")) == (3, 0)
     assert [row["file_name"] for row in lines(tmp_path / "f.jsonl")] == ["b.png"]
-    assert listed.out == told.out
+    assert listed.out == printed.out
 
 
-def test_a_mended_image_is_captioned_when_failures_are_tried_again(captioner: Path, photos: Path, tmp_path: Path):
+def test_retry_failed_captions_repaired_images(captioner: Path, photos: Path, tmp_path: Path):
     out = tmp_path / "c.jsonl"
     good = (photos / "a.png").read_bytes()
     for name in ("b.png", "c.png"):
-        (photos / name).write_bytes(b"no picture")
+        (photos / name).write_bytes(b"not an image")
     command = ["caption", photos, "-m", captioner, "-o", out]
     assert call(*command).code == 3
     (photos / "b.png").write_bytes(good)
@@ -516,7 +565,7 @@ def test_a_mended_image_is_captioned_when_failures_are_tried_again(captioner: Pa
     assert retried.code == 3
     assert "1 captioned, 7 skipped, 1 failed" in retried.err
     assert [row["file_name"] for row in lines(tmp_path / "c.failures.jsonl")] == ["c.png"]
-    assert receipt(out)["counts"] == {"captions": 8, "failures": 1}
+    assert run_file(out)["counts"] == {"captions": 8, "failures": 1}
     assert "(1 failed before: --retry-failed tries it again)" in call(*command).err
     (photos / "c.png").write_bytes(good)
     assert call(*command, "--retry-failed").code == 0
@@ -524,7 +573,7 @@ def test_a_mended_image_is_captioned_when_failures_are_tried_again(captioner: Pa
     assert len(lines(out)) == 9
 
 
-def test_numbers_that_overflow_are_failures_not_captions(photos: Path, tmp_path: Path):
+def test_weights_that_are_not_finite_give_failures(photos: Path, tmp_path: Path):
     for part in ("encoder", "decoder"):
         model = save_captioner(tmp_path / part)
         weights = load_file(model / "model.safetensors")
@@ -537,7 +586,7 @@ def test_numbers_that_overflow_are_failures_not_captions(photos: Path, tmp_path:
         assert len(lines(tmp_path / f"{part}.jsonl")) == len(TREE)
 
 
-def test_an_image_of_another_size_than_the_encoders_is_a_failure(tmp_path: Path):
+def test_an_image_that_does_not_fit_the_encoder_is_a_failure(tmp_path: Path):
     model = save_captioner(tmp_path / "model", processor={"do_resize": False})
     photos = paint(tmp_path / "photos", "large.png")
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(photos / "fits.png")
@@ -549,7 +598,7 @@ def test_an_image_of_another_size_than_the_encoders_is_a_failure(tmp_path: Path)
     assert "32x32" in failure["message"]
 
 
-def test_images_too_large_or_too_slow_are_refused(captioner: Path, tmp_path: Path):
+def test_images_that_are_too_large_or_too_slow_are_failures(captioner: Path, tmp_path: Path):
     photos = paint(tmp_path / "photos", "0.png", "1.png")
     Image.new("RGB", (100, 100)).save(photos / "large.png")
     ended = call("caption", photos, "-m", captioner, "--max-pixels", 9_999, "--failures", tmp_path / "f.jsonl")
@@ -557,7 +606,7 @@ def test_images_too_large_or_too_slow_are_refused(captioner: Path, tmp_path: Pat
     assert [row["error"] for row in lines(tmp_path / "f.jsonl")] == ["too-large"]
     assert call("caption", photos, "-m", captioner, "--max-pixels", 10_000).code == 0
     Image.new("RGB", (5000, 5000)).save(tmp_path / "slow.png")
-    slow = ["-m", captioner, "--decode-timeout", 0.001, "--failures", tmp_path / "slow.jsonl"]
+    slow = ["-m", captioner, "--workers", 1, "--decode-timeout", 0.001, "--failures", tmp_path / "slow.jsonl"]
     assert call("caption", tmp_path / "slow.png", *slow).code == 3
     assert [row["error"] for row in lines(tmp_path / "slow.jsonl")] == ["timeout"]
 
@@ -565,24 +614,24 @@ def test_images_too_large_or_too_slow_are_refused(captioner: Path, tmp_path: Pat
 # Files
 
 
-def test_sidecars_are_written_as_asked(captioner: Path, photos: Path, tmp_path: Path):
+def test_sidecars_are_skipped_appended_or_overwritten(captioner: Path, photos: Path, tmp_path: Path):
     texts = [row["text"] for row in call("caption", photos, "-m", captioner).rows]
 
     def beside(folder: Path, suffix: str) -> list[str]:
         paths = [os.fsdecode(os.path.join(os.fsencode(folder), os.fsencode(name))) for name in TREE]
         return [Path(os.path.splitext(path)[0] + suffix).read_text() for path in paths]
 
-    usual = ["caption", photos, "-m", captioner, "--sidecar", ".txt"]
-    first = call(*usual)
+    command = ["caption", photos, "-m", captioner, "--sidecar", ".txt"]
+    first = call(*command)
     assert (first.code, first.out) == (0, b"")
     assert beside(photos, ".txt") == [f"{text}\n" for text in texts]
     (photos / "a.txt").write_text("mine\n")
-    assert "0 captioned, 7 skipped" in call(*usual).err
+    assert "0 captioned, 7 skipped" in call(*command).err
     assert (photos / "a.txt").read_text() == "mine\n"
-    for _ in range(2):  # a caption that is there already is not added again
-        assert call(*usual, "--existing", "append").code == 0
+    for _ in range(2):  # an existing caption is not appended again
+        assert call(*command, "--existing", "append").code == 0
         assert beside(photos, ".txt") == [f"mine\n{texts[0]}\n", *(f"{text}\n" for text in texts[1:])]
-    assert call(*usual, "--existing", "overwrite").code == 0
+    assert call(*command, "--existing", "overwrite").code == 0
     assert beside(photos, ".txt") == [f"{text}\n" for text in texts]
     mirrored = ["--sidecar", ".caption", "--sidecar-dir", tmp_path / "texts", "-o", tmp_path / "c.jsonl"]
     assert call("caption", photos, "-m", captioner, *mirrored).code == 0
@@ -590,7 +639,7 @@ def test_sidecars_are_written_as_asked(captioner: Path, photos: Path, tmp_path: 
     assert [row["text"] for row in lines(tmp_path / "c.jsonl")] == texts
 
 
-def test_a_dry_run_lists_and_touches_nothing(captioner: Path, photos: Path, tmp_path: Path):
+def test_a_dry_run_lists_images_and_writes_nothing(captioner: Path, photos: Path, tmp_path: Path):
     out = tmp_path / "c.jsonl"
     assert call("caption", photos, "-m", captioner, "-o", out, "--limit", 2).code == 0
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
@@ -607,7 +656,7 @@ def test_a_dry_run_lists_and_touches_nothing(captioner: Path, photos: Path, tmp_
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
-def test_a_limit_counts_what_is_still_to_do(captioner: Path, photos: Path, tmp_path: Path):
+def test_a_limit_counts_images_without_a_caption(captioner: Path, photos: Path, tmp_path: Path):
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
     command = ["caption", photos, "-m", captioner, "--batch-size", 4, "-o"]
     assert call(*command, whole).code == 0
@@ -618,32 +667,32 @@ def test_a_limit_counts_what_is_still_to_do(captioner: Path, photos: Path, tmp_p
     assert (tmp_path / "none.jsonl").read_bytes() == b""
 
 
-def test_overwrite_starts_anew(captioner: Path, photos: Path, tmp_path: Path):
+def test_overwrite_starts_from_scratch(captioner: Path, photos: Path, tmp_path: Path):
     out = tmp_path / "c.jsonl"
     command = ["caption", photos, "-m", captioner, "-o", out]
     assert call(*command).code == 0
     assert call(*command, "--num-beams", 2, "--overwrite").code == 0
-    assert receipt(out)["settings"]["generation"]["num_beams"] == 2
-    assert receipt(out)["counts"] == {"captions": 7, "failures": 0}
+    assert run_file(out)["settings"]["generation"]["num_beams"] == 2
+    assert run_file(out)["counts"] == {"captions": 7, "failures": 0}
     assert out.read_bytes() == call("caption", photos, "-m", captioner, "--num-beams", 2).out
 
 
-def test_a_quiet_run_says_nothing(captioner: Path, photos: Path, tmp_path: Path):
-    (photos / "b.png").write_bytes(b"no picture")
+def test_a_quiet_run_prints_nothing(captioner: Path, photos: Path, tmp_path: Path):
+    (photos / "b.png").write_bytes(b"not an image")
     out = tmp_path / "c.jsonl"
     ended = call("caption", photos, "-m", captioner, "-o", out, "--quiet")
     assert (ended.code, ended.out, ended.err) == (3, b"", "")
     assert len(lines(out)) == 7
 
 
-def test_what_has_no_effect_is_told(captioner: Path, photos: Path):
+def test_options_without_effect_are_reported(captioner: Path, photos: Path):
     idle = call("caption", photos, "-m", captioner, "--temperature", 0.5, "--length-penalty", 2)
     assert idle.code == 0
     assert "--temperature has no effect without --do-sample" in idle.err
     assert "--length-penalty has no effect with one beam" in idle.err
 
 
-def test_lengths_that_do_not_go_with_the_models_own_are_told_and_done_as_generate_does(photos: Path, tmp_path: Path):
+def test_conflicting_lengths_are_reported_and_resolved_like_generate(photos: Path, tmp_path: Path):
     model = save_captioner(tmp_path / "model", generation={"max_new_tokens": 4, "min_new_tokens": 3})
     least = call("caption", photos / "a.png", "-m", model, "--min-new-tokens", 9)
     assert least.code == 0
@@ -659,9 +708,9 @@ def test_lengths_that_do_not_go_with_the_models_own_are_told_and_done_as_generat
     assert "is more than" not in call("caption", photos / "a.png", "-m", model, "--max-new-tokens", 5).err
 
 
-def test_sidecars_alone_go_on_with_a_list_of_failures(captioner: Path, tmp_path: Path):
+def test_runs_with_sidecars_only_resume_by_the_failure_list(captioner: Path, tmp_path: Path):
     photos = paint(tmp_path / "photos", "a.png")
-    (photos / "b.png").write_bytes(b"no picture")
+    (photos / "b.png").write_bytes(b"not an image")
     command = ("caption", photos, "-m", captioner, "--sidecar", ".txt", "--failures", tmp_path / "failures.jsonl")
     assert call(*command).code == 3
     paint(photos, "b.png")
@@ -669,7 +718,7 @@ def test_sidecars_alone_go_on_with_a_list_of_failures(captioner: Path, tmp_path:
     assert call(*command, "--overwrite").code == 0
 
 
-def test_a_checkpoint_of_several_captions_gives_them(photos: Path, tmp_path: Path):
+def test_several_captions_can_be_a_setting_of_the_checkpoint(photos: Path, tmp_path: Path):
     model = save_captioner(tmp_path / "model", generation={"num_beams": 3, "num_return_sequences": 3})
     rows = [json.loads(line) for line in call("caption", photos, "-m", model).out.splitlines()]
     assert rows
@@ -678,7 +727,7 @@ def test_a_checkpoint_of_several_captions_gives_them(photos: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("generation", "said"),
+    ("generation", "message"),
     [
         ({"num_beams": "4"}, "num_beams is '4'"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1"),
@@ -686,38 +735,39 @@ def test_a_checkpoint_of_several_captions_gives_them(photos: Path, tmp_path: Pat
         ({"do_sample": True, "temperature": 0.0}, "temperature is 0.0"),
     ],
 )
-def test_a_checkpoint_with_impossible_settings_is_refused(photos: Path, tmp_path: Path, generation, said):
+def test_invalid_generation_settings_of_a_checkpoint_are_refused(
+    photos: Path, tmp_path: Path, generation: dict[str, Any], message: str
+):
     model = save_captioner(tmp_path / "model")
     change_json(model / "generation_config.json", generation)
     ended = call("caption", photos, "-m", model)
     assert ended.code in (1, 2)
-    assert said in ended.err
+    assert message in ended.err
     assert "unexpected" not in ended.err
 
 
-def test_a_caption_may_fill_the_decoder(captioner: Path, photos: Path):
+def test_captions_are_at_most_as_long_as_the_decoder(captioner: Path, photos: Path):
     assert call("caption", photos, "-m", captioner, "--max-new-tokens", 64, "--limit", 1).code == 0
     assert "at most 64" in call("caption", photos, "-m", captioner, "--max-new-tokens", 65, "--limit", 1).err
 
 
-def test_a_batch_is_no_larger_than_the_source(captioner: Path, photos: Path, tmp_path: Path):
+def test_the_batch_is_at_most_the_number_of_images(captioner: Path, photos: Path, tmp_path: Path):
     command = ["caption", photos, "-m", captioner, "-o", tmp_path / "c.jsonl", "--batch-size", 10**6, "--limit", 2]
     assert call(*command).code == 0
     assert json.loads((tmp_path / "c.run.json").read_text())["shapes"]["slots"] == 2
 
 
-def test_an_empty_folder_is_told(captioner: Path, tmp_path: Path):
+def test_an_empty_folder_is_reported(captioner: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     ended = call("caption", tmp_path / "empty", "-m", captioner)
     assert (ended.code, ended.out) == (0, b"")
     assert "there is no image in" in ended.err
 
 
-def test_an_option_named_by_the_command_is_the_same_everywhere():
-    """Options in docstrings and messages exist."""
+def test_options_named_in_messages_and_docstrings_exist():
     known = {flag for _, option in every_option() for flag in (*option.opts, *option.secondary_opts)}
-    known |= {"--help", "--version", "--nproc-per-node"}  # the last is torchrun's
-    known |= {"--query-gpu", "--force-reinstall", "--upgrade", "--force-download"}  # nvidia-smi's, pip's and hf's
+    known |= {"--help", "--version", "--nproc-per-node"}  # the last is an option of torchrun
+    known |= {"--query-gpu", "--force-reinstall", "--upgrade", "--force-download"}  # of nvidia-smi, pip and hf
     folder = Path(capcli.__file__).parent
     for path in folder.rglob("*.py"):
         if path.parent.name == "cli":

@@ -27,7 +27,7 @@ from capcli import __version__
 from capcli.doctor import probe, versions
 from capcli.doctor.asking import ask
 from capcli.engine.engine_json import Bucket, Engine, Memory, plan_files, write_engine
-from capcli.models.int8 import lacking
+from capcli.models.int8 import int8_lacks
 
 SECTIONS = ["versions", "cpu", "gpus", "runtimes", "extras", "models", "engines"]
 STATES = {"ok", "none", "missing", "broken"}
@@ -162,7 +162,7 @@ def test_it_tells_what_is_here() -> None:
     assert runtimes["ONNX Runtime"]["version"] == onnxruntime.__version__
     assert runtimes["ONNX Runtime"]["errors"]["CPUExecutionProvider"] is None
     assert found["cpu"][0]["usable_cores"] >= 1
-    assert found["cpu"][0]["int8"] == (lacking() is None)
+    assert found["cpu"][0]["int8"] == (int8_lacks() is None)
     assert found["cpu"][0]["memory"] > 1 << 28
     assert bool([line for line in found["gpus"] if line["state"] == "ok"]) == torch.cuda.is_available()
 

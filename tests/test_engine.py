@@ -15,7 +15,7 @@ import pytest
 import torch
 from running import Ended, call, change_json, paint, save_captioner
 
-from capcli.cli.model import leave_cores_to
+from capcli.cli.shared_options import set_openmp_wait_policy
 from capcli.engine.engine_json import Engine, read_engine, write_engine
 from capcli.errors import CapcliError
 from capcli.models import build
@@ -148,12 +148,12 @@ def test_threads_of_pytorch_sleep_beside_an_engine_unless_told_otherwise(
     engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    leave_cores_to(str(tmp_path))
+    set_openmp_wait_policy(str(tmp_path))
     assert "OMP_WAIT_POLICY" not in os.environ
-    leave_cores_to(str(engine))
+    set_openmp_wait_policy(str(engine))
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    leave_cores_to(str(engine))
+    set_openmp_wait_policy(str(engine))
     assert os.environ["OMP_WAIT_POLICY"] == "active"
 
 

@@ -71,8 +71,8 @@ def test_flags_win_over_a_recipe() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[export]\nonnx = true\nbeams = 4", "beams, which is no option"),
-        ("[export]\nkind = 'onnx'", "kind, which is no option"),
+        ("[export]\nonnx = true\nbeams = 4", "beams in [export] is not an option"),
+        ("[export]\nkind = 'onnx'", "kind in [export] is not an option"),
         ("[export]\nonnx = 'perhaps'", "onnx"),
         ("[export]\nonnx = true\ndtype = 'float8'", "float8"),
         ("[export]\nonnx = false", "--onnx or --trt"),

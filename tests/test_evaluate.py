@@ -376,5 +376,5 @@ def test_what_is_advised_works(files: tuple[Path, Path], tmp_path: Path) -> None
     captions = tmp_path / "odd.csv"
     captions.write_text("\n".join(["image,prediction", *(f"{name},{text}" for name, text in CAPTIONS.items())]))
     given = (captions, "--references", files[1], "--without-java")
-    assert "Say so with --caption-column" in call("evaluate", *given).err
+    assert "give it with --caption-column" in call("evaluate", *given).err
     assert call("evaluate", *given, "--caption-column", "prediction").code == 0

@@ -21,8 +21,8 @@ from running import VOCABULARY, call, change_json, paint, save_captioner
 from transformers import VisionEncoderDecoderModel
 
 from capcli import Captioner
-from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
+from capcli.decoding.shapes import Shapes
 from capcli.engine.engine_json import read_engine, write_engine
 from capcli.export import graphs
 from capcli.export.folder import put_in_place

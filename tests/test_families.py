@@ -15,10 +15,10 @@ from families import (
     RESNET,
     TAGS,
     asks,
+    encoder_ids,
     make_end,
     prefix,
     prompted,
-    question,
     random_of_family,
     random_weights,
     save_family,
@@ -29,8 +29,8 @@ from PIL import Image
 from running import call, change_json, paint
 from transformers import ResNetConfig
 
-from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import NO_TOKEN
+from capcli.decoding.shapes import Shapes
 from capcli.engine.engine_json import read_engine
 from capcli.export.lint import duplicate_weights
 from capcli.export.origin import plans_refused
@@ -79,7 +79,7 @@ def test_tags_are_of_each_image(search: str) -> None:
     tags = [(*range(n, n + n % 5), *(NO_TOKEN,) * (TAGS - n % 5)) for n in range(9)]
     same = [pictures(1)[0]] * 9
     agrees(model, same, case, lag=1, tags=tags)
-    said = {h[0].tokens for h in captions(model, same, case.settings(model), questions=tags)}
+    said = {h[0].tokens for h in captions(model, same, case.settings(model), encoder_ids=tags)}
     assert len(said) > 1
 
 
@@ -88,8 +88,8 @@ def test_questions_are_of_each_image(search: str) -> None:
     model, case = random_of_family("vision-t5"), SEARCHES[search]
     case = replace(case, given={"max_new_tokens": 12, **case.given})
     same, prompts = pictures(1)[0], [(n, 3 * n + 2, 7) for n in range(9)]
-    questions = [question(model, prompt) for prompt in prompts]
-    found = captions(model, [same] * 9, case.settings(model), lag=1, questions=questions)
+    ids = [encoder_ids(model, prompt) for prompt in prompts]
+    found = captions(model, [same] * 9, case.settings(model), lag=1, encoder_ids=ids)
     for prompt, hypotheses in zip(prompts, found, strict=True):
         matches(hypotheses, truth(model, same, replace(case, prompt=prompt)))
     assert len({h[0].tokens for h in found}) > 1

@@ -9,8 +9,9 @@ import torch
 from captioners import SIZE, random_captioner
 from running import call, paint, save_captioner
 
-from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
+from capcli.decoding.loop import IterableFeed, Job, decode
 from capcli.decoding.settings import resolve
+from capcli.decoding.shapes import Shapes
 from capcli.models.vision_encoder_decoder import Encode, Step
 from capcli.options import GenerationOptions
 from capcli.runtimes.eager import Eager

@@ -181,7 +181,7 @@ def test_arrivals_come_in_order_whatever_they_are(tmp_path: Path, decode: Decode
         if n % 7 == 3:
             path.write_bytes(path.read_bytes()[:700])
         paths.append(str(path))
-    entries = [Entry(path, path, question=(n,)) for n, path in enumerate(paths)]
+    entries = [Entry(path, path, encoder_ids=(n,)) for n, path in enumerate(paths)]
     expected = list(load(entries, WHOLE, workers=2))
     found: list[Loaded | Failure] = []
     with on_gpu(entries, GpuJpegDecoder(SQUARE, decode)) as arrivals:
@@ -195,7 +195,7 @@ def test_arrivals_come_in_order_whatever_they_are(tmp_path: Path, decode: Decode
             assert each == wanted
         else:
             assert isinstance(each, Loaded)
-            assert (each.facts, each.question) == (wanted.facts, wanted.question)
+            assert (each.facts, each.encoder_ids) == (wanted.facts, wanted.encoder_ids)
             assert_close(each.pixels, wanted.pixels)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from capcli import Captioner
-from capcli.decoding.loop import Shapes
+from capcli.decoding.shapes import Shapes
 from capcli.models import build, int8
 from capcli.models.families import family_of
 from capcli.models.int8 import Int8Linear
@@ -155,9 +155,9 @@ def test_slots_keep_entries_in_bfloat16_in_every_loop_where_the_decoder_attends_
     captioner = Captioner.load(str(folder), device="cpu", dtype="int8")
     settings = captioner.settings(GenerationOptions(max_new_tokens=5))
     image = pictures(1)[0][None]
-    for runtime in captioner.model.runtime.beside(2):
+    for runtime in captioner.model.runtime.replicas(2):
         runtime.allocate(Shapes(2, 1), settings)
-        runtime.admit(runtime.encode(image, [settings.question]), [0])
+        runtime.admit(runtime.encode(image, [settings.encoder_ids]), [0])
         held = [*runtime._memory, *runtime._pool]  # noqa: SLF001
         assert {each.dtype for each in held} == {kept}
         assert 2 * runtime.slot_bytes(image, settings) == sum(each.nbytes for each in held)

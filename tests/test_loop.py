@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from oracle import Case
 
 from capcli.decoding import loop, noise
-from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
+from capcli.decoding.loop import IterableFeed, Job, decode
+from capcli.decoding.shapes import Shapes
 from capcli.errors import CapcliError
 
 
@@ -272,8 +273,8 @@ def test_an_image_that_is_not_finite_leaves_its_neighbours_and_successors_alone(
         for tensor in state:
             tensor[seat] = torch.nan
 
-    def encode_known(pixels, questions):
-        encoded = encode(pixels, questions)
+    def encode_known(pixels, encoder_ids):
+        encoded = encode(pixels, encoder_ids)
         pictured[id(encoded)] = pixels
         return encoded
 

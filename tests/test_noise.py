@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capcli.decoding import noise
-from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
+from capcli.decoding.loop import IterableFeed, Job, decode
 from capcli.decoding.settings import Settings
+from capcli.decoding.shapes import Shapes
 from capcli.runtimes.base import EncodedChunk
 
 MANY = 20_000

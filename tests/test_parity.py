@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracle import Case, agrees, matches, truth
 
 from capcli.decoding import noise
-from capcli.decoding.loop import Shapes
+from capcli.decoding.shapes import Shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers")  # advice to who calls generate()
 captioner = partial(random_captioner, dtype=torch.float64)

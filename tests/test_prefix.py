@@ -83,7 +83,7 @@ def test_what_does_not_go_together_is_told() -> None:
         new(encoder=RESNET_TABLE, decoder=GPT2)
     with pytest.raises(UsageError, match="before the words of a gpt2 only"):
         new(encoder=RESNET_TABLE, decoder=BERT, join="prefix")
-    with pytest.raises(UsageError, match="--image-tokens are of an image that stands before"):
+    with pytest.raises(UsageError, match="--image-tokens is an option of a prefix"):
         ModelOptions(encoder="vit", decoder="gpt2", image_tokens=4)
     with pytest.raises(UsageError, match="goes without --join"):
         ModelOptions(model="it", join="prefix")

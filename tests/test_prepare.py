@@ -1,4 +1,4 @@
-"""`capcli prepare`: what the copy holds, what is left out, and that it is the same after any kill."""
+"""`capcli prepare`: the copy's content, what is left out, and that a killed run resumes to the same bytes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ import time
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import datasets
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageCms
-from running import Ended, call, ended, execute, paint, shell, spawn, wait_until
+from running import Ended, call, ended, paint, shell, spawn, wait_until
 
 from capcli.annotations import read_split
 from capcli.errors import CapcliError, ImageError
 from capcli.options import DataOptions
 from capcli.records import Stored
-from capcli.sources.dataset_images import StoredImages
+from capcli.sources.dataset_images import StoredImages, address_of
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 
@@ -81,7 +84,7 @@ def gradient(width: int, height: int) -> Image.Image:
     return Image.fromarray((np.stack([x, y, 1 - x], axis=-1) * 255).astype(np.uint8))
 
 
-# What the copy holds
+# Content of the copy
 
 
 def test_the_copy_is_a_dataset_with_all_captions(tmp_path: Path) -> None:
@@ -103,7 +106,7 @@ def test_the_copy_is_a_dataset_with_all_captions(tmp_path: Path) -> None:
     assert "7 images, 14 captions" in ran.err
 
 
-def test_images_are_upright_rgb_small_and_without_baggage(tmp_path: Path) -> None:
+def test_images_are_upright_rgb_small_and_without_metadata(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     exif = Image.Exif()
@@ -140,7 +143,7 @@ def test_formats(kind: str, loss: float, tmp_path: Path) -> None:
         assert abs(np.asarray(picture_of(row)) - original).mean() <= loss
 
 
-def test_quality_is_what_is_asked_for(tmp_path: Path) -> None:
+def test_quality_decides_the_size(tmp_path: Path) -> None:
     data = photos(tmp_path / "in", 1)
     sizes = []
     for quality in (30, 95):
@@ -188,7 +191,7 @@ def test_options_from_a_file(tmp_path: Path) -> None:
     assert {min(row["width"], row["height"]) for row in stored(tmp_path / "out").values()} == {20}
 
 
-def test_a_number_in_a_file_where_paths_belong_is_told(tmp_path: Path) -> None:
+def test_a_number_in_place_of_paths_is_an_error(tmp_path: Path) -> None:
     config = tmp_path / "c.toml"
     config.write_text("[data]\ndata = 3\n")
     ran = call("prepare", "--config", config, "--out", tmp_path / "out")
@@ -223,7 +226,7 @@ def hostile(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_cannot_be_stored_is_listed(workers: int, tmp_path: Path) -> None:
+def test_images_that_cannot_be_stored_are_listed(workers: int, tmp_path: Path) -> None:
     data = hostile(tmp_path / "in")
     ran = prepare(data, tmp_path / "out", "--workers", workers)
     assert ran.code == 3
@@ -241,21 +244,21 @@ def test_what_cannot_be_stored_is_listed(workers: int, tmp_path: Path) -> None:
         "empty.jpg": "empty",
         "thin.png": "shape",
     }
-    told = manifest(tmp_path / "out")
-    assert (told["images_left_out"], told["empty_captions"]) == (5, 1)
+    values = manifest(tmp_path / "out")
+    assert (values["images_left_out"], values["empty_captions"]) == (5, 1)
     again = prepare(data, tmp_path / "out")
     assert again.code == 3
-    assert "all there already" in again.err
+    assert "the copy was already complete" in again.err
 
 
-def test_the_manifest_tells_what_is_there(tmp_path: Path) -> None:
+def test_the_manifest_describes_the_copy(tmp_path: Path) -> None:
     data = hostile(tmp_path / "in")
     prepare(data, tmp_path / "out", "--shard-size", 2, "--seed", 7)
-    told = manifest(tmp_path / "out")
-    assert told["state"] == "finished"
-    assert told["source"]["data"] == [str(data)]
-    assert told["settings"] | {"edge": 256, "format": "jpeg", "quality": 95, "shard_size": 2} == told["settings"]
-    train = told["splits"]["train"]
+    values = manifest(tmp_path / "out")
+    assert values["state"] == "finished"
+    assert values["source"]["data"] == [str(data)]
+    assert values["settings"] | {"edge": 256, "format": "jpeg", "quality": 95, "shard_size": 2} == values["settings"]
+    train = values["splits"]["train"]
     assert (train["images"], train["rows"], train["captions"]) == (7, 2, 3)
     assert [shard["rows"] for shard in train["shards"]] == [1, 0, 1, 0]
     for shard in train["shards"]:
@@ -263,7 +266,7 @@ def test_the_manifest_tells_what_is_there(tmp_path: Path) -> None:
         assert (hashlib.sha256(content).hexdigest(), len(content)) == (shard["sha256"], shard["bytes"])
 
 
-def test_nothing_but_broken_images_is_an_error_that_can_be_mended(tmp_path: Path) -> None:
+def test_broken_images_alone_are_an_error_until_they_are_repaired(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for name in ("a.png", "b.png"):
@@ -297,28 +300,32 @@ def test_wrong_usage_writes_nothing(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-# Going on
+# Resuming
 
 
-def test_a_run_that_is_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    data = photos(tmp_path / "in", 200)
+def kill(process: subprocess.Popen[bytes]) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_run_that_is_killed_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    data = photos(tmp_path / "in", 120)
     (tmp_path / "in" / "photo 33.png").write_text("broken")
-    arguments = ("prepare", "--data", data, "--shard-size", 5, "--val-fraction", 0.2, "--workers", 1)
+    arguments = ("prepare", "--data", data, "--shard-size", 5, "--val-fraction", 0.2)
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert call(*arguments, "--out", whole).code == 3
+    assert call(*arguments, "--out", whole, "--workers", 0).code == 3
     draw = random.Random(3)
     finished: dict[Path, int] = {}
     for _ in range(3):
-        process, before = spawn(*arguments, "--out", out), len(finished)
-        wait_until(lambda before=before: len(done(out)) > before, process)
+        process, before = spawn(*arguments, "--out", out, "--workers", 1), len(finished)
+        wait_until(lambda before=before: len(finished_shards(out)) > before, process)
         time.sleep(draw.uniform(0, 0.015))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill(process)
         for path, inode in finished.items():
-            assert path.stat().st_ino == inode, "a shard that was finished was written again"
-        finished = {path: path.stat().st_ino for path in done(out)}
+            assert path.stat().st_ino == inode, "a finished shard was written again"
+        finished = {path: path.stat().st_ino for path in finished_shards(out)}
     assert not (out / "dataset_dict.json").exists()
-    assert execute(*arguments, "--out", out).code == 3
+    assert call(*arguments, "--out", out, "--workers", 0).code == 3
     for path, inode in finished.items():
         assert path.stat().st_ino == inode
     assert tree(out) == tree(whole)
@@ -328,26 +335,29 @@ def arrows(out: Path) -> list[Path]:
     return sorted(out.glob("*/data-*.arrow"))
 
 
-def done(out: Path) -> list[Path]:
-    """The shards that are noted as finished, while the run is not."""
+def finished_shards(out: Path) -> list[Path]:
+    """The shards that have a note, while the run is not finished."""
     notes = {path.stem for path in out.glob("unfinished/*.json")}
     return [path for path in arrows(out) if f"{path.parent.name}-{path.name.split('-')[1]}" in notes]
 
 
-@pytest.mark.parametrize("torn", ["train/data-00001-of-00003.arrow", "unfinished/train-00001.json", "train/state.json"])
-def test_what_is_torn_or_missing_is_made_again(torn: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damaged", ["train/data-00001-of-00003.arrow", "unfinished/train-00001.json", "train/state.json"]
+)
+def test_a_damaged_or_missing_file_is_written_again(damaged: str, tmp_path: Path) -> None:
     data = photos(tmp_path / "in", 9)
     whole, out = tmp_path / "whole", tmp_path / "out"
     prepare(data, whole, "--shard-size", 3)
     prepare(data, out, "--shard-size", 3)
-    told = manifest(out)
-    (out / "manifest.json").write_text(json.dumps(told | {"state": "unfinished"}))
+    values = manifest(out)
+    (out / "manifest.json").write_text(json.dumps(values | {"state": "unfinished"}))
     notes = out / "unfinished"
     notes.mkdir()
-    for number, shard in enumerate(told["splits"]["train"]["shards"]):
+    for number, shard in enumerate(values["splits"]["train"]["shards"]):
         note = {"rows": 3, "captions": 6, "bytes": shard["bytes"], "sha256": shard["sha256"], "failures": []}
+        note |= {"failed": [], "again": bool(number)}
         (notes / f"train-{number:05d}.json").write_text(json.dumps(note))
-    path = out / torn
+    path = out / damaged
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     (notes / "train-00002.arrow").write_bytes(b"half a shard")
     (notes / "train-00002.json.tmp").write_bytes(b"{")
@@ -355,7 +365,7 @@ def test_what_is_torn_or_missing_is_made_again(torn: str, tmp_path: Path) -> Non
     assert tree(out) == tree(whole)
 
 
-def test_a_shard_that_a_finished_copy_lost_is_made_again(tmp_path: Path) -> None:
+def test_a_missing_shard_of_a_finished_copy_is_written_again(tmp_path: Path) -> None:
     data, out = photos(tmp_path / "in", 6), tmp_path / "out"
     (tmp_path / "in" / "photo 0.png").write_text("broken")
     prepare(data, out, "--shard-size", 2)
@@ -368,18 +378,18 @@ def test_a_shard_that_a_finished_copy_lost_is_made_again(tmp_path: Path) -> None
     assert [path.stat().st_ino == inode for path, inode in zip(arrows(out), inodes, strict=True)] == [True, False, True]
 
 
-# Trying again
+# Retrying
 
 
-def mended(folder: Path, name: str) -> None:
-    """The image that would have been painted there in the first place."""
+def repair(folder: Path, name: str) -> None:
+    """Replaces a broken image by the one that `photos` paints."""
     number = int(name.split()[1].split(".")[0])
-    scratch = folder.parent / "mended"
+    scratch = folder.parent / "repair"
     paint(scratch, *(f"photo {n}.png" for n in range(number + 1)))
     shutil.copy(scratch / name, folder / name)
 
 
-def test_what_failed_is_tried_again_when_asked(tmp_path: Path) -> None:
+def test_retry_failed_tries_failures_again(tmp_path: Path) -> None:
     data, out = photos(tmp_path / "in", 12), tmp_path / "out"
     arguments = ("--shard-size", 4, "--val-fraction", 0.3)
     assert prepare(data, tmp_path / "whole", *arguments).code == 0
@@ -392,88 +402,93 @@ def test_what_failed_is_tried_again_when_asked(tmp_path: Path) -> None:
     before = tree(out)
     assert prepare(data, out, *arguments, "--retry-failed").code == 3
     assert tree(out) == before
-    mended(tmp_path / "in", "photo 1.png")
-    mended(tmp_path / "in", "photo 6.png")
+    repair(tmp_path / "in", "photo 1.png")
+    repair(tmp_path / "in", "photo 6.png")
     plain = prepare(data, out, *arguments)
     assert plain.code == 3
     assert "--retry-failed" in plain.err
     assert tree(out) == before
     assert prepare(data, out, *arguments, "--retry-failed").code == 3
     assert [row["file_name"] for row in failures(out)] == ["photo 10.png"]
-    mended(tmp_path / "in", "photo 10.png")
+    repair(tmp_path / "in", "photo 10.png")
     assert prepare(data, out, *arguments, "--retry-failed").code == 0
     assert tree(out) == tree(tmp_path / "whole")
 
 
-def test_trying_again_goes_on_after_a_kill(tmp_path: Path) -> None:
+def test_a_retry_that_is_killed_resumes(tmp_path: Path) -> None:
     data, out = photos(tmp_path / "in", 60), tmp_path / "out"
-    arguments = ("prepare", "--data", data, "--shard-size", 20, "--workers", 1)
-    assert call(*arguments, "--out", tmp_path / "whole").code == 0
+    arguments = ("prepare", "--data", data, "--shard-size", 20)
+    here = ("--workers", 0)
+    assert call(*arguments, *here, "--out", tmp_path / "whole").code == 0
     broken = [f"photo {number}.png" for number in range(60) if number % 3]
     for name in broken:
         (tmp_path / "in" / name).write_text("broken")
-    assert call(*arguments, "--out", out).code == 3
+    assert call(*arguments, *here, "--out", out).code == 3
     paint(tmp_path / "in", *(f"photo {number}.png" for number in range(60)))
-    process = spawn(*arguments, "--out", out, "--retry-failed")
+    process = spawn(*arguments, "--out", out, "--retry-failed", "--workers", 1)
     wait_until(lambda: any(path.stat().st_size for path in out.glob("unfinished/*.part")), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     assert set(datasets.load_from_disk(str(out))["train"]["file_name"]) >= {f"photo {n}.png" for n in range(0, 60, 3)}
-    assert call(*arguments, "--out", out).code == 0  # it goes on with what was begun
+    assert call(*arguments, *here, "--out", out).code == 0  # resumes the retry
     assert tree(out) == tree(tmp_path / "whole")
 
 
-def test_an_unfinished_copy_tries_again_too(tmp_path: Path) -> None:
-    data, out = photos(tmp_path / "in", 300), tmp_path / "out"
-    arguments = ("prepare", "--data", data, "--shard-size", 100, "--workers", 1)
-    assert call(*arguments, "--out", tmp_path / "whole").code == 0
-    for number in (5, 50, 101):
+def start_and_kill(*arguments: object, out: Path, shard: int = 0, size: int = 9000) -> Path:
+    """Kills a run when the log of a shard has so many bytes; the path of the log."""
+    process = spawn(*arguments, "--out", out, "--workers", 1)
+    log = out / "unfinished" / f"train-{shard:05d}.part"
+    wait_until(lambda: log.exists() and log.stat().st_size > size, process)
+    kill(process)
+    assert manifest(out)["state"] == "unfinished"
+    return log
+
+
+def test_retry_failed_works_on_an_unfinished_copy(tmp_path: Path) -> None:
+    data, out = photos(tmp_path / "in", 150), tmp_path / "out"
+    arguments = ("prepare", "--data", data, "--shard-size", 50)
+    assert call(*arguments, "--workers", 0, "--out", tmp_path / "whole").code == 0
+    for number in (5, 20, 51):
         (tmp_path / "in" / f"photo {number}.png").write_text("broken")
-    process = spawn(*arguments, "--out", out)
-    part = out / "unfinished" / "train-00001.part"
-    wait_until(lambda: part.exists() and part.stat().st_size > 9000, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    paint(tmp_path / "in", *(f"photo {number}.png" for number in range(300)))
-    assert call(*arguments, "--out", out, "--retry-failed").code == 0
+    start_and_kill(*arguments, out=out, shard=1)
+    paint(tmp_path / "in", *(f"photo {number}.png" for number in range(52)))
+    assert call(*arguments, "--workers", 0, "--out", out, "--retry-failed").code == 0
     assert tree(out) == tree(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("torn", [0, 1, 30, 90])
-def test_a_torn_log_costs_its_tail(torn: int, tmp_path: Path) -> None:
-    data, out = photos(tmp_path / "in", 40), tmp_path / "out"
+def test_a_damaged_log_loses_only_its_tail(tmp_path: Path) -> None:
+    data = photos(tmp_path / "in", 40)
     (tmp_path / "in" / "photo 2.png").write_text("broken")
-    arguments = ("prepare", "--data", data, "--workers", 1, "--shard-size", 40)
-    assert call(*arguments, "--out", tmp_path / "whole").code == 3
-    process = spawn(*arguments, "--out", out)
-    part = out / "unfinished" / "train-00000.part"
-    wait_until(lambda: part.exists() and part.stat().st_size > 9000, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    (tmp_path / "in" / "photo 0.png").unlink()  # what is done is not looked at again
-    os.truncate(part, part.stat().st_size - torn)
-    assert call(*arguments, "--out", out).code == 3
-    assert tree(out)["train/data-00000-of-00001.arrow"] == tree(tmp_path / "whole")["train/data-00000-of-00001.arrow"]
+    arguments = ("prepare", "--data", data, "--shard-size", 40)
+    assert call(*arguments, "--workers", 0, "--out", tmp_path / "whole").code == 3
+    log = start_and_kill(*arguments, out=tmp_path / "killed")
+    (tmp_path / "in" / "photo 0.png").unlink()  # its result is in the log
+    shard = "train/data-00000-of-00001.arrow"
+    for lost in (0, 1, 30, 90):
+        out = tmp_path / f"lost {lost}"
+        shutil.copytree(tmp_path / "killed", out)
+        os.truncate(out / log.relative_to(tmp_path / "killed"), log.stat().st_size - lost)
+        assert call(*arguments, "--workers", 0, "--out", out).code == 3
+        assert tree(out)[shard] == tree(tmp_path / "whole")[shard]
 
 
-def test_an_interrupt_keeps_what_is_done(tmp_path: Path) -> None:
+def test_an_interrupt_keeps_finished_images(tmp_path: Path) -> None:
     data = photos(tmp_path / "in", 200)
-    arguments = ("prepare", "--data", data, "--shard-size", 100, "--workers", 1)
+    arguments = ("prepare", "--data", data, "--shard-size", 100)
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert call(*arguments, "--out", whole).code == 0
-    process = spawn(*arguments, "--out", out)
-    part = out / "unfinished" / "train-00000.part"
-    wait_until(lambda: part.exists() and part.stat().st_size > 9000, process)
+    assert call(*arguments, "--out", whole, "--workers", 0).code == 0
+    process = spawn(*arguments, "--out", out, "--workers", 1)
+    log = out / "unfinished" / "train-00000.part"
+    wait_until(lambda: log.exists() and log.stat().st_size > 9000, process)
     process.send_signal(signal.SIGINT)
     ran = ended(process)
     assert ran.code == 130
-    assert "goes on from here" in ran.err
+    assert "run the same command again" in ran.err
     assert "Traceback" not in ran.err
     kept = int(ran.err.split(" of 200 images")[0].split()[-1])
     assert 2 < kept < 200
     assert sum(path.read_bytes().count(b'{"position"') for path in out.glob("unfinished/*.part")) == kept % 100
     assert not list((out / "unfinished").glob("*.arrow"))
-    assert call(*arguments, "--out", out).code == 0
+    assert call(*arguments, "--out", out, "--workers", 0).code == 0
     assert tree(out) == tree(whole)
 
 
@@ -499,7 +514,7 @@ def test_other_settings_and_other_data_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("manifest_there", [False, True])
-def test_a_folder_of_something_else_is_left_alone(manifest_there: bool, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_changed(manifest_there: bool, tmp_path: Path) -> None:
     data = photos(tmp_path / "in", 1)
     out = tmp_path / "out"
     out.mkdir()
@@ -514,7 +529,7 @@ def test_a_folder_of_something_else_is_left_alone(manifest_there: bool, tmp_path
     assert prepare(data, tmp_path / "file").code == 2
 
 
-def test_overwriting_removes_only_what_was_written(tmp_path: Path) -> None:
+def test_overwriting_removes_only_files_of_the_copy(tmp_path: Path) -> None:
     data, out = photos(tmp_path / "in", 2), tmp_path / "out"
     prepare(data, out)
     (out / "notes.txt").write_text("mine")
@@ -534,7 +549,7 @@ def test_overwriting_leaves_what_others_put_among_the_shards(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("way", ["itself", "link", "split", "shards linked", "failures", "val-data"])
-def test_what_is_read_is_not_overwritten(way: str, tmp_path: Path) -> None:
+def test_data_that_is_read_is_not_overwritten(way: str, tmp_path: Path) -> None:
     data, out = photos(tmp_path / "in", 6), tmp_path / "out"
     (tmp_path / "in" / "photo 0.png").write_text("broken")
     assert prepare(data, out, "--val-fraction", 0.3).code == 3
@@ -568,30 +583,30 @@ def test_nothing_is_overwritten_for_images_that_cannot_be_read(tmp_path: Path) -
         (tmp_path / "in" / f"photo {number}.png").write_text("broken")
     ran = prepare(data, out, "--overwrite")
     assert ran.code == 1
-    assert "left as it is" in ran.err
+    assert "is not changed" in ran.err
     assert tree(out) == before
 
 
-def test_an_empty_caption_costs_no_image(tmp_path: Path) -> None:
+def test_an_empty_caption_leaves_the_image(tmp_path: Path) -> None:
     paint(tmp_path / "in", "a.png")
     ran = prepare(annotate(tmp_path / "in" / "c.jsonl", {"a.png": ["x", " "]}), tmp_path / "out")
     assert ran.code == 0
     assert "1 empty caption left out" in ran.err
 
 
-def test_a_row_that_cannot_be_read_is_told_listed_and_left_out(tmp_path: Path) -> None:
+def test_a_row_that_cannot_be_read_is_reported_listed_and_left_out(tmp_path: Path) -> None:
     paint(tmp_path / "in", "a.png", "b.png")
     data = annotate(tmp_path / "in" / "c.jsonl", {"a.png": ["x", " "], "b.png": ["y"]})
     good = data.read_text().splitlines()
     data.write_text("\n".join([good[0], '{"file_name": "a.png", "capt', "[1]", good[1]]))
     ran = prepare(data, tmp_path / "out")
     assert ran.code == 3
-    assert f"2 rows of {data} cannot be read: passed over; the first: {data}: line 2, column " in ran.err
+    assert f"2 rows of {data} cannot be read: skipped; the first: {data}: line 2, column " in ran.err
     assert "2 images, 2 captions" in ran.err
     assert "1 empty caption and 2 unreadable rows left out" in ran.err
     rows = [row for row in failures(tmp_path / "out") if row["error"] == "unreadable-row"]
     assert [row["file_name"] for row in rows] == [str(data)] * 2
-    assert rows[1]["message"] == "line 3 is no object, but a list of int"
+    assert rows[1]["message"] == "line 3 is not an object, but a list of int"
     assert list(stored(tmp_path / "out")) == ["a.png", "b.png"]
     again = prepare(data, tmp_path / "out")
     assert (again.code, "2 unreadable rows left out" in again.err) == (3, True)
@@ -603,17 +618,7 @@ def test_a_row_that_cannot_be_read_is_told_listed_and_left_out(tmp_path: Path) -
     assert f"{data}: line 1" in ran.err
 
 
-def test_one_run_at_a_time(tmp_path: Path) -> None:
-    data, out = photos(tmp_path / "in", 600), tmp_path / "out"
-    first = spawn("prepare", "--data", data, "--out", out, "--workers", 1, "--shard-size", 50)
-    wait_until(lambda: (out / "manifest.json").exists(), first)
-    second = prepare(data, out, "--shard-size", 50)
-    assert second.code == 1
-    assert "another run" in second.err
-    assert ended(first).code == 0
-
-
-def test_a_full_disk_is_told(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
     data = photos(tmp_path / "in", 30)
     ran = shell('ulimit -f 24; capcli prepare --data "$DATA" --out "$OUT" --workers 1', DATA=data, OUT=tmp_path / "out")
     assert ran.code == 1
@@ -638,25 +643,52 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
 # Reading
 
 
+@given(st.builds(Stored, st.text(st.characters()), st.integers(0), st.text()))
+def test_an_address_of_a_dataset_row_is_text_that_leads_to_the_row(row: Stored) -> None:
+    images = StoredImages()
+    with mock.patch.object(images, "read", side_effect=lambda found: repr(found).encode()):
+        address = address_of(row)
+        assert images.find(os.fsdecode(os.fsencode(address))) == repr(row).encode()
+
+
+def test_other_addresses() -> None:
+    assert StoredImages().find(address_of("a [0].png")) == "a [0].png"
+    with pytest.raises(ImageError, match="why\n") as caught:
+        StoredImages().find(address_of(ImageError("kind", "why\n")))
+    assert caught.value.kind == "kind"
+    for damaged in ("\0", "\0[1]", "\0a.png"):
+        with pytest.raises(ImageError, match="NUL"):
+            StoredImages().find(damaged)
+
+
+def test_a_path_through_a_link_is_opened_as_it_is(tmp_path: Path) -> None:
+    paint(tmp_path / "real", "a.png")
+    (tmp_path / "real" / "annotations").mkdir()
+    annotate(tmp_path / "real" / "annotations" / "c.jsonl", {"../a.png": ["x"]})
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "annotations")
+    assert prepare(tmp_path / "link" / "c.jsonl", tmp_path / "out").code == 0
+    assert list(stored(tmp_path / "out")) == ["../a.png"]
+
+
 def a_dataset(folder: Path, count: int = 12) -> tuple[list[Path], datasets.Dataset]:
     names = [f"{number}.png" for number in range(count)]
     paint(folder, *names)
     paths = [folder / name for name in names]
-    made = datasets.Dataset.from_dict({"number": range(count), "image": [str(path) for path in paths]})
-    return paths, made.cast_column("image", datasets.Image())
+    dataset = datasets.Dataset.from_dict({"number": range(count), "image": [str(path) for path in paths]})
+    return paths, dataset.cast_column("image", datasets.Image())
 
 
 @pytest.mark.parametrize("kind", ["whole", "sharded", "shuffled", "selected"])
 def test_any_dataset_on_disk_is_read(kind: str, tmp_path: Path) -> None:
-    paths, made = a_dataset(tmp_path / "in")
+    paths, dataset = a_dataset(tmp_path / "in")
     order = list(range(len(paths)))
     if kind == "selected":
         order = [7, 7, 2, 11]
-        made = made.select(order)
+        dataset = dataset.select(order)
     if kind == "shuffled":
-        made = made.shuffle(seed=1)
-        order = made["number"][:]
-    made.save_to_disk(str(tmp_path / "set"), num_shards=3 if kind == "sharded" else 1)
+        dataset = dataset.shuffle(seed=1)
+        order = dataset["number"][:]
+    dataset.save_to_disk(str(tmp_path / "set"), num_shards=3 if kind == "sharded" else 1)
     images = StoredImages()
     read = [images.read(Stored(str(tmp_path / "set"), row)) for row in range(len(order))]
     assert read == [paths[number].read_bytes() for number in order]
@@ -665,12 +697,12 @@ def test_any_dataset_on_disk_is_read(kind: str, tmp_path: Path) -> None:
             images.read(Stored(str(tmp_path / "set"), row))
 
 
-def test_indices_beside_the_data_are_heeded(tmp_path: Path) -> None:
-    """As older versions of datasets saved a dataset that had been shuffled."""
+def test_a_file_of_indices_is_applied(tmp_path: Path) -> None:
+    """Older versions of datasets saved a shuffled dataset so."""
     import pyarrow as pa
 
-    paths, made = a_dataset(tmp_path / "in")
-    made.save_to_disk(str(tmp_path / "set"))
+    paths, dataset = a_dataset(tmp_path / "in")
+    dataset.save_to_disk(str(tmp_path / "set"))
     order = [5, 0, 11, 3]
     table = pa.table({"indices": pa.array(order, pa.uint64())})
     with pa.ipc.new_stream(str(tmp_path / "set" / "indices.arrow"), table.schema) as stream:
@@ -704,25 +736,25 @@ def test_columns_of_bytes_and_of_paths_are_read(tmp_path: Path) -> None:
         images.read(Stored(str(tmp_path / "set"), 0, "link"))
 
 
-def test_what_is_no_dataset_is_told(tmp_path: Path) -> None:
-    _, made = a_dataset(tmp_path / "in", 3)
+def test_a_folder_that_is_not_a_dataset_is_an_error(tmp_path: Path) -> None:
+    _, dataset = a_dataset(tmp_path / "in", 3)
     folder = tmp_path / "set"
-    made.save_to_disk(str(folder))
+    dataset.save_to_disk(str(folder))
     with pytest.raises(CapcliError, match="no column 'picture'"):
         StoredImages().read(Stored(str(folder), 0, "picture"))
     with pytest.raises(CapcliError, match="nowhere"):
         StoredImages().read(Stored(str(tmp_path / "nowhere"), 0))
     data = next(folder.glob("*.arrow"))
     data.write_bytes(data.read_bytes()[:100])
-    with pytest.raises(CapcliError, match="no dataset on disk"):
+    with pytest.raises(CapcliError, match="not a dataset on disk"):
         StoredImages().read(Stored(str(folder), 0))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_processes_read_side_by_side(method: str, tmp_path: Path) -> None:
-    paths, made = a_dataset(tmp_path / "in")
-    made.save_to_disk(str(tmp_path / "set"), num_shards=2)
+def test_processes_read_concurrently(method: str, tmp_path: Path) -> None:
+    paths, dataset = a_dataset(tmp_path / "in")
+    dataset.save_to_disk(str(tmp_path / "set"), num_shards=2)
     rows = [Stored(str(tmp_path / "set"), row) for row in range(len(paths))]
     images = StoredImages()
     expected = [images.read(row) for row in rows]  # opened here first, as a forked process finds it
@@ -740,13 +772,13 @@ def test_a_dataset_may_be_moved_between_runs(tmp_path: Path) -> None:
     assert Image.open(io.BytesIO(StoredImages().read(row))).size
 
 
-def test_images_of_one_name_in_two_folders_stay_two_images(tmp_path: Path) -> None:
+def test_images_of_one_name_in_two_folders_are_two_images(tmp_path: Path) -> None:
     for split, text in (("train", "a red house"), ("val", "two blue cars")):
         paint(tmp_path / split, "1.png", seed=len(split))
         (tmp_path / split / "metadata.jsonl").write_text(json.dumps({"file_name": "1.png", "text": text}) + "\n")
     out = tmp_path / "prepared"
-    done = call("prepare", "--data", tmp_path / "train", "--val-data", tmp_path / "val", "--out", out)
-    assert done.code == 0, done.err
+    ran = call("prepare", "--data", tmp_path / "train", "--val-data", tmp_path / "val", "--out", out, "--workers", 0)
+    assert ran.code == 0, ran.err
     split = read_split(DataOptions(data=(str(out),)))
     assert [each.captions for each in split.train] == [("a red house",)]
     assert [each.captions for each in split.val] == [("two blue cars",)]

@@ -18,8 +18,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from capcli.decoding.loop import Batch, IterableFeed, Job, Shapes, decode
+from capcli.decoding.loop import Batch, IterableFeed, Job, decode
 from capcli.decoding.settings import Settings, resolve
+from capcli.decoding.shapes import Shapes
 from capcli.models.attention import use_attention
 from capcli.models.vision_encoder_decoder import Encode, Step
 from capcli.options import GenerationOptions
@@ -79,7 +80,7 @@ def test_no_operation_of_a_step_waits_for_the_device(decoder: str, given: dict[s
         batch.fetch(wait=0)
         batch.fill()
         with Watch() as watch:
-            batch.say()
+            batch.decode_token()
     assert not watch.bad
 
 
@@ -88,24 +89,24 @@ class Replaying(Eager):
 
     replayed = 0
 
-    def repeated(self, turn: Callable[[], None]) -> Callable[[], None]:
+    def repeated(self, step: Callable[[], None]) -> Callable[[], None]:
         done, recording = 0, None
 
         def again() -> None:
             nonlocal done, recording
             done += 1
             if done <= WARM_UPS:
-                turn()
+                step()
                 return
             if recording is None:
                 before = [x.clone() for x in state]
-                recording = make_fx(lambda: turn())()
+                recording = make_fx(lambda: step())()
                 for x, old in zip(state, before, strict=True):
                     x.copy_(old)  # unlike a CUDA graph's, this recording did what it recorded
             recording()
             self.replayed += 1
 
-        batch = turn.__self__  # type: ignore[attr-defined]
+        batch = step.__self__  # type: ignore[attr-defined]
         state = [x for x in vars(batch.search).values() if isinstance(x, torch.Tensor)]
         return again
 

@@ -1,4 +1,4 @@
-"""capcli's own architectures are transformers' too, after `capcli.register()`."""
+"""`capcli.register()` registers capcli's own architectures with transformers' Auto classes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from families import save_family
 from running import PATIENCE, environment
 
 ORDERS = {
-    "capcli first": "import capcli; capcli.register(); from transformers import AutoModel",
-    "transformers first": "import transformers, capcli; capcli.register(); from transformers import AutoModel",
-    "Auto classes first": "from transformers import AutoModel; import capcli; capcli.register()",
-    "twice": "import capcli; capcli.register(); capcli.register(); from transformers import AutoModel",
-    "the family itself": "import capcli.models.prefix; from transformers import AutoModel",
+    "before transformers is imported, twice": "import capcli; capcli.register(); capcli.register(); "
+    "from transformers import AutoConfig, AutoModel",
+    "after the Auto classes are imported": "from transformers import AutoConfig, AutoModel; "
+    "import capcli; capcli.register()",
 }
+LOAD = """
+import sys
+print(type(AutoModel.from_pretrained(sys.argv[1])).__name__, AutoConfig.from_pretrained(sys.argv[1]).image_tokens)
+"""
 
 
-def ran(script: str, *arguments: object) -> str:
+def output_of(script: str, *arguments: object) -> str:
     command = [sys.executable, "-c", script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
@@ -32,16 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_folder_loads_as_any_model(folder: Path, order: str) -> None:
-    script = f"{ORDERS[order]}; import sys; print(type(AutoModel.from_pretrained(sys.argv[1])).__name__)"
-    assert ran(script, folder) == "PrefixCaptioner"
-
-
-def test_a_config_loads_alone(folder: Path) -> None:
-    script = "import sys, capcli; capcli.register(); from transformers import AutoConfig as A; "
-    script += "print(A.from_pretrained(sys.argv[1]).image_tokens)"
-    assert ran(script, folder) == "10"
+def test_auto_classes_load_a_captioner_with_a_prefix(folder: Path, order: str) -> None:
+    assert output_of(f"{ORDERS[order]}\n{LOAD}", folder) == "PrefixCaptioner 10"
 
 
 def test_importing_capcli_imports_neither_torch_nor_transformers() -> None:
-    assert ran("import sys, capcli; print({'torch', 'transformers'} & set(sys.modules))") == "set()"
+    assert output_of("import sys, capcli; print({'torch', 'transformers'} & set(sys.modules))") == "set()"

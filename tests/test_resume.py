@@ -18,7 +18,7 @@ NAMES = [f"{n // 30}/{n:03d}{('.png', '.jpg', '.webp', '.gif')[n % 4]}" for n in
 AWKWARD = ["0/new\nline.png", "1/\n\n.jpg", '2/"quoted", twice.png', b"3/caf\xe9.png", "4/two  spaces.gif"]
 BROKEN = ["0/007a.png", "2/broken\nname.jpg", "4/149z.png"]
 CAPTIONS, FAILURES = len(NAMES) + len(AWKWARD), len(BROKEN)
-FINISHING = "capcli: finishing what is under way; again, to leave at once"
+FINISHING = "capcli: interrupted; finishing the work in progress (interrupt again to exit at once)"
 
 
 @pytest.fixture(scope="module")

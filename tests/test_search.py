@@ -12,7 +12,7 @@ from oracle import Case, agrees
 from transformers import GenerationConfig
 
 from capcli.decoding.search import top_few
-from capcli.decoding.settings import HONOURED, NEUTRAL, WITHOUT_EFFECT, Settings, idle, resolve
+from capcli.decoding.settings import NEUTRAL, SUPPORTED, WITHOUT_EFFECT, Settings, idle, resolve
 from capcli.decoding.topk import BLOCK, best_of_blocks
 from capcli.errors import CapcliError, UsageError
 from capcli.options import GenerationOptions
@@ -55,14 +55,14 @@ REFUSED = {
 
 def test_every_field_of_a_generation_config_is_accounted_for():
     fields = {name for name in GenerationConfig().to_dict() if not name.startswith("_")}
-    assert fields <= HONOURED | WITHOUT_EFFECT | set(REFUSED), (
+    assert fields <= SUPPORTED | WITHOUT_EFFECT | set(REFUSED), (
         "transformers has new fields: decide what to do with them"
     )
 
 
 def test_no_field_is_on_two_lists():
-    assert not HONOURED & WITHOUT_EFFECT
-    assert not set(REFUSED) & (HONOURED | WITHOUT_EFFECT)
+    assert not SUPPORTED & WITHOUT_EFFECT
+    assert not set(REFUSED) & (SUPPORTED | WITHOUT_EFFECT)
     assert set(NEUTRAL) <= set(REFUSED)
 
 

@@ -151,4 +151,4 @@ def test_two_hundred_thousand_names_are_listed_as_they_are_needed(captioner: Pat
     assert process.wait(PATIENCE) == 0
     assert len(messages) == 1
     assert messages[0].startswith(f"capcli: {tmp_path}/tree/002: ")
-    assert messages[0].endswith("folder passed over")
+    assert messages[0].endswith("folder skipped")

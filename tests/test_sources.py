@@ -1,4 +1,4 @@
-"""Sources through `open_source`: what is listed, under which name, in which order, and when."""
+"""Sources through `open_source`: which images are listed, with which names, in which order, and when."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ from capcli.options import SourceOptions
 from capcli.sources import Source, open_source
 from capcli.sources.patterns import Pattern
 
-posix = pytest.mark.skipif(os.name == "nt", reason="needs names and files of POSIX")
 
-
-def plant(root: Path, *names: str) -> Path:
+def touch_files(root: Path, *names: str) -> Path:
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,8 +28,8 @@ def plant(root: Path, *names: str) -> Path:
 
 
 def source(*sources: object, warnings: list[str] | None = None, **options: object) -> Source:
-    heard = [] if warnings is None else warnings
-    return open_source(SourceOptions(tuple(map(str, sources)), **options), heard.append)  # type: ignore[arg-type]
+    warn = ([] if warnings is None else warnings).append
+    return open_source(SourceOptions(tuple(map(str, sources)), **options), warn)  # type: ignore[arg-type]
 
 
 def names(*sources: object, **options: object) -> list[str]:
@@ -39,7 +37,7 @@ def names(*sources: object, **options: object) -> list[str]:
 
 
 def test_a_folder_alone_gives_names_relative_to_it(tmp_path: Path) -> None:
-    plant(tmp_path, "b.jpg", "a/y.PNG", "a/x.webp", "a.txt", "c.HEIC")
+    touch_files(tmp_path, "b.jpg", "a/y.PNG", "a/x.webp", "a.txt", "c.HEIC")
     listed = source(tmp_path)
     assert listed.root == os.path.realpath(tmp_path)
     assert not listed.streaming
@@ -49,7 +47,7 @@ def test_a_folder_alone_gives_names_relative_to_it(tmp_path: Path) -> None:
 
 
 def test_several_sources_keep_their_paths_and_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(tmp_path, "z/1.jpg", "a/2.jpg", "notes.dat")
+    touch_files(tmp_path, "z/1.jpg", "a/2.jpg", "notes.dat")
     monkeypatch.chdir(tmp_path)
     listed = source("z", "notes.dat", "a/")
     assert [entry.name for entry in listed] == ["z/1.jpg", "notes.dat", "a/2.jpg"]
@@ -66,20 +64,19 @@ def test_the_walk_is_in_byte_order_of_whole_names(
 ) -> None:
     root = tmp_path_factory.mktemp("walk")
     wanted = ["/".join(each) + ".jpg" for each in parts]
-    plant(root, *wanted)
+    touch_files(root, *wanted)
     assert names(root) == sorted(wanted, key=os.fsencode)
 
 
-@posix
-def test_names_hold_any_byte(tmp_path: Path) -> None:
+def test_names_may_have_any_bytes(tmp_path: Path) -> None:
     odd = [b" .jpg", b"a\nb.jpg", b"a\r.jpg", b'it\'s "q",.jpg', b"\xff\xfe.jpg", "\u2028ü.jpg".encode()]
     for name in odd:
         (tmp_path / os.fsdecode(name)).touch()
     assert [os.fsencode(name) for name in names(tmp_path)] == sorted(odd)
 
 
-def test_hidden_names_are_listed_only_where_spelt(tmp_path: Path) -> None:
-    plant(tmp_path, "a.jpg", ".b.jpg", ".h/c.jpg", ".h/d/e.jpg", "f/._g.jpg")
+def test_hidden_names_are_listed_only_if_a_pattern_has_the_dot(tmp_path: Path) -> None:
+    touch_files(tmp_path, "a.jpg", ".b.jpg", ".h/c.jpg", ".h/d/e.jpg", "f/._g.jpg")
     assert names(tmp_path) == ["a.jpg"]
     assert names(tmp_path, include=("*.jpg",)) == ["a.jpg"]
     assert names(tmp_path, include=(".*.jpg",)) == [".b.jpg", "f/._g.jpg"]
@@ -89,7 +86,7 @@ def test_hidden_names_are_listed_only_where_spelt(tmp_path: Path) -> None:
 
 
 def test_include_decides_alone_and_exclude_prunes(tmp_path: Path) -> None:
-    plant(tmp_path, "a.jpg", "b.pdf", "raw/c.jpg", "raw/deep/d.jpg", "thumbs/e.jpg", "raw/thumbs/f.jpg")
+    touch_files(tmp_path, "a.jpg", "b.pdf", "raw/c.jpg", "raw/deep/d.jpg", "thumbs/e.jpg", "raw/thumbs/f.jpg")
     assert names(tmp_path, include=("*.pdf", "raw/*.jpg")) == ["b.pdf", "raw/c.jpg"]
     assert names(tmp_path, include=("raw/**/*.jpg",)) == ["raw/c.jpg", "raw/deep/d.jpg", "raw/thumbs/f.jpg"]
     assert names(tmp_path, exclude=("thumbs",)) == ["a.jpg", "raw/c.jpg", "raw/deep/d.jpg"]
@@ -100,7 +97,7 @@ def test_include_decides_alone_and_exclude_prunes(tmp_path: Path) -> None:
 
 
 def test_an_excluded_folder_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(tmp_path, "keep/a.jpg", "skip/b.jpg")
+    touch_files(tmp_path, "keep/a.jpg", "skip/b.jpg")
     opened: list[str] = []
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: opened.append(str(path)) or scandir(path))
@@ -109,7 +106,7 @@ def test_an_excluded_folder_is_not_opened(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_glob_gives_the_paths_as_matched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(tmp_path, "p/a.jpg", "p/q/b.jpg", "p/q/r/c.jpg", "p/.h/d.jpg", "p/q/n.pdf", "e.jpg")
+    touch_files(tmp_path, "p/a.jpg", "p/q/b.jpg", "p/q/r/c.jpg", "p/.h/d.jpg", "p/q/n.pdf", "e.jpg")
     monkeypatch.chdir(tmp_path)
     assert names("p/*.jpg") == ["p/a.jpg"]
     assert names("**/*.jpg") == ["e.jpg", "p/a.jpg", "p/q/b.jpg", "p/q/r/c.jpg"]
@@ -123,7 +120,7 @@ def test_a_glob_gives_the_paths_as_matched(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(tmp_path, "a[1].jpg", "a1.jpg")
+    touch_files(tmp_path, "a[1].jpg", "a1.jpg")
     monkeypatch.chdir(tmp_path)
     assert names("a[1].jpg") == ["a[1].jpg"]
 
@@ -153,9 +150,8 @@ def test_patterns(pattern: str, name: str, hit: bool) -> None:
     assert Pattern.anchored(pattern).matches(name) is hit
 
 
-@posix
-def test_links_are_followed_but_not_round(tmp_path: Path) -> None:
-    plant(tmp_path, "in/a.jpg", "out/b.jpg")
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    touch_files(tmp_path, "in/a.jpg", "out/b.jpg")
     (tmp_path / "in" / "loop").symlink_to("..")
     (tmp_path / "in" / "other").symlink_to(tmp_path / "out")
     (tmp_path / "in" / "self.jpg").symlink_to("self.jpg")
@@ -172,15 +168,14 @@ def test_links_are_followed_but_not_round(tmp_path: Path) -> None:
     assert "loop/in" in warnings[0]
 
 
-@posix
-def test_what_is_no_file_is_left_out(tmp_path: Path) -> None:
-    plant(tmp_path, "a.jpg")
+def test_pipes_are_left_out(tmp_path: Path) -> None:
+    touch_files(tmp_path, "a.jpg")
     os.mkfifo(tmp_path / "b.jpg")
     assert names(tmp_path) == ["a.jpg"]
 
 
-def test_a_folder_that_cannot_be_listed_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(tmp_path, "a/1.jpg", "b/2.jpg", "c/3.jpg")
+def test_a_folder_that_cannot_be_listed_gives_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch_files(tmp_path, "a/1.jpg", "b/2.jpg", "c/3.jpg")
     scandir = os.scandir
 
     def failing(path: str) -> object:
@@ -198,13 +193,13 @@ def test_a_folder_that_cannot_be_listed_is_warned_of(tmp_path: Path, monkeypatch
     assert list(walk) == []
     assert [entry.name for entry in listed] == ["a/1.jpg"]
     assert [warning.rpartition(": ")[2] for warning in warnings] == [
-        "Permission denied, folder passed over",
-        "No such file or directory, folder passed over",
+        "Permission denied, folder skipped",
+        "No such file or directory, folder skipped",
     ]
 
 
 def test_a_large_tree_is_listed_lazily(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder in range(200):
+    for folder in range(60):
         (tmp_path / f"{folder:03}").mkdir()
         for image in range(100):
             os.close(os.open(tmp_path / f"{folder:03}" / f"a rather long name for an image {image:03}.jpg", os.O_CREAT))
@@ -218,8 +213,8 @@ def test_a_large_tree_is_listed_lazily(tmp_path: Path, monkeypatch: pytest.Monke
     assert first[0].name.startswith("000/")
     assert len(opened) == 2
     opened.clear()
-    assert sum(1 for _ in listed) == 20_000
-    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    assert sum(1 for _ in listed) == 6000
+    assert tracemalloc.get_traced_memory()[1] < 300_000
     tracemalloc.stop()
 
 
@@ -236,13 +231,12 @@ def test_a_list_yields_all_its_paths(tmp_path: Path) -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.binary(min_size=1).filter(lambda name: b"\0" not in name)))
-def test_a_list_separated_by_nul_carries_any_name(tmp_path_factory: pytest.TempPathFactory, raw: list[bytes]) -> None:
+def test_a_list_separated_by_nul_may_have_any_name(tmp_path_factory: pytest.TempPathFactory, raw: list[bytes]) -> None:
     listing = tmp_path_factory.mktemp("list") / "list"
     listing.write_bytes(b"\0".join([b"first", *raw]))
     assert [os.fsencode(name) for name in names(from_file=str(listing), null=True)] == [b"first", *raw]
 
 
-@posix
 def test_a_list_may_come_through_a_pipe(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -253,7 +247,7 @@ def test_a_list_may_come_through_a_pipe(tmp_path: Path) -> None:
     assert writer.wait() == 0
 
 
-LISTEN = """
+LIST_STDIN = """
 import sys
 from capcli.options import SourceOptions
 from capcli.sources import open_source
@@ -264,17 +258,17 @@ for entry in open_source(SourceOptions(("-",), null=len(sys.argv) > 1), print):
 
 @pytest.mark.parametrize("separator", [b"\n", b"\0"])
 def test_standard_input_is_yielded_as_it_arrives(separator: bytes) -> None:
-    command = [sys.executable, "-c", LISTEN, *(["null"] if separator == b"\0" else [])]
+    command = [sys.executable, "-c", LIST_STDIN, *(["null"] if separator == b"\0" else [])]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
     assert child.stdin
     assert child.stdout
-    for sent, heard in [
+    for sent, output in [
         (b"a" + separator, b"'a'\n"),
         (b"b c" + separator + separator + b"d", b"'b c'\n"),
         (b"\xe9" + separator, b"'d\\udce9'\n"),
     ]:
         child.stdin.write(sent)
-        assert child.stdout.readline() == heard  # would wait for ever, were names held back
+        assert child.stdout.readline() == output  # waits for ever if names are buffered
     child.stdin.write(b"last")
     child.stdin.close()
     assert child.stdout.read() == b"'last'\n"
@@ -292,14 +286,14 @@ def test_standard_input_is_yielded_as_it_arrives(separator: bytes) -> None:
         (("gone/*.jpg",), {}, "no file with an image suffix matches"),
         ((), {"from_file": "gone"}, "cannot read the list gone: No such file"),
         ((), {"from_file": "."}, "is a folder: give it as a SOURCE"),
-        (("-",), {"from_file": "-"}, "asked for twice"),
+        (("-",), {"from_file": "-"}, "given twice"),
         ((".",), {"null": True}, "there is no list"),
         (("some.dat",), {"exclude": ("x",)}, "no SOURCE is one"),
         ((), {"from_file": "some.dat"}, "holds NUL bytes"),
         (("bad\0name",), {}, "no such file"),
     ],
 )
-def test_wrong_usage_is_told_before_anything_starts(
+def test_wrong_usage_is_an_error_before_anything_starts(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     sources: tuple[str, ...],

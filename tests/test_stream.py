@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from capcli.captioning import feed
 from capcli.captioning.feed import ArrivalFeed, LocalArrivals, OrderedDelivery
-from capcli.decoding.loop import Job, Shapes, decode
+from capcli.decoding.loop import Job, decode
+from capcli.decoding.shapes import Shapes
 from capcli.errors import ImageError
 from capcli.records import Candidate, Caption, Failure, Loaded
 

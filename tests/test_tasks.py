@@ -24,7 +24,7 @@ from capcli.annotations import read_split
 from capcli.decoding.loop import Finished
 from capcli.decoding.search import Hypothesis
 from capcli.errors import UsageError
-from capcli.models.vision_t5 import QUESTION, question
+from capcli.models.vision_t5 import QUESTION, encoder_prompt
 from capcli.options import DataOptions, GenerationOptions
 from capcli.records import Caption, Loaded
 from capcli.training.data.masking import SHARE, MaskedPairs, choose, encode_words, gaps_of
@@ -114,7 +114,7 @@ def test_a_prompt_with_gaps_is_what_was_learnt_from(tmp_path: Path, pieces: bool
         asked, _ = pairs.masked(0, draw)
         lost = choose(len(words), np.random.default_rng((7, 0, draw)), 9).index(True)
         prompt = " ".join("<extra_id_0>" if n == lost else word for n, word in enumerate(text.split()))
-        assert question({}, tokenizer, prompt) == asked
+        assert encoder_prompt({}, tokenizer, prompt) == asked
 
 
 def test_what_is_told_of_answers() -> None:
@@ -322,7 +322,7 @@ def test_the_question_of_the_first_captioning_task_is_kept(place: Path) -> None:
     assert "| more | `what is here?` |" in (place / "out" / "README.md").read_text()
     captioner = Captioner.load(str(place / "out"), device="cpu")
     by_itself, asked, other = (
-        captioner.settings(GenerationOptions(), prompt).question for prompt in (None, "what is here?", QUESTION)
+        captioner.settings(GenerationOptions(), prompt).encoder_ids for prompt in (None, "what is here?", QUESTION)
     )
     assert by_itself == asked != other
 
@@ -371,13 +371,13 @@ def told(place: Path, tasks: Any, **model: Any) -> Ended:
     ("changes", "words"),
     [
         ({"wieght": 2}, "did you mean weight"),
-        ({"kind": "caption it"}, "it must be caption, classify, masked"),
+        ({"kind": "caption it"}, "it must be caption, classify or masked"),
         ({"weight": -1}, "it must be a number above 0"),
         ({"kind": "masked", "question": "what?"}, "leave question out"),
-        ({"label_template": "a photo"}, "it must hold {label}"),
+        ({"label_template": "a photo"}, "it must contain {label}"),
         ({"data": []}, "nothing to train on"),
         ({"name": ""}, "it must be a text"),
-        ({"data": 5}, "a task's data is 5; it must be a text in quotes, or a list of them"),
+        ({"data": 5}, "data of a task is 5; it must be a text in quotes, or a list of them"),
         ({"val_fraction": "half"}, "it must be a number"),
         ({"image_root": 1}, "it must be a text in quotes"),
     ],
@@ -394,14 +394,14 @@ def test_tasks_that_do_not_go_together_are_told(place: Path) -> None:
     assert "two tasks have one name" in told(place, [task, task]).err
     assert "a task has no name" in told(place, [{"data": "x"}]).err
     assert "is asked nothing, so it learns one task" in told(place, [task], decoder=GPT2, extra_tokens=0).err
-    assert "stand in a file for --config" in call("train", "--task", "x", "--out", place / "out").err
+    assert "tables of the file that --config names" in call("train", "--task", "x", "--out", place / "out").err
     path = recipe(place, select="cider")
     path.write_text(path.read_text().replace('name = "say"', 'name = "say"\nkind = "masked"'))
-    assert "no task is to caption" in call("train", "--config", path, "--out", place / "out").err
+    assert "needs a task of kind caption" in call("train", "--config", path, "--out", place / "out").err
     for flags, words in (
         (("--val-fraction", 0.1), "--val-fraction is given for the whole run"),
         (("--label-template", "{label}"), "--label-template is given for the whole run"),
-        (("--train-limit", 3), "put it into each [[task]] it is of"),
+        (("--train-limit", 3), "put it into the [[task]] tables"),
         (("--tags-column", "tags"), "tasks read no tags: leave it out"),
     ):
         passed_over = call("train", "--config", recipe(place), "--out", place / "out", *flags)
@@ -410,7 +410,7 @@ def test_tasks_that_do_not_go_together_are_told(place: Path) -> None:
     path.write_text(path.read_text().replace("val_fraction = 0.25", "").replace("classes", "classes/train"))
     assert "give a [[task]] val_fraction or val_data" in call("train", "--config", path, "--out", place / "out").err
     both = call("train", "--config", recipe(place), "--data", place / "pictures", "--out", place / "out")
-    assert "tasks name their data themselves" in both.err
+    assert "each task names its own data" in both.err
 
 
 def save_t5(folder: Path, *, gated: bool, vocabulary: int = 260) -> T5ForConditionalGeneration:

@@ -21,7 +21,8 @@ from exporting import exported
 from onnx import TensorProto, helper
 from oracle import Case, agrees
 
-from capcli.decoding.loop import IterableFeed, Job, Shapes, decode
+from capcli.decoding.loop import IterableFeed, Job, decode
+from capcli.decoding.shapes import Shapes
 from capcli.engine.engine_json import Bucket, Engine, plan_files, step_plan
 from capcli.errors import CapcliError, UsageError
 from capcli.export import tensorrt

@@ -11,7 +11,7 @@ from captioners import pictures
 from oracle import Case, agrees
 from test_tensorrt import BUCKETS, LENGTH, export
 
-from capcli.decoding.loop import Shapes
+from capcli.decoding.shapes import Shapes
 from capcli.errors import CapcliError
 from capcli.export.tensorrt import build_plans, require_tensorrt, timing_cache_path
 from capcli.runtimes import trt

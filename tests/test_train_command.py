@@ -214,7 +214,7 @@ def test_a_row_of_the_data_that_cannot_be_read_is_told_and_listed(tmp_path: Path
     data.write_text("\n".join(["image,caption,by", *lines]))
     result = call("train", "--config", recipe(tmp_path / "run.toml", data, max_steps=1), "--out", tmp_path / "out")
     assert result.code == 0, result.err
-    assert f"1 row of {data} cannot be read: passed over; the first: {data}: line 2 has 5 cells" in result.err
+    assert f"1 row of {data} cannot be read: skipped; the first: {data}: line 2 has 5 cells" in result.err
     assert "left out: 1 row that cannot be read (" in result.err
     assert '"unreadable-row"' in (tmp_path / "out" / "data.failures.jsonl").read_text()
 

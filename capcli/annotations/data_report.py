@@ -1,4 +1,4 @@
-"""What became of the data: how much there is, and what was left out, in a file for programs and a line for people."""
+"""How many images and captions there are, and what was left out: as counts, one line of text, and a JSON lines file."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from capcli.sinks.formats import failure_line
 from capcli.storage import atomic
 from capcli.text import as_text, counted, printable
 
-# any other kind is a broken image
+# kinds of failures; any other kind is an image that cannot be decoded
 MISSING, EMPTY, WITHOUT, UNREAD = "missing", "empty-caption", "no-caption", "unreadable-row"
 
 
 @dataclass
 class DataReport:
-    """Images and captions that are there to be used, and a failure for each one left out.
+    """Counts of images and captions that can be used, and a failure for each one left out.
 
-    A failure's `error` is `missing` (no such file), `empty-caption` (one for each), `no-caption` (the annotations name
-    the image and say nothing of it), or why the image cannot be decoded. `notes` are lines for people on what else
-    they should know, such as names in a list that the data lack. A row that cannot be read is an `unreadable-row`, under the
-    name of its file; `fault` is the first one's error.
+    A failure's `error` is `missing` (no such file), `empty-caption` (one per caption), `no-caption` (the annotations name
+    the image without a caption), `unreadable-row` (its `name` is the annotation file), or why the image cannot be decoded.
+    `notes` are warnings to show, such as names in a list that the data lack. `fault` is the error of the first row that
+    cannot be read, `written` the path of the failures once they are written.
     """
 
     images: int = 0
@@ -36,7 +36,7 @@ class DataReport:
 
     @property
     def missing(self) -> int:
-        """Images whose file was not found."""
+        """Images without a file."""
         return self._count(MISSING)
 
     @property
@@ -45,7 +45,7 @@ class DataReport:
 
     @property
     def without_captions(self) -> int:
-        """Images of which the annotations say nothing."""
+        """Images that the annotations name without a caption."""
         return self._count(WITHOUT)
 
     @property
@@ -55,7 +55,7 @@ class DataReport:
 
     @property
     def broken(self) -> int:
-        """Images that are there and cannot be decoded."""
+        """Images that cannot be decoded."""
         return len(self.failures) - sum(map(self._count, (MISSING, EMPTY, WITHOUT, UNREAD)))
 
     def _count(self, error: str) -> int:
@@ -65,13 +65,13 @@ class DataReport:
         self.failures.append(Failure(name, error, message))
 
     def count(self, images: Iterable[Annotated], sign: int = 1) -> None:
-        """Counts images that are used or, with `sign` -1, no longer."""
+        """Adds the images and their captions to the counts; `sign` -1 subtracts them."""
         for image in images:
             self.images += sign
             self.captions += sign * len(image.captions)
 
     def write(self, path: str) -> None:
-        """Writes the failures as JSON lines, as `capcli caption` does; without any, a file of an earlier run is removed.
+        """Writes the failures as JSON lines, as `capcli caption` does; without failures, removes an earlier file.
 
         Raises CapcliError where the file cannot be written.
         """
@@ -85,16 +85,16 @@ class DataReport:
             raise CapcliError(f"cannot write {printable(path)}: {error.strerror or error}") from None
 
     def line(self) -> str:
-        """One line for people: what there is, what was left out, and where that is listed."""
-        there = f"{counted(self.images, 'image')}, {counted(self.captions, 'caption')}"
+        """The counts, what was left out, and the file that lists it, in one line."""
+        found = f"{counted(self.images, 'image')}, {counted(self.captions, 'caption')}"
         left_out = ", ".join(self._left_out())
         listed = f" ({printable(as_text(self.written))})" if self.written and left_out else ""
-        return there + (f"; left out: {left_out}{listed}" if left_out else "")
+        return found + (f"; left out: {left_out}{listed}" if left_out else "")
 
     def _left_out(self) -> Iterator[str]:
-        for number, words in ((self.missing, "missing"), (self.broken, "broken")):
+        for number, kind in ((self.missing, "missing"), (self.broken, "broken")):
             if number:
-                yield f"{number:,} {words}"
+                yield f"{number:,} {kind}"
         if self.empty_captions:
             yield counted(self.empty_captions, "empty caption")
         if self.without_captions:

@@ -1,6 +1,6 @@
-"""Datasets on disk, as `save_to_disk` of Hugging Face datasets writes them and as `capcli prepare` does.
+"""Datasets on disk, as `save_to_disk` of Hugging Face datasets and `capcli prepare` write them.
 
-Read with pyarrow over memory-mapped files: of the images no byte is touched, but where nothing names them.
+pyarrow reads memory-mapped files; the bytes of images are read only where images have neither name nor path.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from capcli.annotations.rows import (
     Annotations,
     Row,
     captions_of,
-    named,
+    image_name,
     no_column,
     pick,
     raw_name,
@@ -31,20 +31,22 @@ from capcli.annotations.text_files import parsed, readable
 from capcli.errors import CapcliError
 from capcli.options import DataOptions
 from capcli.records import Stored
+from capcli.sources.dataset_images import open_arrow
 from capcli.text import printable
 
 _DICT, _STATE, _MANIFEST = "dataset_dict.json", "state.json", "manifest.json"
-_BATCH = 1 << 14  # rows made into Python objects at a time
+_BATCH = 1 << 14  # rows converted to Python objects at a time
 
 
-def is_stored(path: str) -> bool:
+def is_dataset(path: str) -> bool:
+    """Whether the folder is a Dataset or DatasetDict on disk."""
     return any(os.path.isfile(os.path.join(path, name)) for name in (_DICT, _STATE))
 
 
 def stored_annotations(path: str, options: DataOptions) -> Annotations:
-    """The dataset in the folder at `path`: a DatasetDict with its splits, or a lone Dataset.
+    """The dataset in the folder at `path`: a DatasetDict with its splits, or a single Dataset.
 
-    Raises CapcliError where it is damaged, holds no captions, or pyarrow is missing.
+    Raises CapcliError where it is damaged, has no caption column, or pyarrow is missing.
     """
     folders = _splits(path)
     layouts = [_layout(folder, options) for folder, _ in folders]
@@ -57,27 +59,27 @@ def stored_annotations(path: str, options: DataOptions) -> Annotations:
 
 
 def _splits(path: str) -> list[tuple[str, str | None]]:
-    """The folder of each split, and whether it is train, val or test; under other names its rows are of no split."""
+    """The folder of each split, with "train", "val" or "test"; None for a split of another name."""
     whole = os.path.join(path, _DICT)
     if not os.path.isfile(whole):
         return [(path, None)]
     names = _json(whole).get("splits")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise CapcliError(f"{printable(whole)} names no splits: the dataset was not written to its end")
-    return [(os.path.join(path, name), split_of(name, path, said=False)) for name in names]
+        raise CapcliError(f"{printable(whole)} names no splits: the dataset is incomplete")
+    return [(os.path.join(path, name), split_of(name, path, strict=False)) for name in names]
 
 
 def _json(path: str) -> dict[str, Any]:
     with readable(path), open(path, "rb") as file:
         content = parsed(file.read(), path)
     if not isinstance(content, dict):
-        raise CapcliError(f"{printable(path)} is no JSON object: the dataset is damaged")
+        raise CapcliError(f"{printable(path)} is not a JSON object: the dataset is damaged")
     return content
 
 
 @dataclass(frozen=True)
 class DatasetLayout:
-    """Which columns of a split hold what: `image` the pictures themselves, `name` what they are called."""
+    """The columns of a split that are read: `image` contains the images themselves, `name` their names."""
 
     names: tuple[str, ...]
     caption: str
@@ -85,7 +87,7 @@ class DatasetLayout:
     name: str | None
     split: str | None
     tags: str | None
-    said_split: bool
+    strict_split: bool
 
 
 def _layout(folder: str, options: DataOptions) -> DatasetLayout:
@@ -96,7 +98,7 @@ def _layout(folder: str, options: DataOptions) -> DatasetLayout:
         raise no_column(folder, names, options.caption_column, "caption", "--caption-column")
     files = [name for name in names if is_bytes(schema.field(name).type)]
     usual = pick(files, options.image_column, IMAGE_COLUMNS)
-    pictures = [name for name in names if name == usual or _is_picture(schema.field(name).type)]
+    pictures = [name for name in names if name == usual or _is_image_feature(schema.field(name).type)]
     given = pick(names, options.image_column, ())
     if options.image_column is not None and given is None:
         raise no_column(folder, names, options.image_column, "image", "--image-column")
@@ -116,64 +118,61 @@ def _is_prepared(path: str) -> bool:
     return os.path.isfile(manifest) and {"state", "settings", "splits"} <= _json(manifest).keys()
 
 
-def _is_picture(kind: Any) -> bool:
-    """Whether a column is what datasets makes of an Image: its file's bytes, or a path, or both."""
+def _is_image_feature(kind: Any) -> bool:
+    """Whether an Arrow type is that of the Image feature: a struct of a file's bytes and its path."""
     fields = {kind.field(index).name for index in range(kind.num_fields)}
     return fields == {"bytes", "path"}
 
 
 def _table(folder: str) -> Any:
-    """The rows of a split as a table over memory-mapped files, before any choice among them."""
+    """The rows of a split on disk, as a table over memory-mapped files."""
     state = _json(os.path.join(folder, _STATE))
     files = [entry.get("filename") for entry in state.get("_data_files") or () if isinstance(entry, dict)]
     if not files:
-        raise CapcliError(f"{printable(folder)} holds no rows: its {_STATE} names no data files")
-    return _joined([os.path.join(folder, str(name)) for name in files])
+        raise CapcliError(f"{printable(folder)} has no rows: its {_STATE} names no data files")
+    return _mapped([os.path.join(folder, str(name)) for name in files])
 
 
-def _joined(paths: Sequence[str]) -> Any:
-    """The rows of these files, mapped into memory and not read."""
+def _mapped(paths: Sequence[str]) -> Any:
+    """The rows of these Arrow files, memory-mapped."""
     with arrow_errors(paths[0]):
         import pyarrow
     tables = []
     for path in paths:
         with arrow_errors(path):
-            source = pyarrow.memory_map(path)
-            kind = pyarrow.ipc.open_file if source.read(6) == b"ARROW1" else pyarrow.ipc.open_stream
-            source.seek(0)
-            tables.append(kind(source).read_all())
+            tables.append(open_arrow(path).read_all())
     with arrow_errors(paths[0]):
         return pyarrow.concat_tables(tables)
 
 
-def _choice(folder: str) -> Any:
-    """Which rows the split holds, in order, where `select`, `shuffle` or `filter` made it; else None."""
+def _indices(folder: str) -> Any:
+    """The numbers on disk of the split's rows, in order, where `select`, `shuffle` or `filter` left them; else None."""
     files = [entry.get("filename") for entry in _json(os.path.join(folder, _STATE)).get("_indices_files") or ()]
-    return _joined([os.path.join(folder, str(name)) for name in files]).column(0) if files else None
+    return _mapped([os.path.join(folder, str(name)) for name in files]).column(0) if files else None
 
 
 def _rows(folder: str, split: str | None, layout: DatasetLayout) -> Iterator[Row]:
     """The rows of one split, a batch at a time."""
-    table, choice = _table(folder), _choice(folder)
+    table, indices = _table(folder), _indices(folder)
     wanted = (layout.caption, layout.name, layout.split, layout.tags, BYTES_COLUMN)
     plain = table.select([name for name in layout.names if name in wanted])
     pictures = None if layout.image is None else _Pictures(folder, table.column(layout.image), layout.image)
     if pictures is not None and layout.name is None:
-        pictures.tell_apart()
-    total = table.num_rows if choice is None else len(choice)
+        pictures.compare_bytes()
+    total = table.num_rows if indices is None else len(indices)
     for start in range(0, total, _BATCH):
         count = min(_BATCH, total - start)
-        chosen = range(start, start + count) if choice is None else choice.slice(start, count)
-        batch = plain.slice(start, count) if choice is None else plain.take(chosen)
+        chosen = range(start, start + count) if indices is None else indices.slice(start, count)
+        batch = plain.slice(start, count) if indices is None else plain.take(chosen)
         columns = batch.to_pydict()
         captions = map(captions_of, columns[layout.caption])
-        words = columns[layout.split] if layout.split else [None] * count
-        splits = [split_of(word, folder, said=layout.said_split) or split for word in words]
+        cells = columns[layout.split] if layout.split else [None] * count
+        splits = [split_of(cell, folder, strict=layout.strict_split) or split for cell in cells]
         names = _names(folder, columns, layout.name) if layout.name else [""] * count
         if pictures is None:
             rows = map(Row, names, captions, splits)
         else:
-            rows = map(pictures.row, range(start, start + count), names, captions, splits, *pictures.held(chosen))
+            rows = map(pictures.row, range(start, start + count), names, captions, splits, *pictures.facts(chosen))
         if layout.tags is None:
             yield from rows
         else:
@@ -182,14 +181,16 @@ def _rows(folder: str, split: str | None, layout: DatasetLayout) -> Iterator[Row
 
 def _names(folder: str, columns: dict[str, list[Any]], name: str) -> list[str]:
     encoded = columns.get(BYTES_COLUMN) or [None] * len(columns[name])
-    return [raw_name(raw, folder) if raw else named(value) for value, raw in zip(columns[name], encoded, strict=True)]
+    return [
+        raw_name(raw, folder) if raw else image_name(value) for value, raw in zip(columns[name], encoded, strict=True)
+    ]
 
 
 class _Pictures:
-    """The column of image files of one split, whose lengths and paths are known without reading a byte of them.
+    """The column of image files of one split; their lengths and paths are known without reading their bytes.
 
-    Images without a name are told apart by the path of the file that they were made of and its length; failing that, by
-    their bytes: one photo with five captions in five rows must not be five images.
+    Images without a name are identified by the path and the length of the file that they come from or, without a path, by
+    their bytes: one photo with five captions in five rows is one image.
     """
 
     def __init__(self, folder: str, column: Any, name: str) -> None:
@@ -202,23 +203,23 @@ class _Pictures:
         self._lengths = compute.binary_length(self._bytes)
         self._paths = pyarrow.nulls(len(column), pyarrow.string()) if bare else compute.struct_field(column, "path")
         self._digests: dict[int, bytes] = {}
-        # Where capcli prepare wrote a row it is an image of its own: train/1.jpg and val/1.jpg may both be called 1.jpg.
+        # Each row of capcli prepare is a separate image: train/1.jpg and val/1.jpg may both have the name 1.jpg.
         self._prepared = _is_prepared(os.path.dirname(os.path.normpath(folder)))
 
-    def held(self, chosen: Any) -> tuple[Sequence[int], Sequence[int | None], Sequence[str | None]]:
-        """For each of these rows on disk its number, its file's length (None: only the path is held), and its path."""
+    def facts(self, chosen: Any) -> tuple[Sequence[int], Sequence[int | None], Sequence[str | None]]:
+        """For these rows on disk their numbers, the lengths of their files (None: there is only a path), and their paths."""
         if isinstance(chosen, range):
-            lengths, paths = (each.slice(chosen.start, len(chosen)) for each in (self._lengths, self._paths))
+            lengths, paths = (column.slice(chosen.start, len(chosen)) for column in (self._lengths, self._paths))
             return chosen, lengths.to_pylist(), paths.to_pylist()
         return chosen.to_pylist(), self._lengths.take(chosen).to_pylist(), self._paths.take(chosen).to_pylist()
 
-    def tell_apart(self) -> None:
-        """Reads files that have neither name nor path and share their length: no others can be the same."""
+    def compare_bytes(self) -> None:
+        """Hashes the files without a path that have the same length as another: no others can be equal."""
         rows: dict[int, list[int]] = {}
-        for number, length, path in zip(*self.held(range(len(self._lengths))), strict=True):
+        for number, length, path in zip(*self.facts(range(len(self._lengths))), strict=True):
             if length is not None and not path:
                 rows.setdefault(length, []).append(number)
-        for number in sorted(number for alike in rows.values() if len(alike) > 1 for number in alike):
+        for number in sorted(number for equal in rows.values() if len(equal) > 1 for number in equal):
             self._digests[number] = blake2b(self._bytes[number].as_buffer(), digest_size=16).digest()
 
     def row(
@@ -231,8 +232,8 @@ class _Pictures:
         length: int | None,
         path: str | None,
     ) -> Row:
-        """The row of the dataset `row`, which is row `number` on disk."""
-        if length is None:  # no more than a path, to be looked for as any other
+        """Row `row` of the dataset, which is row `number` on disk."""
+        if length is None:  # only a path, which is looked for as any other name
             return Row(path or name, captions, split)
         identity: Hashable = None
         if self._prepared:

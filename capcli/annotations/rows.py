@@ -1,4 +1,4 @@
-"""What every format is read into: rows that name an image and say captions of it, as the file says them."""
+"""What every format is read into: rows of an image's name and captions, and how cells and columns are understood."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ IMAGE_COLUMNS = (
 )
 CAPTION_COLUMNS = ("captions", "candidates", "sentences", "caption", "text", "title", "comment", "raw")
 SPLIT_COLUMNS = ("split",)
-BYTES_COLUMN = "file_name_bytes"  # where capcli writes, in base64, a name that is not UTF-8
+BYTES_COLUMN = "file_name_bytes"  # a name that is not UTF-8, in base64, as capcli writes it
 SPLITS = {
     **dict.fromkeys(("train", "training", "restval"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
 _LONGEST_NAME = 4096  # bytes, as Linux allows
-_WITHIN = ("raw", "text", "caption")  # where an object that is a caption keeps its text
+_TEXT_KEYS = ("raw", "text", "caption")  # keys of the text in a caption that is an object
 
 
 class Row(NamedTuple):
-    """Captions of one image, uncleaned; several rows may be about the same image.
+    """Captions of one image, as the file has them; several rows may be about the same image.
 
-    `folder` is where below the images' folder the annotations say the image is. `image` is set where they hold the image
-    itself, and `identity` where something better than the name tells one image from another. `tags` is what the column of
-    tags holds. `fault` is the error of a row that cannot be read, which holds nothing else.
+    `folder` is the image's folder, relative to that of all images, if the annotations give it. `image` is set where they
+    contain the image itself, and `identity` where something other than the name identifies it. `tags` is the cell of the
+    tags column. `fault` is the error of a row that cannot be read; its other fields are empty.
     """
 
     name: str
@@ -48,11 +48,11 @@ class Row(NamedTuple):
     fault: CapcliError | None = None
 
     @classmethod
-    def unread(cls, fault: CapcliError) -> Self:
+    def unreadable(cls, fault: CapcliError) -> Self:
         return cls("", (), fault=fault)
 
     def read(self) -> Self:
-        """The row itself. Raises CapcliError for one that cannot be read."""
+        """The row itself. Raises its `fault`, if it has one."""
         if self.fault is not None:
             raise self.fault
         return self
@@ -60,9 +60,10 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Annotations:
-    """One file or folder of annotations, recognised: `format` in words, its rows, the folder its names are relative to.
+    """A file or folder of annotations: its path, the name of its format, its rows, and the folder its names are relative to.
 
-    `columns` are those the file has. A row that cannot be read is among the rows where those after it can; else reading ends.
+    `columns` are those of the file, if it has any. `rows` gives a row with a `fault` for one that cannot be read, and
+    raises CapcliError where the rows after it cannot be read either.
     """
 
     path: str
@@ -73,9 +74,9 @@ class Annotations:
 
 
 def texts(values: Iterable[object]) -> tuple[list[str], int]:
-    """The captions among `values`, clean, and how many were empty: nothing, or nothing but white space.
+    """The captions among `values`, cleaned, and the number of empty ones (None, NaN, or white space only).
 
-    Ends are stripped and line breaks become a space; nothing else is changed. A number is its digits.
+    Surrounding white space is stripped and each line break becomes a space. A number becomes its digits.
     """
     kept: list[str] = []
     empty = 0
@@ -83,11 +84,11 @@ def texts(values: Iterable[object]) -> tuple[list[str], int]:
         if type(value) is str:
             text = clean(value)
         elif isinstance(value, Mapping):
-            inner, hollow = texts(_listed(next((value[key] for key in _WITHIN if key in value), None)))
+            inner, inner_empty = texts(_as_sequence(next((value[key] for key in _TEXT_KEYS if key in value), None)))
             kept += inner
-            empty += hollow
+            empty += inner_empty
             continue
-        elif value is None or value != value:  # a table's NaN is the only value that differs from itself
+        elif value is None or value != value:  # NaN differs from itself
             text = ""
         else:
             text = clean(str(value))
@@ -98,30 +99,32 @@ def texts(values: Iterable[object]) -> tuple[list[str], int]:
     return kept, empty
 
 
-def _listed(value: object) -> Sequence[object]:
+def _as_sequence(value: object) -> Sequence[object]:
     return value if isinstance(value, list | tuple) else (value,)
 
 
 def captions_of(value: object) -> Sequence[object]:
-    """What a caption column holds of one image, as a sequence: a list, one caption, or nothing."""
-    if hasattr(value, "tolist"):  # NumPy's array
+    """The cell of a caption column as a sequence: a list as it is, a single value as one item."""
+    if hasattr(value, "tolist"):  # a NumPy array
         value = value.tolist()
-    return _listed(value)
+    return _as_sequence(value)
 
 
-def split_of(word: object, path: str, *, said: bool) -> str | None:
-    """train, val, test, or None for an empty cell; a word that is none of them is an error only where the user `said`
-    that this column holds splits."""
-    text = "" if word is None else str(word).strip().casefold()
-    found = SPLITS.get(text)
-    if found is None and text and said:
-        raise CapcliError(f"{printable(path)}: {str(word)!r} is no split; known are {', '.join(SPLITS)}")
-    return found
+def split_of(value: object, path: str, *, strict: bool) -> str | None:
+    """ "train", "val" or "test" for a cell of a split column, None for an empty one.
+
+    Any other value is None too, or with `strict`, for a column that the user named, raises CapcliError.
+    """
+    text = "" if value is None else str(value).strip().casefold()
+    split = SPLITS.get(text)
+    if split is None and text and strict:
+        raise CapcliError(f"{printable(path)}: {str(value)!r} is not a split; known are {', '.join(SPLITS)}")
+    return split
 
 
 @dataclass(frozen=True, slots=True)
 class ColumnNames:
-    """Which columns, or keys, of a table hold what."""
+    """The columns of a table, or keys of an object, that are read."""
 
     image: str
     caption: str
@@ -130,7 +133,10 @@ class ColumnNames:
 
     @classmethod
     def among(cls, names: Sequence[str], options: DataOptions, path: str) -> ColumnNames:
-        """Those of a table with columns `names`; raises UsageError, or CapcliError where no usual one is there."""
+        """The columns to read of a table with columns `names`.
+
+        Raises UsageError where a column in `options` does not exist, and CapcliError where none of the usual ones does.
+        """
         image = pick(names, options.image_column, IMAGE_COLUMNS)
         caption = pick(names, options.caption_column, CAPTION_COLUMNS)
         if image is None:
@@ -155,7 +161,8 @@ def tags_column(names: Sequence[str], options: DataOptions, path: str) -> str | 
 
 
 def pick(names: Sequence[str], given: str | None, usual: Sequence[str]) -> str | None:
-    """The name among `names` that was given, or the first of the usual ones; capitals and blanks around do not count."""
+    """The `given` name as `names` spells it or, if None is given, the first of the `usual` ones; None where there is none.
+    Case and surrounding blanks are ignored."""
     if given is not None and given in names:
         return given
     folded = {name.strip().casefold(): name for name in reversed(names)}
@@ -164,35 +171,35 @@ def pick(names: Sequence[str], given: str | None, usual: Sequence[str]) -> str |
 
 
 def no_column(path: str, names: Sequence[str], given: str | None, what: str, flag: str) -> CapcliError:
-    held = ", ".join(printable(name) for name in names[:20]) or "none"
+    columns = ", ".join(printable(name) for name in names[:20]) or "none"
     if given is not None:
-        return UsageError(f"{printable(path)} has no column {given!r}; its columns: {held}")
-    return CapcliError(f"{printable(path)}: which column holds the {what}? Say so with {flag}; its columns: {held}")
+        return UsageError(f"{printable(path)} has no column {given!r}; its columns: {columns}")
+    return CapcliError(
+        f"{printable(path)}: no column has a usual name for the {what}: give it with {flag}; its columns: {columns}"
+    )
 
 
 def raw_name(encoded: object, path: str) -> str:
-    """The name whose bytes stand in base64 beside one that is not UTF-8."""
+    """The name in a cell of BYTES_COLUMN. Raises CapcliError where it is not base64."""
     try:
         return os.fsdecode(base64.b64decode(str(encoded), validate=True))
     except (binascii.Error, ValueError):
-        raise CapcliError(
-            f"{printable(path)}: {BYTES_COLUMN} holds {str(encoded)[:40]!r}, which is no base64"
-        ) from None
+        raise CapcliError(f"{printable(path)}: {BYTES_COLUMN} has {str(encoded)[:40]!r}, which is not base64") from None
 
 
-def named(value: object) -> str:
-    """An image's name as a file gives it; an image column may hold an object with a path."""
+def image_name(value: object) -> str:
+    """The name in a cell of an image column, which may be an object with a path; "" where there is none."""
     if isinstance(value, Mapping):
         value = value.get("path") or value.get("file_name")
-    if isinstance(value, bytes):  # a name, as old writers keep texts, or the image itself, which names nothing
+    if isinstance(value, bytes):  # a name, or the image itself, which gives no name
         return os.fsdecode(value) if len(value) <= _LONGEST_NAME and b"\0" not in value else ""
     return "" if value is None or value != value else str(value)
 
 
-def object_row(entry: Mapping[str, Any], columns: ColumnNames, path: str, *, said: bool) -> Row:
-    """The row that an object with these keys is."""
+def object_row(entry: Mapping[str, Any], columns: ColumnNames, path: str, *, strict_split: bool) -> Row:
+    """An object as a row; `strict_split` as in `split_of`."""
     encoded = entry.get(BYTES_COLUMN)
-    name = raw_name(encoded, path) if encoded else named(entry.get(columns.image))
+    name = raw_name(encoded, path) if encoded else image_name(entry.get(columns.image))
     captions = captions_of(entry[columns.caption]) if columns.caption in entry else ()
-    split = split_of(entry.get(columns.split), path, said=said) if columns.split else None
+    split = split_of(entry.get(columns.split), path, strict=strict_split) if columns.split else None
     return Row(name, captions, split, tags=entry.get(columns.tags) if columns.tags else None)

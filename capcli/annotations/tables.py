@@ -1,10 +1,11 @@
-"""Tables with a row per image or per caption: text with separators, and Parquet."""
+"""Tables with a row per image or per caption: CSV and the like, Flickr's token files, and Parquet."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,31 +28,44 @@ from capcli.sources import IMAGE_SUFFIXES
 from capcli.text import json_list, printable
 
 _SEPARATORS = ("\t", ",", "|", ";")
-csv.field_size_limit(1 << 30)  # characters; a single long cell is no reason to give up all others
-_LONGEST = 50  # lines of one quoted cell; more of them are a quote that was never closed
+# Characters. The csv module has this limit for the whole process only; raised, it makes no other reader fail.
+csv.field_size_limit(1 << 30)
+_LONGEST = 50  # lines of one quoted cell; more mean that the quote was never closed
 _BATCH = 1 << 14  # rows of a Parquet file in memory at a time
+_SUFFIX = "(?i:" + "|".join(map(re.escape, IMAGE_SUFFIXES)) + ")"
+_NUMBER = r"(?:#[A-Za-z]+)?#\d+"  # #0, or #zhc#0: the language, then the caption's number
+# Names may contain blanks and '#': before a tab everything is the name; before a blank the name ends with an image suffix.
+_TOKEN_LINES = tuple(
+    re.compile(pattern, re.DOTALL)
+    for pattern in (
+        rf"([^\t]+{_SUFFIX}){_NUMBER}\t(.*)",
+        rf"(.+?{_SUFFIX}){_NUMBER}(?:[ \t]+(.*))?",
+        rf"([^\t]+?){_NUMBER}\t(.*)",
+        rf"(\S+?){_NUMBER}(?:[ \t]+(.*))?",
+    )
+)
 
 
 @dataclass(frozen=True)
 class TableLayout:
-    """How a text table is cut into cells: `names` are its columns, `header` whether the file begins with them."""
+    """How lines are split into cells: `names` are the columns, `header` whether the file begins with them."""
 
     separator: str
     names: tuple[str, ...]
     header: bool
     columns: ColumnNames
-    said_split: bool
+    strict_split: bool
 
     @property
     def spaced(self) -> bool:
-        """Whether a blank follows each separator, and a quote may follow that."""
+        """Whether a blank follows each separator; a quoted cell then begins after the blank."""
         return any(name.startswith(" ") for name in self.names[1:])
 
 
 def text_table(path: str, first: str, options: DataOptions) -> Annotations | None:
-    """The table that begins with the line `first`; None where it is no table.
+    """The table that begins with the line `first`; None if it is not a table.
 
-    Raises UsageError, or CapcliError that lists the columns, for a table without the columns that are needed.
+    Raises UsageError, or CapcliError with the columns that there are, for a table without the columns that are needed.
     """
     layout = _without_header(first, options) or _with_header(path, first, options)
     if layout is None:
@@ -78,13 +92,14 @@ def _with_header(path: str, first: str, options: DataOptions) -> TableLayout | N
         except CapcliError:
             continue
         return TableLayout(separator, tuple(names), True, columns, options.split_column is not None)
-    if tried:  # the error of the separator that makes most columns
-        ColumnNames.among(max(tried, key=lambda each: len(each[1]))[1], options, path)
+    if tried:  # raises the error for the separator that gives most columns
+        ColumnNames.among(max((names for _, names in tried), key=len), options, path)
     return None
 
 
 def _without_header(first: str, options: DataOptions) -> TableLayout | None:
-    """A table of bare rows: columns are given by number, from 1, or its first line is an image's name and a text."""
+    """The layout of a table without a header: columns are given by number, from 1, or the first line is an image's name
+    and a text."""
     numbers = (options.image_column, options.caption_column)
     if all(number is not None and number.isdecimal() and number != "0" for number in numbers):
         image, caption = (int(str(number)) for number in numbers)
@@ -110,7 +125,7 @@ def _is_image(cell: str) -> bool:
 def _text_rows(path: str, layout: TableLayout) -> Iterator[Row]:
     columns, names = layout.columns, layout.names
     image = names.index(columns.image)
-    captions = [n for n, name in enumerate(names) if _folded(name) == _folded(columns.caption)]  # two may bear one name
+    captions = [n for n, name in enumerate(names) if _folded(name) == _folded(columns.caption)]  # two may have one name
     split = None if columns.split is None else names.index(columns.split)
     tags = None if columns.tags is None else names.index(columns.tags)
     encoded = names.index(BYTES_COLUMN) if BYTES_COLUMN in names else None
@@ -121,14 +136,14 @@ def _text_rows(path: str, layout: TableLayout) -> Iterator[Row]:
                 try:
                     cells = _fitted(cells, layout, captions[-1], path, number)
                 except CapcliError as error:
-                    yield Row.unread(error)
+                    yield Row.unreadable(error)
                     continue
             name = cells[image].strip() if layout.separator == "|" else cells[image]
             if encoded is not None and cells[encoded]:
                 name = raw_name(cells[encoded], path)
-            word = None if split is None else split_of(cells[split], path, said=layout.said_split)
-            said = [each for caption in captions for each in cell_captions(cells[caption])]
-            yield Row(name, said, word, tags=None if tags is None else cells[tags])
+            row_split = None if split is None else split_of(cells[split], path, strict=layout.strict_split)
+            texts = [text for caption in captions for text in cell_captions(cells[caption])]
+            yield Row(name, texts, row_split, tags=None if tags is None else cells[tags])
 
 
 def _folded(name: str) -> str:
@@ -137,30 +152,30 @@ def _folded(name: str) -> str:
 
 def _records(stream: Iterable[str], layout: TableLayout, path: str) -> Iterator[tuple[int, list[str]]]:
     """The cells of each record that is not blank, with the number of its first line."""
-    held: list[str] = []
+    record: list[str] = []
 
-    def kept() -> Iterator[str]:
+    def recorded() -> Iterator[str]:
         for line in stream:
-            held.append(line)
-            if len(held) > _LONGEST:
+            record.append(line)
+            if len(record) > _LONGEST:
                 break
             yield line
 
     number = 1
-    reader = csv.reader(kept(), delimiter=layout.separator, skipinitialspace=layout.spaced)
+    reader = csv.reader(recorded(), delimiter=layout.separator, skipinitialspace=layout.spaced)
     try:
         for cells in reader:
-            _refuse_unclosed(held, layout, path, number)
+            _refuse_unclosed(record, layout, path, number)
             if any(cell.strip() for cell in cells):
                 yield number, cells
-            number += len(held)
-            held.clear()
+            number += len(record)
+            record.clear()
     except csv.Error as error:
-        raise CapcliError(f"{printable(path)}: line {number} is no row of a table: {error}") from None
+        raise CapcliError(f"{printable(path)}: line {number} is not a row of a table: {error}") from None
 
 
 def _refuse_unclosed(record: Sequence[str], layout: TableLayout, path: str, number: int) -> None:
-    """A quote that is never closed would swallow the images after it."""
+    """Raises CapcliError for a record with a quote that is never closed: it would take in the images after it."""
     if len(record) == 1 and record[0].count('"') % 2 == 0:
         return
     try:
@@ -172,7 +187,8 @@ def _refuse_unclosed(record: Sequence[str], layout: TableLayout, path: str, numb
 
 
 def _fitted(cells: list[str], layout: TableLayout, caption: int, path: str, number: int) -> list[str]:
-    """A record as wide as the header. Cells too many are a caption with separators that nobody quoted, if it is last."""
+    """The record with as many cells as the header. Surplus cells are joined to the caption, if it is the last column: it
+    has separators and no quotes."""
     width = len(layout.names)
     rest = cells[width:]
     if not any(cell.strip() for cell in rest):
@@ -181,36 +197,56 @@ def _fitted(cells: list[str], layout: TableLayout, caption: int, path: str, numb
         return [*cells[:caption], layout.separator.join(cells[caption:])]
     raise CapcliError(
         f"{printable(path)}: line {number} has {len(cells)} cells where the header has {width} columns; "
-        "quote the cells that hold a separator"
+        "quote the cells that contain a separator"
     )
 
 
 def cell_captions(cell: str) -> Sequence[object]:
-    """The captions in a cell: one, or the several of a JSON list, which is how tables hold lists."""
+    """The captions in a cell: one, or those of a list in JSON."""
     listed = json_list(cell)
     return (cell,) if listed is None else listed
 
 
+def token_file(path: str, first: str) -> Annotations | None:
+    """The Flickr token file that begins with the line `first`; None if it is not one."""
+    if _token_match(first) is None:
+        return None
+    return Annotations(path, "Flickr token file", partial(_token_rows, path), os.path.dirname(path))
+
+
+def _token_match(line: str) -> re.Match[str] | None:
+    return next(filter(None, (pattern.fullmatch(line) for pattern in _TOKEN_LINES)), None)
+
+
+def _token_rows(path: str) -> Iterator[Row]:
+    with lines(path) as stream:
+        for number, line in enumerate(stream, 1):
+            match = _token_match(line.rstrip("\r\n"))
+            if match:
+                yield Row(match[1], (match[2],))
+            elif line.strip():
+                wrong = f"line {number} is not like the others, 'name.jpg#0<tab>caption': {line.strip()[:60]!r}"
+                yield Row.unreadable(CapcliError(f"{printable(path)}: {wrong}"))
+
+
 def parquet_table(path: str, options: DataOptions) -> Annotations:
-    """A Parquet file: columns as in any table, captions possibly as lists. Raises CapcliError without pyarrow."""
+    """The table in a Parquet file; captions may be lists. Raises CapcliError as `text_table`, and without pyarrow."""
     with opened_parquet(path) as file:
         schema = file.schema_arrow
     columns = ColumnNames.among(schema.names, options, path)
     kind = schema.field(columns.image).type
     path_inside = "path" in _children(kind)
-    inside = path_inside or is_bytes(kind)
-    words = (
-        "Parquet with the images inside (to use them, save it with save_to_disk of datasets)" if inside else "Parquet"
-    )
+    images_inside = path_inside or is_bytes(kind)
+    note = " with the images inside (to use them, save it with save_to_disk of datasets)" if images_inside else ""
     wanted = [f"{columns.image}.path" if path_inside else columns.image, columns.caption]
     more = (columns.split, columns.tags, BYTES_COLUMN)
     wanted += [name for name in more if name in schema.names and name is not None and name not in wanted]
-    rows = partial(_parquet_rows, path, columns, wanted, said=options.split_column is not None)
-    return Annotations(path, words, rows, os.path.dirname(path), tuple(schema.names))
+    rows = partial(_parquet_rows, path, columns, wanted, strict_split=options.split_column is not None)
+    return Annotations(path, f"Parquet{note}", rows, os.path.dirname(path), tuple(schema.names))
 
 
 def is_bytes(kind: Any) -> bool:
-    """Whether a column of Arrow's holds plain bytes."""
+    """Whether an Arrow type is one of bytes."""
     from pyarrow import types
 
     return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
@@ -220,11 +256,11 @@ def _children(kind: Any) -> list[str]:
     return [kind.field(index).name for index in range(kind.num_fields)]
 
 
-def _parquet_rows(path: str, columns: ColumnNames, wanted: list[str], *, said: bool) -> Iterator[Row]:
+def _parquet_rows(path: str, columns: ColumnNames, wanted: list[str], *, strict_split: bool) -> Iterator[Row]:
     with opened_parquet(path) as file:
         for batch in file.iter_batches(_BATCH, columns=wanted):
             for entry in batch.to_pylist():
-                yield object_row(entry, columns, path, said=said)
+                yield object_row(entry, columns, path, strict_split=strict_split)
 
 
 @contextlib.contextmanager
@@ -238,7 +274,7 @@ def opened_parquet(path: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def arrow_errors(path: str) -> Iterator[None]:
-    """Says of a file of Arrow's or Parquet's that cannot be read why; raises CapcliError where pyarrow is missing."""
+    """Turns what reading the Arrow or Parquet file in this block raises into CapcliError; also where pyarrow is missing."""
     try:
         import pyarrow
     except ImportError:

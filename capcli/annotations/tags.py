@@ -1,31 +1,31 @@
-"""Tags of images from the metadata files beside them."""
+"""Tags of images, such as keywords, from the metadata files beside them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 
-from capcli.annotations.detection import file_annotations
-from capcli.annotations.folders import METADATA
+from capcli.annotations.formats import METADATA, file_annotations
 from capcli.errors import UsageError
 from capcli.options import DataOptions
 from capcli.text import tag_text
 
 
 class MetadataTags:
-    """The tags of images by their paths: of the `field` of the metadata file in the image's folder, or in one above it.
+    """The tags of images, from `field` of the metadata file in the image's folder or the nearest folder above it that
+    lists the image.
 
-    Files without the field are passed over once one has been found that has it.
+    A metadata file without the field is an error, unless another one with it was read before.
     """
 
     def __init__(self, field: str) -> None:
         self._field = field
         self._known: dict[str, Mapping[str, str] | None] = {}
-        self.found = 0  # images with tags, so far
+        self.found = 0  # images with tags
 
     def of(self, path: str) -> str:
-        """Those of one image, nothing where it has none. Raises UsageError for metadata without the field."""
-        image = os.path.abspath(path)  # as typed it may end below the folder that holds the metadata
+        """The tags of one image, "" where it has none. Raises UsageError for metadata without the field."""
+        image = os.path.abspath(path)  # a relative path may have fewer parts than there are folders to look in
         folder = os.path.dirname(image)
         while True:
             tags = self._tags(folder)
@@ -46,12 +46,12 @@ class MetadataTags:
         path = next(filter(os.path.isfile, (os.path.join(folder, name) for name in METADATA)), None)
         if path is None:
             return None
-        # a file that captions nothing yet has no column of captions
+        # the file need not have captions
         options = DataOptions(caption_column=self._field, tags_column=self._field)
         try:
-            named = [row for row in file_annotations(path, options).rows() if row.read().name]
+            rows = [row for row in file_annotations(path, options).rows() if row.read().name]
         except UsageError:
-            if any(self._known.values()):  # of something else, in a folder far above
+            if any(self._known.values()):  # metadata of something else, in a folder far above
                 return None
             raise
-        return {os.path.normpath(os.path.join(folder, row.name)): tag_text(row.tags) for row in named}
+        return {os.path.normpath(os.path.join(folder, row.name)): tag_text(row.tags) for row in rows}

@@ -1,4 +1,4 @@
-"""Text files, read line by line, and what is said of one that cannot be read."""
+"""Text and JSON files, read with errors that name the file and line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import IO, Any
 from capcli.errors import CapcliError
 from capcli.text import printable
 
-_HEAD = 1 << 16  # bytes by which a file is recognised
+_HEAD = 1 << 16  # bytes that decide a file's format
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -23,7 +23,7 @@ def head(path: str) -> bytes:
 
 @contextlib.contextmanager
 def readable(path: str) -> Iterator[None]:
-    """Says of a file that cannot be read why."""
+    """Turns what reading the file in this block raises, OSError or UnicodeDecodeError, into CapcliError."""
     try:
         yield
     except UnicodeDecodeError:
@@ -34,7 +34,7 @@ def readable(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lines(path: str) -> Iterator[IO[str]]:
-    """The file's lines with their ends: UTF-8, with or without a mark in front, or UTF-16 with one."""
+    """The file's lines with their line ends: UTF-8 with or without a byte order mark, or UTF-16 with one."""
     with readable(path):
         with open(path, "rb") as file:
             utf16 = file.read(2) in _UTF16
@@ -48,15 +48,15 @@ def _not_utf8(path: str) -> CapcliError:
             try:
                 line.decode()
             except UnicodeDecodeError as error:
-                found = line[error.start : error.start + 8]
+                wrong = line[error.start : error.start + 8]
                 return CapcliError(
-                    f"{printable(path)}: line {number} is not UTF-8 ({found!r}): convert the file to UTF-8"
+                    f"{printable(path)}: line {number} is not UTF-8 ({wrong!r}): convert the file to UTF-8"
                 )
     return CapcliError(f"{printable(path)} is neither UTF-8 nor UTF-16: convert it to UTF-8")
 
 
 def parsed(text: str | bytes, path: str, number: int | None = None) -> Any:
-    """The JSON in `text`: a whole file, or its line `number`; raises CapcliError with the place where it breaks off."""
+    """The JSON in `text`, a whole file or its line `number`. Raises CapcliError with line and column where it is not JSON."""
     try:
         with readable(path):
             return json.loads(text)
@@ -64,8 +64,6 @@ def parsed(text: str | bytes, path: str, number: int | None = None) -> Any:
         where = f"line {number or error.lineno}, column {error.colno}"
         rest = len(text.strip()) - error.pos if isinstance(text, str) else len(error.doc.strip()) - error.pos
         cut = "; it seems to be cut short" if rest <= 0 or "Unterminated" in error.msg else ""
-        raise CapcliError(f"{printable(path)}: {where} is no JSON ({error.msg}){cut}") from None
+        raise CapcliError(f"{printable(path)}: {where} is not JSON ({error.msg}){cut}") from None
     except RecursionError:
-        raise CapcliError(
-            f"{printable(path)} is no JSON that annotations are written in: it is nested too deep"
-        ) from None
+        raise CapcliError(f"{printable(path)} is not JSON of annotations: it is nested too deep") from None

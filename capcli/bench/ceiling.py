@@ -93,9 +93,11 @@ def cost_of(files: ModelFiles, size: tuple[int, int], settings: Settings, slots:
         whole = unfilled(files.config).to(DTYPES[dtype]).eval()
         whole.set_attn_implementation("eager")  # whose products are counted on any device
     encode, step = modules(whole, PixelSpec.from_config(files.processor))
-    question = (torch.zeros(1, len(settings.question), dtype=torch.long, device="meta"),) if settings.question else ()
+    encoder_ids = (
+        (torch.zeros(1, len(settings.encoder_ids), dtype=torch.long, device="meta"),) if settings.encoder_ids else ()
+    )
     with torch.inference_mode(), FlopCounterMode(display=False) as encoding:
-        seen = encode(torch.zeros(1, *size, 3, dtype=torch.uint8, device="meta"), *question)
+        seen = encode(torch.zeros(1, *size, 3, dtype=torch.uint8, device="meta"), *encoder_ids)
     entries = len(settings.prompt) - 1 + settings.rows * max(settings.max_new_tokens // 2, 1)
     memory, pool = _slot(seen, slots, entries, prefixed=encode.prefixed)
     tokens = torch.zeros(slots, settings.rows, dtype=torch.long, device="meta")

@@ -19,7 +19,7 @@ from capcli.captioning.plan import load_captioner, search_settings
 from capcli.engine.engine_json import engine_of
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.models.dtypes import choose_device
-from capcli.models.families import question_of
+from capcli.models.families import encoder_prompt_of
 from capcli.models.hub import find_model
 from capcli.models.model_files import ModelFiles
 from capcli.options import MAX_PIXELS, BenchOptions, CaptionOptions, SinkOptions, SourceOptions
@@ -77,7 +77,7 @@ def refuse_peers(options: BenchOptions, files: ModelFiles) -> None:
         return
     if files.is_engine:
         raise UsageError(f"peers run a captioner's weights, and {options.model} is an engine: leave --against out")
-    if question_of(files.config) is not None:
+    if encoder_prompt_of(files.config) is not None:
         raise UsageError(f"the encoder of {options.model} is asked a question, which no peer does: leave --against out")
 
 
@@ -114,7 +114,7 @@ def caption_options(options: BenchOptions, photos: list[str]) -> CaptionOptions:
         generation=options.generation,
         model=options.model,
         device=options.device,
-        dtype=options.dtype,  # type: ignore[arg-type]
+        dtype=options.dtype,
         threads=options.threads,
         quiet=True,
     )

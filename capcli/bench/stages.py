@@ -125,11 +125,11 @@ class Watched:
     def fewer(self, shapes: Any, _: Any) -> Any:
         return shapes
 
-    def encode(self, images: Any, questions: Any) -> Any:
+    def encode(self, images: Any, encoder_ids: Any) -> Any:
         with self._stages.timed("copy", self._images, self.device):
             torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
         with self._stages.timed("encode", self._images, self.device):
-            return self._runtime.encode(images, questions)
+            return self._runtime.encode(images, encoder_ids)
 
     def admit(self, encoded: Any, seats: Sequence[int]) -> torch.Tensor:
         with self._stages.timed("encode", self._images, self.device):
@@ -141,8 +141,8 @@ class Watched:
             logits: torch.Tensor = self._runtime.step(*given)
         return logits
 
-    def repeated(self, turn: Callable[[], None]) -> Callable[[], None]:
-        return turn
+    def repeated(self, step: Callable[[], None]) -> Callable[[], None]:
+        return step
 
 
 def _written(

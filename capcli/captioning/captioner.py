@@ -27,18 +27,18 @@ from capcli import pixels
 from capcli.captioning.feed import ArrivalFeed, Arrivals, Deliver, LocalArrivals, OrderedDelivery, Result
 from capcli.captioning.model import Model, choose_dtype, device_of, load_model
 from capcli.decoding import noise
-from capcli.decoding.capacity import fitting_slots, paying_slots
-from capcli.decoding.loop import Finished, Job, Shapes
+from capcli.decoding.loop import Finished, Job
 from capcli.decoding.parallel import decode_in_parallel
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import NO_TOKEN, Settings, resolve
+from capcli.decoding.shapes import Shapes, fitting_slots, useful_slots
 from capcli.engine.engine_json import engine_of
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.models.checkpoint import quiet_transformers
 from capcli.models.dtypes import choose_device
+from capcli.models.encoder_text import gap_names, tag_ids, with_gaps
 from capcli.models.hub import find_model
 from capcli.models.model_files import ModelFiles
-from capcli.models.questions import gap_names, tag_ids, with_gaps
 from capcli.options import DEFAULT_MODEL, MAX_PIXELS, GenerationOptions
 from capcli.records import Candidate, Caption, Failure, Loaded
 from capcli.text import is_text, printable, tag_text
@@ -54,7 +54,7 @@ class Captioner:
 
     def __init__(self, model: Model, files: ModelFiles) -> None:
         self.model, self.files = model, files
-        self._gaps = gap_names(model.tokenizer) if model.question else {}
+        self._gaps = gap_names(model.tokenizer) if model.encoder_prompt else {}
 
     @classmethod
     def load(
@@ -156,7 +156,7 @@ class Captioner:
         give = OrderedDelivery(deliver).put if ordered else deliver
         kept = settings.prompt[1:] if keep_prompt else ()  # without the start token
         feed = ArrivalFeed(arrivals, partial(self._job, settings), give, stop)
-        for ended in decode_in_parallel(feed, self.model.runtime.beside(shapes.loops), settings, shapes, on_shrink):
+        for ended in decode_in_parallel(feed, self.model.runtime.replicas(shapes.loops), settings, shapes, on_shrink):
             for done in ended:
                 index, loaded = done.tag
                 give(index, self.result(loaded, done, settings, kept))
@@ -170,11 +170,11 @@ class Captioner:
         """
         model = self.model
         ids = self._prompt_ids(prompt)
-        settings = resolve(model.generation, options, () if model.question else ids)
-        if model.question:
-            settings = replace(settings, question=tuple(ids))
+        settings = resolve(model.generation, options, () if model.encoder_prompt else ids)
+        if model.encoder_prompt:
+            settings = replace(settings, encoder_ids=tuple(ids))
         elif model.tag_tokens:  # for images without tags
-            settings = replace(settings, question=(NO_TOKEN,) * model.tag_tokens)
+            settings = replace(settings, encoder_ids=(NO_TOKEN,) * model.tag_tokens)
         room = model.positions - len(settings.prompt) + 1  # the last token is never an input of the decoder
         if room < 1:
             raise UsageError(
@@ -192,8 +192,8 @@ class Captioner:
         if prompt and not is_text(prompt):
             raise UsageError(f"the prompt {printable(prompt)} is not UTF-8")
         with quiet_transformers():
-            if self.model.question:
-                return self.model.question(self.model.tokenizer, prompt)
+            if self.model.encoder_prompt:
+                return self.model.encoder_prompt(self.model.tokenizer, prompt)
             if not prompt:
                 return []
             ids: list[int] = self.model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -203,7 +203,7 @@ class Captioner:
         """Raises CapcliError for token ids outside the decoder's vocabulary."""
         s = settings
         forced = () if s.forced_bos_token_id is None else (s.forced_bos_token_id,)
-        named = {"the prompt": (*s.prompt, *s.question), "forced tokens": (*forced, *s.forced_eos_token_ids)}
+        named = {"the prompt": (*s.prompt, *s.encoder_ids), "forced tokens": (*forced, *s.forced_eos_token_ids)}
         named |= {"suppressed tokens": (*s.suppress_tokens, *s.begin_suppress_tokens)}
         for what, ids in named.items():
             unknown = [i for i in ids if not 0 <= i < self.model.vocabulary and i != NO_TOKEN]
@@ -242,7 +242,7 @@ class Captioner:
         images = None if count is None else math.ceil(count / loops)  # per loop
         if batch_size is None:
             most = fitting_slots(runtime.device, self._bytes_per_slot(settings)) // loops
-            shapes = runtime.shapes(paying_slots(runtime.device, settings), settings, max(1, most), images)
+            shapes = runtime.shapes(useful_slots(runtime.device, settings), settings, max(1, most), images)
         else:
             slots = batch_size // loops
             shapes = runtime.shapes(slots, settings)
@@ -258,16 +258,16 @@ class Captioner:
         return size + 16 * settings.rows * self.model.vocabulary
 
     def _load(self, index: int, image: ImageLike, max_pixels: int, tags: Sequence[tuple[int, ...]]) -> Loaded:
-        question = tags[index] if tags else ()
+        encoder_ids = tags[index] if tags else ()
         if isinstance(image, str | os.PathLike):
             path = os.fsdecode(image)
-            return Loaded(path, pixels.load(path, self.model.spec, max_pixels=max_pixels)[0], question=question)
+            return Loaded(path, pixels.load(path, self.model.spec, max_pixels=max_pixels)[0], encoder_ids=encoder_ids)
         if not isinstance(image, Image.Image | np.ndarray):
             raise ImageError(
                 "unreadable", f"a {type(image).__name__} is not an image: give paths, PIL images or arrays"
             )
         rgb = pixels.to_rgb(image) if isinstance(image, Image.Image) else pixels.from_array(image)
-        return Loaded(str(index), pixels.resize(rgb, self.model.spec), question=question)
+        return Loaded(str(index), pixels.resize(rgb, self.model.spec), encoder_ids=encoder_ids)
 
     def _job(self, settings: Settings, index: int, loaded: Loaded) -> Job:
         """Raises ImageError for pixels of a size that the encoder does not take."""
@@ -280,7 +280,7 @@ class Captioner:
             )
         without_pixels = replace(loaded, pixels=loaded.pixels[:0])
         noise_key = noise.key(settings.seed, loaded.name)
-        return Job((index, without_pixels), loaded.pixels, noise_key, loaded.question)
+        return Job((index, without_pixels), loaded.pixels, noise_key, loaded.encoder_ids)
 
     def result(self, loaded: Loaded, done: Finished, settings: Settings, kept: tuple[int, ...] = ()) -> Result:
         """The captions of an image as text; `kept` are tokens of the prompt that come before each."""
@@ -292,7 +292,7 @@ class Captioner:
 
     def _text(self, hypothesis: Hypothesis, settings: Settings, kept: tuple[int, ...]) -> str:
         ids = [*kept, *(t for t in hypothesis.tokens if t not in settings.eos_token_ids)]
-        if self._gaps.keys() & set(settings.question):
+        if self._gaps.keys() & set(settings.encoder_ids):
             text = with_gaps(self.model.tokenizer, ids, self._gaps)
         else:
             text = str(self.model.tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -23,7 +23,7 @@ from capcli.models.checkpoint import (
     puts_spaces,
 )
 from capcli.models.dtypes import DTYPES, choose_device, multiplies_bfloat16
-from capcli.models.families import question_of, tag_room
+from capcli.models.families import encoder_prompt_of, tag_room
 from capcli.models.int8 import int8_refused, quantize_both
 from capcli.models.model_files import ModelFiles
 from capcli.models.packing import speed_up
@@ -37,7 +37,7 @@ from capcli.runtimes.eager import Eager
 class Model:
     """A model ready to caption. `Model.of` builds it.
 
-    `question` turns a prompt into token ids where the encoder reads it; None where the decoder does. `spaced` means that
+    `encoder_prompt` turns a prompt into token ids where the encoder reads it; None where the decoder does. `spaced` means that
     the tokenizer puts a space between any two tokens, which is wrong between the characters of Chinese or Japanese.
     """
 
@@ -49,7 +49,7 @@ class Model:
     generation: dict[str, Any]
     positions: int  # the decoder's maximum sequence length, prompt and caption together
     vocabulary: int
-    question: Callable[[Any, str | None], list[int]] | None
+    encoder_prompt: Callable[[Any, str | None], list[int]] | None
     tag_tokens: int  # maximum number of tag tokens that the encoder reads; 0: it reads no tags
     spaced: bool
     engine: Engine | None = None  # the content of engine.json, for an engine
@@ -59,7 +59,7 @@ class Model:
         """Build a model with this config.json; `parts` are the fields that do not follow from config and tokenizer."""
         return cls(
             tokenizer=tokenizer,
-            question=question_of(config),
+            encoder_prompt=encoder_prompt_of(config),
             tag_tokens=tag_room(config),
             spaced=puts_spaces(tokenizer),
             **parts,
@@ -76,7 +76,7 @@ def load_checkpoint(files: ModelFiles, device: torch.device, dtype: str) -> Mode
     spec = PixelSpec.from_config(files.processor)
     whole = load_weights(files, dtype, device)
     encode, step = modules(whole, spec)
-    use_attention(encode.encoder, coarse=dtype == "int8" and multiplies_bfloat16())
+    use_attention(encode.encoder, bfloat16=dtype == "int8" and multiplies_bfloat16())
     attends = use_attention(step.decoder)
     # a bfloat16 cache halves the bytes that a step reads, and captions stay the same (BENCHMARKS.md)
     keep = torch.bfloat16 if dtype == "int8" and attends else None

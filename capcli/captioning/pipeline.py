@@ -30,12 +30,12 @@ from capcli.captioning.plan import (
     search_settings,
     settle_gpu_decode,
 )
-from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
+from capcli.decoding.shapes import Shapes
 from capcli.interrupts import Interrupts
 from capcli.loading import Loading, load
 from capcli.loading.gpu_jpeg import GpuJpegDecoder, GpuLoading
-from capcli.models.questions import tag_ids
+from capcli.models.encoder_text import tag_ids
 from capcli.options import CaptionOptions
 from capcli.progress import Progress, Report, say, warn
 from capcli.records import Caption, Entry, Failure
@@ -127,7 +127,7 @@ class CaptionRun:
         if tags is None:
             return entries
         ids = partial(tag_ids, model.tokenizer, count=model.tag_tokens)
-        return (replace(entry, question=ids([tags.of(entry.path)])[0]) for entry in entries)
+        return (replace(entry, encoder_ids=ids([tags.of(entry.path)])[0]) for entry in entries)
 
     def pixels(self, entries: Iterable[Entry]) -> Loading | GpuLoading:
         """Start the decoder processes, and the GPU's JPEG decoder where it is used. Gives the loaded images."""

@@ -21,9 +21,8 @@ import transformers
 from capcli import __version__
 from capcli.captioning.captioner import Captioner
 from capcli.captioning.model import Model, choose_dtype, device_of, load_model
-from capcli.decoding.capacity import paying_loops, paying_slots
-from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings, idle, resolve
+from capcli.decoding.shapes import Shapes, useful_loops, useful_slots
 from capcli.engine.engine_json import engine_of
 from capcli.errors import CapcliError, UsageError
 from capcli.loading import default_workers, usable_cpus
@@ -100,7 +99,7 @@ def search_settings(options: CaptionOptions, captioner: Captioner) -> Settings:
     settings = captioner.settings(options.generation, options.prompt)
     for line in idle(options.generation, settings):
         warn(line)
-    if options.keep_prompt and captioner.model.question:
+    if options.keep_prompt and captioner.model.encoder_prompt:
         warn("--keep-prompt has no effect: the encoder reads the prompt, and no caption begins with it")
     if settings.num_return_sequences > 1 and not options.sink.candidates:
         n = settings.num_return_sequences
@@ -161,11 +160,11 @@ def choose_shapes(
     first: list[Entry] = []
     count = None
     if not source.streaming:
-        most = options.batch_size or COUNTED * paying_slots(device, settings)
+        most = options.batch_size or COUNTED * useful_slots(device, settings)
         first = list(islice(wanted, most))
         count = len(first) if len(first) < most else None
     at_once = min((n for n in (count, options.batch_size) if n is not None), default=None)
-    loops = len(captioner.model.runtime.beside(paying_loops(torch.get_num_threads(), at_once)))
+    loops = len(captioner.model.runtime.replicas(useful_loops(torch.get_num_threads(), at_once)))
     return captioner.shapes(settings, count, options.batch_size, loops), chain(first, wanted)
 
 
@@ -206,7 +205,7 @@ def new_run_file(
                 **({} if options.tags_field is None else {"tags_field": options.tags_field}),
                 "sidecar": options.sink.sidecar,
                 "sidecar_dir": options.sink.sidecar_dir,
-                "generation": settings.effective(),
+                "generation": settings.in_run_file(),
                 **({"fast_decode": True} if options.fast_decode else {}),
                 **({"gpu_decode": True} if options.gpu_decode else {}),
             },

@@ -1,7 +1,8 @@
-"""The command line: one file per command, Click only; nothing heavy is imported before a command runs."""
+"""The command line: one module per command. Modules that are slow to import are imported when a command runs."""
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
@@ -19,36 +20,43 @@ from capcli.cli.prepare import prepare
 from capcli.cli.train import train
 from capcli.errors import CapcliError
 
-HELP = "Caption folders of images in bulk."
-# How often garbage is looked for: torch and transformers make 600,000 objects that stay, which Python would go through again
-# and again while it loads them.
-SELDOM = (10_000, 20, 20)
+# Garbage collection thresholds. torch and transformers create 600,000 objects that live until the end; with Python's own
+# thresholds they would be traversed again and again while the packages are imported.
+GC_THRESHOLDS = (10_000, 20, 20)
 
 
-@click.group(help=HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="capcli")
 def cli() -> None:
-    pass
+    """Caption folders of images in bulk, and train, export and evaluate captioners.
+
+    \b
+      capcli caption ./photos --out captions.jsonl
+      capcli COMMAND --help
+
+    Each option can also be set by an environment variable: CAPCLI_CAPTION_NUM_BEAMS=4 is --num-beams 4 of caption.
+    """
 
 
-cli.add_command(bench)
-cli.add_command(caption)
-cli.add_command(doctor)
-cli.add_command(evaluate)
-cli.add_command(export)
-cli.add_command(prepare)
-cli.add_command(train)
+for command in (bench, caption, doctor, evaluate, export, prepare, train):
+    cli.add_command(command)
 
 
 def main() -> None:
-    """The program: runs a command and exits with its code; every error is one line that says what to do."""
-    gc.set_threshold(*SELDOM)
+    """The program: runs a command and exits with its code. An error is one line on standard error, unless --debug is given.
+
+    While the command runs, garbage is collected less often. At exit the interpreter does not traverse the remaining objects
+    once more, which takes half a second for those of torch.
+    """
+    thresholds = gc.get_threshold()
+    gc.set_threshold(*GC_THRESHOLDS)
+    atexit.register(gc.freeze)
     replace_closed_streams()
     stdout = sys.stdout
-    asked: dict[str, bool] = {}  # where a command leaves word of --debug
+    flags: dict[str, bool] = {}  # the context object, in which a command stores --debug
     try:
-        code = cli.main(auto_envvar_prefix="CAPCLI", prog_name="capcli", standalone_mode=False, obj=asked) or 0
-        sys.stdout.flush()  # here a closed pipe is nothing; at the interpreter's end it would be an error
+        code = cli.main(auto_envvar_prefix="CAPCLI", prog_name="capcli", standalone_mode=False, obj=flags) or 0
+        sys.stdout.flush()  # a closed pipe raises here; at the end of the interpreter it would print an error
         sys.exit(code)
     except click.exceptions.Abort:
         sys.exit(130)
@@ -56,33 +64,35 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except CapcliError as error:
-        if asked.get("debug"):
+        if flags.get("debug"):
             traceback.print_exc()
         click.echo(f"capcli: {error}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except (BrokenPipeError, SystemExit) as error:
-        # Click takes a closed pipe for a fault: it puts another stream in place of stdout and exits with 1.
+        # Click treats a closed pipe as an error: it replaces sys.stdout and exits with 1.
         if isinstance(error, SystemExit) and sys.stdout is stdout:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        if asked.get("debug"):
+        if flags.get("debug"):
             raise
-        click.echo(f"capcli: unexpected {type(error).__name__}: {error} (--debug shows where)", err=True)
+        click.echo(f"capcli: unexpected {type(error).__name__}: {error} (--debug prints the traceback)", err=True)
         sys.exit(1)
     finally:
-        gc.freeze()  # the interpreter would go through all of torch once more before it ends: half a second
+        gc.set_threshold(*thresholds)
 
 
 def replace_closed_streams() -> None:
-    """Takes the place of streams that a caller closed (`2>&-`): files opened later would, and messages would go into them."""
-    while (taken := os.open(os.devnull, os.O_RDONLY)) <= 2:
+    """Opens standard streams that the caller closed (`2>&-`). Files opened later would get their numbers, and messages would
+    be written into them.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
         pass
-    os.close(taken)
+    os.close(descriptor)
     if sys.stdout is None:
-        sys.stdout = os.fdopen(1, "w", closefd=False)  # open for reading only: rows written there are an error
+        sys.stdout = os.fdopen(1, "w", closefd=False)  # open for reading only: writing rows to it is an error
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115

@@ -1,4 +1,4 @@
-"""`capcli bench`: parse, build BenchOptions, measure, exit with its code."""
+"""`capcli bench`: parses the command line into BenchOptions and runs the benchmark."""
 
 from __future__ import annotations
 
@@ -7,68 +7,59 @@ from typing import Any
 
 import click
 
-from capcli.cli.generation import generation_options, taken_generation
-from capcli.cli.model import leave_cores_to, model_options
-from capcli.cli.sections import SectionedCommand, SectionedOption, comma_separated, set_note
+from capcli.cli.click_options import SectionedCommand, comma_separated, debug_option, fields_from, option
+from capcli.cli.shared_options import generation_from, generation_options, model_options, set_openmp_wait_policy
 from capcli.options import BenchOptions
-from capcli.options.bench import LEAST_ROUNDS, PEERS
+from capcli.options.bench import BASELINES
 
-contest, running = (
-    partial(click.option, cls=SectionedOption, section=section, show_envvar=False) for section in ("Contest", "Running")
-)
+comparison = partial(option, BenchOptions, section="Comparison")
+execution = partial(option, BenchOptions, section="Execution")
 
 
-@click.command(cls=SectionedCommand, short_help="Measure how fast captions are made, and where the time goes.")
+@click.command(cls=SectionedCommand, short_help="Measure the speed of captioning, and where the time goes.")
 @click.argument("photos", nargs=-1, required=True, type=click.Path())
 @model_options
-@contest(
+@comparison(
     "--against",
-    metavar="PEER,...",
+    metavar="BASELINE,...",
     callback=comma_separated,
-    help=f"Caption the same photos beside: {', '.join(PEERS)}. single is generate() as model cards have it, one photo at a "
-    "time; batched in float32, bfloat16 and compiled (a static cache, bfloat16) in batches; optimum its ONNX model.",
+    help=f"Also caption the photos with baselines: {', '.join(BASELINES)}. single calls generate() of transformers for one "
+    "photo at a time; batched (float32), bfloat16 and compiled (bfloat16, static cache) call it for batches; optimum runs "
+    "Optimum's ONNX model.",
 )
-@contest(
+@comparison(
     "--peer-python",
     metavar="PATH",
     type=click.Path(),
-    help="Python of the peers, as of an environment with Optimum.",
+    help="Python interpreter of the baselines, for example of an environment with Optimum. [default: this one]",
 )
-@contest(
-    "--rounds",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=LEAST_ROUNDS,
-    show_default=True,
-    help="Turns of each; the median counts.",
-)
-@contest("--at-least", metavar="X", type=click.FloatRange(min=0), help="Fail unless X times as fast as every peer.")
+@comparison("--rounds", help="Rounds of measurement; the median is reported.")
+@comparison("--at-least", help="Fail unless capcli is X times as fast as every baseline.")
 @generation_options
-@running("--limit", metavar="N", type=click.IntRange(min=1), help="Take the first N photos only.")
-@running("--gpu-decode", is_flag=True, help="As in capcli caption; stages are told as without it.")
-@running("--quick", is_flag=True, help="The contest only: no stages, no ceiling.")
-@running("--json", is_flag=True, help="The line of JSON only.")
-@running("--debug", is_flag=True, expose_value=False, callback=set_note, help="Show where an error came from.")
+@execution("--limit", help="Use only the first N photos.")
+@execution("--gpu-decode", help="Decode JPEGs on the GPU, as in capcli caption. Stages are measured without it.")
+@execution("--quick", help="Measure only the end-to-end speed: neither stages nor the peak rates of the machine.")
+@execution("--json", help="Print only the line of JSON.")
+@debug_option
 def bench(**given: Any) -> int:
-    """Measure how fast PHOTOS are captioned: the ceiling of this machine, every stage, and all of it from files to rows.
+    """Measure how fast PHOTOS are captioned: peak rates of the machine, each stage, and end to end from files to rows.
 
     \b
       capcli bench ./photos --model my-captioner
       capcli bench ./photos --num-beams 4 --against batched,bfloat16
 
-    The ceiling is what the captioner's own arithmetic and bytes would take at the peak rates of this machine, which are
-    measured first. Contestants have a process each and take turns; loading is not counted, and each warms up before.
-    The last line is JSON with every figure.
+    The upper bound is the speed at which the arithmetic and the memory traffic of the model would run at the measured
+    peak rates of the machine. capcli and each baseline run in processes of their own, warm up, and take turns; loading is
+    not measured. The last line of the output is JSON with all figures.
 
     \b
-    Exit codes: 0 measured; 2 wrong usage; 1 could not be measured, or is slower than --at-least asks.
+    Exit codes:
+      0  measured
+      1  not measured, or slower than --at-least
+      2  wrong usage
     """
-    generation = taken_generation(given)
-    names = BenchOptions.__dataclass_fields__
-    options = BenchOptions(
-        **{name: value for name, value in given.items() if name in names} | {"generation": generation}
-    )
-    leave_cores_to(options.model)
+    options = BenchOptions(generation=generation_from(given), **fields_from(BenchOptions, given))
+    set_openmp_wait_policy(options.model)
     from capcli.bench.run import run
 
     return run(options)

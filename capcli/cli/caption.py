@@ -1,125 +1,120 @@
-"""`capcli caption`: parse, build CaptionOptions, run the pipeline, exit with its code."""
+"""`capcli caption`: parses the command line into CaptionOptions and runs the pipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import click
 
-from capcli.cli.generation import generation_options, taken_generation
-from capcli.cli.model import leave_cores_to, model_options
-from capcli.cli.sections import AutoOrNumber, SectionedCommand, SectionedOption, comma_separated, set_note
-from capcli.options import DECODE_TIMEOUT, MAX_PIXELS, CaptionOptions, SinkOptions, SourceOptions
+from capcli.cli.click_options import SectionedCommand, comma_separated, debug_option, fields_from, option
+from capcli.cli.shared_options import (
+    generation,
+    generation_from,
+    generation_options,
+    image_limits,
+    model,
+    model_options,
+    quiet_option,
+    set_openmp_wait_policy,
+    workers_option,
+)
+from capcli.options import CaptionOptions, SinkOptions, SourceOptions
 from capcli.records import FACTS
 
-Decorator = Callable[[Any], Any]
-
-
-def under(section: str) -> Callable[..., Decorator]:
-    return partial(click.option, cls=SectionedOption, section=section, show_envvar=False)
-
-
-source, generation, model, output, running = map(under, ("Source", "Generation", "Model", "Output", "Running"))
+source = partial(option, SourceOptions, section="Source")
+output = partial(option, SinkOptions, section="Output")
 
 
 @click.command(cls=SectionedCommand, short_help="Caption images: files, folders, lists, standard input.")
 @click.argument("sources", nargs=-1, type=click.Path())
 @source(
-    "--from-file", metavar="LIST", type=click.Path(), help="Take paths from a file, one per line ('-': standard input)."
+    "--from-file", metavar="LIST", type=click.Path(), help="Read paths from a file, one per line; - is standard input."
 )
-@source("-0", "--null", is_flag=True, help="Listed paths are separated by NUL, as by find -print0.")
-@source("--recursive/--no-recursive", default=True, show_default=True, help="Look into folders below folders.")
+@source("-0", "--null", help="Paths in lists are separated by NUL, as find -print0 does.")
+@source("--recursive/--no-recursive", help="Search folders recursively.")
 @source(
-    "--include", metavar="PATTERN", multiple=True, help="In folders take only what matches, e.g. '*.tif'; repeatable."
+    "--include",
+    metavar="PATTERN",
+    multiple=True,
+    help="In folders, take only files that match, for example '*.tif'. Repeatable.",
 )
 @source(
     "--exclude",
     metavar="PATTERN",
     multiple=True,
-    help="In folders leave out what matches, e.g. 'thumbs/**'; repeatable.",
+    help="In folders, skip files and folders that match, for example 'thumbs/**'. Repeatable.",
 )
-@source("--limit", metavar="N", type=click.IntRange(min=0), help="Caption at most N images in this run.")
-@source(
-    "--max-pixels",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=MAX_PIXELS,
-    show_default=True,
-    help="Refuse images of more pixels than this, before they are decoded.",
+@option(CaptionOptions, "--limit", section="Source", help="Caption at most N images in this run.")
+@image_limits(CaptionOptions, section="Source")
+@option(
+    CaptionOptions,
+    "--fast-decode",
+    section="Source",
+    help="Decode large JPEGs at a reduced size: faster, but pixels differ slightly.",
 )
-@source(
-    "--decode-timeout",
-    metavar="SECONDS",
-    type=click.FloatRange(min=0, min_open=True),
-    default=DECODE_TIMEOUT,
-    show_default=True,
-    help="Give up on an image that takes longer to decode.",
-)
-@source(
-    "--fast-decode", is_flag=True, help="Decode large JPEGs at a part of their size: sooner, and not exactly the same."
-)
-@source(
+@option(
+    CaptionOptions,
     "--gpu-decode",
-    is_flag=True,
-    help="On CUDA: decode JPEGs there, many at a time, where it is quicker; not exactly the same.",
+    section="Source",
+    help="Decode JPEGs in batches on the GPU where that is faster (CUDA only). Pixels differ slightly.",
 )
 @model_options
-@model("--revision", metavar="REV", help="Branch, tag or commit of a model on the hub.")
+@model("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub.")
 @generation_options
-@generation("--seed", metavar="N", type=int, help="With sampling: other noise; the same seed gives the same captions.")
-@generation(
+@generation("--seed", help="Sampling: the same seed gives the same captions. [default: 0]")
+@option(
+    CaptionOptions,
     "--prompt",
+    section="Generation",
     metavar="TEXT",
-    help="Words given to the decoder before the caption; to Florence-2 and a T5, the question.",
+    help="Prompt, whose tokens precede the caption. Florence-2 and T5 captioners read it as a question.",
 )
-@generation(
+@option(
+    CaptionOptions,
     "--tags-field",
+    section="Generation",
     metavar="NAME",
-    help="Field of the images' metadata.jsonl or .csv with tags for a captioner that reads them: [dog] [bark].",
+    help="Field of metadata.jsonl or metadata.csv beside the images with tags, for captioners that read tags: [dog] [bark].",
 )
-@generation("--keep-prompt", is_flag=True, help="Leave the prompt in the text.")
+@option(CaptionOptions, "--keep-prompt", section="Generation", help="Keep the prompt in the caption text.")
 @output(
     "-o",
     "--out",
     metavar="PATH|-",
     type=click.Path(allow_dash=True),
-    help="Write rows here and go on with what is there. [default: standard output]",
+    help="File of captions. An existing file is resumed. [default: standard output]",
 )
-@output("--format", type=click.Choice(["jsonl", "csv"]), help="Format of the rows. [default: by the suffix of --out]")
-@output("--fields", metavar="A,B,..", callback=comma_separated, help=f"More columns: {', '.join(FACTS)}.")
-@output("--sidecar", type=click.Choice([".txt", ".caption"]), help="Write a text file per image too, beside the image.")
-@output("--sidecar-dir", metavar="FOLDER", type=click.Path(), help="Where to put the text files, in the same folders.")
+@output("--format", help="Format of the rows. [default: by the suffix of --out]")
 @output(
-    "--existing",
-    type=click.Choice(["skip", "overwrite", "append"]),
-    default="skip",
-    show_default=True,
-    help="What to do about a text file that is there.",
+    "--fields",
+    metavar="NAME,...",
+    callback=comma_separated,
+    help=f"Additional columns with properties of the image file: {', '.join(FACTS)}.",
 )
+@output("--sidecar", help="Also write one text file per image, beside the image.")
 @output(
-    "--failures", metavar="PATH", type=click.Path(), help="Where to list images that failed. [default: beside --out]"
+    "--sidecar-dir",
+    metavar="FOLDER",
+    type=click.Path(),
+    help="Write the text files below this folder, in the same subfolders.",
 )
-@output(
+@output("--existing", help="What to do with a text file that already exists.")
+@output("--failures", metavar="PATH", type=click.Path(), help="File that lists failed images. [default: beside --out]")
+@option(
+    CaptionOptions,
     "--order",
-    type=click.Choice(["source", "done"]),
-    default="source",
-    show_default=True,
-    help="Order of the rows: the source's, or as captions come.",
+    section="Output",
+    help="Order of the rows: that of the source, or that in which captions are done.",
 )
-@output("--overwrite", is_flag=True, help="Start --out anew.")
-@output("--retry-failed", is_flag=True, help="Try images again that failed in an earlier run.")
-@running(
-    "--workers",
-    type=AutoOrNumber(0),
-    default="auto",
-    show_default=True,
-    help="Processes that decode images; 0 decodes in this one, without --decode-timeout.",
+@output("--overwrite", help="Replace --out and start from scratch.")
+@output("--retry-failed", help="Try images again that failed in earlier runs.")
+@workers_option(
+    CaptionOptions, help="Processes that decode images. 0 decodes in the main process, without --decode-timeout."
 )
-@running("--dry-run", is_flag=True, help="List what would be captioned and stop.")
-@running("-q", "--quiet", is_flag=True, help="No progress and no closing line.")
-@running("--debug", is_flag=True, expose_value=False, callback=set_note, help="Show where an error came from.")
+@option(CaptionOptions, "--dry-run", section="Execution", help="List the images that would be captioned, and exit.")
+@quiet_option("Print neither progress nor summary.")
+@debug_option
 def caption(**given: Any) -> int:
     """Caption SOURCES: image files, folders, quoted glob patterns, or - for paths on standard input.
 
@@ -127,33 +122,33 @@ def caption(**given: Any) -> int:
       capcli caption ./photos --out captions.jsonl
       find . -name '*.jpg' -print0 | capcli caption -0 - | head
 
-    A rerun with the same --out goes on where the last one ended. What is not given comes from the model's own
-    generation settings. Every option can be set in the environment too: CAPCLI_CAPTION_NUM_BEAMS=4.
+    The same command with the same --out resumes where the last run ended. Generation options that are not given are
+    those of the model. Each option can also be set by an environment variable: CAPCLI_CAPTION_NUM_BEAMS=4.
 
     \b
-    Exit codes: 0 all captioned; 3 finished, with failures on record; 2 wrong usage; 1 could not run;
-    130 or 143 interrupted (the same command goes on from there).
+    Exit codes:
+      0         all images are captioned
+      1         the run failed
+      2         wrong usage
+      3         the run finished; some images failed
+      130, 143  interrupted; the same command resumes the run
     """
     options = caption_options(given)
-    leave_cores_to(options.model)
+    set_openmp_wait_policy(options.model)
     from capcli.captioning import pipeline
 
     return pipeline.run(options)
 
 
 def caption_options(given: dict[str, Any]) -> CaptionOptions:
-    """The command's parameters, by name, in the dataclass that each belongs to. Raises UsageError for what cannot be."""
-
-    def taken(kind: type) -> dict[str, Any]:
-        return {name: given[name] for name in kind.__dataclass_fields__ if name in given}  # type: ignore[attr-defined]
-
+    """The options that the command's parameters describe. Raises UsageError and click.BadParameter."""
     unknown = [name for name in given["fields"] if name not in FACTS]
     if unknown:
         raise click.BadParameter(f"{', '.join(unknown)} is none of {', '.join(FACTS)}", param_hint="--fields")
     several = (given["num_return_sequences"] or 1) > 1
     return CaptionOptions(
-        source=SourceOptions(**taken(SourceOptions)),
-        sink=SinkOptions(candidates=several, **taken(SinkOptions)),
-        generation=taken_generation(given),
-        **taken(CaptionOptions),
+        source=SourceOptions(**fields_from(SourceOptions, given)),
+        sink=SinkOptions(candidates=several, **fields_from(SinkOptions, given)),
+        generation=generation_from(given),
+        **fields_from(CaptionOptions, given),
     )

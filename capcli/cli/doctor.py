@@ -1,32 +1,27 @@
-"""`capcli doctor`: tell what is installed, what works here, and what mends the rest."""
+"""`capcli doctor`: checks the installation and the machine."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import click
 
-from capcli.cli.sections import SectionedCommand, SectionedOption, set_note
-
-output, running = (
-    partial(click.option, cls=SectionedOption, section=section, show_envvar=False) for section in ("Output", "Running")
-)
+from capcli.cli.click_options import SectionedCommand, debug_option, flag_option
 
 
-@click.command(cls=SectionedCommand, short_help="Tell what is installed, what works here, and how to mend the rest.")
-@output("--json", "as_json", is_flag=True, help="JSON on standard output in place of the table.")
-@running("--debug", is_flag=True, expose_value=False, callback=set_note, help="Show where an error came from.")
+@click.command(cls=SectionedCommand, short_help="Check the installation and the machine, with a fix per problem.")
+@flag_option("--json", "as_json", section="Output", help="Print JSON instead of a table.")
+@debug_option
 def doctor(as_json: bool) -> int:
-    """Tell what is installed, what this machine can do, and the command that mends each thing missing.
+    """Check what is installed and what works on this machine, and print the command that fixes each problem.
 
     \b
       capcli doctor
       capcli doctor --json | jq '.runtimes[] | {name, state, fix}'
 
-    Versions, processor and GPUs, runtimes, extras, cached captioners, and the engines in ./engines or in the folder that
-    CAPCLI_ENGINES names, with whether they fit. A thing is ok, none (not there, and need not be), missing or broken.
+    The report lists versions, processor and GPUs, runtimes, optional packages, cached captioners, and the engines in
+    ./engines or in the folder that CAPCLI_ENGINES names, with whether they can run here. A state is ok, none (not
+    installed and not required), missing or broken.
 
-    Nothing is changed and nothing is downloaded. The exit code is 0 whatever is found.
+    The command changes nothing and downloads nothing. Its exit code is always 0.
     """
     from capcli.doctor.run import run
 

@@ -1,1 +1,1 @@
-"""The decode core: who sits where (slots), what is said next (search, constraints, noise), and the loop that runs both."""
+"""The decode core: slots and their shapes, search (with constraints and sampling noise), and the loop that runs both."""

@@ -1,8 +1,8 @@
-"""What a caption may say next: penalties, blocked n-grams, lengths and the sampling filters, as tensor operations over all rows.
+"""Constraints on the next token: penalties, banned n-grams, lengths and sampling filters, as tensor operations over all rows.
 
-Each function is transformers' logits processor of that name, in transformers' order, with every slot at its own length
-(`generation/logits_process.py`); `sequence` is int64 [S, R, L] with the prompt first, `length` int64 [S] says how much of it is
-said, `scores` is [S, R, V], float32 but for what only bans.
+Each function is transformers' logits processor of that name (`generation/logits_process.py`), with every slot at its own
+length. `scores` is [S, R, V], float32 except for the functions in BANS, which take any floating dtype; `sequence` is int64
+[S, R, L], the prompt first; `length` int64 [S] is the number of tokens in it so far.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ Constraint = Callable[[Tensor, Tensor, Tensor], Tensor]  # scores, sequence, len
 
 
 class Constraints:
-    """All constraints of one run, in transformers' order.
+    """All constraints of a run, in transformers' order.
 
-    `only_ban` where they do nothing but rule tokens out: then scores may as well be logits, in any dtype.
+    `only_ban`: they only set scores to -inf, so they may be applied to raw logits of any dtype.
     """
 
     def __init__(self, settings: Settings, device: torch.device | str) -> None:
         self._all = [*shaping(settings, device), *(filters(settings) if settings.do_sample else ())]
         if settings.renormalize_logits:
             self._all.append(lambda scores, *_: scores.log_softmax(-1))
-        self.only_ban = all(isinstance(each, partial) and each.func in BANS for each in self._all)
+        self.only_ban = all(isinstance(constraint, partial) and constraint.func in BANS for constraint in self._all)
 
     def apply(self, scores: Tensor, sequence: Tensor, length: Tensor) -> Tensor:
-        """The scores under every constraint in force; what was given is left as it was."""
+        """The scores [S, R, V] under all constraints. The argument is not changed in place."""
         for constraint in self._all:
             scores = constraint(scores, sequence, length)
         return scores
 
 
 def shaping(settings: Settings, device: torch.device | str) -> Iterator[Constraint]:
-    """What holds for every search: transformers' logits processors."""
+    """The constraints of every search: transformers' logits processors."""
     s, prompt = settings, len(settings.prompt)
     ids = partial(torch.tensor, dtype=torch.long, device=device)
     if s.repetition_penalty != 1.0:
@@ -62,7 +62,7 @@ def shaping(settings: Settings, device: torch.device | str) -> Iterator[Constrai
 
 
 def filters(settings: Settings) -> Iterator[Constraint]:
-    """What sampling leaves to draw from; beams keep one token more than can end a caption."""
+    """The sampling filters; beam search keeps one token more than there are end tokens."""
     s = settings
     keep = 1 if s.num_beams == 1 else 1 + max(1, len(s.eos_token_ids))
     if s.temperature != 1.0:
@@ -76,24 +76,22 @@ def filters(settings: Settings) -> Iterator[Constraint]:
 
 
 def repetition_penalty(scores: Tensor, sequence: Tensor, length: Tensor, penalty: float) -> Tensor:
-    said = torch.arange(sequence.shape[2], device=scores.device) < length[:, None, None]
-    ids = torch.where(
-        said, sequence, sequence[:, :, :1]
-    )  # the first token is always said: repeating it changes nothing
+    used = torch.arange(sequence.shape[2], device=scores.device) < length[:, None, None]
+    ids = torch.where(used, sequence, sequence[:, :, :1])  # unused places repeat the first token, which changes nothing
     picked = scores.gather(2, ids)
     return scores.scatter(2, ids, torch.where(picked < 0, picked * penalty, picked / penalty))
 
 
 def no_repeat_ngram(scores: Tensor, sequence: Tensor, length: Tensor, size: int) -> Tensor:
-    """Bans what would end an n-gram said before: where the last n - 1 tokens stood before, what came after them."""
+    """Bans the tokens that followed earlier occurrences of the last n - 1 tokens: they would repeat an n-gram."""
     if size > sequence.shape[2]:
-        return scores  # no caption gets so long
+        return scores  # no sequence becomes so long
     windows = sequence.unfold(2, size, 1)  # [S, R, L - n + 1, n]
     ends = torch.arange(windows.shape[2], device=scores.device) + size <= length[:, None]  # [S, L - n + 1]
     at = (length[:, None] - size + 1 + torch.arange(size - 1, device=scores.device)).clamp_min(0)  # [S, n - 1]
     suffix = sequence.gather(2, at[:, None].expand(-1, sequence.shape[1], -1))  # [S, R, n - 1]
     banned = (windows[..., :-1] == suffix[:, :, None]).all(-1) & ends[:, None]
-    # amin, so that a window that bans nothing cannot lift another's ban on the same token
+    # amin: a window that bans nothing must not lift another window's ban on the same token
     value = torch.where(banned, -torch.inf, torch.inf).to(scores.dtype)
     return scores.scatter_reduce(2, windows[..., -1], value, "amin", include_self=True)
 

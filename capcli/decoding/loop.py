@@ -1,6 +1,6 @@
-"""The decode loop: images take free slots, every step says one token for all of them, and who has ended makes room.
+"""The decode loop: images are admitted to free slots, each step decodes one token for every slot, finished slots are freed.
 
-It knows nothing of files, text or models: images are arrays with a key, a runtime admits and steps, captions are ids.
+It knows nothing of files, text or models: an image is an array with a key, a caption is a list of token ids.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Protocol
 
@@ -19,60 +19,30 @@ import torch
 
 from capcli.decoding.search import Hypothesis, make_search
 from capcli.decoding.settings import Settings
+from capcli.decoding.shapes import Shapes
 from capcli.decoding.slots import Slots
 from capcli.errors import CapcliError
 
-LINGER = 0.05  # seconds without another image after which those that do not fill a chunk go without company
-
-
-@dataclass(frozen=True, slots=True)
-class Shapes:
-    """The fixed shapes of a run: `slots` S in the running batch, images encoded `chunk` E at a time, in `loops` of the kind.
-
-    With the rows and the entries of the settings they fix every tensor of the run, so no caption depends on its neighbours.
-    """
-
-    slots: int
-    chunk: int
-    loops: int = 1
-
-    @classmethod
-    def of(cls, slots: int) -> Shapes:
-        """Slots refill a quarter at a time: bigger chunks encode no faster, and leave seats empty for longer."""
-        return cls(slots, min(slots, max(4, slots // 4)))
-
-    def shared_by(self, count: int) -> Shapes:
-        """For `count` images: no more slots than are full each time, and chunks of which the last is full, as near as can be.
-
-        An encoding costs a whole chunk and a step all slots, however few are in them.
-        """
-        rounds = max(1, math.ceil(count / self.slots))
-        each = max(1, math.ceil(count / rounds))
-        least = math.ceil(each / 4)
-        chunk = min(range(least, max(least, min(self.chunk, each)) + 1), key=lambda e: (math.ceil(count / e) * e, -e))
-        return Shapes(min(self.slots, math.ceil(each / chunk) * chunk), chunk)
-
-    def halved(self) -> Shapes:
-        slots = max(1, self.slots // 2)
-        return replace(self, slots=slots, chunk=min(self.chunk, slots))
+LINGER = 0.05  # seconds without a new image after which a chunk that is not full is encoded
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One image to caption: `pixels` uint8 [height, width, 3], `key` for its sampling noise, `tag` the caller's own.
+    """One image to caption: `pixels` uint8 [height, width, 3], the `key` of its sampling noise, and the caller's own `tag`.
 
-    `question` are the ids that its encoder reads beside it, as many for every image of a run; none: the settings' own.
+    `encoder_ids` are the token ids that the encoder reads beside this image, equally many for every image of a run; empty:
+    those of the settings.
     """
 
     tag: Any
     pixels: npt.NDArray[np.uint8]
     key: int = 0
-    question: tuple[int, ...] = ()
+    encoder_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A captioned job; no hypotheses when what the encoder made of it is not finite."""
+    """A captioned job. `hypotheses` is empty where the image's memory or a caption's score is not finite."""
 
     tag: Any
     hypotheses: list[Hypothesis]
@@ -83,56 +53,65 @@ class Feed(Protocol):
 
     @property
     def ended(self) -> bool:
-        """Whether no more will come."""
+        """Whether no more jobs will come."""
 
     def take(self, most: int, wait: float | None) -> Sequence[Job]:
-        """At most `most` jobs, those there now; waits `wait` seconds (None: for ever) for the first. Empty when none came."""
+        """At most `most` of the jobs that are ready; waits up to `wait` seconds (None: no limit) for the first of them."""
 
 
 class EncodedImages(Protocol):
-    """What a runtime's encode makes of a chunk."""
+    """A chunk of encoded images, as a runtime's `encode` returns it."""
 
     def ready(self) -> bool:
-        """Whether it is there, or still under way beside the steps."""
+        """Whether encoding has finished; it may run beside the steps."""
 
 
 class Runtime(Protocol):
-    """What executes encode and step, with buffers of its own for `slots` slots."""
+    """Executes encode and step, with memory and pool for `slots` slots.
+
+    S slots, R rows per slot, T new tokens at most, P prefix entries of the prompt, V tokens in the vocabulary; E images in a
+    chunk, W token ids beside each image.
+    """
 
     device: torch.device
-    lag: int  # steps after which the finished flags are read
-    ahead: bool  # whether it encodes beside its steps, so that a chunk is best begun before there are seats for it
+    lag: int  # how many steps late the finished flags are read
+    ahead: (
+        bool  # whether encoding runs beside the steps, so that a chunk should be encoded before slots are free for it
+    )
 
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
-        """Makes room for a run; forgets any earlier one."""
+        """Prepares a new run with these shapes; frees the buffers of any earlier one."""
 
     def fewer(self, shapes: Shapes, settings: Settings) -> Shapes:
-        """About half the slots, for less memory; `shapes` themselves where there is nothing smaller."""
+        """Shapes with about half the slots, for less memory; `shapes` itself where no smaller ones exist."""
 
-    def encode(self, pixels: npt.NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> Any:
-        """Begins to encode `pixels` [E, h, w, 3]; gives an Encoded, which `admit` takes.
+    def encode(self, pixels: npt.NDArray[np.uint8], encoder_ids: Sequence[Sequence[int]]) -> Any:
+        """Starts to encode `pixels` uint8 [E, h, w, 3]; returns EncodedImages, which `admit` takes.
 
-        `questions` are E rows of as many ids, none where the encoder reads none; an id below 0 is no word.
+        `encoder_ids` [E, W] are the token ids that the encoder reads, W = 0 where it reads none; a negative id is no token.
         """
 
-    def admit(self, encoded: Any, seats: Sequence[int]) -> torch.Tensor:
-        """Puts the first len(seats) images of a chunk into those slots, when it is ready. bool [len(seats)]: all finite.
+    def admit(self, encoded: Any, slots: Sequence[int]) -> torch.Tensor:
+        """Puts the first n = len(slots) images of a chunk into `slots`, once it is ready.
 
-        Nothing stays of who sat there before.
+        Returns bool [n]: whether the image's memory is finite. Everything that the slots held before is cleared.
         """
 
     def step(self, tokens: torch.Tensor, position: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """One token for every row: tokens [S, R], position [S], visible [S, R, P + R*T] -> logits [S, R, V].
+        """Decodes one token per row: tokens int64 [S, R], position int64 [S], visible bool [S, R, P + R*T] -> logits [S, R, V].
 
-        They are the caller's until the next step, whose logits may lie in the same place.
+        The logits are valid until the next step, which may write into the same buffer.
         """
 
-    def repeated(self, turn: Callable[[], None]) -> Callable[[], None]:
-        """What does `turn` again and again: itself, or a recording of it. Its tensors stay where they are."""
+    def repeated(self, step: Callable[[], None]) -> Callable[[], None]:
+        """A function that does what `step` does, to be called many times: `step` itself or a recording (a CUDA graph) of it.
+
+        The tensors that `step` reads and writes keep their addresses.
+        """
 
 
 class IterableFeed:
-    """A feed over jobs that are all there."""
+    """A feed of jobs that are all ready."""
 
     def __init__(self, jobs: Iterable[Job]) -> None:
         self._jobs = iter(jobs)
@@ -147,17 +126,18 @@ class IterableFeed:
 def decode(
     feed: Feed, runtime: Runtime, settings: Settings, shapes: Shapes, shrunk: Callable[[Shapes], None] = lambda _: None
 ) -> Iterator[Finished]:
-    """Captions everything `feed` gives, in the order in which captions end; errors as `decode_steps`."""
+    """Captions every job of `feed`, in the order in which captions finish. Errors as in `decode_steps`."""
     return chain.from_iterable(decode_steps(feed, runtime, settings, shapes, shrunk))
 
 
 def decode_steps(
     feed: Feed, runtime: Runtime, settings: Settings, shapes: Shapes, shrunk: Callable[[Shapes], None] = lambda _: None
 ) -> Iterator[list[Finished]]:
-    """`decode`, step by step: what ended with each; nothing, often, also where the feed woke up without a job.
+    """`decode` step by step: yields what finished with each step, which is often nothing.
 
-    When the device runs out of memory, what was under way starts again with half the slots, and `shrunk` is told the new shapes.
-    Raises CapcliError when not even the fewest slots fit.
+    It also yields an empty list where the feed returned without a job. When the device runs out of memory, the jobs in
+    progress start again with half the slots, and `shrunk` is called with the new shapes. Raises CapcliError when not even the
+    smallest shapes fit.
     """
     waiting: deque[Job] = deque()
     while True:
@@ -173,15 +153,15 @@ def decode_steps(
             fewer = runtime.fewer(shapes, settings)
             if fewer.slots >= shapes.slots:
                 least = "one image fits" if shapes.slots == 1 else f"{shapes.slots} images at a time fit"
-                raise CapcliError(f"not even {least} the device's memory: {error}") from error
+                raise CapcliError(f"not even {least} into the device's memory: {error}") from error
             if run is not None:
-                waiting.extendleft(reversed([*run.slots.items, *run.coming]))
+                waiting.extendleft(reversed([*run.slots.items, *run.encoding]))
             shapes = fewer
         shrunk(shapes)
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether this is one of the ways in which torch says that memory ran out."""
+    """Whether this is one of torch's out-of-memory errors, of which some have no class of their own."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     signs = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
@@ -189,25 +169,26 @@ def out_of_memory(error: Exception) -> bool:
 
 
 class Batch:
-    """The running batch of fixed shapes."""
+    """The running batch of fixed shapes. `waiting` are the jobs that have been taken from the feed and not yet encoded."""
 
     def __init__(self, feed: Feed, runtime: Runtime, settings: Settings, shapes: Shapes, waiting: deque[Job]) -> None:
         self.feed, self.runtime, self.shapes, self.waiting = feed, runtime, shapes, waiting
-        self.coming: list[Job] = []  # the chunk that is encoded but not seated
+        self.encoding: list[Job] = []  # the jobs of the chunk that is encoded but not admitted yet
         self.encoded: EncodedImages | None = None
-        self.question = settings.question
+        self.encoder_ids = settings.encoder_ids
         self.slots: Slots[Job] = Slots(shapes.slots)
         self.search = make_search(settings, shapes.slots, runtime.device)
-        self.readings: deque[tuple[int, torch.Tensor, torch.Tensor, Any]] = deque()
-        self.broken = torch.zeros(shapes.slots, dtype=torch.bool, device=runtime.device)
-        self.since = 0.0
-        self.turn = runtime.repeated(self.say)
+        self.readings: deque[tuple[int, torch.Tensor, torch.Tensor, Any]] = deque()  # step, and `read_flags` after it
+        self.broken = torch.zeros(shapes.slots, dtype=torch.bool, device=runtime.device)  # memory is not finite
+        self.last_arrival = 0.0
+        self.repeated = runtime.repeated(self.decode_token)
 
     def captions(self) -> Iterator[list[Finished]]:
+        """What finished with each step, until the feed has ended and every slot is free."""
         while True:
             done: list[Finished] = []
-            with torch.inference_mode():  # never across a yield: who takes the captions may be training
-                if self.slots.busy or self.coming or self.waiting or self.fetch(wait=None):
+            with torch.inference_mode():  # not across the yield: the caller may be training
+                if self.slots.busy or self.encoding or self.waiting or self.fetch(wait=None):
                     self.fill()
                     self.step()
                     done = self.retire()
@@ -216,82 +197,84 @@ class Batch:
             yield done
 
     def fill(self) -> None:
-        """Seats what has come. Something is seated then, for there is somebody seated or waiting before."""
+        """Admits the jobs that have come. Afterwards at least one slot is occupied, as a job waited or was in a slot before."""
         while True:
-            if not self.coming and (self.slots.free or self.runtime.ahead) and self.fetch(wait=0):
-                self.begin()
-            if self.encoded and self.slots.free >= len(self.coming) and (self.encoded.ready() or not self.slots.busy):
-                self.seat(self.encoded)
+            if not self.encoding and (self.slots.free or self.runtime.ahead) and self.fetch(wait=0):
+                self.begin_encoding()
+            room = self.slots.free >= len(self.encoding)
+            if self.encoded and room and (self.encoded.ready() or not self.slots.busy):
+                self.admit(self.encoded)
             elif self.slots.busy:
                 break
             else:
                 self.fetch(wait=LINGER)
 
-    def begin(self) -> None:
-        """Has those waiting encoded.
+    def begin_encoding(self) -> None:
+        """Encodes the jobs that wait, if it is time to.
 
-        That costs a whole chunk however few are in it, so they wait for company while it comes, then for seats for all, but for
-        those only where encoding does not hold up the steps.
+        Encoding costs a whole chunk however few jobs are in it, so they wait until the chunk is full or no job has come for
+        LINGER seconds. Where encoding holds up the steps, they also wait until slots are free for all of them.
         """
-        most = min(self.shapes.chunk, len(self.waiting))
-        complete = most == self.shapes.chunk or self.feed.ended or time.monotonic() - self.since >= LINGER
-        if complete and (self.runtime.ahead or self.slots.free >= most):
-            self.coming = [self.waiting.popleft() for _ in range(most)]
-            full = [*self.coming, *[self.coming[0]] * (self.shapes.chunk - most)]
-            questions = [job.question or self.question for job in full]
-            self.encoded = self.runtime.encode(np.stack([job.pixels for job in full]), questions)
+        count = min(self.shapes.chunk, len(self.waiting))
+        complete = count == self.shapes.chunk or self.feed.ended or time.monotonic() - self.last_arrival >= LINGER
+        if complete and (self.runtime.ahead or self.slots.free >= count):
+            self.encoding = [self.waiting.popleft() for _ in range(count)]
+            full = [*self.encoding, *[self.encoding[0]] * (self.shapes.chunk - count)]
+            encoder_ids = [job.encoder_ids or self.encoder_ids for job in full]
+            self.encoded = self.runtime.encode(np.stack([job.pixels for job in full]), encoder_ids)
 
     def fetch(self, wait: float | None) -> bool:
-        """Adds what has come to those waiting, a chunk at most; says whether anyone waits."""
+        """Takes jobs from the feed until a chunk waits; returns whether any job waits."""
         want = self.shapes.chunk - len(self.waiting)
         if want > 0 and not self.feed.ended:
-            came = self.feed.take(want, wait)
-            if came:
-                self.since = time.monotonic()
-            self.waiting.extend(came)
+            jobs = self.feed.take(want, wait)
+            if jobs:
+                self.last_arrival = time.monotonic()
+            self.waiting.extend(jobs)
         return bool(self.waiting)
 
-    def seat(self, encoded: EncodedImages) -> None:
-        jobs, self.coming, self.encoded = self.coming, [], None
-        seats = self.slots.seat(jobs)
-        finite = self.runtime.admit(encoded, seats)
-        self.search.seat(seats, [job.key for job in jobs])
-        at = torch.tensor(seats, device=self.runtime.device)
+    def admit(self, encoded: EncodedImages) -> None:
+        """Moves the encoded chunk into slots. A slot whose memory is not finite ends at once."""
+        jobs, self.encoding, self.encoded = self.encoding, [], None
+        slots = self.slots.admit(jobs)
+        finite = self.runtime.admit(encoded, slots)
+        self.search.admit(slots, [job.key for job in jobs])
+        at = torch.tensor(slots, device=self.runtime.device)
         self.broken[at] = ~finite
         self.search.ended[at] = ~finite
 
     def step(self) -> None:
+        """One step of all slots, and the start of reading its flags."""
         self.slots.now += 1
-        self.turn()
-        self.readings.append((self.slots.now, *self.read()))
+        self.repeated()
+        self.readings.append((self.slots.now, *self.read_flags()))
 
-    def say(self) -> None:
-        """The next token of every row, all on the device: nothing here waits for it."""
+    def decode_token(self) -> None:
+        """The next token of every row. Every operation runs on the device, and none waits for it."""
         self.search.advance(self.runtime.step(*self.search.inputs()))
 
-    def read(self) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Copies of the flags on their way to the host, and the event that says they have come (None: they have)."""
-        flags, broken = self.search.ended, self.broken
-        if flags.device.type != "cuda":
-            return flags.clone(), broken.clone(), None
-        flags, broken = (x.to("cpu", non_blocking=True) for x in (flags, broken))
+    def read_flags(self) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Copies of `ended` and `broken` [S] on the host, and the CUDA event after which they are complete (None: now)."""
+        ended, broken = self.search.ended, self.broken
+        if ended.device.type != "cuda":
+            return ended.clone(), broken.clone(), None
+        ended, broken = (x.to("cpu", non_blocking=True) for x in (ended, broken))
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        return flags, broken, event
+        return ended, broken, event
 
     def retire(self) -> list[Finished]:
-        """Reads the flags once they are old enough and empties the slots that have ended."""
+        """Frees the slots that have ended by the flags of `lag` steps ago, and returns their captions."""
         if len(self.readings) <= self.runtime.lag:
             return []
-        taken, flags, broken, event = self.readings.popleft()
+        step, ended, broken, event = self.readings.popleft()
         if event is not None:
             event.synchronize()
-        seats = self.slots.finished(flags.tolist(), taken)
-        if not seats:
+        slots = self.slots.finished(ended.tolist(), step)
+        if not slots:
             return []
-        hypotheses = self.search.hypotheses(seats)
         done = []
-        for seat, found in zip(seats, hypotheses, strict=True):
-            sound = not broken[seat] and all(math.isfinite(h.score) for h in found)
-            done.append(Finished(self.slots.leave(seat).tag, found if sound else []))
+        for slot, found in zip(slots, self.search.hypotheses(slots), strict=True):
+            sound = not broken[slot] and all(math.isfinite(h.score) for h in found)
+            done.append(Finished(self.slots.release(slot).tag, found if sound else []))
         return done

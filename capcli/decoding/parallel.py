@@ -1,4 +1,4 @@
-"""Several decode loops beside each other, each in a thread: cores of a CPU get more done apart than together on one step."""
+"""Several decode loops in parallel, each in a thread: on a CPU this uses the cores better than all of them on one step."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Self
 
 import torch
 
-from capcli.decoding.loop import LINGER, Feed, Finished, Job, Runtime, Shapes, decode_steps
+from capcli.decoding.loop import LINGER, Feed, Finished, Job, Runtime, decode_steps
 from capcli.decoding.settings import Settings
+from capcli.decoding.shapes import Shapes
 from capcli.interrupts import Interrupts
 
-TURN = 0.02  # seconds for which the caller's thread waits for images, or for captions, before it looks for the other
-Said = list[Finished] | Shapes | BaseException | None  # what ended, fewer slots, what went wrong, that the loop is over
+POLL = 0.02  # seconds for which the caller's thread waits for images, or for captions, before it looks for the other
+Message = list[Finished] | Shapes | BaseException | None  # finished jobs, smaller shapes, an error, the end of a loop
 
 
 def decode_in_parallel(
@@ -27,10 +28,10 @@ def decode_in_parallel(
     shapes: Shapes,
     shrunk: Callable[[Shapes], None] = lambda _: None,
 ) -> Iterator[list[Finished]]:
-    """`decode_steps` in a loop for each of `runtimes`; they share the feed and PyTorch's threads.
+    """`decode_steps` in one loop per runtime; the loops share the feed and PyTorch's threads.
 
-    Loops only encode and step: the feed is asked, and `shrunk` told, in the thread that takes what this yields. Raises what a
-    loop raises, once all have stopped.
+    The loops only encode and step: `feed` and `shrunk` are called in the caller's thread. Raises the error of a loop, once all
+    loops have stopped.
     """
     if len(runtimes) == 1:
         yield from decode_steps(feed, runtimes[0], settings, shapes, shrunk)
@@ -38,92 +39,96 @@ def decode_in_parallel(
     jobs = SharedFeed(shapes.chunk)
     with Loops(jobs, runtimes, settings, shapes) as loops:
         while loops.running:
-            drawing = jobs.room > 0 and not feed.ended
-            if drawing:
-                jobs.put(feed.take(jobs.room, TURN))
+            taking = jobs.room > 0 and not feed.ended
+            if taking:
+                jobs.put(feed.take(jobs.room, POLL))
             if feed.ended:
                 jobs.close()
-            yield loops.done(0.0 if drawing else TURN, shrunk)
+            yield loops.finished(0.0 if taking else POLL, shrunk)
 
 
 class Loops:
-    """The loops' threads: they begin as this is entered, and when it is left they stop after the step that they are in."""
+    """The threads of the loops: started on entry; on exit they stop after their current step.
+
+    While they run, each has its share of PyTorch's threads (`torch.set_num_threads`, which the exit restores), as loops that each
+    use every core slow each other down.
+    """
 
     def __init__(self, jobs: SharedFeed, runtimes: Sequence[Runtime], settings: Settings, shapes: Shapes) -> None:
         self._jobs, self._settings, self._shapes = jobs, settings, shapes
-        self._said: SimpleQueue[Said] = SimpleQueue()
-        self._halted = threading.Event()
+        self._messages: SimpleQueue[Message] = SimpleQueue()
+        self._stopped = threading.Event()
         self._threads_before = torch.get_num_threads()
         self._threads = max(1, self._threads_before // len(runtimes))
-        self._loops = [threading.Thread(target=self._loop, args=(each,), daemon=True) for each in runtimes]
+        self._loops = [threading.Thread(target=self._loop, args=(runtime,), daemon=True) for runtime in runtimes]
         self.running = len(self._loops)
 
     def __enter__(self) -> Self:
         try:
-            for each in self._loops:
-                each.start()
+            for loop in self._loops:
+                loop.start()
         except RuntimeError:  # the system has no more threads
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._halted.set()
+        self._stopped.set()
         self._jobs.close()
-        # An impatient Ctrl-C must not end the interpreter under threads that compute: it would abort.
+        # A second Ctrl-C must not end the interpreter while threads compute: it would abort.
         with Interrupts(quiet=True, grace=math.inf):
-            for each in self._loops:
-                if each.ident is not None:
-                    each.join()
+            for loop in self._loops:
+                if loop.ident is not None:
+                    loop.join()
         torch.set_num_threads(self._threads_before)
 
-    def done(self, wait: float, shrunk: Callable[[Shapes], None]) -> list[Finished]:
-        """What has ended since; waits so many seconds for something to be said."""
+    def finished(self, wait: float, shrunk: Callable[[Shapes], None]) -> list[Finished]:
+        """The jobs that have finished since the last call; waits up to `wait` seconds for a message of any loop."""
         done: list[Finished] = []
-        for what in heard(self._said, wait):
-            if what is None:
+        for message in received(self._messages, wait):
+            if message is None:
                 self.running -= 1
-            elif isinstance(what, Shapes):
-                shrunk(what)
-            elif isinstance(what, BaseException):
-                raise what
+            elif isinstance(message, Shapes):
+                shrunk(message)
+            elif isinstance(message, BaseException):
+                raise message
             else:
-                done += what
+                done += message
         return done
 
     def _loop(self, runtime: Runtime) -> None:
-        torch.set_num_threads(self._threads)  # of this thread: each has its own number
+        torch.set_num_threads(self._threads)  # the number is per thread
         try:
-            for ended in decode_steps(self._jobs, runtime, self._settings, self._shapes, self._said.put):
-                if self._halted.is_set():
+            for finished in decode_steps(self._jobs, runtime, self._settings, self._shapes, self._messages.put):
+                if self._stopped.is_set():
                     break
-                self._said.put(ended)
-            self._said.put(None)
-        except BaseException as error:  # for the thread that waits
-            self._said.put(error)
+                self._messages.put(finished)
+            self._messages.put(None)
+        except BaseException as error:  # raised in the caller's thread
+            self._messages.put(error)
 
 
-def heard(said: SimpleQueue[Said], wait: float) -> Iterator[Said]:
-    """All that has been said; waits so many seconds for the first of it."""
+def received(messages: SimpleQueue[Message], wait: float) -> Iterator[Message]:
+    """All messages in the queue; waits up to `wait` seconds for the first."""
     try:
-        yield said.get(timeout=wait) if wait else said.get_nowait()
+        yield messages.get(timeout=wait) if wait else messages.get_nowait()
         while True:
-            yield said.get_nowait()
+            yield messages.get_nowait()
     except Empty:
         pass
 
 
 class SharedFeed:
-    """The feed of several loops: jobs that another thread has drawn, a chunk of them at most.
+    """The feed of several loops: up to a chunk of jobs, which another thread puts in.
 
-    A loop gets as many as it asks for, or none: fewer only when no others came for LINGER seconds, or will come. So the loops
-    fill one chunk after the other, instead of one each at the same time.
+    A loop gets as many jobs as it asks for or none; fewer only when no job has come for LINGER seconds or the feed is closed. So
+    the loops fill one chunk after the other instead of several at the same time.
     """
 
     def __init__(self, chunk: int) -> None:
         self._chunk = chunk
         self._jobs: deque[Job] = deque()
-        self._since = 0.0
+        self._last_arrival = 0.0
         self._closed = False
         self._changed = threading.Condition()
 
@@ -133,13 +138,14 @@ class SharedFeed:
 
     @property
     def room(self) -> int:
+        """The number of jobs that can be put in."""
         return self._chunk - len(self._jobs)
 
     def put(self, jobs: Sequence[Job]) -> None:
-        """Adds what has come, be it nothing: who waits hears that time has passed."""
+        """Adds jobs. Also to be called without any, so that a loop that waits looks at the time again."""
         with self._changed:
             if jobs:
-                self._since = time.monotonic()
+                self._last_arrival = time.monotonic()
             self._jobs.extend(jobs)
             self._changed.notify_all()
 
@@ -155,5 +161,5 @@ class SharedFeed:
             return [self._jobs.popleft() for _ in range(min(most, len(self._jobs)))]
 
     def _due(self, most: int) -> bool:
-        alone = bool(self._jobs) and time.monotonic() - self._since >= LINGER
-        return len(self._jobs) >= most or alone or self._closed
+        lingered = bool(self._jobs) and time.monotonic() - self._last_arrival >= LINGER
+        return len(self._jobs) >= most or lingered or self._closed

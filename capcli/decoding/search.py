@@ -1,7 +1,8 @@
-"""What is said next: greedy, sampling and beam search over slots and rows, to the token as transformers' `generate()`.
+"""Greedy search, sampling and beam search over slots and rows, token for token as transformers' `generate()`.
 
-The state of all slots lives on the device as tensors of fixed shape; every slot is at its own position. A slot that has ended
-is frozen, so that its end may be read late. S slots, R rows, T new tokens at most, L prompt + T, P prefix entries of the pool.
+The state of all slots is held on the device in tensors of fixed shape; every slot is at its own position. The state of a slot
+that has ended no longer changes, so its end may be read late. S slots, R rows, T new tokens at most, V tokens in the vocabulary,
+P prefix entries of the pool (the prompt but its last token), L = P + 1 + T.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from capcli.decoding.constraints import Constraints
 from capcli.decoding.settings import Settings
 from capcli.decoding.topk import BLOCK, best_of_blocks, summarize_logits
 
-FAR_BELOW = -1.0e9  # generate()'s constant for a score that nothing reaches
+FAR_BELOW = -1.0e9  # generate()'s penalty for candidates that must not be chosen
 
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """One caption as ids, its end token included. `score` is the mean raw log-probability of `tokens`.
+    """One caption: its token ids, the end token included. `score` is the mean raw log-probability of `tokens`.
 
-    `beam_score` is generate()'s `sequences_scores`; with one beam it is the sum of raw log-probabilities.
+    `beam_score` is generate()'s `sequences_scores`; with one beam the sum of the raw log-probabilities.
     """
 
     tokens: tuple[int, ...]
@@ -35,12 +36,12 @@ class Hypothesis:
 
 
 def make_search(settings: Settings, slots: int, device: torch.device | str) -> Search:
-    """The search these settings ask for."""
+    """The search for these settings."""
     return (Beams if settings.num_beams > 1 else Independent)(settings, slots, device)
 
 
 class Search(ABC):
-    """What every search keeps for its rows: what was said, where it stands, which pool entries it sees."""
+    """The state that every search keeps: tokens, positions, and the pool entries that each row attends to."""
 
     def __init__(self, settings: Settings, slots: int, device: torch.device | str) -> None:
         s, r, t, p = slots, settings.rows, settings.max_new_tokens, len(settings.prompt) - 1
@@ -50,15 +51,15 @@ class Search(ABC):
         self.eos = torch.tensor(settings.eos_token_ids, dtype=torch.long, device=device)
         self.row = torch.arange(r, device=device)
         self.keys = torch.zeros(s, dtype=torch.long, device=device)
-        self.position = torch.zeros(s, dtype=torch.long, device=device)  # tokens said so far
-        self.ended = torch.ones(s, dtype=torch.bool, device=device)  # a seat nobody took is as good as ended
+        self.position = torch.zeros(s, dtype=torch.long, device=device)  # new tokens so far
+        self.ended = torch.ones(s, dtype=torch.bool, device=device)  # so is a slot that was never used
         self.sequence = torch.zeros(s, r, len(settings.prompt) + t, dtype=torch.long, device=device)
-        self.visible = torch.zeros(s, r, p + r * t, dtype=torch.bool, device=device)
+        self.visible = torch.zeros(s, r, p + r * t, dtype=torch.bool, device=device)  # the prefix and a row's ancestors
         self.raw = torch.zeros(s, r, device=device)  # sum of raw log-probabilities
 
-    def seat(self, seats: Sequence[int], keys: Sequence[int]) -> None:
-        """Starts new images in `seats`; `keys` are their keys for sampling noise."""
-        at = torch.tensor(seats, device=self.device)
+    def admit(self, slots: Sequence[int], keys: Sequence[int]) -> None:
+        """Starts new images in `slots`; `keys` are the keys of their sampling noise."""
+        at = torch.tensor(slots, device=self.device)
         self.keys[at] = torch.tensor(keys, device=self.device)
         self.sequence[at] = 0
         self.sequence[at, :, : self.prefix + 1] = self.prompt
@@ -68,7 +69,7 @@ class Search(ABC):
             state[at] = 0
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For the next step: tokens [S, R], position [S], and visible [S, R, P + R*T], each row's own new entry included."""
+        """The next step's input: tokens [S, R], position [S] and visible [S, R, P + R*T], which includes each row's new entry."""
         position = self.position.clamp_max(self.settings.max_new_tokens - 1)
         rows = self.row.numel()
         entry = self.prefix + position[:, None] * rows + self.row  # [S, R]
@@ -78,11 +79,11 @@ class Search(ABC):
 
     @abstractmethod
     def advance(self, logits: Tensor) -> None:
-        """Takes one step's logits [S, R, V] and says the next token of every row of every slot that has not ended."""
+        """Chooses the next token of every row from a step's logits [S, R, V]; slots that have ended do not change."""
 
     @abstractmethod
-    def hypotheses(self, seats: Sequence[int]) -> list[list[Hypothesis]]:
-        """The captions of each slot of `seats`, best first."""
+    def hypotheses(self, slots: Sequence[int]) -> list[list[Hypothesis]]:
+        """The captions of each of `slots`, best first."""
 
     def constrained(self, scores: Tensor) -> Tensor:
         return self.constraints.apply(scores, self.sequence, self.prefix + 1 + self.position)
@@ -94,12 +95,12 @@ class Search(ABC):
         return noise.gumbel(self.keys, self.position, shape[1], shape[2])
 
     def append(self, sequence: Tensor, tokens: Tensor) -> Tensor:
-        """`sequence` [S, K, L] with `tokens` [S, K] at every slot's own place."""
+        """A copy of `sequence` [S, K, L] with `tokens` [S, K] at each slot's next place."""
         at = (self.prefix + 1 + self.position).clamp_max(sequence.shape[2] - 1)
         return sequence.scatter(2, at[:, None, None].expand(-1, sequence.shape[1], 1), tokens[:, :, None])
 
     def keep(self, live: Tensor, **new: Tensor) -> None:
-        """Takes new state where `live` [S] or [S, R]; elsewhere what was stays. In place: a recorded step reads it there."""
+        """Writes new state where `live` [S] or [S, R] is true, in place: a recorded step reads the same tensors again."""
         for name, value in new.items():
             where = live.view(*live.shape, *[1] * (value.dim() - live.dim()))
             state: Tensor = getattr(self, name)
@@ -107,16 +108,16 @@ class Search(ABC):
 
 
 class Independent(Search):
-    """Greedy decoding and sampling: rows that know nothing of each other."""
+    """Greedy search and sampling: the rows of a slot are independent of each other."""
 
     def __init__(self, settings: Settings, slots: int, device: torch.device | str) -> None:
         super().__init__(settings, slots, device)
         self.row_ended = torch.zeros(slots, settings.rows, dtype=torch.bool, device=device)
         self.length = torch.zeros(slots, settings.rows, dtype=torch.long, device=device)
 
-    def seat(self, seats: Sequence[int], keys: Sequence[int]) -> None:
-        super().seat(seats, keys)
-        at = torch.tensor(seats, device=self.device)
+    def admit(self, slots: Sequence[int], keys: Sequence[int]) -> None:
+        super().admit(slots, keys)
+        at = torch.tensor(slots, device=self.device)
         self.row_ended[at] = False
         self.length[at] = 0
 
@@ -124,33 +125,33 @@ class Independent(Search):
         scores = self.constrained(logits if self.constraints.only_ban else logits.float())
         if self.settings.do_sample:
             scores = scores + self.noise(scores.shape)
-        tokens = scores.max(-1).indices  # [S, R], the first of several; on a CPU argmax takes several times as long
-        said = summarize_logits(logits).log_probabilities(logits, tokens[:, :, None])[:, :, 0]
+        tokens = scores.max(-1).indices  # [S, R], the first of equals; argmax is several times slower on a CPU
+        chosen = summarize_logits(logits).log_probabilities(logits, tokens[:, :, None])[:, :, 0]
         position = self.position + 1
         live = ~self.ended[:, None] & ~self.row_ended
         self.keep(
             live,
             sequence=self.append(self.sequence, tokens),
-            raw=self.raw + said,
+            raw=self.raw + chosen,
             length=self.length + 1,
             row_ended=self.ends(tokens),
         )
         over = self.row_ended.all(1) | (position >= self.settings.max_new_tokens)
         self.keep(~self.ended, position=position, ended=over)
 
-    def hypotheses(self, seats: Sequence[int]) -> list[list[Hypothesis]]:
-        at = torch.tensor(seats, device=self.device)
+    def hypotheses(self, slots: Sequence[int]) -> list[list[Hypothesis]]:
+        at = torch.tensor(slots, device=self.device)
         read = (self.sequence[at, :, self.prefix + 1 :], self.length[at], self.raw[at], self.raw[at])
         return captions(*(x.cpu() for x in read))
 
 
 class Beams(Search):
-    """Beam search, sampled or not: rows that swap parents, and the finished hypotheses of every slot."""
+    """Beam search, with or without sampling: running beams, and the finished hypotheses of every slot."""
 
     def __init__(self, settings: Settings, slots: int, device: torch.device | str) -> None:
         super().__init__(settings, slots, device)
         s, r, t = slots, settings.num_beams, settings.max_new_tokens
-        self.candidates = max(2, 1 + len(settings.eos_token_ids)) * r  # so that R remain when others end
+        self.candidates = max(2, 1 + len(settings.eos_token_ids)) * r  # so that R remain however many end
         self.score = torch.zeros(s, r, device=device)
         self.done_sequence = torch.zeros_like(self.sequence)
         self.done_score = torch.zeros(s, r, device=device)
@@ -158,15 +159,15 @@ class Beams(Search):
         self.done_length = torch.zeros(s, r, dtype=torch.long, device=device)
         self.done = torch.zeros(s, r, dtype=torch.bool, device=device)
         self.improvable = torch.ones(s, dtype=torch.bool, device=device)
-        # in float64 first, as Python's own power of an int, and only then rounded
+        # computed in float64, as Python's power of an int is, and then rounded
         power = [float(n) ** settings.length_penalty if n else 1.0 for n in range(t + 2)]
         self.power = torch.tensor(power, dtype=torch.float64, device=device).float()
 
-    def seat(self, seats: Sequence[int], keys: Sequence[int]) -> None:
-        super().seat(seats, keys)
-        at = torch.tensor(seats, device=self.device)
+    def admit(self, slots: Sequence[int], keys: Sequence[int]) -> None:
+        super().admit(slots, keys)
+        at = torch.tensor(slots, device=self.device)
         self.score[at] = 0
-        self.score[at, 1:] = FAR_BELOW  # all rows are one at first: only the first may speak
+        self.score[at, 1:] = FAR_BELOW  # all rows are equal at first: only the first may be continued
         self.done_sequence[at] = self.sequence[at]
         self.done_score[at] = FAR_BELOW
         self.improvable[at] = True
@@ -196,7 +197,7 @@ class Beams(Search):
         self.stop(hits, live)
 
     def pick(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The best continuations of all rows: accumulated scores, raw log-probabilities, row*V + token; each [S, K]."""
+        """The K best continuations of a slot's rows: accumulated score, raw log-probability, row * V + token; each [S, K]."""
         if self.constraints.only_ban and not self.settings.do_sample:
             return self.pick_few(logits)
         plain = logits.float().log_softmax(-1)
@@ -205,23 +206,23 @@ class Beams(Search):
         if self.settings.do_sample:
             picked = (total + self.noise(scores.shape).flatten(1)).topk(self.candidates).indices
             top = total.gather(1, picked)
-        else:  # over all at once: where a forced end is one of several, they tie, and generate() has topk decide
+        else:  # one topk over all rows: several forced end tokens tie, and generate() lets topk decide
             top, picked = total.topk(self.candidates)
         return top, plain.flatten(1).gather(1, picked), picked
 
     def pick_few(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`pick` where nothing is scored anew: the best of a row are the best of its logits, and only those need be scored."""
-        few, surveyed = min(self.candidates, logits.shape[2]), summarize_logits(logits)
+        """`pick` where constraints only ban tokens: a row's best tokens have its largest logits, and only they need scores."""
+        few, summary = min(self.candidates, logits.shape[2]), summarize_logits(logits)
         allowed = self.constrained(logits)
-        best, token = top_few(allowed, few, surveyed.best if allowed is logits else best_of_blocks(allowed))
-        plain = surveyed.log_probabilities(logits, token)  # [S, R, few]
-        plain = plain.masked_fill(best == -math.inf, -math.inf)  # what is banned
+        best, token = top_few(allowed, few, summary.best if allowed is logits else best_of_blocks(allowed))
+        plain = summary.log_probabilities(logits, token)  # [S, R, few]
+        plain = plain.masked_fill(best == -math.inf, -math.inf)  # banned tokens
         top, index = (plain + self.score[:, :, None]).flatten(1).topk(self.candidates)
         row = index // few
         return top, plain.flatten(1).gather(1, index), row * logits.shape[2] + token.flatten(1).gather(1, index)
 
     def finish(self, top: Tensor, raw: Tensor, sequence: Tensor, hits: Tensor, position: Tensor, live: Tensor) -> None:
-        """Keeps the best R finished hypotheses: those there were, and those of the first R candidates that just ended."""
+        """Keeps the best R of the finished hypotheses and of those of the first R candidates that ended in this step."""
         r = self.settings.num_beams
         just = hits & (torch.arange(self.candidates, device=top.device) < r)
         score = top / self.power[position][:, None]
@@ -242,7 +243,7 @@ class Beams(Search):
         )
 
     def stop(self, hits: Tensor, live: Tensor) -> None:
-        """Ends the slots whose finished hypotheses cannot be bettered, by `early_stopping`'s rules."""
+        """Ends the slots whose finished hypotheses cannot be improved, by the rules of `early_stopping`."""
         s = self.settings
         longest = s.early_stopping == "never" and s.length_penalty > 0
         power = self.power[torch.full_like(self.position, s.max_new_tokens) if longest else self.position]
@@ -254,8 +255,8 @@ class Beams(Search):
             over = over | self.done.all(1)
         self.keep(live, improvable=improvable, ended=over)
 
-    def hypotheses(self, seats: Sequence[int]) -> list[list[Hypothesis]]:
-        at, n = torch.tensor(seats, device=self.device), self.settings.num_return_sequences
+    def hypotheses(self, slots: Sequence[int]) -> list[list[Hypothesis]]:
+        at, n = torch.tensor(slots, device=self.device), self.settings.num_return_sequences
         state = (self.done_sequence[:, :, self.prefix + 1 :], self.done_length, self.done_raw, self.done_score)
         return captions(*(x[at, :n].cpu() for x in state))
 
@@ -267,7 +268,10 @@ def rows_of(state: Tensor, parent: Tensor) -> Tensor:
 
 
 def top_few(x: Tensor, k: int, best: Tensor) -> tuple[Tensor, Tensor]:
-    """`x.topk(k)` over a long last dimension: the best k lie in the k blocks with the highest of the maxima `best`."""
+    """`x.topk(k)` over a long last dimension; `best` [..., whole blocks] are the maxima of its blocks.
+
+    The k largest values are in the k blocks with the largest maxima, or in the rest after the last whole block.
+    """
     n, whole = x.shape[-1], best.shape[-1]
     if whole <= k:
         return x.topk(k)
@@ -281,7 +285,7 @@ def top_few(x: Tensor, k: int, best: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def captions(tokens: Tensor, length: Tensor, raw: Tensor, score: Tensor) -> list[list[Hypothesis]]:
-    """Hypotheses from tokens [n, K, T], length, raw and score [n, K]."""
+    """Hypotheses from tokens [n, K, T], and length, raw and score, each [n, K]."""
     return [
         [
             Hypothesis(tuple(ids[:count]), total / max(count, 1), beam)

@@ -1,4 +1,4 @@
-"""The search settings in force: a checkpoint's generation_config, what was asked for instead, and what is refused. No torch."""
+"""The search settings of a run, from a checkpoint's generation_config and the user's options. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from capcli.errors import CapcliError, UsageError
 from capcli.options import GenerationOptions
 from capcli.text import counted, flag
 
-# Fields of a generation_config that change no caption here: caches, outputs, assistants that are not there, bookkeeping.
+# Fields of a generation_config that change no caption here: caches, outputs, assistant models, bookkeeping.
 WITHOUT_EFFECT = frozenset(
     [
         "use_cache",
@@ -40,7 +40,7 @@ WITHOUT_EFFECT = frozenset(
         "encoder_no_repeat_ngram_size",
     ]
 )
-HONOURED = frozenset(
+SUPPORTED = frozenset(
     [
         "max_length",
         "max_new_tokens",
@@ -69,7 +69,7 @@ HONOURED = frozenset(
         "decoder_start_token_id",
     ]
 )
-# What generate() takes a missing field for; a field that holds this changes nothing.
+# Values with which generate() does nothing for a field: a generation_config may contain these.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "typical_p": (1.0,),
     "epsilon_cutoff": (0.0,),
@@ -80,17 +80,20 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "token_healing": (False,),
     "use_mtp": (False,),
 }
-NO_TOKEN = -1  # among the ids that an encoder reads: there is none
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")  # without effect where nothing is drawn
-BEAM_SEARCH = ("length_penalty", "early_stopping")
+NO_TOKEN = -1  # in encoder_ids: no token at this place
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")  # without effect unless do_sample
+BEAM_SEARCH = ("length_penalty", "early_stopping")  # without effect with one beam
+# Names in the run file: they stay, so that runs of earlier versions resume.
+RUN_FILE_NAMES = {"encoder_ids": "question"}
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How captions are searched for; names and meanings are those of transformers' `GenerationConfig`.
 
-    `max_new_tokens` is resolved (a `max_length` counts the prompt, this does not), so is `min_new_tokens`. `prompt` holds the
-    ids given to the decoder before the caption, its start token first; `question` those that the encoder reads, where it does.
+    `max_new_tokens` and `min_new_tokens` are resolved: they do not count the prompt, as `max_length` does. `prompt` are the
+    token ids given to the decoder before the caption, the start token first; `encoder_ids` the token ids that the encoder
+    reads beside the image, empty where it reads none. Raises UsageError for settings that exclude each other.
     """
 
     prompt: tuple[int, ...]
@@ -115,7 +118,7 @@ class Settings:
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()
     seed: int = 0
-    question: tuple[int, ...] = ()
+    encoder_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_return_sequences > self.num_beams and not (self.do_sample and self.num_beams == 1):
@@ -131,35 +134,35 @@ class Settings:
 
     @property
     def rows(self) -> int:
-        """Rows of a slot: beams, or samples; greedy has one."""
+        """R, the rows of a slot: its beams or samples; one for greedy search."""
         return self.num_beams if self.num_beams > 1 else self.num_return_sequences
 
     @property
     def entries(self) -> int:
-        """Entries of a slot's pool: the prefix (all of the prompt but its last token), then every row's every token."""
+        """Entries of a slot's pool, P + R*T: the prompt but its last token, then each token of each row."""
         return len(self.prompt) - 1 + self.rows * self.max_new_tokens
 
-    def effective(self) -> dict[str, Any]:
-        """The settings that have an effect, as the run file has them."""
+    def in_run_file(self) -> dict[str, Any]:
+        """The settings that have an effect, as the run file shows them."""
         idle = (*(() if self.do_sample else SAMPLING), *(() if self.num_beams > 1 else BEAM_SEARCH))
-        idle += () if self.question else ("question",)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in idle}
+        idle += () if self.encoder_ids else ("encoder_ids",)
+        shown = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in idle}
+        return {RUN_FILE_NAMES.get(name, name): value for name, value in shown.items()}
 
 
 def resolve(config: Mapping[str, Any], given: GenerationOptions, prompt: Iterable[int] = ()) -> Settings:
-    """The settings in force: `given` where it says something, else the checkpoint's `config` (a generation_config as a dict).
+    """The settings of a run: the options in `given`, else those of the checkpoint's `config` (a generation_config as a dict).
 
-    `prompt` is the prompt's ids without the start token, which is put before them unless they begin with it.
-    Raises CapcliError for a field of `config` that would change captions and is not done here.
+    `prompt` are the prompt's ids; the start token is put before them unless they begin with it. Raises CapcliError for a field
+    of `config` that would change captions and is not supported.
     """
     refuse_unknown(config)
     refuse_impossible(config)
-    asked = {name: value for name, value in asdict(given).items() if value is not None}
-    have = {name: value for name, value in config.items() if value is not None}
-    fields = {**have, **asked}
+    own = {name: value for name, value in config.items() if value is not None}
+    fields = own | {name: value for name, value in asdict(given).items() if value is not None}
     start = fields.get("decoder_start_token_id", fields.get("bos_token_id"))
     if start is None:
-        raise CapcliError("the model's generation_config names no decoder_start_token_id and no bos_token_id")
+        raise CapcliError("the model's generation_config has neither decoder_start_token_id nor bos_token_id")
     ids = tuple(prompt)
     ids = ids if ids[:1] == (start,) else (start, *ids)
     taken = {name: fields[name] for name in Settings.__dataclass_fields__ if name in fields}
@@ -169,21 +172,21 @@ def resolve(config: Mapping[str, Any], given: GenerationOptions, prompt: Iterabl
         "forced_eos_token_ids": as_ids(fields.get("forced_eos_token_id")),
         "suppress_tokens": as_ids(fields.get("suppress_tokens")),
         "begin_suppress_tokens": as_ids(fields.get("begin_suppress_tokens")),
-        "max_new_tokens": most(fields, len(ids)),
-        "min_new_tokens": least(fields, len(ids)),
+        "max_new_tokens": max_new_tokens(fields, len(ids)),
+        "min_new_tokens": min_new_tokens(fields, len(ids)),
     }
     return Settings(**taken)
 
 
-def most(fields: Mapping[str, Any], prompt: int) -> int:
-    """New tokens at most: max_new_tokens, else max_length, which counts the prompt; else generate()'s 20."""
+def max_new_tokens(fields: Mapping[str, Any], prompt: int) -> int:
+    """`max_new_tokens`, else `max_length` less the `prompt` tokens, else generate()'s default of 20."""
     if "max_new_tokens" in fields:
         return int(fields["max_new_tokens"])
     return int(fields["max_length"]) - prompt if "max_length" in fields else 20
 
 
-def least(fields: Mapping[str, Any], prompt: int) -> int:
-    """New tokens at least: min_new_tokens, else min_length, which counts the prompt."""
+def min_new_tokens(fields: Mapping[str, Any], prompt: int) -> int:
+    """`min_new_tokens`, else `min_length` less the `prompt` tokens."""
     if "min_new_tokens" in fields:
         return int(fields["min_new_tokens"])
     return max(int(fields.get("min_length", 0)) - prompt, 0)
@@ -196,20 +199,21 @@ def as_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
 
 
 def refuse_unknown(config: Mapping[str, Any]) -> None:
-    known = HONOURED | WITHOUT_EFFECT
+    """Raises CapcliError for a field that is not supported and has an effect in generate()."""
+    known = SUPPORTED | WITHOUT_EFFECT
     for name, value in config.items():
         if name.startswith("_") or name in known or value is None or value in NEUTRAL.get(name, ()):
             continue
         raise CapcliError(
-            f"the model's generation_config sets {name}={value!r}, which capcli does not do: its captions would differ. "
-            f"Remove {name} from generation_config.json if you can do without it"
+            f"the model's generation_config sets {name}={value!r}, which capcli does not support: captions would differ. "
+            f"Remove {name} from generation_config.json if you do not need it"
         )
 
 
 def refuse_impossible(config: Mapping[str, Any]) -> None:
-    """Raises CapcliError for a value that no option could have: the checkpoint's are held to the same rules.
+    """Raises CapcliError for a value that the option of the same name would refuse.
 
-    Each by itself: of lengths that do not go together generate() takes the longest, and so does the search here.
+    Each field is checked by itself: lengths that contradict each other are resolved as generate() resolves them.
     """
     try:
         for name in GenerationOptions.__dataclass_fields__:
@@ -220,15 +224,15 @@ def refuse_impossible(config: Mapping[str, Any]) -> None:
 
 
 def idle(given: GenerationOptions, settings: Settings) -> list[str]:
-    """What was asked for, or is the model's own, and has no effect under these settings, a line each."""
+    """Warnings, one line each, for options and model settings that have no effect under these settings."""
     lines = []
     if settings.min_new_tokens > settings.max_new_tokens:
-        least, most = (
+        shortest, longest = (
             f"the model's own {name}" if getattr(given, name) is None else flag(name)
             for name in ("min_new_tokens", "max_new_tokens")
         )
         n, m = settings.min_new_tokens, settings.max_new_tokens
-        lines.append(f"{least} {n} is more than {most} {m}: captions are cut after {m} tokens")
+        lines.append(f"{shortest} {n} is more than {longest} {m}: captions are cut after {m} tokens")
     if not settings.do_sample:
         names = [name for name in SAMPLING if hasattr(given, name)]
         lines += [f"{flag(n)} has no effect without --do-sample" for n in names if getattr(given, n) is not None]

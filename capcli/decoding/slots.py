@@ -1,4 +1,4 @@
-"""Who sits where: images in slots, and when a slot that reports itself finished may be believed. No torch."""
+"""Which image is in which slot of the running batch. Separate from the loop, and free of torch, to be tested by itself."""
 
 from __future__ import annotations
 
@@ -10,43 +10,45 @@ Item = TypeVar("Item")
 
 
 class Slots(Generic[Item]):
-    """The seats of the running batch. Time is counted in steps: `now` is how many have been started.
+    """The slots of the running batch. Time is counted in steps: `now` is the number of steps that have been started.
 
-    A reading of the finished flags may be some steps old. It says nothing of an image seated after it was taken, so such a slot
-    is left alone until a later reading.
+    The finished flags may be read some steps late. A reading taken before an item was admitted does not concern that item, so
+    its slot is not finished until a later reading.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.now = 0
-        self._free = list(range(count))  # a heap, lowest first: where images sit hangs on when they come alone
-        self._seated: dict[int, tuple[Item, int]] = {}
+        self._free = list(range(count))  # a heap: the lowest slot is taken first, so that placement is deterministic
+        self._occupied: dict[int, tuple[Item, int]] = {}  # slot -> item, step of its admission
 
     @property
     def free(self) -> int:
+        """The number of free slots."""
         return len(self._free)
 
     @property
     def busy(self) -> bool:
-        return bool(self._seated)
+        """Whether any slot is occupied."""
+        return bool(self._occupied)
 
     @property
     def items(self) -> list[Item]:
-        """Everything seated, in the order of arrival."""
-        return [item for item, _ in self._seated.values()]
+        """The items in slots, in the order of admission."""
+        return [item for item, _ in self._occupied.values()]
 
-    def seat(self, items: Sequence[Item]) -> list[int]:
-        """Gives each item a free slot; raises IndexError when there are too few."""
-        seats = [heapq.heappop(self._free) for _ in items]
-        self._seated.update({seat: (item, self.now) for seat, item in zip(seats, items, strict=True)})
-        return seats
+    def admit(self, items: Sequence[Item]) -> list[int]:
+        """Puts each item into a free slot and returns the slots; raises IndexError when there are too few."""
+        slots = [heapq.heappop(self._free) for _ in items]
+        self._occupied.update({slot: (item, self.now) for slot, item in zip(slots, items, strict=True)})
+        return slots
 
-    def finished(self, flags: Sequence[bool], taken: int) -> list[int]:
-        """The slots whose image has ended, by `flags` [count] read after `taken` steps had been started."""
-        return [seat for seat, (_, since) in self._seated.items() if flags[seat] and since < taken]
+    def finished(self, flags: Sequence[bool], step: int) -> list[int]:
+        """The slots whose item has finished, by `flags` [count] that were read after `step` steps had been started."""
+        return [slot for slot, (_, since) in self._occupied.items() if flags[slot] and since < step]
 
-    def leave(self, seat: int) -> Item:
-        """Empties a slot and says who sat there."""
-        item, _ = self._seated.pop(seat)
-        heapq.heappush(self._free, seat)
+    def release(self, slot: int) -> Item:
+        """Frees a slot and returns its item."""
+        item, _ = self._occupied.pop(slot)
+        heapq.heappush(self._free, slot)
         return item

@@ -1,6 +1,7 @@
-"""`survey` on CUDA: a Triton kernel that reads every logit once and writes one number for each block.
+"""`summarize_logits` on CUDA: a Triton kernel that reads every logit once and writes one number per block.
 
-The sum is kept as online softmax keeps it (Milakov and Gimelshein, 2018): anew from the old one whenever the peak rises.
+The sum is that of online softmax (Milakov and Gimelshein, 2018): it is rescaled whenever the maximum rises. In a file of its own,
+because importing it needs Triton.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOGETHER = 16  # blocks that a program reads at a time
-LOWEST = tl.constexpr(-3.0e38)  # a peak to begin with: from -inf there would be no distance
+TOGETHER = 16  # blocks that a program reads per iteration
+LOWEST = tl.constexpr(-3.0e38)  # the first maximum: a difference from -inf would be NaN
 
 
-# Triton reads annotations, and knows none but its own; its interpreter (3.6) makes no numbers of what is not constexpr.
+# Triton reads annotations and accepts only its own; its interpreter (3.6) needs constexpr for every plain number.
 @triton.jit  # type: ignore[untyped-decorator]
 def read_row(  # type: ignore[no-untyped-def]
     logits, best, peak, log_sum, count: tl.constexpr, whole: tl.constexpr, block: tl.constexpr, together: tl.constexpr
 ):
-    """One program for each row of `count` logits, of which `whole` blocks are full."""
+    """One program per row of `count` logits with `whole` whole blocks."""
     row = tl.program_id(0).to(tl.int64)
     number = tl.arange(0, together)
     within = number[:, None] * block + tl.arange(0, block)[None, :]
@@ -38,7 +39,7 @@ def read_row(  # type: ignore[no-untyped-def]
 
 
 def summarize_rows(rows: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits [N, V]: best [N, whole blocks of `block` logits], peak [N, 1] and log_sum [N, 1], float32."""
+    """Logits [N, V] -> best [N, V // block], peak [N, 1] and log_sum [N, 1], all float32."""
     rows = rows.contiguous()
     count, whole = rows.shape[1], rows.shape[1] // block
     best, peak, log_sum = (rows.new_empty(len(rows), n, dtype=torch.float32) for n in (whole, 1, 1))

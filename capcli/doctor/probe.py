@@ -57,9 +57,9 @@ def look_at_torch(torch: Any) -> dict[str, Any]:
 def look_at_int8() -> dict[str, Any]:
     """What `--dtype int8` lacks here, None for nothing; nothing at all where that cannot be told."""
     with contextlib.suppress(Exception):
-        from capcli.models.int8 import lacking
+        from capcli.models.int8 import int8_lacks
 
-        return {"cpu_int8_lacks": lacking()}
+        return {"cpu_int8_lacks": int8_lacks()}
     return {}
 
 

@@ -20,11 +20,13 @@ EXTRAS = {
     "train": (
         "accelerate",
         "datasets",
+        "httpx2",
         "matplotlib",
         "pyarrow",
         "pycocoevalcap",
         "sentencepiece",
         "tensorboard",
+        "tokenizers",
         "tomli-w",
     ),
     "trt": ("onnx", "onnxruntime", "onnxscript", "tensorrt"),

@@ -25,7 +25,7 @@ from capcli.export.tidy import share_weights
 from capcli.models.attention import use_attention
 from capcli.models.checkpoint import explained_tokenizer, generation_of, load_weights, modules, pixel_size
 from capcli.models.dtypes import DTYPES
-from capcli.models.families import family_of, question_of, tag_room
+from capcli.models.families import encoder_prompt_of, family_of, tag_room
 from capcli.models.model_files import GENERATION, ModelFiles, fingerprint, list_model, setting_files
 from capcli.options import ExportOptions
 from capcli.pixels import PixelSpec
@@ -43,7 +43,7 @@ class Origin(Protocol):
     positions: int  # of its decoder
     size: tuple[int, int]  # of its encoder's pixels
     against: str  # how people know `truth`
-    question: tuple[int, ...]  # what its encoder is asked in the proof; none where it reads nothing beside the image
+    encoder_ids: tuple[int, ...]  # what its encoder is asked in the proof; none where it reads nothing beside the image
 
     def write(self, folder: str, settings: Settings) -> Engine:
         """Graphs, tokenizer, processor and settings; what engine.json will say but for the proof."""
@@ -67,12 +67,12 @@ class CheckpointOrigin:
         self.encode, self.step = modules(whole, self.spec)
         self.size = pixel_size(model.name, self.encode.size, self.spec, any_size=self.encode.any_size)
         self.generation, self.positions = generation_of(model, whole), self.step.positions
-        ask = question_of(model.config)
-        self.question = tuple(ask(explained_tokenizer(model), None)) if ask else tags(model.config)
+        ask = encoder_prompt_of(model.config)
+        self.encoder_ids = tuple(ask(explained_tokenizer(model), None)) if ask else tags(model.config)
 
     def write(self, folder: str, settings: Settings) -> Engine:
         options, model = self.options, self.model
-        first, memory = graphs.encode_graph(self.encode, self.size, options.profile, asked=bool(self.question))
+        first, memory = graphs.encode_graph(self.encode, self.size, options.profile, asked=bool(self.encoder_ids))
         second = graphs.step_graph(self.step, memory, DTYPES[options.dtype], options.profile)
         generation, buckets = self.generation, tuple[Bucket, ...]()
         if options.kind == "tensorrt":
@@ -120,7 +120,7 @@ class CheckpointOrigin:
 
 def plans_refused(config: Mapping[str, Any]) -> str | None:
     """Why a captioner with this config.json cannot become TensorRT plans; None where it can."""
-    if hasattr(family_of(config), "question"):
+    if hasattr(family_of(config), "encoder_prompt"):
         return "they have one shape, and its memory grows with the question that its encoder is asked"
     if tag_room(config):
         return "these take an image alone, and it reads tags too"

@@ -181,7 +181,7 @@ def forced_logits(
         group, said = images[first : first + shapes.chunk], spoken[first : first + shapes.chunk]
         runtime.allocate(shapes, settings)
         full = np.stack([*group, *[group[0]] * (shapes.chunk - len(group))])
-        runtime.admit(runtime.encode(full, [settings.question] * len(full)), range(len(group)))
+        runtime.admit(runtime.encode(full, [settings.encoder_ids] * len(full)), range(len(group)))
         visible = torch.zeros(shapes.slots, rows, settings.entries, dtype=torch.bool, device=runtime.device)
         visible[..., :prefix] = True
         tokens = torch.full((shapes.slots, rows), start, device=runtime.device)

@@ -36,7 +36,7 @@ class PendingOrigin:
     """
 
     against = "its graphs' in ONNX Runtime"
-    question: tuple[int, ...] = ()
+    encoder_ids: tuple[int, ...] = ()
 
     def __init__(self, options: ExportOptions, model: ModelFiles, engine: Engine, out: str) -> None:
         if options.kind != "tensorrt" or not engine.unfinished:

@@ -51,7 +51,7 @@ def run(options: ExportOptions) -> int:
     origin: Origin = (
         CheckpointOrigin(options, model, out) if engine is None else unfinished(options, model, engine, out)
     )
-    settings = replace(built_for(options, origin.generation, origin.positions), question=origin.question)
+    settings = replace(built_for(options, origin.generation, origin.positions), encoder_ids=origin.encoder_ids)
     images = loaded(paths, PixelSpec.from_config(model.processor), origin.size) if paths else draw_images(origin.size)
     with build_folder(out) as building:
         note(f"exporting {options.model}")

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from capcli.decoding.loop import Shapes
+from capcli.decoding.shapes import Shapes
 from capcli.engine.engine_json import ENCODE, STEP, Bucket, encode_plan, hash_files, plan_files, step_plan
 from capcli.errors import CapcliError
 from capcli.export.parser_rules import DECOMPOSABLE, casts_to_float, has, lint

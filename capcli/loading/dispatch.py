@@ -210,4 +210,4 @@ def to_result(ticket: Ticket, answer: Decoded | ImageError) -> Loaded | Failure:
     name = ticket.entry.name
     if isinstance(answer, ImageError):
         return Failure(name, answer.kind, str(answer))
-    return Loaded(name, *answer, question=ticket.entry.question)
+    return Loaded(name, *answer, encoder_ids=ticket.entry.encoder_ids)

@@ -85,7 +85,7 @@ def read_captions(path: str, given: Given) -> Captions:
 
 
 def _captions(called: str, file: str, options: DataOptions) -> Captions:
-    from capcli.annotations.detection import recognise
+    from capcli.annotations.formats import recognise
     from capcli.annotations.rows import texts
 
     captions = Captions(called)

@@ -1,6 +1,6 @@
 """BLIP (BlipForConditionalGeneration, Li et al., 2022): a ViT, and a BERT-like text decoder with cross-attention.
 
-Its decoder computes its attention itself, in two products and a softmax, so no attention function is set.
+The decoder's attention cannot be chosen in transformers, so `use_attention` has no effect on it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from capcli.models.modules import split_heads
 
 LOADER = "BlipForConditionalGeneration"
 ENCODER, DECODER = ("vision_model",), ("text_decoder",)
-inputs = modules.image_and_words
+inputs = modules.decoder_only_inputs
 
 
 class Encode(modules.Encode):
@@ -27,10 +27,10 @@ class Encode(modules.Encode):
         super().__init__(whole.vision_model, rescale, mean, std)
         self.decoder: Any = whole.text_decoder
 
-    def remember(self, seen: Tensor) -> tuple[Tensor, ...]:
+    def keys_values(self, features: Tensor) -> tuple[Tensor, ...]:
         layers = [layer.crossattention.self for layer in self.decoder.bert.encoder.layer]
         return tuple(
-            split_heads(project(seen), layer.num_attention_heads)
+            split_heads(project(features), layer.num_attention_heads)
             for layer in layers
             for project in (layer.key, layer.value)
         )
@@ -47,7 +47,7 @@ class Step(modules.CrossStep):
 
 
 def generation(config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
-    """What `generate()` goes by: the text decoder's settings, its own end and padding; generation_config.json plays no part."""
+    """The text decoder's settings with its own end and padding ids, as BLIP's generate(); generation_config.json is not read."""
     text = BlipTextConfig(**config.get("text_config") or {})
     ids = {"bos_token_id": text.bos_token_id, "eos_token_id": text.sep_token_id, "pad_token_id": text.pad_token_id}
     return GenerationConfig.from_model_config(text).to_dict() | ids | {"decoder_start_token_id": text.bos_token_id}

@@ -1,4 +1,4 @@
-"""transformers' cache over a slot's memory and pool: cross layers that are filled, self layers that write where they are told."""
+"""transformers' cache interface over memory (filled cross-attention layers) and pool (self-attention, written in place)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, arange
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
-# entries [S, H, N, D], new ones [S, H, Q, D] and where they go, slot s from entry at[s] on -> the entries with them in
+# (entries [S, H, N, D], new [S, H, Q, D], at [S]) -> the entries with slot s's new ones written from entry at[s] on
 Write = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -20,7 +20,7 @@ def write_in_place(entries: Tensor, new: Tensor, at: Tensor) -> Tensor:
 
 
 class PoolLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Keys and values [S, H, N, D] of one layer. `update` writes new ones, slot s from entry `at[s]` on."""
+    """One layer's keys and values [S, H, N, D]; `update` writes new ones, slot s's from entry `at[s]` on."""
 
     is_compileable, is_sliding = True, False
     keys: Tensor
@@ -31,7 +31,7 @@ class PoolLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.keys, self.values, self.at, self.write, self.is_initialized = keys, values, at, write, True
 
     def lazy_initialization(self, *_: Any) -> None:
-        """Nothing to do: the tensors are given."""
+        """Nothing to do: the tensors exist."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         assert self.at is not None
@@ -43,7 +43,7 @@ class PoolLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.keys.shape[2], 0
 
     def get_seq_length(self) -> int:
-        return 0  # positions are handed in
+        return 0  # positions are passed explicitly
 
     def get_max_length(self) -> int:
         return self.keys.shape[2]
@@ -53,7 +53,7 @@ class PoolLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class KeepingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Keeps one layer's keys and values [E, H, M, D] as they come, once."""
+    """Stores the keys and values [E, H, M, D] of one layer's only `update`."""
 
     is_compileable, is_sliding = True, False
 
@@ -62,7 +62,7 @@ class KeepingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_initialized = True
 
     def lazy_initialization(self, *_: Any) -> None:
-        """Nothing to do: the tensors come."""
+        """Nothing to do: `update` brings the tensors."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.keys, self.values = key_states, value_states
@@ -91,15 +91,15 @@ class Layers(Cache):
 def pool_cache(
     memory: Sequence[Tensor], pool: Sequence[Tensor], at: Tensor, write: Write = write_in_place
 ) -> EncoderDecoderCache:
-    """The cache of one step: `memory` and `pool` hold keys and values of every layer in turn, `at` [S] is where to write."""
+    """The cache of one step. `memory` and `pool` are keys and values of every layer in turn; `at` [S]: where to write."""
     count = len(pool) // 2
-    own = Layers([PoolLayer(pool[2 * i], pool[2 * i + 1], at, write) for i in range(count)])
+    self_attention = Layers([PoolLayer(pool[2 * i], pool[2 * i + 1], at, write) for i in range(count)])
     cross = Layers([PoolLayer(memory[2 * i], memory[2 * i + 1]) for i in range(len(memory) // 2)])
-    cache = EncoderDecoderCache(own, cross)
+    cache = EncoderDecoderCache(self_attention, cross)
     cache.is_updated = dict.fromkeys(range(count), True)
     return cache
 
 
 def keeping_cache(layers: int) -> Cache:
-    """A cache that keeps the keys and values of one pass."""
+    """A cache that stores the keys and values of one forward pass."""
     return Layers([KeepingLayer() for _ in range(layers)])

@@ -1,4 +1,4 @@
-"""Devices and dtypes: which there are, and which this machine computes in."""
+"""Devices and dtypes: the names that options accept, and what this machine supports."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def cpu_capabilities() -> dict[str, Any]:
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for products in bfloat16."""
+    """Whether the CPU has bfloat16 multiply instructions."""
     capabilities = cpu_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device that there is, else the CPU. Raises UsageError for one that is not there."""
+    """The device of a name; `auto` is the first CUDA device, else the CPU. Raises UsageError for a device that does not exist."""
     check_device(name)
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -41,7 +41,7 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            there = f"this machine has {count}" if count else "no CUDA device can be used here"
-            raise UsageError(f"--device {name}: {there}; --device auto takes what there is")
+            available = f"this machine has {count}" if count else "no CUDA device can be used here"
+            raise UsageError(f"--device {name}: {available}; --device auto takes an available one")
         device = torch.device("cuda", device.index or 0)
     return device

@@ -1,4 +1,8 @@
-"""The families of captioners: which file of this folder knows a model, by the `model_type` of its config."""
+"""The model families: which module of this folder implements a model, by the `model_type` of its config.json.
+
+A family's module maps transformers' model onto two modules, encode and step (capcli.models.modules). A new family is
+one file here and one line in FILES.
+"""
 
 from __future__ import annotations
 
@@ -22,47 +26,55 @@ FILES = {
 
 
 class Family(Protocol):
-    """What a family's file holds."""
+    """The interface of a family's module.
 
-    LOADER: str  # transformers' class
-    Encode: Callable[[nn.Module, float, Sequence[float], Sequence[float]], Encode]
+    Two functions are optional. A family whose encoder, not its decoder, reads the prompt has
+    `encoder_prompt(config, tokenizer, prompt)`, which returns the prompt's token ids. `refuse_prompt(prompt)` raises
+    UsageError for a prompt that the family cannot use, before any weights are read.
+    """
+
+    LOADER: str  # the name of transformers' class that loads the weights
+    Encode: Callable[[nn.Module, float, Sequence[float], Sequence[float]], Encode]  # model, rescale, mean, std
     Step: Callable[[nn.Module], Step]
-    ENCODER: tuple[str, ...]  # the sub-modules that see
-    DECODER: tuple[str, ...]  # those that speak, the one with the embeddings first; what joins them is in neither
+    ENCODER: tuple[str, ...]  # names of the vision encoder's submodules
+    DECODER: tuple[
+        str, ...
+    ]  # names of the text decoder's, the one with the embeddings first; projections are in neither
 
     def generation(self, config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-        """The generation settings in force where the user says nothing: of config.json and the model's own."""
+        """The generation settings where the user gives none, from config.json and the model's generation_config `own`."""
 
     def inputs(self, model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-        """What the model's forward takes of a batch to learn from, so that its last T logits are those of the T labels.
+        """The arguments of the model's forward for a training batch; its last T logits are those of the T labels.
 
-        A batch holds pixel_values, decoder_input_ids [B, T] and, where there is one, question [B, W], IGNORED where no word is.
+        A batch holds pixel_values [B, 3, h, w], decoder_input_ids [B, T] and, where the encoder reads text, encoder_ids
+        [B, W], which are IGNORED where there is no token.
         """
 
-    # `question(config, tokenizer, prompt)`, the ids that a prompt becomes, is there where the encoder is asked, not the decoder,
-    # and `refuse_prompt(prompt)` where it says before any weights are read that one cannot be.
 
-
-IGNORED = -100  # where a batch holds no word
+IGNORED = -100  # in a training batch: no token at this position
 
 
 def last_logits(out: Any, count: int) -> Tensor:
-    """The logits [B, count, V] of a caption's tokens: an image's may stand before them."""
+    """The logits [B, count, V] of a caption's tokens; those of image tokens may precede them."""
     logits: Tensor = out.logits[:, -count:]
     return logits
 
 
-def question_of(config: Mapping[str, Any]) -> Callable[[Any, str | None], list[int]] | None:
-    """How a tokenizer makes ids of what the encoder is asked: a prompt, or its own question. None: it is asked nothing."""
-    ask = getattr(family_of(config), "question", None)
-    return None if ask is None else partial(ask, config)
+def encoder_prompt_of(config: Mapping[str, Any]) -> Callable[[Any, str | None], list[int]] | None:
+    """A function from a tokenizer and a prompt (None: the model's own) to the ids that the encoder reads.
+
+    None for a family whose encoder reads no prompt.
+    """
+    ids = getattr(family_of(config), "encoder_prompt", None)
+    return None if ids is None else partial(ids, config)
 
 
 def tag_room(config: Mapping[str, Any]) -> int:
-    """How many words on an image (tags) its encoder reads at most; 0 where it reads none."""
+    """The most tokens of an image's tags that the encoder reads; 0 where it reads no tags."""
     return int(config.get("tag_tokens") or 0)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json that `capcli.models.model_files` lets through."""
+    """The family of a config.json whose `model_type` is in FILES."""
     return cast("Family", import_module(f"capcli.models.{FILES[config['model_type']]}"))

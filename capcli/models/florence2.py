@@ -1,6 +1,6 @@
-"""Florence-2 (Florence2ForConditionalGeneration, Xiao et al., 2023): DaViT, and a BART that reads image tokens and a question.
+"""Florence-2 (Florence2ForConditionalGeneration, Xiao et al., 2023): DaViT, and a BART that reads image tokens and a prompt.
 
-BART's decoder passes over the positions that it is handed and counts its own, so its layers are called one by one.
+BART's decoder ignores position ids and counts positions itself, so its layers are called one by one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from capcli.models.modules import split_heads
 LOADER = "Florence2ForConditionalGeneration"
 ENCODER, DECODER = ("model.vision_tower",), ("model.language_model",)
 generation = modules.own_generation
-# The questions that its tasks without a region stand for, as transformers' Florence2Processor has them.
+# The prompts of the tasks without a region, as in transformers' Florence2Processor.
 TASKS = {
     "<CAPTION>": "What does the image describe?",
     "<DETAILED_CAPTION>": "Describe in detail what is shown in the image.",
@@ -31,7 +31,7 @@ TASK = re.compile("<[A-Z_]+>")
 
 
 class Encode(modules.Encode):
-    """Pixels and a question, in BART's encoder together, to memory."""
+    """Pixels and a prompt, both through BART's encoder, to memory."""
 
     any_size = True
 
@@ -41,16 +41,18 @@ class Encode(modules.Encode):
         self.project: nn.Module = whole.model.multi_modal_projector
         self.reader: Any = whole.model.language_model
 
-    def forward(self, pixels: Tensor, question: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """uint8 [E, h, w, 3] and the questions' ids [E, W] -> 2 x layers of [E, H, image tokens + W, D]."""
-        seen = self.project(self.encoder(self.normalise(pixels)).last_hidden_state)
-        words = self.reader.get_input_embeddings()(question)
-        return self.remember(self.reader.encoder(inputs_embeds=torch.cat((seen, words), 1)).last_hidden_state)
+    def forward(self, pixels: Tensor, encoder_ids: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """uint8 [E, h, w, 3] and the prompts' ids [E, W] -> 2 x layers of [E, H, image tokens + W, D]."""
+        image = self.project(self.encoder(self.normalise(pixels)).last_hidden_state)
+        text = self.reader.get_input_embeddings()(encoder_ids)
+        return self.keys_values(self.reader.encoder(inputs_embeds=torch.cat((image, text), 1)).last_hidden_state)
 
-    def remember(self, seen: Tensor) -> tuple[Tensor, ...]:
+    def keys_values(self, features: Tensor) -> tuple[Tensor, ...]:
         layers = [layer.encoder_attn for layer in self.reader.decoder.layers]
         return tuple(
-            split_heads(project(seen), layer.num_heads) for layer in layers for project in (layer.k_proj, layer.v_proj)
+            split_heads(project(features), layer.num_heads)
+            for layer in layers
+            for project in (layer.k_proj, layer.v_proj)
         )
 
 
@@ -64,50 +66,54 @@ class Step(modules.Step):
         self.head: nn.Module = whole.lm_head
         self.positions, self.vocabulary = config.max_position_embeddings, config.vocab_size
 
-    def say(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: EncoderDecoderCache) -> Tensor:
+    def logits(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: EncoderDecoderCache) -> Tensor:
         decoder: Any = self.decoder
         cross: Any = cache.cross_attention_cache.layers[0]
-        places = decoder.embed_positions
-        x = decoder.embed_tokens(tokens) + nn.functional.embedding(position + places.offset, places.weight)
+        table = decoder.embed_positions
+        x = decoder.embed_tokens(tokens) + nn.functional.embedding(position + table.offset, table.weight)
         x = decoder.layernorm_embedding(x)
         for layer in decoder.layers:
-            x = layer(x, mask, cross.keys[:, 0], past_key_values=cache)  # filled: only the presence of keys counts
+            x = layer(
+                x, mask, cross.keys[:, 0], past_key_values=cache
+            )  # only its presence is used: the cross layers are filled
         logits: Tensor = self.head(x)
         return logits
 
 
-def question(_config: Mapping[str, Any], tokenizer: Any, prompt: str | None) -> list[int]:
-    """The ids of what the encoder is asked: a task such as <CAPTION>, which is asked where nothing is, or words of one's own.
+def encoder_prompt(_config: Mapping[str, Any], tokenizer: Any, prompt: str | None) -> list[int]:
+    """The ids of a task such as <CAPTION>, which is the default, or of any other text.
 
-    Raises UsageError for a task that gives no caption.
+    Raises UsageError for a task whose result is not a caption.
     """
     if prompt:
         refuse_prompt(prompt)
-    words = TASKS.get(prompt or "<CAPTION>", prompt)
-    ids: list[int] = tokenizer(f"{tokenizer.bos_token}{words}{tokenizer.eos_token}", add_special_tokens=False)[
+    text = TASKS.get(prompt or "<CAPTION>", prompt)
+    ids: list[int] = tokenizer(f"{tokenizer.bos_token}{text}{tokenizer.eos_token}", add_special_tokens=False)[
         "input_ids"
     ]
     return ids
 
 
 def refuse_prompt(prompt: str) -> None:
-    """Raises UsageError for a task that gives no caption."""
+    """Raises UsageError for a task whose result is not a caption."""
     if TASK.fullmatch(prompt) and prompt not in TASKS:
-        raise UsageError(f"--prompt {prompt} is no task that captions; these are: {', '.join(TASKS)}")
+        raise UsageError(f"--prompt {prompt} is not a captioning task; these are: {', '.join(TASKS)}")
 
 
 def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """What the model learns from: place holders for the image tokens stand before the question."""
-    pixels, question = batch["pixel_values"], batch["question"]
-    held = question.new_full((len(question), image_tokens(model.config.vision_config, *pixels.shape[2:])), 1).bool()
-    known = torch.cat((held, question >= 0), 1)
-    ids = torch.cat((held * model.config.image_token_id, question.clamp(min=0)), 1)
-    read = {"input_ids": ids, "attention_mask": known.long(), "decoder_input_ids": batch["decoder_input_ids"]}
+    """The forward's arguments: placeholders for the image tokens precede the prompt."""
+    pixels, encoder_ids = batch["pixel_values"], batch["encoder_ids"]
+    placeholders = encoder_ids.new_full(
+        (len(encoder_ids), image_tokens(model.config.vision_config, *pixels.shape[2:])), 1
+    ).bool()
+    present = torch.cat((placeholders, encoder_ids >= 0), 1)
+    ids = torch.cat((placeholders * model.config.image_token_id, encoder_ids.clamp(min=0)), 1)
+    read = {"input_ids": ids, "attention_mask": present.long(), "decoder_input_ids": batch["decoder_input_ids"]}
     return {"pixel_values": pixels, **read, "use_cache": False}
 
 
 def image_tokens(vision: Any, height: int, width: int) -> int:
-    """One of all the image, and one of each patch that DaViT's stages leave."""
+    """The number of image tokens: one for the whole image and one per patch of DaViT's last stage."""
     for size, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
         height, width = ((side + 2 * padding - size) // stride + 1 for side in (height, width))
     return 1 + height * width

@@ -1,6 +1,7 @@
-"""GIT (GitForCausalLM, Wang et al., 2022): image tokens and words are one sequence, so an image is its slot's prefix.
+"""GIT (GitForCausalLM, Wang et al., 2022): image tokens and text tokens are one sequence, so an image is its slot's prefix.
 
-Image tokens see each other, words see all of the image and the words before. Its decoder computes its attention itself.
+Image tokens attend to each other, text tokens to the whole image and to earlier text. The decoder's attention cannot be chosen in
+transformers, so `use_attention` has no effect on it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from capcli.models.cache import keeping_cache
 LOADER = "GitForCausalLM"
 ENCODER, DECODER = ("git.image_encoder",), ("git.embeddings", "git.encoder", "output")
 generation = modules.own_generation
-inputs = modules.image_and_words
+inputs = modules.decoder_only_inputs
 
 
 class Encode(modules.Encode):
-    """Pixels to prefix: the image tokens go through the decoder's layers once, for what they see is only each other."""
+    """Pixels to prefix: image tokens attend only to each other, so they pass through the decoder's layers once."""
 
     prefixed = True
 
@@ -31,24 +32,24 @@ class Encode(modules.Encode):
         self.project: nn.Module = whole.git.visual_projection
         self.layers: Any = whole.git.encoder
 
-    def remember(self, seen: Tensor) -> tuple[Tensor, ...]:
+    def keys_values(self, features: Tensor) -> tuple[Tensor, ...]:
         cache = keeping_cache(len(self.layers.layer))
-        self.layers(self.project(seen), attention_mask=None, past_key_values=cache, use_cache=True)
+        self.layers(self.project(features), attention_mask=None, past_key_values=cache, use_cache=True)
         layers: Any = cache.layers
         return tuple(t for layer in layers for t in (layer.keys, layer.values))
 
 
 class Step(modules.Step):
-    """One pass of the decoder over words, whose positions begin at 0 after any image."""
+    """One pass of the decoder over text tokens, whose positions start at 0 after the image."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         config = self.decoder.config
         self.positions, self.vocabulary = config.max_position_embeddings, config.vocab_size
 
-    def say(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: EncoderDecoderCache) -> Tensor:
+    def logits(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: EncoderDecoderCache) -> Tensor:
         git = self.decoder.git
-        words = git.embeddings(input_ids=tokens, position_ids=position)
-        out = git.encoder(words, attention_mask=mask, past_key_values=cache.self_attention_cache, use_cache=True)
+        x = git.embeddings(input_ids=tokens, position_ids=position)
+        out = git.encoder(x, attention_mask=mask, past_key_values=cache.self_attention_cache, use_cache=True)
         logits: Tensor = self.decoder.output(out.last_hidden_state)
         return logits

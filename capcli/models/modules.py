@@ -1,4 +1,4 @@
-"""What every family's encode and step are: the modules that the decode core runs and that are exported."""
+"""The base classes of every family's two modules, encode and step, which the runtimes run and `capcli export` exports."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from capcli.models.cache import pool_cache
 
 
 class Encode(nn.Module, ABC):
-    """Pixels to what the decoder needs of an image: rescale, normalise, vision encoder, keys and values of every decoder layer.
+    """Pixels -> keys and values of every decoder layer: rescale, normalise, vision encoder, projections.
 
-    `encoder` is transformers' vision encoder and `size` the image size that its config names. What is left of an image is its
-    memory, for cross-attention; with `prefixed` it is its prefix: the first entries of its slot's pool. An encoder that is asked
-    a question takes its ids [E, W] as well; where images are prefixes its words are the last entries, hidden for ids below 0.
+    `encoder` is transformers' vision encoder; `size` is the image size of its config. The result is an image's memory, for
+    cross-attention, or, with `prefixed`, its prefix: the first entries of its slot's pool. An encoder that reads text also takes
+    token ids [E, W]; in a prefix they are the last W entries, which are hidden where an id is negative.
     """
 
     prefixed = False
-    any_size = False  # whether the encoder takes images of other sizes than `size`
+    any_size = False  # whether the encoder accepts images of other sizes than `size`
 
     def __init__(
         self,
@@ -43,14 +43,14 @@ class Encode(nn.Module, ABC):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """uint8 [E, h, w, 3] -> keys and values of every layer in turn, 2 x layers of [E, H, M, D]."""
-        return self.remember(self.encoder(pixel_values=self.normalise(pixels)).last_hidden_state)
+        return self.keys_values(self.encoder(pixel_values=self.normalise(pixels)).last_hidden_state)
 
     @abstractmethod
-    def remember(self, seen: Tensor) -> tuple[Tensor, ...]:
-        """What the vision encoder saw [E, M, C] -> keys and values of every decoder layer."""
+    def keys_values(self, features: Tensor) -> tuple[Tensor, ...]:
+        """The encoder's features [E, M, C] -> keys and values of every decoder layer in turn, 2 x layers of [E, H, M, D]."""
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """To the bit as the processors of transformers, which multiply in float64 and go on in float32; [E, 3, h, w]."""
+        """uint8 [E, h, w, 3] -> [E, 3, h, w], to the bit as transformers' processors: float64 to rescale, then float32."""
         divisor = self.divisor
         x = (pixels.double() * self.rescale).float() if divisor is None else pixels.float() / divisor
         x = (x - self.mean.float()) / self.std.float()
@@ -58,9 +58,9 @@ class Encode(nn.Module, ABC):
 
 
 def exact_divisor(rescale: float) -> float | None:
-    """A float32 by which every pixel value divides to what the product in float64 gives; None where there is none.
+    """A float32 divisor that gives the same float32 for every pixel value as the product with `rescale` in float64; or None.
 
-    For 1/255 there is, so neither a graph nor a GPU needs float64 for it.
+    There is one for 1/255, so the usual processors need no float64, which is slow on a GPU.
     """
     values = torch.arange(256, dtype=torch.uint8)
     divisor = float(torch.tensor(1 / rescale, dtype=torch.float32)) if rescale else 0.0
@@ -69,12 +69,12 @@ def exact_divisor(rescale: float) -> float | None:
 
 
 class Step(nn.Module, ABC):
-    """One pass of the decoder: rows are query positions of one sequence, so all of a slot's rows read its memory once.
+    """One pass of the decoder. A slot's rows are query positions of one sequence, so they read its memory once for all.
 
-    `decoder` is transformers' model; it holds sequences of `positions` tokens, prompt and caption, of `vocabulary` kinds.
+    `decoder` is transformers' model.
     """
 
-    positions: int
+    positions: int  # the most tokens of a sequence, prompt and caption
     vocabulary: int
 
     def __init__(self, decoder: nn.Module) -> None:
@@ -90,34 +90,35 @@ class Step(nn.Module, ABC):
         memory: Sequence[Tensor],
         pool: Sequence[Tensor],
     ) -> Tensor:
-        """tokens and position [S, Q], at [S] (the entry where Q new ones go), visible bool [S, Q, N] -> logits [S, Q, V].
+        """tokens and position [S, Q], at [S], visible bool [S, Q, N] -> logits [S, Q, V].
 
-        memory: 2 x layers of [S, H, M, D], none where images are prefixes; pool: 2 x layers of [S, H, N, D], written in place.
+        memory: 2 x layers of [S, H, M, D], none where images are prefixes. pool: 2 x layers of [S, H, N, D]; the Q new keys and
+        values of slot s are written in place, from entry at[s] on.
         """
         return self.decode(tokens, position, visible, pool_cache(memory, pool, at))
 
     def decode(self, tokens: Tensor, position: Tensor, visible: Tensor, cache: EncoderDecoderCache) -> Tensor:
-        """The same, with memory and pool in a cache that says how entries are written."""
-        own: Any = cache.self_attention_cache.layers[0]
-        seen, hidden = own.keys.new_zeros(()), own.keys.new_full((), torch.finfo(own.keys.dtype).min)
-        return self.say(tokens, position, torch.where(visible, seen, hidden)[:, None], cache)
+        """`forward` with memory and pool in a cache, which implements how entries are written."""
+        layer: Any = cache.self_attention_cache.layers[0]
+        zero, hidden = layer.keys.new_zeros(()), layer.keys.new_full((), torch.finfo(layer.keys.dtype).min)
+        return self.logits(tokens, position, torch.where(visible, zero, hidden)[:, None], cache)
 
     @abstractmethod
-    def say(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: EncoderDecoderCache) -> Tensor:
-        """Logits [S, Q, V] under an additive mask [S, 1, Q, N]."""
+    def logits(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: EncoderDecoderCache) -> Tensor:
+        """Logits [S, Q, V] under an additive attention mask [S, 1, Q, N]."""
 
 
 class CrossStep(Step):
-    """One pass of a decoder with cross-attention that takes positions, a 4-D mask and a cache as they are handed to it."""
+    """The step of a decoder with cross-attention whose forward accepts position ids, a 4-D mask and a cache."""
 
-    def say(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: EncoderDecoderCache) -> Tensor:
+    def logits(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: EncoderDecoderCache) -> Tensor:
         cross: Any = cache.cross_attention_cache.layers[0]
         out = self.decoder(
             input_ids=tokens,
             position_ids=position,
             attention_mask=mask,
             past_key_values=cache,
-            # only its presence and its length count: the cross layers are filled
+            # only its presence and length are used: the cache's cross layers are filled
             encoder_hidden_states=cross.keys[:, 0],
             use_cache=True,
         )
@@ -126,12 +127,12 @@ class CrossStep(Step):
 
 
 def own_generation(_config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """What `generate()` of most families goes by, as `Family.generation` says it: the model's generation_config."""
+    """`Family.generation` of most families: the model's generation_config."""
     return own
 
 
-def image_and_words(_model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """What a model of one stream of words learns from, as `Family.inputs` says it."""
+def decoder_only_inputs(_model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """`Family.inputs` of a model whose forward takes the caption as input_ids."""
     return {"pixel_values": batch["pixel_values"], "input_ids": batch["decoder_input_ids"], "use_cache": False}
 
 

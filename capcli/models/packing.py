@@ -1,6 +1,6 @@
-"""A captioner's modules made fast on a CPU: weights packed once in oneDNN's own layout, activations fused, memory kept mapped.
+"""Faster modules on a CPU: linear layers with weights in oneDNN's layout and a fused GELU, and malloc settings for the process.
 
-transformers' modules stay as they are, with their linear layers swapped; where oneDNN or glibc is missing nothing changes.
+Only the linear layers of the given module are replaced. Nothing changes where oneDNN or glibc is missing.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ FUSED = (
     ("c_fc", "act"),
     ("fc1", "activation_fn"),
     ("dense", "intermediate_act_fn"),
-)  # a linear layer and what follows it
+)  # names of a linear layer and of the activation that follows it
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight is reordered once for the matrix units; with `gelu`, that follows, fused.
+    """A linear layer whose weight is reordered once into oneDNN's layout; with `gelu`, a fused GELU (tanh) follows.
 
-    The operators are PyTorch's own, which its compiler uses (`torch._inductor`, mkldnn fusion).
+    The operators are those of PyTorch's compiler (`torch._inductor`, mkldnn fusion).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: bool) -> None:
@@ -41,17 +41,17 @@ class PackedLinear(nn.Module):
 
 
 def speed_up(module: nn.Module) -> None:
-    """Packs every linear layer of a module in place; its weights are float32 or bfloat16 and on the CPU."""
+    """Replaces every linear layer of a module by a packed one, in place; the weights are float32 or bfloat16, on the CPU."""
     for parent, name, layer, weight in list(linear_layers(module)):
         if not can_pack(weight.dtype):
             continue
-        # written out in six operations it costs more than the layer; the exact one is quicker by itself (BENCHMARKS.md)
+        # NewGELU's six operations cost more than the layer; the exact GELU is faster unfused (BENCHMARKS.md)
         gelu = take_gelu(parent, name, NewGELUActivation) is not None
         setattr(parent, name, PackedLinear(weight, detached(layer.bias), gelu=gelu))
 
 
 def linear_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any, Tensor]]:
-    """Every linear layer in a module: what holds it and under which name, itself, its weight as [outputs, inputs]."""
+    """Every linear layer of a module: its parent, its name there, the layer, and its weight as [outputs, inputs]."""
     for parent in module.modules():
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear | Conv1D):
@@ -73,7 +73,7 @@ def detached(bias: Tensor | None) -> Tensor | None:
 
 
 def take_gelu(parent: Any, linear: str, *kinds: type[nn.Module]) -> str | None:
-    """Takes the GELU that follows this layer out of `parent`, if of these kinds; its approximation, by PyTorch's name."""
+    """Removes the GELU after this layer from `parent`, if it is one of `kinds`; returns its approximation, by PyTorch's name."""
     for name, follow in FUSED:
         if linear == name and isinstance(found := getattr(parent, follow, None), kinds):
             setattr(parent, follow, nn.Identity())
@@ -82,10 +82,10 @@ def take_gelu(parent: Any, linear: str, *kinds: type[nn.Module]) -> str | None:
 
 
 def keep_memory_mapped() -> None:
-    """Tells glibc to reuse large blocks instead of returning them: fresh pages cost more than the work done in them.
+    """Sets glibc's malloc to reuse large blocks instead of unmapping them: faulting in new pages costs more than using them.
 
-    All threads take them from one arena: those of their own would be returned all the same.
-    For the whole process, so it is for the command and not for those who import capcli. Elsewhere it does nothing.
+    All threads share one arena, as the arenas of other threads would be trimmed all the same. The settings hold for the whole
+    process and cannot be undone, so only the command calls this, never `import capcli`. Without glibc it does nothing.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,9 +1,8 @@
-"""Image tokens before the words of a GPT-2, all of it one causal sequence (Mokady et al., 2021; Eichenberg et al., 2021).
+"""Prefix captioner: image tokens before the text of a GPT-2, in one causal sequence (Mokady et al., Eichenberg et al., 2021).
 
-The image is cut into `image_tokens` cells, each the mean of what the encoder sees there, projected to the width of the GPT-2:
-positions 0 to image_tokens - 1. Words on the image (tags) may follow, in `tag_tokens` positions of which the empty ones are
-hidden; then come the start token and the caption. Image tokens see those before them only, as everything does that a GPT-2
-was trained on: words see all of the image anyhow, and the GPT-2 stays plain.
+The encoder's features are averaged over `image_tokens` cells of the image and projected to the width of the GPT-2: positions 0 to
+image_tokens - 1. The image's tags may follow, in `tag_tokens` positions of which unused ones are hidden; then the start token and
+the caption. Image tokens attend only to earlier ones, as in all that a GPT-2 was trained on.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ generation = modules.own_generation
 
 
 class PrefixConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
-    """`vision_config` and `text_config` are those of the encoder and the GPT-2, `decoder_start_token_id` begins a caption."""
+    """`vision_config` is the encoder's config, `text_config` the GPT-2's; `decoder_start_token_id` begins a caption."""
 
     model_type = "prefix-captioner"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
@@ -61,7 +60,7 @@ class PrefixConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
 
 
 class PrefixCaptioner(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
-    """An image encoder and a GPT-2. `generate(pixel_values)` captions with transformers alone, without a cache."""
+    """An image encoder and a GPT-2. `generate(pixel_values)` captions with transformers' search, without a cache."""
 
     config_class = PrefixConfig
     config: PrefixConfig
@@ -75,24 +74,24 @@ class PrefixCaptioner(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         self, config: PrefixConfig, encoder: PreTrainedModel | None = None, decoder: GPT2LMHeadModel | None = None
     ) -> None:
         super().__init__(config)
-        see: Any = AutoModel
+        auto: Any = AutoModel
         text: Any = config.text_config
-        self.encoder: Any = encoder or see.from_config(config.vision_config)
+        self.encoder: Any = encoder or auto.from_config(config.vision_config)
         self.decoder: Any = decoder or GPT2LMHeadModel(text)
-        # what parts were given becomes what this config says of them
+        # the configs of the given parts replace those in this config
         self.config.vision_config, self.config.text_config = self.encoder.config, self.decoder.config
         self.project = nn.Linear(feature_width(self.encoder.config), self.decoder.config.n_embd)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The parts begin as their own classes have them begin; only the projection is this class's."""
+        """Initialises the projection; the parts are initialised by their own classes."""
         if module is self.project:
             nn.init.normal_(module.weight, std=self.config.text_config.initializer_range)
             nn.init.zeros_(module.bias)
 
     def get_input_embeddings(self) -> nn.Module:
-        words: nn.Module = self.decoder.get_input_embeddings()
-        return words
+        embeddings: nn.Module = self.decoder.get_input_embeddings()
+        return embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.decoder.set_input_embeddings(value)
@@ -102,25 +101,25 @@ class PrefixCaptioner(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         return head
 
     def image(self, pixel_values: Tensor) -> Tensor:
-        """[E, 3, h, w] -> the image's tokens [E, image_tokens, n_embd], not yet at their positions."""
-        seen = self.encoder(pixel_values=pixel_values).last_hidden_state
-        rows, columns = grid(self.encoder.config, seen, *pixel_values.shape[2:])
-        seen = flatten_features(seen)
-        seen = seen[:, seen.shape[1] - rows * columns :]  # without class tokens, which come first
-        means: Tensor = seen.new_tensor(pooling(self.config.image_tokens, rows, columns))
-        tokens: Tensor = self.project(means @ seen)
+        """[E, 3, h, w] -> image tokens [E, image_tokens, n_embd], before position embeddings."""
+        features = self.encoder(pixel_values=pixel_values).last_hidden_state
+        rows, columns = grid(self.encoder.config, features, *pixel_values.shape[2:])
+        features = flatten_features(features)
+        features = features[:, features.shape[1] - rows * columns :]  # without class tokens, which come first
+        means: Tensor = features.new_tensor(pooling(self.config.image_tokens, rows, columns))
+        tokens: Tensor = self.project(means @ features)
         return tokens
 
     def prefix(self, pixel_values: Tensor, tags: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Image and tags (ids [E, tag_tokens], NO_WORD where none is) -> [E, P, n_embd], and bool [E, P]: there or hidden."""
+        """Image and tags (ids [E, tag_tokens], NO_TOKEN where unused) -> embeddings [E, M, n_embd] and bool [E, M]: visible."""
         image = self.image(pixel_values)
-        there = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
+        visible = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
         if not self.config.tag_tokens:
-            return image, there
+            return image, visible
         if tags is None:
             tags = torch.full((len(image), self.config.tag_tokens), NO_TOKEN, device=image.device)
-        words = self.get_input_embeddings()(tags.clamp(min=0))
-        return torch.cat((image, words), 1), torch.cat((there, tags >= 0), 1)
+        text = self.get_input_embeddings()(tags.clamp(min=0))
+        return torch.cat((image, text), 1), torch.cat((visible, tags >= 0), 1)
 
     def forward(
         self,
@@ -130,12 +129,12 @@ class PrefixCaptioner(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         **_: Any,
     ) -> CausalLMOutput:
         """pixel_values [B, 3, h, w], input_ids [B, T] (the start token first), tags [B, tag_tokens] -> logits [B, T, V]."""
-        before, there = self.prefix(pixel_values, tags)
-        x = torch.cat((before, self.get_input_embeddings()(input_ids)), 1)
-        there = torch.cat((there, there.new_ones(input_ids.shape)), 1)
-        place = torch.arange(x.shape[1], device=x.device)[None]
+        prefix, visible = self.prefix(pixel_values, tags)
+        x = torch.cat((prefix, self.get_input_embeddings()(input_ids)), 1)
+        visible = torch.cat((visible, visible.new_ones(input_ids.shape)), 1)
+        position = torch.arange(x.shape[1], device=x.device)[None]
         out = self.decoder.transformer(
-            inputs_embeds=x, position_ids=place, attention_mask=causal(there, x.dtype), use_cache=False
+            inputs_embeds=x, position_ids=position, attention_mask=causal(visible, x.dtype), use_cache=False
         )
         return CausalLMOutput(logits=self.decoder.lm_head(out.last_hidden_state[:, -input_ids.shape[1] :]))
 
@@ -143,7 +142,7 @@ class PrefixCaptioner(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
     def generate(  # type: ignore[override]
         self, pixel_values: Tensor, input_ids: Tensor | None = None, tags: Tensor | None = None, **search: Any
     ) -> Any:
-        """Captions [B, ...] as transformers searches for them, behind the start token or what input_ids [B, T] begin with."""
+        """transformers' generate() for images [B, 3, h, w]; captions start with the start token or with input_ids [B, T]."""
         if input_ids is None:
             input_ids = pixel_values.new_full(
                 (len(pixel_values), 1), int(self.config.decoder_start_token_id or 0), dtype=torch.long
@@ -157,36 +156,39 @@ class PrefixCaptioner(PreTrainedModel, GenerationMixin):  # type: ignore[no-unty
         return {"input_ids": input_ids, "pixel_values": pixel_values, "tags": tags}
 
 
-def causal(there: Tensor, dtype: torch.dtype) -> Tensor:
-    """bool [E, N] -> the additive mask [E, 1, N, N] under which each sees what is there, up to and with itself."""
-    count = there.shape[1]
-    seen = torch.ones(count, count, dtype=torch.bool, device=there.device).tril() & there[:, None]
-    shown = torch.zeros((), dtype=dtype, device=there.device)
-    return torch.where(seen, shown, torch.full_like(shown, torch.finfo(dtype).min))[:, None]
+def causal(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """bool [E, N] -> the additive causal mask [E, 1, N, N] that also hides what is not visible."""
+    count = visible.shape[1]
+    allowed = torch.ones(count, count, dtype=torch.bool, device=visible.device).tril() & visible[:, None]
+    zero = torch.zeros((), dtype=dtype, device=visible.device)
+    return torch.where(allowed, zero, torch.full_like(zero, torch.finfo(dtype).min))[:, None]
 
 
 @cache
 def pooling(tokens: int, rows: int, columns: int) -> list[list[float]]:
-    """The matrix [tokens, rows * columns] whose product with a grid is the mean of each of its cells.
+    """The matrix [tokens, rows * columns] of adaptive average pooling over `cells`, in row-major order.
 
-    The cells are those of adaptive average pooling: `cells` of them down and across, in the order of reading. (As a product it
-    can be exported at any size, and its gradient is the same at every run.)
+    As a matrix product, pooling can be exported at any size and has a deterministic gradient.
     """
     down, across = cells(tokens, rows, columns)
     vertical, horizontal = bands(down, rows), bands(across, columns)
-    return [[v * h for v in each for h in other] for each in vertical for other in horizontal]
+    return [
+        [v * h for v in down_weights for h in across_weights]
+        for down_weights in vertical
+        for across_weights in horizontal
+    ]
 
 
 def bands(count: int, length: int) -> list[list[float]]:
-    """Means over so many bands of a length, that together cover it: count rows of `length` weights."""
+    """The weights [count, length] of means over `count` bands that cover `length` places."""
     ends = [((i * length) // count, -((-(i + 1) * length) // count)) for i in range(count)]
     return [[1 / (end - start) if start <= x < end else 0.0 for x in range(length)] for start, end in ends]
 
 
 def cells(tokens: int, rows: int, columns: int) -> tuple[int, int]:
-    """How many cells down and across: as square as can be, and rather more across than down; 2 x 5 for 10 on a square.
+    """The number of cells down and across: as square as possible, more across than down on a tie; 2 x 5 for 10 on a square.
 
-    A prime number makes stripes from left to right, for sides are told of more often than heights.
+    A prime number gives vertical stripes, as captions tell left from right more often than above from below.
     """
     pairs = [(down, tokens // down) for down in range(1, tokens + 1) if tokens % down == 0]
     return min(pairs, key=lambda pair: (round(abs(math.log(rows * pair[1] / (columns * pair[0]))), 9), pair[0]))
@@ -203,38 +205,39 @@ class Encode(modules.Encode):
         super().__init__(whole.encoder, rescale, mean, std, size=image_size_of(whole.encoder.config))
         self.whole = whole
 
-    def forward(self, pixels: Tensor, question: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(self, pixels: Tensor, encoder_ids: Tensor | None = None) -> tuple[Tensor, ...]:
         """uint8 [E, h, w, 3] and tags [E, tag_tokens] -> 2 x layers of [E, H, image_tokens + tag_tokens, D]."""
-        return self.read(*self.whole.prefix(self.normalise(pixels), question))
+        return self.prefill(*self.whole.prefix(self.normalise(pixels), encoder_ids))
 
-    def read(self, x: Tensor, there: Tensor) -> tuple[Tensor, ...]:
-        reader = self.whole.decoder.transformer
-        cache = keeping_cache(len(reader.h))
-        place = torch.arange(x.shape[1], device=x.device)[None]
-        mask = causal(there, x.dtype)
-        reader(inputs_embeds=x, position_ids=place, attention_mask=mask, past_key_values=cache, use_cache=True)
+    def prefill(self, x: Tensor, visible: Tensor) -> tuple[Tensor, ...]:
+        """Embeddings [E, M, n_embd] and bool [E, M] -> their keys and values, 2 x layers of [E, H, M, D]."""
+        transformer = self.whole.decoder.transformer
+        cache = keeping_cache(len(transformer.h))
+        position = torch.arange(x.shape[1], device=x.device)[None]
+        mask = causal(visible, x.dtype)
+        transformer(inputs_embeds=x, position_ids=position, attention_mask=mask, past_key_values=cache, use_cache=True)
         layers: Any = cache.layers
         return tuple(t for layer in layers for t in (layer.keys, layer.values))
 
-    def remember(self, seen: Tensor) -> tuple[Tensor, ...]:
-        """Of image tokens [E, image_tokens, n_embd] without tags."""
-        return self.read(seen, torch.ones(seen.shape[:2], dtype=torch.bool, device=seen.device))
+    def keys_values(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Those of image tokens [E, image_tokens, n_embd] without tags."""
+        return self.prefill(features, torch.ones(features.shape[:2], dtype=torch.bool, device=features.device))
 
 
 class Step(modules.Step):
-    """One pass of the GPT-2 over words, whose positions follow those of image and tags."""
+    """One pass of the GPT-2 over text tokens, whose positions follow those of image and tags."""
 
     def __init__(self, model: nn.Module) -> None:
         whole: Any = model
         super().__init__(whole.decoder)
-        self.before = whole.config.image_tokens + whole.config.tag_tokens
+        self.prefix_length = whole.config.image_tokens + whole.config.tag_tokens
         config = whole.config.text_config
-        self.positions, self.vocabulary = config.n_positions - self.before, config.vocab_size
+        self.positions, self.vocabulary = config.n_positions - self.prefix_length, config.vocab_size
 
-    def say(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: EncoderDecoderCache) -> Tensor:
+    def logits(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: EncoderDecoderCache) -> Tensor:
         out = self.decoder.transformer(
             input_ids=tokens,
-            position_ids=position + self.before,
+            position_ids=position + self.prefix_length,
             attention_mask=mask,
             past_key_values=cache.self_attention_cache,
             use_cache=True,
@@ -244,8 +247,8 @@ class Step(modules.Step):
 
 
 def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """What the model learns from."""
-    tags, room = batch["question"], model.config.tag_tokens
+    """The forward's arguments; `tags` are padded to tag_tokens."""
+    tags, room = batch["encoder_ids"], model.config.tag_tokens
     tags = nn.functional.pad(tags.clamp(min=NO_TOKEN), (0, room - tags.shape[1]), value=NO_TOKEN) if room else None
     return {"pixel_values": batch["pixel_values"], "input_ids": batch["decoder_input_ids"], "tags": tags}
 

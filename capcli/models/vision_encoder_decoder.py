@@ -1,7 +1,6 @@
-"""VisionEncoderDecoderModel (ViT, DeiT, BEiT, Swin, SwinV2 with GPT-2 or BERT) as the decode core sees it: encode and step.
+"""VisionEncoderDecoderModel: ViT, DeiT, BEiT, Swin or SwinV2 with GPT-2 or BERT.
 
-Both are transformers' own modules. What is added is a cache that writes into a slot's pool and an attention function that serves
-a few query rows on long keys.
+Encoder and decoder are transformers' modules; the cache writes into the slots' pools.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from capcli.models.modules import split_heads
 LOADER = "VisionEncoderDecoderModel"
 ENCODER, DECODER = ("encoder",), ("decoder",)
 generation = modules.own_generation
-ANY_SIZE = ("swin", "swinv2")  # encoders that take images of other sizes than they were trained on
+ANY_SIZE = ("swin", "swinv2")  # encoders that accept images of another size than the config's
 
 
 class Encode(modules.Encode):
-    """Pixels to memory, through the projection that joins encoder and decoder of unequal width."""
+    """Pixels to memory, through the projection between an encoder and a decoder of different widths."""
 
     def __init__(self, model: nn.Module, rescale: float, mean: Sequence[float], std: Sequence[float]) -> None:
         whole: Any = model
@@ -30,8 +29,8 @@ class Encode(modules.Encode):
         self.decoder: nn.Module = whole.decoder
         self.project: nn.Module = getattr(whole, "enc_to_dec_proj", None) or nn.Identity()
 
-    def remember(self, seen: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t for layer in cross_layers(self.decoder) for t in keys_and_values(layer, self.project(seen)))
+    def keys_values(self, features: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t for layer in cross_layers(self.decoder) for t in layer_memory(layer, self.project(features)))
 
 
 class Step(modules.CrossStep):
@@ -45,23 +44,23 @@ class Step(modules.CrossStep):
 
 
 def inputs(_model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """What the model learns from."""
+    """The forward's arguments."""
     return {"pixel_values": batch["pixel_values"], "decoder_input_ids": batch["decoder_input_ids"], "use_cache": False}
 
 
 def cross_layers(decoder: Any) -> list[nn.Module]:
-    """The cross-attention modules, first layer first."""
+    """The cross-attention modules of the decoder's layers, in order."""
     if decoder.config.model_type == "gpt2":
         return [block.crossattention for block in decoder.transformer.h]
     return [layer.crossattention.self for layer in decoder.bert.encoder.layer]
 
 
-def keys_and_values(layer: Any, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """One layer's memory of `seen` [E, M, C]: two of [E, H, M, D]."""
+def layer_memory(layer: Any, features: Tensor) -> tuple[Tensor, Tensor]:
+    """One layer's keys and values, [E, H, M, D] each, of `features` [E, M, C]."""
     if hasattr(layer, "c_attn"):
-        keys, values = layer.c_attn(seen).split(layer.split_size, 2)
+        keys, values = layer.c_attn(features).split(layer.split_size, 2)
         heads = layer.num_heads
     else:
-        keys, values = layer.key(seen), layer.value(seen)
+        keys, values = layer.key(features), layer.value(features)
         heads = layer.num_attention_heads
     return split_heads(keys, heads), split_heads(values, heads)

@@ -1,4 +1,4 @@
-"""What a command was asked to do: one frozen, validated dataclass per concern. No torch, no NumPy."""
+"""The options of the commands: frozen dataclasses that validate their fields. Without torch and NumPy."""
 
 from capcli.options.bench import BenchOptions
 from capcli.options.caption import (
@@ -14,13 +14,11 @@ from capcli.options.caption import (
     Suffix,
     check_device,
 )
-from capcli.options.data import DataOptions
+from capcli.options.data import DataOptions, TaskOptions, table_of, task_of
 from capcli.options.evaluate import EvaluateOptions
 from capcli.options.export import ExportOptions
 from capcli.options.prepare import DownloadOptions, ImageFormat, PrepareOptions
-from capcli.options.task import TaskOptions, table_of, task_of
-from capcli.options.train import TrainOptions
-from capcli.options.training_model import ModelOptions
+from capcli.options.train import ModelOptions, TrainOptions
 
 __all__ = [
     "DECODE_TIMEOUT",

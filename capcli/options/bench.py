@@ -1,49 +1,52 @@
-"""What `capcli bench` was asked to do."""
+"""Options of `capcli bench`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from capcli.errors import UsageError
-from capcli.options.caption import DEFAULT_MODEL, GenerationOptions
+from capcli.options.caption import DEFAULT_MODEL, Dtype, GenerationOptions, check_device
+from capcli.options.limits import NonNegativeFloat, PositiveInt, check_limits
 
-PEERS = ("single", "batched", "bfloat16", "compiled", "optimum")
-LEAST_ROUNDS = 5  # of which a median is told
+BASELINES = ("single", "batched", "bfloat16", "compiled", "optimum")
 
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """Caption `photos` with `model`, again and again, beside each of `against`, and say where the time goes.
+    """Measure how fast `model` captions `photos`, and compare it with the baselines `against`.
 
-    Every contestant has a process of its own, and they take turns for `rounds` rounds. `peer_python` is the interpreter that
-    peers run with (None: this one), such as one where Optimum is installed. `batch_size` and `threads` None: what pays.
-    `at_least` is how many times as fast as every peer it must be; `limit` takes so many photos only. `quick` measures
-    neither stages nor peak rates. `gpu_decode` is what it is to `capcli caption`; stages are as without it.
+    capcli and each baseline run in processes of their own and take turns for `rounds` rounds. `peer_python` is the Python
+    interpreter of the baselines (None: this one), for example one of an environment with Optimum. `batch_size` and
+    `threads` None: chosen automatically. `limit` takes only the first images. `at_least` is the speedup over every
+    baseline below which the command fails. `quick` skips the stages and the peak rates of the machine. `gpu_decode` has the
+    meaning that it has in `capcli caption`; the stages are measured without it.
     """
 
     photos: tuple[str, ...]
     model: str = DEFAULT_MODEL
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     device: str = "auto"
-    dtype: str = "auto"
-    batch_size: int | None = None
-    threads: int | None = None
-    limit: int | None = None
+    dtype: Dtype = "auto"
+    batch_size: PositiveInt | None = None
+    threads: PositiveInt | None = None
+    limit: PositiveInt | None = None
     gpu_decode: bool = False
     against: tuple[str, ...] = ()
     peer_python: str | None = None
-    rounds: int = LEAST_ROUNDS
-    at_least: float | None = None
+    rounds: PositiveInt = 5
+    at_least: NonNegativeFloat | None = None
     quick: bool = False
     json: bool = False
 
     def __post_init__(self) -> None:
+        check_limits(self)
+        check_device(self.device)
         for name in self.against:
-            if name not in PEERS:
-                raise UsageError(f"--against {name}: it is {', '.join(PEERS)}")
+            if name not in BASELINES:
+                raise UsageError(f"--against {name}: it must be one of {', '.join(BASELINES)}")
         if len(set(self.against)) < len(self.against):
-            raise UsageError("--against names a peer twice")
+            raise UsageError("--against names a baseline twice")
         if self.at_least is not None and not self.against:
-            raise UsageError("--at-least compares with a peer: give --against")
+            raise UsageError("--at-least compares with baselines: name them with --against")
         if self.generation.do_sample and self.against:
-            raise UsageError("captions drawn at random cannot be held against a peer's: leave --do-sample out")
+            raise UsageError("sampled captions cannot be compared with those of a baseline: leave --do-sample out")

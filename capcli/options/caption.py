@@ -1,36 +1,38 @@
-"""What `capcli caption` was asked to do, and the search settings that other commands share."""
+"""Options of `capcli caption`: where images come from, how captions are generated, and where rows go."""
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from capcli.errors import UsageError
+from capcli.options.limits import NonNegativeInt, PositiveFloat, PositiveInt, Range, check_limits
 
 DEFAULT_MODEL = "nlpconnect/vit-gpt2-image-captioning"
-MAX_PIXELS = 178_956_970  # where Pillow itself refuses an image as a decompression bomb
+MAX_PIXELS = 178_956_970  # above this Pillow itself refuses an image as a decompression bomb
 DECODE_TIMEOUT = 60.0  # seconds
 
 Format = Literal["jsonl", "csv"]
 Suffix = Literal[".txt", ".caption"]
 Existing = Literal["skip", "overwrite", "append"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What to list.
+    """The images to list.
 
-    `sources` are files, folders, glob patterns or `-` (names on standard input); a path that exists is taken as it
-    is, wildcards or not. `from_file` is a list of paths, one a line, or separated by NUL with `null`, which holds
-    for standard input as well. Folders and patterns yield files with an image suffix, hidden ones (leading dot) not.
+    `sources` are files, folders, glob patterns, or `-` (names on standard input). A path that exists is taken literally,
+    even if it contains wildcards. `from_file` is a list of paths, one per line, or separated by NUL with `null`, which
+    applies to standard input too. Folders and patterns yield the files with an image suffix, without hidden files (those
+    with a leading dot).
 
-    `include` and `exclude` hold patterns over the name relative to the folder (or to the part of a glob before its
-    first wildcard). One without `/` is held against base names at any depth: `*.tif`. One with `/` is held against the
-    whole relative name: `2024/*.tif`, `2024/**`. With `include` these patterns alone decide, whatever the suffix;
-    `exclude` wins over it, and prunes a folder that it matches. Hidden names are included only by patterns that spell
-    the dot. Files that are named or listed are always yielded.
+    `include` and `exclude` are patterns over the name relative to the folder, or relative to the part of a glob before
+    its first wildcard. A pattern without `/` is matched against base names at any depth: `*.tif`. A pattern with `/` is
+    matched against the whole relative name: `2024/*.tif`, `2024/**`. If `include` is given, only its patterns decide,
+    whatever the suffix. `exclude` takes precedence over `include`, and a folder that it matches is not entered. Hidden
+    names are included only by patterns that contain the dot. Files that are named or listed are always yielded.
     """
 
     sources: tuple[str, ...] = ()
@@ -40,16 +42,20 @@ class SourceOptions:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_limits(self)
+
 
 @dataclass(frozen=True)
 class SinkOptions:
-    """Where captions go and what a row holds.
+    """Where captions are written and what a row contains.
 
-    `out` is a file, `-` for standard output, or None: standard output, unless sidecars are asked for. `format` None
-    goes by the file's suffix; on standard output it is JSON lines, readable ones on a terminal. `candidates` adds all
-    captions of an image to its row, `fields` names facts to add. `failures` None: beside `out`, or lines to `warn`.
-    `overwrite` starts a file anew, `retry_failed` tries earlier failures again. `sidecar` is the suffix of a text file
-    for each image, beside it or below `sidecar_dir`; `existing` says what becomes of one that is there.
+    `out` is a file, `-` for standard output, or None: standard output, unless sidecars are written. `format` None is
+    chosen by the suffix of `out`; on standard output it is JSON lines, and readable lines on a terminal. `candidates`
+    adds all captions of an image to its row, `fields` names columns with properties of the image file. `failures` None
+    is a file beside `out`; without `out`, failures are printed on standard error. `overwrite` starts the output from
+    scratch, `retry_failed` tries images again that failed in earlier runs. `sidecar` is the suffix of one text file per
+    image, beside the image or below `sidecar_dir`; `existing` states what to do with a text file that already exists.
     """
 
     out: str | None = None
@@ -63,67 +69,43 @@ class SinkOptions:
     sidecar_dir: str | None = None
     existing: Existing = "skip"
 
-
-KINDS = dict.fromkeys(
-    ("num_beams", "max_new_tokens", "min_new_tokens", "no_repeat_ngram_size", "top_k", "num_return_sequences", "seed"),
-    int,
-) | dict.fromkeys(("length_penalty", "repetition_penalty", "temperature", "top_p"), (int, float))
+    def __post_init__(self) -> None:
+        check_limits(self)
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """Search settings asked for; `None` leaves a field to the checkpoint's generation_config."""
+    """Settings of the caption search, with the names and meanings of transformers' `GenerationConfig`.
 
-    num_beams: int | None = None
-    max_new_tokens: int | None = None
-    min_new_tokens: int | None = None
-    length_penalty: float | None = None
+    None leaves a field to the checkpoint's generation_config. Raises UsageError for a value out of its limits.
+    """
+
+    num_beams: PositiveInt | None = None
+    max_new_tokens: PositiveInt | None = None
+    min_new_tokens: NonNegativeInt | None = None
+    length_penalty: Annotated[float, Range(-100, 100)] | None = None
     early_stopping: bool | Literal["never"] | None = None
-    no_repeat_ngram_size: int | None = None
-    repetition_penalty: float | None = None
+    no_repeat_ngram_size: NonNegativeInt | None = None
+    repetition_penalty: PositiveFloat | None = None
     do_sample: bool | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    num_return_sequences: int | None = None
+    temperature: PositiveFloat | None = None
+    top_k: NonNegativeInt | None = None
+    top_p: Annotated[float, Range(0, 1, min_open=True)] | None = None
+    num_return_sequences: PositiveInt | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, kinds in KINDS.items():
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
-                raise UsageError(f"{name} is {value!r}; it must be a {'whole ' if kinds is int else ''}number")
-        for name, allowed in (
-            ("num_beams", 1),
-            ("max_new_tokens", 1),
-            ("min_new_tokens", 0),
-            ("no_repeat_ngram_size", 0),
-            ("top_k", 0),
-            ("num_return_sequences", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < allowed:
-                raise UsageError(f"{name} is {value}; it must be at least {allowed}")
+        check_limits(self, written=str)  # also used for a checkpoint's generation_config.json, where names are no flags
         least, most = self.min_new_tokens, self.max_new_tokens
         if least is not None and most is not None and least > most:
             raise UsageError(f"--min-new-tokens is {least}, which is more than --max-new-tokens, {most}")
-        for name in ("repetition_penalty", "temperature"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UsageError(f"{name} is {value}; it must be above 0 and finite")
-        if self.length_penalty is not None and not abs(self.length_penalty) <= 100:
-            raise UsageError(f"length_penalty is {self.length_penalty}; it must be between -100 and 100")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if self.early_stopping not in (None, True, False, "never"):
-            raise UsageError(f"early_stopping is {self.early_stopping!r}; it must be true, false or 'never'")
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionOptions:
-    """One `capcli caption`. `None` is `auto`: what this machine, the model and the number of images ask for.
+    """Options of one `capcli caption`. None means `auto`: chosen by the machine, the model and the number of images.
 
-    `tags_field` names the field, of the metadata beside the images, with words on each that the captioner reads.
+    `tags_field` names a field of the metadata beside the images: tags that the captioner reads with the image.
     """
 
     source: SourceOptions
@@ -135,23 +117,22 @@ class CaptionOptions:
     model: str = DEFAULT_MODEL
     revision: str | None = None
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
-    batch_size: int | None = None
-    workers: int | None = None
-    threads: int | None = None
-    max_pixels: int = MAX_PIXELS
-    decode_timeout: float = DECODE_TIMEOUT
+    dtype: Dtype = "auto"
+    batch_size: PositiveInt | None = None
+    workers: NonNegativeInt | None = None
+    threads: PositiveInt | None = None
+    max_pixels: PositiveInt = MAX_PIXELS
+    decode_timeout: PositiveFloat = DECODE_TIMEOUT
     fast_decode: bool = False
     gpu_decode: bool = False
     order: Literal["source", "done"] = "source"
-    limit: int | None = None
+    limit: NonNegativeInt | None = None
     dry_run: bool = False
     quiet: bool = False
 
     def __post_init__(self) -> None:
+        check_limits(self)
         check_device(self.device)
-        if not self.decode_timeout > 0:
-            raise UsageError(f"decode_timeout is {self.decode_timeout}; it must be above 0")
         if self.fast_decode and self.gpu_decode:
             raise UsageError("--fast-decode and --gpu-decode are two ways to decode JPEGs: give one of them")
         if self.gpu_decode and self.workers == 0:
@@ -159,6 +140,6 @@ class CaptionOptions:
 
 
 def check_device(name: str) -> None:
-    """Raises UsageError for what names no kind of device; whether it is there is another question."""
+    """Raises UsageError unless `name` is the name of a device. Whether the machine has the device is not checked."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise UsageError(f"--device {name}: it is auto, cpu, cuda, or cuda:N")
+        raise UsageError(f"--device {name}: it must be auto, cpu, cuda or cuda:N")

@@ -1,4 +1,4 @@
-"""What `capcli evaluate` was asked to do."""
+"""Options of `capcli evaluate`."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ from dataclasses import dataclass
 from typing import Literal
 
 from capcli.errors import UsageError
+from capcli.options.limits import NonNegativeInt, PositiveInt, check_limits
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluateOptions:
-    """One or two files of `captions` (`-` is standard input) to hold against `references`, all of which count together.
+    """Compare one or two files of `captions` (`-` is standard input) with `references`, which are merged.
 
-    `image_column` and `caption_column` name columns of the references, the captions, or both; `split` takes the
-    references of one split only. `tokenize` None goes by the references' script. `without_java` leaves METEOR out and
-    tokenizes in Python. `bootstrap` asks for 95 % intervals from `resamples` draws with `seed`. `per_image` is a CSV to
-    write, `json` asks for JSON in place of a table.
+    `image_column` and `caption_column` name columns of the references, the captions, or both. `split` takes the
+    references of one split only. `tokenize` None is chosen by the script of the references. `without_java` omits METEOR
+    and tokenizes in Python. `bootstrap` adds 95 % confidence intervals from `resamples` resamples drawn with `seed`.
+    `per_image` is a CSV file to write. `json` prints JSON instead of a table.
     """
 
     captions: tuple[str, ...]
     references: tuple[str, ...]
     image_column: str | None = None
     caption_column: str | None = None
-    split: str | None = None
+    split: Literal["train", "val", "test"] | None = None
     tokenize: Literal["ptb", "characters"] | None = None
     without_java: bool = False
     bootstrap: bool = False
-    resamples: int = 1000
-    seed: int = 0
+    resamples: PositiveInt = 1000
+    seed: NonNegativeInt = 0
     per_image: str | None = None
     json: bool = False
 
     def __post_init__(self) -> None:
+        check_limits(self)
         if not 1 <= len(self.captions) <= 2:
-            raise UsageError(f"{len(self.captions)} files of captions were given: give one, or two to compare")
+            raise UsageError(f"{len(self.captions)} caption files were given: give one, or two to compare them")
         if self.captions == ("-", "-"):
             raise UsageError("standard input can be read only once: '-' was given twice")
         if not self.references:
-            raise UsageError("no references were given: --references FILE says what people wrote of the images")
-        if self.resamples < 1:
-            raise UsageError(f"resamples is {self.resamples}; it must be 1 or more")
+            raise UsageError("no references were given: name a file of reference captions with --references")

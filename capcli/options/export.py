@@ -1,4 +1,4 @@
-"""What `capcli export` was asked to do."""
+"""Options of `capcli export`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Literal
 
 from capcli.errors import UsageError
 from capcli.options.caption import DEFAULT_MODEL, check_device
+from capcli.options.limits import PositiveInt, check_limits
 
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """One `capcli export`.
+    """Build an engine of `kind` from `model`.
 
-    `kind` is what is built; `out` None is `<engines>/<the model's name>`. `profile` is fused (opset 24) or portable
-    (opset 18). `quantize` int8 rounds the weights of matrix products to 8 bits. `num_beams`, `max_new_tokens` and
-    `batch_sizes` fix the shapes of plans (None: the model's own; ONNX takes any), which have room for a short prompt too.
-    `verify_with` is a folder of images for
-    the proof, None: drawn ones. `force` keeps an engine that failed its proof.
+    `out` None is `<engines>/<name of the model>`. `profile` is fused (ONNX opset 24) or portable (opset 18). `quantize`
+    int8 rounds the weights of matrix products to 8 bits. `num_beams`, `max_new_tokens` and `batch_sizes` fix the shapes
+    of TensorRT plans, which also have room for a short prompt (None: the model's own settings); ONNX graphs take any
+    shape. `verify_with` is a folder of images for the parity check (None: generated images). `force` keeps an engine that
+    fails its parity check.
     """
 
     kind: Literal["onnx", "tensorrt"]
@@ -27,21 +28,22 @@ class ExportOptions:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     profile: Literal["fused", "portable"] = "fused"
     quantize: Literal["int8"] | None = None
-    num_beams: int | None = None
-    max_new_tokens: int | None = None
+    num_beams: PositiveInt | None = None
+    max_new_tokens: PositiveInt | None = None
     batch_sizes: tuple[int, ...] = (1, 8, 64, 256)
     verify_with: str | None = None
     device: str = "auto"
-    threads: int | None = None
+    threads: PositiveInt | None = None
     overwrite: bool = False
     force: bool = False
     quiet: bool = False
 
     def __post_init__(self) -> None:
+        check_limits(self)
         check_device(self.device)
         if self.quantize and self.dtype != "float32":
-            raise UsageError(f"--quantize {self.quantize} begins from float32: leave out --dtype {self.dtype}")
+            raise UsageError(f"--quantize {self.quantize} begins from float32: leave --dtype {self.dtype} out")
         if self.quantize and self.kind == "tensorrt":
             raise UsageError("--quantize int8 is for ONNX Runtime on CPUs: give --onnx")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise UsageError(f"--batch-sizes {','.join(map(str, self.batch_sizes))}: each is at least 1")
+            raise UsageError(f"--batch-sizes is {','.join(map(str, self.batch_sizes))}; each must be at least 1")

@@ -1,121 +1,175 @@
-"""What `capcli train` was asked to do."""
+"""Options of `capcli train`: the captioner to train, and how it is trained."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from capcli.errors import UsageError
 from capcli.options.caption import DECODE_TIMEOUT, MAX_PIXELS, GenerationOptions
-from capcli.options.data import DataOptions
-from capcli.options.task import LISTS, TaskOptions
-from capcli.options.training_model import ModelOptions
+from capcli.options.data import LIST_FIELDS, DataOptions, TaskOptions
+from capcli.options.limits import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    check_limits,
+)
 from capcli.text import flag
 
-Every = int | Literal["epoch"]
+NEW = "new"  # the tokenizer that is trained on the captions
+IMAGE_TOKENS = 10  # tokens of a prefix that hold the image
+TAG_TOKENS = 16  # most tokens of tags in a prefix, where images have tags
+PREFIX_ENCODER = "microsoft/resnet-101"
+DEFAULT_LENGTH = 50  # tokens of a caption
+PARTS = ("encoder", "decoder", "question_encoder")
+SMALLEST_VOCABULARY = 259  # every byte, start, end and padding
+SEEDS = Range(0, 2**32, max_open=True)
+
+Part = str | Mapping[str, Any]  # a name on the hub, a path, or a table of config values
+Every = PositiveInt | Literal["epoch"]
 Schedule = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "reduce_lr_on_plateau"
 ]
 
 
-# What a number must be, where a comparison alone would let through what is no number.
-NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
-    **dict.fromkeys(("epochs", "learning_rate", "decode_timeout"), (lambda x: x > 0, "above 0")),
-    **dict.fromkeys(("warmup", "weight_decay", "max_grad_norm"), (lambda x: x >= 0, "0 or more")),
-    **dict.fromkeys(
-        ("adam_beta2", "label_smoothing", "mask_patches"), (lambda x: 0 <= x < 1, "0 or more, and below 1")
-    ),
-    "seed": (lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
-}
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """The captioner to train.
+
+    `model` is an existing captioner to continue from, a folder or a name on the hub, with its own tokenizer. Without it,
+    `encoder` and `decoder` are each a name on the hub or a folder with weights, or the path of a .json file of config
+    values, or a table of config values with a "model_type"; the last two get new random weights. `tokenizer` None is the
+    decoder's own, "new" a byte-level BPE of at most `vocab_size` tokens trained on the captions, any other value a name
+    or a folder. `max_length` is the number of tokens of a caption to train on, the end token included; None is
+    DEFAULT_LENGTH, or the length of the decoder where that is smaller.
+
+    `join` states how the decoder reads the image: "cross" by cross-attention; "prefix" as `image_tokens` tokens before the
+    caption (None: IMAGE_TOKENS), followed by at most `tag_tokens` tokens of tags. None is "cross". The default encoder
+    of a prefix is PREFIX_ENCODER. `question_encoder` is a T5 whose encoder encodes the question for the decoder, also a
+    T5. `extra_tokens` adds that many tokens to the vocabulary: <loc_0>, <loc_1> and so on.
+    """
+
+    model: str | None = None
+    encoder: Part | None = None
+    decoder: Part | None = None
+    tokenizer: str | None = None
+    vocab_size: Annotated[int, Range(SMALLEST_VOCABULARY)] = 15000
+    max_length: Annotated[int, Range(2)] | None = None
+    join: Literal["cross", "prefix"] | None = None
+    image_tokens: PositiveInt | None = None
+    tag_tokens: NonNegativeInt | None = None
+    question_encoder: Part | None = None
+    extra_tokens: NonNegativeInt = 0
+
+    def __post_init__(self) -> None:
+        names = (*PARTS, "tokenizer", "join", "image_tokens", "tag_tokens")
+        parts = [name for name in names if getattr(self, name) is not None]
+        if self.model is not None and parts:
+            raise UsageError(
+                f"--model is a whole captioner and goes without {' and '.join(map(flag, parts))}: "
+                "give either --model, or --encoder and --decoder"
+            )
+        for name in ("model", *PARTS, "tokenizer"):
+            if getattr(self, name) == "":
+                raise UsageError(f"{flag(name)} is empty; it must name a folder or a model on the hub")
+        check_limits(self)
+        if self.join != "prefix" and (prefix_only := [name for name in parts if name.endswith("_tokens")]):
+            raise UsageError(f"{flag(prefix_only[0])} is an option of a prefix: give --join prefix too")
+        if self.join == "prefix" and self.encoder is None:
+            object.__setattr__(self, "encoder", PREFIX_ENCODER)
+        if self.model is None and (self.encoder is None or self.decoder is None):
+            lacks = " and ".join(flag(name) for name in ("encoder", "decoder") if getattr(self, name) is None)
+            raise UsageError(f"{lacks} missing: give --encoder and --decoder, or --model, a captioner to continue from")
+        if self.model is not None and self.extra_tokens:
+            raise UsageError(
+                "--extra-tokens is an option of a new captioner: give --encoder and --decoder, not --model"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class TrainOptions:
-    """One `capcli train`. Batch sizes are per device; a step is one update of the weights.
+    """Options of one `capcli train`. Batch sizes are per device; a step is one update of the weights.
 
-    `max_steps` wins over `epochs`. `warmup` is a number of steps, or below 1 a share of them. Raises UsageError for a number
-    that is none, or out of its range. `evaluate_every` and
-    `save_every` count steps, or say "epoch"; None saves whenever there was an evaluation. `select` says by what the
-    `keep_best` checkpoints are chosen: the validation loss, or CIDEr of captions generated for `caption_images` of the
-    validation images. `patience` ends the run after so many evaluations without a better one. `unfreeze_after`
-    counts steps until what `freeze` holds still learns too. `mask_patches` is the share of an image's patches that are hidden
-    from the encoder while it learns. `task` are several things to learn at once, each from its own data, in place of `data`.
+    `max_steps` takes precedence over `epochs`. `warmup` is a number of steps, or below 1 a fraction of all steps.
+    `evaluate_every` and `save_every` are numbers of steps or "epoch"; `save_every` None saves after each evaluation.
+    `select` is the criterion by which the `keep_best` best checkpoints are kept: the validation loss, or CIDEr of captions
+    generated for `caption_images` validation images. `patience` stops the run after that many evaluations without an
+    improvement. `unfreeze_after` is the number of steps after which the part that `freeze` names is trained too.
+    `mask_patches` is the fraction of the patches of an image that are masked in the encoder during training. `task` lists
+    several tasks to learn at once, each with its own data, in place of `data`.
     """
 
     data: DataOptions
     model: ModelOptions
     out: str
     generation: GenerationOptions = field(default_factory=GenerationOptions)
-    epochs: float = 3.0
-    max_steps: int | None = None
-    batch_size: int = 16
-    accumulation: int = 1
-    learning_rate: float = 5e-5
+    epochs: PositiveFloat = 3.0
+    max_steps: PositiveInt | None = None
+    batch_size: PositiveInt = 16
+    accumulation: PositiveInt = 1
+    learning_rate: PositiveFloat = 5e-5
     schedule: Schedule = "linear"
-    warmup: float = 0.0
-    weight_decay: float = 0.01
-    adam_beta2: float = 0.999
-    max_grad_norm: float = 1.0
-    label_smoothing: float = 0.0
+    warmup: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = 0.01
+    adam_beta2: Fraction = 0.999
+    max_grad_norm: NonNegativeFloat = 1.0
+    label_smoothing: Fraction = 0.0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     gradient_checkpointing: bool = False
     freeze: Literal["encoder", "decoder", "none"] = "none"
-    unfreeze_after: int | None = None
-    mask_patches: float = 0.0
+    unfreeze_after: PositiveInt | None = None
+    mask_patches: Fraction = 0.0
     task: tuple[TaskOptions, ...] = ()
     evaluate_every: Every = "epoch"
     save_every: Every | None = None
-    log_every: int = 10
-    keep_best: int = 1
+    log_every: PositiveInt = 10
+    keep_best: PositiveInt = 1
     select: Literal["loss", "cider"] = "loss"
-    caption_images: int = 1000
-    patience: int | None = None
+    caption_images: NonNegativeInt = 1000
+    patience: PositiveInt | None = None
     resume: bool = False
     overwrite: bool = False
     device: Literal["auto", "cpu"] = "auto"
-    threads: int | None = None
-    workers: int | None = None
-    max_pixels: int = MAX_PIXELS
-    decode_timeout: float = DECODE_TIMEOUT
+    threads: PositiveInt | None = None
+    workers: NonNegativeInt | None = None
+    max_pixels: PositiveInt = MAX_PIXELS
+    decode_timeout: PositiveFloat = DECODE_TIMEOUT
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        if self.unfreeze_after is not None and self.freeze == "none":
-            raise UsageError("--unfreeze-after has nothing to unfreeze: say what with --freeze")
-        if self.resume and self.overwrite:
-            raise UsageError("--resume goes on with a run and --overwrite throws it away: give one of them")
-        if self.select == "cider" and not self.caption_images:
-            raise UsageError("--select is cider, of captions, and --caption-images is 0: no captions would be made")
-        refuse_data(self.data, self.task)
-        if self.select == "cider" and self.task and all(task.kind != "caption" for task in self.task):
-            raise UsageError("--select is cider, of captions, and no task is to caption: select by loss")
-        for name, (allowed, words) in NUMBERS.items():
-            value = self.data.seed if name == "seed" else getattr(self, name)
-            if not (math.isfinite(value) and allowed(value)):
-                raise UsageError(f"{flag(name)} is {value}; it must be {words}")
-        if self.data.tags_column is not None and self.model.model is None and self.model.join != "prefix":
-            raise UsageError("--tags-column names words that stand between image and caption: give --join prefix too")
-        if self.data.tags_column is None and self.model.tag_tokens:
-            raise UsageError("--tag-tokens is room for words on an image: give --tags-column, which holds them")
+        check_limits(self)
+        if self.data.seed not in SEEDS:  # the random generators of training take no other seeds
+            raise UsageError(f"--seed is {self.data.seed}; it must be a whole number{SEEDS}")
         if self.warmup > 1 and self.warmup != int(self.warmup):
-            raise UsageError(f"--warmup is {self.warmup}; it must be whole steps, or below 1 a share of them")
+            raise UsageError(f"--warmup is {self.warmup}; it must be a number of steps, or below 1 a fraction of them")
+        if self.unfreeze_after is not None and self.freeze == "none":
+            raise UsageError("--unfreeze-after has nothing to unfreeze: name a part with --freeze")
+        if self.resume and self.overwrite:
+            raise UsageError("--resume continues a run and --overwrite deletes it: give one of them")
+        if self.select == "cider" and not self.caption_images:
+            raise UsageError("--select cider needs generated captions: leave --caption-images 0 out")
+        check_data(self.data, self.task)
+        if self.select == "cider" and self.task and all(task.kind != "caption" for task in self.task):
+            raise UsageError("--select cider needs a task of kind caption: give --select loss")
+        if self.data.tags_column is not None and self.model.model is None and self.model.join != "prefix":
+            raise UsageError("--tags-column names tags that are read in a prefix: give --join prefix too")
+        if self.data.tags_column is None and self.model.tag_tokens:
+            raise UsageError("--tag-tokens reserves tokens for tags: name the column of tags, give --tags-column")
 
 
-def refuse_data(data: DataOptions, tasks: tuple[TaskOptions, ...]) -> None:
-    """Raises UsageError for nothing to train on, and for tasks that do not go together."""
+def check_data(data: DataOptions, tasks: tuple[TaskOptions, ...]) -> None:
+    """Raises UsageError where there is nothing to train on, or where tasks conflict with other options or each other."""
     if not data.data and not tasks:
         raise UsageError("nothing to train on: give --data")
     if tasks and (data.data or data.val_data):
-        raise UsageError("tasks name their data themselves, each its own: leave --data and --val-data out")
-    whole = [each.name for each in fields(data) if each.name != "seed" and getattr(data, each.name) is not None]
-    if tasks and (beside := [name for name in whole if name not in LISTS]):
-        where = (
-            "tasks read no tags: leave it out" if beside[0] == "tags_column" else "put it into each [[task]] it is of"
-        )
-        raise UsageError(
-            f"{flag(beside[0])} is given for the whole run, and tasks read their data each its own way: {where}"
-        )
+        raise UsageError("each task names its own data: leave --data and --val-data out")
+    given = [each.name for each in fields(data) if each.name != "seed" and getattr(data, each.name) is not None]
+    if tasks and (of_run := [name for name in given if name not in LIST_FIELDS]):
+        advice = "tasks read no tags: leave it out" if of_run[0] == "tags_column" else "put it into the [[task]] tables"
+        raise UsageError(f"{flag(of_run[0])} is given for the whole run, but each task has its own data: {advice}")
     if len({task.name for task in tasks}) < len(tasks):
         raise UsageError("two tasks have one name: give each its own")

@@ -1,1 +1,1 @@
-"""`capcli prepare`: a compact copy of images and their captions, made once, which training reads at full speed."""
+"""`capcli prepare`: writes a compact copy of images and their captions, from which training reads at full speed."""

@@ -1,4 +1,4 @@
-"""What every runtime does alike: each slot has a memory and a pool of its own, and images are seated in them."""
+"""The base of every runtime: the buffers of the slots, the admission of images into them, and the input of a step."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
+from capcli.decoding.shapes import Shapes
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedChunk:
-    """Memory or prefixes `seen` and the questions `asked` of a chunk; there once `done`, a CUDA event, has happened."""
+    """An encoded chunk of E images.
 
-    seen: Sequence[Tensor]
-    asked: Tensor
+    `keys_values` are the images' memory or prefix: keys and values of each layer in turn, 2 x layers of [E, H, M, D].
+    `encoder_ids` int64 [E, W] are the ids that the encoder read. `done` is the CUDA event of the end of encoding; None: it ended.
+    """
+
+    keys_values: Sequence[Tensor]
+    encoder_ids: Tensor
     done: torch.cuda.Event | None = None
 
     def ready(self) -> bool:
@@ -28,10 +32,12 @@ class EncodedChunk:
 
 
 class SlotRuntime(ABC):
-    """A runtime but for what executes the two graphs; see `capcli.decoding.loop.Runtime`.
+    """A runtime without the two calls that run a model; the interface is `capcli.decoding.loop.Runtime`.
 
-    What encode leaves of an image is its memory, for cross-attention, or, with `prefixed`, the first entries of its pool.
-    `keep` is the dtype in which slots hold it, and what steps write, None: as encode leaves it.
+    The encoder's keys and values of an image are its slot's memory, for cross-attention, or, with `prefixed`, the first M
+    entries of its slot's pool (its prefix). The buffers of a run are the memory, 2 x layers of [S, H, M, D] (none with
+    `prefixed`), and the pool, 2 x layers of [S, H, N, D] with N = P + R*T entries, M more with `prefixed`. `keep` is the dtype
+    of both; None: that of the encoder's output.
     """
 
     def __init__(self, device: torch.device, *, prefixed: bool = False, keep: torch.dtype | None = None) -> None:
@@ -43,8 +49,8 @@ class SlotRuntime(ABC):
         self._pool: list[Tensor] = []
 
     @abstractmethod
-    def _encode(self, pixels: npt.NDArray[np.uint8], questions: Tensor) -> Sequence[Tensor]:
-        """[E, h, w, 3] and int64 [E, W] -> memory or prefix, 2 x layers of [E, H, M, D]."""
+    def _encode(self, pixels: npt.NDArray[np.uint8], encoder_ids: Tensor) -> Sequence[Tensor]:
+        """Pixels [E, h, w, 3] and ids int64 [E, W] -> memory or prefix, 2 x layers of [E, H, M, D]."""
 
     @abstractmethod
     def _run_step(
@@ -56,10 +62,13 @@ class SlotRuntime(ABC):
         memory: Sequence[Tensor],
         pool: Sequence[Tensor],
     ) -> Tensor:
-        """tokens and position [S, Q], at [S], visible [S, Q, N] -> logits [S, Q, V]; writes into the pool."""
+        """tokens and position [S, Q], at [S], visible bool [S, Q, N] -> logits [S, Q, V].
 
-    def beside(self, count: int) -> Sequence[SlotRuntime]:  # noqa: ARG002
-        """Itself and others over the same weights, each for a thread of its own: `count`, or itself alone if no others can be."""
+        The Q new keys and values of slot s are written to the pool's entries from `at[s]` on.
+        """
+
+    def replicas(self, count: int) -> Sequence[SlotRuntime]:  # noqa: ARG002
+        """`count` runtimes with the same weights, one per thread, this one first; only this one where it allows no others."""
         return [self]
 
     def shapes(
@@ -69,7 +78,7 @@ class SlotRuntime(ABC):
         most: int | None = None,
         count: int | None = None,
     ) -> Shapes:
-        """The shapes of a run with so many slots, or with those that fit the memory, `most`, or that pay for `count` images."""
+        """The shapes of a run with `slots` slots, or fewer where only `most` fit into memory or there are `count` images."""
         shapes = Shapes.of(slots if most is None else min(slots, most))
         return shapes if count is None else shapes.shared_by(count)
 
@@ -84,25 +93,25 @@ class SlotRuntime(ABC):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def encode(self, pixels: npt.NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> EncodedChunk:
-        asked = torch.tensor(questions, dtype=torch.long, device=self.device)  # [E, W]
-        return EncodedChunk(self._encode(pixels, asked), asked)
+    def encode(self, pixels: npt.NDArray[np.uint8], encoder_ids: Sequence[Sequence[int]]) -> EncodedChunk:
+        ids = torch.tensor(encoder_ids, dtype=torch.long, device=self.device)  # [E, W]
+        return EncodedChunk(self._encode(pixels, ids), ids)
 
-    def admit(self, encoded: EncodedChunk, seats: Sequence[int]) -> Tensor:
-        seen, asked = encoded.seen, encoded.asked
+    def admit(self, encoded: EncodedChunk, slots: Sequence[int]) -> Tensor:
+        keys_values = encoded.keys_values
         if not self._pool:
-            self._make_room(seen)
-        at = torch.tensor(seats, device=self.device)
+            self._allocate_buffers(keys_values)
+        at = torch.tensor(slots, device=self.device)
         for entries in self._pool:
-            clear(entries, at)  # a NaN behind a mask still poisons, and an empty seat goes on writing
-        for mine, new in zip(self._pool if self.prefixed else self._memory, seen, strict=True):
-            fill(mine, at, new)
-        shown = self._shown(asked)
-        self._image[at] = shown[: len(seats)]
+            clear(entries, at)  # a masked NaN still makes the result NaN, and a free slot goes on writing entries
+        for entries, new in zip(self._pool if self.prefixed else self._memory, keys_values, strict=True):
+            fill(entries, at, new)
+        image = self._image_visible(encoded.encoder_ids)
+        self._image[at] = image[: len(slots)]
         if len(self._prompt) > 1:
-            self._write_prompt(seen, shown, at)
-        # the first layer's keys mix all of what the encoder saw; what overflows later shows in the score
-        finite: Tensor = seen[0][: len(seats)].isfinite().flatten(1).all(1)
+            self._write_prompt(keys_values, image, at)
+        # each of the first layer's keys depends on all of the image; what overflows in later layers shows in the score
+        finite: Tensor = keys_values[0][: len(slots)].isfinite().flatten(1).all(1)
         return finite
 
     def step(self, tokens: Tensor, position: Tensor, visible: Tensor) -> Tensor:
@@ -111,64 +120,68 @@ class SlotRuntime(ABC):
         at = self._image_entries + prompt + position * rows
         return self._run_step(tokens, positions, at, with_image(self._image, visible), self._memory, self._pool)
 
-    def repeated(self, turn: Callable[[], None]) -> Callable[[], None]:
-        """`turn` itself; a runtime that can record a whole step gives the recording."""
-        return turn
+    def repeated(self, step: Callable[[], None]) -> Callable[[], None]:
+        return step
 
     def slot_bytes(self, pixels: npt.NDArray[np.uint8], settings: Settings) -> int:
-        """What a slot's memory and pool hold; `pixels` [1, h, w, 3] is any one image."""
-        seen = self._encode(pixels, torch.tensor([settings.question], dtype=torch.long, device=self.device))
-        kept = [x.to(self._keep or x.dtype) for x in seen]
+        """The bytes of a slot's memory and pool; `pixels` [1, h, w, 3] is any image."""
+        keys_values = self._encode(pixels, torch.tensor([settings.encoder_ids], dtype=torch.long, device=self.device))
+        kept = [x.to(self._keep or x.dtype) for x in keys_values]
         return sum(x.nbytes + x.nbytes // x.shape[2] * settings.entries for x in kept)
 
-    def _make_room(self, seen: Sequence[Tensor]) -> None:
-        slots, entries = self._shapes.slots, self._settings.entries
-        self._image_entries = seen[0].shape[2] if self.prefixed else 0
+    def _allocate_buffers(self, keys_values: Sequence[Tensor]) -> None:
+        """Memory and pool in the shapes of the first chunk's keys and values; nobody knows them before."""
+        slots = self._shapes.slots
+        self._image_entries = keys_values[0].shape[2] if self.prefixed else 0
         self._image = torch.ones(slots, self._image_entries, dtype=torch.bool, device=self.device)
-        places = self._image_entries + entries
-        self._memory = [] if self.prefixed else [x.new_zeros(slots, *x.shape[1:], dtype=self._keep) for x in seen]
-        self._pool = [x.new_zeros(slots, x.shape[1], places, x.shape[3], dtype=self._keep) for x in seen]
+        entries = self._image_entries + self._settings.entries
+        self._memory = (
+            [] if self.prefixed else [x.new_zeros(slots, *x.shape[1:], dtype=self._keep) for x in keys_values]
+        )
+        self._pool = [x.new_zeros(slots, x.shape[1], entries, x.shape[3], dtype=self._keep) for x in keys_values]
 
-    def _shown(self, asked: Tensor) -> Tensor:
-        """Which entries of images rows see, [E, image entries]: all but those of words that a question lacks, at the end."""
-        shown = torch.ones(len(asked), self._image_entries, dtype=torch.bool, device=self.device)
-        if self._image_entries and asked.shape[1]:
-            shown[:, -asked.shape[1] :] = asked >= 0
-        return shown
+    def _image_visible(self, encoder_ids: Tensor) -> Tensor:
+        """Which image entries are visible, bool [E, M]: all but those of missing tokens, which are the last W entries."""
+        visible = torch.ones(len(encoder_ids), self._image_entries, dtype=torch.bool, device=self.device)
+        if self._image_entries and encoder_ids.shape[1]:
+            visible[:, -encoder_ids.shape[1] :] = encoder_ids >= 0
+        return visible
 
-    def _write_prompt(self, seen: Sequence[Tensor], shown: Tensor, at: Tensor) -> None:
-        """Runs the prompt but for its last token, whose step is the caption's first, and keeps its entries."""
-        chunk, prompt, image = seen[0].shape[0], len(self._prompt) - 1, self._image_entries
-        room = [x.new_zeros(chunk, x.shape[1], prompt, x.shape[3]) for x in seen]
-        memory, pool = ([], [torch.cat(each, 2) for each in zip(seen, room, strict=True)]) if image else (seen, room)
+    def _write_prompt(self, keys_values: Sequence[Tensor], image_visible: Tensor, at: Tensor) -> None:
+        """Runs the prompt's first P tokens for a chunk and keeps their entries; its last token is the input of the first step."""
+        chunk, prompt, image = keys_values[0].shape[0], len(self._prompt) - 1, self._image_entries
+        empty = [x.new_zeros(chunk, x.shape[1], prompt, x.shape[3]) for x in keys_values]
+        memory, pool = keys_values, empty
+        if image:
+            memory, pool = [], [torch.cat(both, 2) for both in zip(keys_values, empty, strict=True)]
         order = torch.arange(prompt, device=self.device).expand(chunk, -1)
         visible = torch.ones(prompt, prompt, dtype=torch.bool, device=self.device).tril().expand(chunk, -1, -1)
         tokens = self._prompt[:-1].expand(chunk, -1)
-        self._run_step(tokens, order, image + order[:, 0], with_image(shown, visible), memory, pool)
-        for mine, new in zip(self._pool, pool, strict=True):
-            fill(mine[:, :, image:], at, new[:, :, image:])
+        self._run_step(tokens, order, image + order[:, 0], with_image(image_visible, visible), memory, pool)
+        for entries, new in zip(self._pool, pool, strict=True):
+            fill(entries[:, :, image:], at, new[:, :, image:])
 
 
 def clear(entries: Tensor, at: Tensor) -> None:
-    """Zeros in the seats `at` [n]."""
+    """Zeroes the slots `at` [n] of `entries` [S, H, N, D]."""
     if entries.device.type != "cpu":
         entries.index_fill_(0, at, 0)
         return
-    for seat in at.tolist():  # where a CPU is given indices it goes number by number
-        entries[seat].zero_()
+    for slot in at.tolist():  # on a CPU, indexing with a tensor copies number by number
+        entries[slot].zero_()
 
 
 def fill(entries: Tensor, at: Tensor, new: Tensor) -> None:
-    """Writes the first n of `new` [E, H, M, D] into the first M entries of the seats `at` [n]."""
+    """Writes the first n of `new` [E, H, M, D] into the first M entries of the slots `at` [n] of `entries` [S, H, N, D]."""
     if entries.device.type != "cpu":
         entries[at, :, : new.shape[2]] = new[: len(at)].to(entries.dtype)
         return
-    for seat, each in zip(at.tolist(), new, strict=False):
-        entries[seat, :, : new.shape[2]] = each
+    for slot, image in zip(at.tolist(), new, strict=False):
+        entries[slot, :, : new.shape[2]] = image
 
 
 def with_image(image: Tensor, visible: Tensor) -> Tensor:
-    """[S, image entries] and [S, Q, N] -> [S, Q, image entries + N]: every row sees what there is of its image."""
+    """Image entries [S, M] before those of `visible` [S, Q, N] -> [S, Q, M + N]: every row sees its whole image."""
     if not image.shape[1]:
         return visible
     return torch.cat((image[:, None].expand(-1, visible.shape[1], -1), visible), 2)

@@ -1,6 +1,6 @@
-"""PyTorch: the runtime every other is held against. Eager on a CPU.
+"""The PyTorch runtime, the reference for all others.
 
-On CUDA steps are replayed from a CUDA graph, and the encoder runs beside them on a stream of its own.
+On CUDA, steps are replayed from a CUDA graph, and the encoder runs beside them on a second stream.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
+from capcli.decoding.shapes import Shapes
 from capcli.runtimes.base import EncodedChunk, SlotRuntime
 
-WARM_UPS = 2  # turns before the recording: libraries set themselves up at the first, which no capture allows
+WARM_UPS = 2  # steps before the capture: libraries initialise in the first, which a capture does not allow
 
 
 class Eager(SlotRuntime):
-    """Runs a captioner's `encode` and `step` modules. `record`: whether steps on CUDA become a CUDA graph."""
+    """Runs a captioner's `encode` and `step` modules. `record`: whether steps on CUDA are replayed from a CUDA graph."""
 
     def __init__(
         self,
@@ -38,9 +38,9 @@ class Eager(SlotRuntime):
         self._encode_module, self._step_module = encode, step
         self.ahead = device.type == "cuda"
         self._record = record and self.ahead
-        self._aside: Any = torch.cuda.Stream(device) if self.ahead else None  # type: ignore[no-untyped-call]
+        self._encode_stream: Any = torch.cuda.Stream(device) if self.ahead else None  # type: ignore[no-untyped-call]
 
-    def beside(self, count: int) -> Sequence[Eager]:
+    def replicas(self, count: int) -> Sequence[Eager]:
         if self.device.type != "cpu":
             return [self]
         modules, keep = (self._encode_module, self._step_module), self._keep
@@ -48,34 +48,34 @@ class Eager(SlotRuntime):
 
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
         super().allocate(shapes, settings)
-        if self._aside is not None:
-            self._aside.wait_stream(torch.cuda.current_stream(self.device))  # what loads the weights
+        if self._encode_stream is not None:
+            self._encode_stream.wait_stream(torch.cuda.current_stream(self.device))  # which loads the weights
 
-    def encode(self, pixels: npt.NDArray[np.uint8], questions: Sequence[Sequence[int]]) -> EncodedChunk:
-        if self._aside is None:
-            return super().encode(pixels, questions)
-        with torch.cuda.stream(self._aside):
-            encoded = super().encode(pixels, questions)
-            return replace(encoded, done=self._aside.record_event())
+    def encode(self, pixels: npt.NDArray[np.uint8], encoder_ids: Sequence[Sequence[int]]) -> EncodedChunk:
+        if self._encode_stream is None:
+            return super().encode(pixels, encoder_ids)
+        with torch.cuda.stream(self._encode_stream):
+            encoded = super().encode(pixels, encoder_ids)
+            return replace(encoded, done=self._encode_stream.record_event())
 
-    def admit(self, encoded: EncodedChunk, seats: Sequence[int]) -> Tensor:
+    def admit(self, encoded: EncodedChunk, slots: Sequence[int]) -> Tensor:
         if encoded.done is not None:
             steps = torch.cuda.current_stream(self.device)
             steps.wait_event(encoded.done)
-            for each in (*encoded.seen, encoded.asked):
-                each.record_stream(steps)  # the allocator keeps it until these, too, are done with it
-        return super().admit(encoded, seats)
+            for tensor in (*encoded.keys_values, encoded.encoder_ids):
+                tensor.record_stream(steps)  # its memory is not reused until this stream, too, has read it
+        return super().admit(encoded, slots)
 
-    def repeated(self, turn: Callable[[], None]) -> Callable[[], None]:
-        """`turn`, or on CUDA its recording: a step is hundreds of small kernels, and one launch starts them all."""
-        return Recorded(turn, self.device) if self._record else turn
+    def repeated(self, step: Callable[[], None]) -> Callable[[], None]:
+        """`step`, or on CUDA a CUDA graph of it: a step is hundreds of small kernels, which a graph starts in one launch."""
+        return Recorded(step, self.device) if self._record else step
 
-    def _encode(self, pixels: npt.NDArray[np.uint8], questions: Tensor) -> Sequence[Tensor]:
+    def _encode(self, pixels: npt.NDArray[np.uint8], encoder_ids: Tensor) -> Sequence[Tensor]:
         image = torch.from_numpy(pixels)
         if self.device.type == "cuda":
-            image = image.pin_memory()  # only then does the host not wait for the copy
+            image = image.pin_memory()  # otherwise the host waits for the copy
         image = image.to(self.device, non_blocking=True)
-        memory: tuple[Tensor, ...] = self._encode_module(image, *((questions,) if questions.shape[1] else ()))
+        memory: tuple[Tensor, ...] = self._encode_module(image, *((encoder_ids,) if encoder_ids.shape[1] else ()))
         return memory
 
     def _run_step(
@@ -92,26 +92,26 @@ class Eager(SlotRuntime):
 
 
 class Recorded:
-    """Does a turn over tensors that stay where they are: as it is at first, then from its CUDA graph."""
+    """Calls a function WARM_UPS times and then replays a CUDA graph of it. Its tensors must keep their addresses."""
 
-    def __init__(self, turn: Callable[[], None], device: torch.device) -> None:
-        self._turn, self._device = turn, device
-        self._done = 0
+    def __init__(self, step: Callable[[], None], device: torch.device) -> None:
+        self._step, self._device = step, device
+        self._calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
-        if self.graph is None and self._done < WARM_UPS:
-            self._turn()
-            self._done += 1
+        if self.graph is None and self._calls < WARM_UPS:
+            self._step()
+            self._calls += 1
             return
         with torch.cuda.device(self._device):
             self.graph = self.graph or self._captured()
             self.graph.replay()
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        """Recording runs nothing: the turn is done by the first replay."""
+        """The graph. A capture executes nothing: the first replay does."""
         graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads may upload images meanwhile
+        # thread_local: other threads may copy images to the device meanwhile
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._turn()
+            self._step()
         return graph

@@ -1,7 +1,6 @@
-"""TensorRT: an engine folder's plans over PyTorch's buffers, each with one context, replayed as a CUDA graph.
+"""The TensorRT runtime: an engine's plans, bound to PyTorch's tensors and replayed as CUDA graphs.
 
-A plan has one shape. A run takes the smallest bucket with room for it and fills it up: idle slots and entries that no row
-sees change nothing.
+A plan has one shape. A run uses the smallest bucket it fits into; unused slots and entries that no row sees change nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from capcli.decoding.loop import Shapes
 from capcli.decoding.settings import Settings
+from capcli.decoding.shapes import Shapes
 from capcli.engine.check import refuse_misfit
 from capcli.engine.engine_json import Engine, encode_plan, step_plan
 from capcli.errors import CapcliError
@@ -28,7 +27,7 @@ TYPES = DTYPES | {"int32": torch.int32, "uint8": torch.uint8, "bool": torch.bool
 
 
 def this_gpu(device: torch.device) -> dict[str, str]:
-    """What of a GPU decides whether a plan fits it."""
+    """The properties of a GPU that decide whether a plan runs on it."""
     major, minor = torch.cuda.get_device_capability(device)
     return {"name": torch.cuda.get_device_name(device), "capability": f"{major}.{minor}"}
 
@@ -41,7 +40,7 @@ def open_trt(folder: str, engine: Engine, device: torch.device) -> Trt:
     if device.type != "cuda":
         raise CapcliError(
             f"{folder} holds TensorRT plans, which run on an NVIDIA GPU, and the device is {device}: "
-            "run it where there is one (--device cuda), or export --onnx for this machine"
+            "use a machine with one (--device cuda), or export --onnx for this machine"
         )
     tensorrt = import_tensorrt()
     refuse_misfit(folder, engine, {"tensorrt": tensorrt.__version__}, this_gpu(device))
@@ -57,22 +56,22 @@ def open_trt(folder: str, engine: Engine, device: torch.device) -> Trt:
 
 @dataclass
 class SideBuffers:
-    """The pool before and after a step: the same buffers where a plan writes in place, else two sets that take turns."""
+    """The pool before and after a step: the same buffers where a plan writes in place, else two sets that alternate."""
 
     name: str
     before: list[Tensor]
     after: list[Tensor]
-    turned: bool = False
+    swapped: bool = False
 
-    def turn(self) -> None:
+    def swap(self) -> None:
         if any(before is not after for before, after in zip(self.before, self.after, strict=True)):
-            self.before, self.after, self.turned = self.after, self.before, not self.turned
+            self.before, self.after, self.swapped = self.after, self.before, not self.swapped
 
 
 class Replayed:
-    """A plan over torch's buffers.
+    """A plan bound to torch's tensors.
 
-    On CUDA every binding runs as it is at first, which TensorRT wants before a capture, then from a CUDA graph of its own.
+    On CUDA each binding first runs without a graph, as TensorRT requires before a capture, and from then on as a CUDA graph.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
@@ -81,7 +80,7 @@ class Replayed:
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
     def run(self, bound: Mapping[str, Tensor], binding: Hashable = None) -> None:
-        """Runs it with `bound`, a buffer for every port: the same buffers whenever `binding` is the same."""
+        """Runs the plan with `bound`, a tensor for every port. The same `binding` must mean the same tensors."""
         if self._device.type == "cuda":
             with torch.cuda.device(self._device):
                 self._run_on_gpu(bound, binding)
@@ -112,7 +111,7 @@ class Replayed:
         return graph
 
     def _run_aside(self) -> None:
-        """On a stream of its own: on the default one TensorRT waits for the device."""
+        """Runs on another stream: on the default stream TensorRT waits for the device."""
         current, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         aside.wait_stream(current)
         self.plan.run(aside.cuda_stream)
@@ -120,7 +119,7 @@ class Replayed:
 
 
 class Trt(SlotRuntime):
-    """Runs the plans that `load` reads by file name."""
+    """Runs an engine's plans; `load` reads one by its file name."""
 
     def __init__(self, engine: Engine, load: Callable[[str], Plan], device: torch.device) -> None:
         super().__init__(device, prefixed=engine.memory.prefixed)
@@ -131,14 +130,14 @@ class Trt(SlotRuntime):
         self._release()
 
     def _release(self) -> None:
-        """Lets go of every buffer: those of another run come after."""
+        """Frees every buffer."""
         self._encoding: dict[str, Tensor] = {}
         self._stepping: dict[str, Tensor] = {}
         self._main: SideBuffers | None = None
         self._scratch: SideBuffers | None = None
 
     def shapes(self, slots: int, settings: Settings, most: int | None = None, count: int | None = None) -> Shapes:
-        """A bucket's, whole. Raises UsageError for a search that no plan has room for, and for too many slots."""
+        """The shapes of a bucket. Raises UsageError where no bucket has room for the search or for so many slots."""
         bucket = self._engine.bucket(slots if count is None else min(slots, max(1, count)), settings, most)
         return Shapes(bucket.slots, bucket.chunk)
 
@@ -147,18 +146,18 @@ class Trt(SlotRuntime):
         return self.shapes(half, settings, half)
 
     def slot_bytes(self, pixels: npt.NDArray[np.uint8], settings: Settings) -> int:  # noqa: ARG002
-        """What a slot's memory and pool hold, the pool twice: not every plan writes in place."""
-        held = self._engine.memory
+        """The bytes of a slot's memory and pool, the pool twice: not every plan writes in place."""
+        memory = self._engine.memory
         bucket = self._engine.bucket(1, settings)
-        places = held.positions - held.image_entries + 2 * bucket.entries
-        return len(self._names) * held.heads * held.head_size * places * TYPES[self._engine.dtype].itemsize
+        entries = memory.positions - memory.image_entries + 2 * bucket.entries
+        return len(self._names) * memory.heads * memory.head_size * entries * TYPES[self._engine.dtype].itemsize
 
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
-        """Loads the plans of a bucket, unless they are, and makes all their buffers.
+        """Loads the plans of a bucket, unless they are loaded, and allocates their buffers.
 
-        Raises UsageError for more than any bucket has room for.
+        Raises UsageError where no bucket has room for the run.
         """
-        bucket, held = self._engine.bucket(shapes.slots, settings), self._engine.memory
+        bucket, memory = self._engine.bucket(shapes.slots, settings), self._engine.memory
         self._bucket = bucket
         self._release()
         super().allocate(shapes, settings)
@@ -167,25 +166,25 @@ class Trt(SlotRuntime):
         for name in wanted:
             self._plans.setdefault(name, self._plans.get(name) or self._load(name))
         self._encoder, self._decoder = (Replayed(self._plans[name], self.device) for name in wanted)
-        self._refuse_strange()
+        self._refuse_mismatch()
         self._encoding, self._stepping = self._buffers(self._encoder.plan), self._buffers(self._decoder.plan)
         self._main = self._sides("main")
         self._memory = [self._stepping[f"memory_{name}"] for name in self._remembered]
-        self._pool, self._image_entries = self._main.before, held.image_entries
-        self._image = torch.ones(shapes.slots, held.image_entries, dtype=torch.bool, device=self.device)
+        self._pool, self._image_entries = self._main.before, memory.image_entries
+        self._image = torch.ones(shapes.slots, memory.image_entries, dtype=torch.bool, device=self.device)
 
     def _buffers(self, plan: Plan) -> dict[str, Tensor]:
-        """Zeros for every port; one buffer for an input and the output that is written over it."""
-        made: dict[str, Tensor] = {}
+        """A zero tensor for every port; an output that overwrites an input shares its tensor."""
+        buffers: dict[str, Tensor] = {}
         for name, port in sorted(plan.ports.items(), key=lambda item: not item[1].is_input):
             shared = None if port.is_input else plan.aliased(name)
-            made[name] = (
-                made[shared] if shared else torch.zeros(port.shape, dtype=TYPES[port.dtype], device=self.device)
+            buffers[name] = (
+                buffers[shared] if shared else torch.zeros(port.shape, dtype=TYPES[port.dtype], device=self.device)
             )
-        return made
+        return buffers
 
-    def _refuse_strange(self) -> None:
-        """Raises CapcliError for a plan that is not what its name and engine.json say."""
+    def _refuse_mismatch(self) -> None:
+        """Raises CapcliError for a plan whose ports are not those that engine.json describes."""
         engine, bucket = self._engine, self._bucket
         rows = (bucket.slots, bucket.rows)
         memory, pool = ([f"{kind}_{name}" for name in self._names] for kind in ("memory", "pool"))
@@ -204,30 +203,30 @@ class Trt(SlotRuntime):
         stepped |= dict.fromkeys(f"pool_out_{name}" for name in self._names)
         for plan, wanted in ((self._encoder.plan, encoded), (self._decoder.plan, stepped)):
             found = {name: (port.shape, port.dtype) for name, port in plan.ports.items()}
-            strange = sorted(set(found) ^ set(wanted))
-            strange += [n for n in found if n not in strange and wanted[n] not in (None, found[n][0])]
-            strange += [n for n in found if n not in strange and found[n][1] not in TYPES]
-            if strange:
-                what = ", ".join(f"{name} {found.get(name, ('is missing',))}" for name in strange[:3])
-                raise CapcliError(f"{plan.name} is not the plan that its name says ({what}): {engine.rebuild}")
+            wrong = sorted(set(found) ^ set(wanted))
+            wrong += [n for n in found if n not in wrong and wanted[n] not in (None, found[n][0])]
+            wrong += [n for n in found if n not in wrong and found[n][1] not in TYPES]
+            if wrong:
+                what = ", ".join(f"{name} {found.get(name, ('is missing',))}" for name in wrong[:3])
+                raise CapcliError(f"{plan.name} is not the plan that engine.json describes ({what}): {engine.rebuild}")
 
     def _sides(self, name: str) -> SideBuffers:
-        """The plan's own pool buffers, or, for another name, others like them."""
+        """The pool buffers of the step plan for `main`, else new ones of the same shapes."""
         before = [self._stepping[f"pool_{layer}"] for layer in self._names]
         after = [self._stepping[f"pool_out_{layer}"] for layer in self._names]
         if name == "main":
             return SideBuffers(name, before, after)
-        mine = [torch.zeros_like(x) for x in before]
+        new = [torch.zeros_like(x) for x in before]
         return SideBuffers(
-            name, mine, [m if a is b else torch.zeros_like(a) for m, b, a in zip(mine, before, after, strict=True)]
+            name, new, [n if a is b else torch.zeros_like(a) for n, b, a in zip(new, before, after, strict=True)]
         )
 
-    def _encode(self, pixels: npt.NDArray[np.uint8], questions: Tensor) -> Sequence[Tensor]:
+    def _encode(self, pixels: npt.NDArray[np.uint8], encoder_ids: Tensor) -> Sequence[Tensor]:
         most = self._bucket.chunk
         if len(pixels) > most:
             parts = [slice(start, start + most) for start in range(0, len(pixels), most)]
-            told = [[x.clone() for x in self._encode(pixels[part], questions[part])] for part in parts]
-            return [torch.cat(each) for each in zip(*told, strict=True)]
+            encoded = [[x.clone() for x in self._encode(pixels[part], encoder_ids[part])] for part in parts]
+            return [torch.cat(layer) for layer in zip(*encoded, strict=True)]
         self._encoding["pixels"][: len(pixels)].copy_(torch.from_numpy(np.ascontiguousarray(pixels)))
         self._encoder.run(self._encoding)
         return [self._encoding[f"memory_{name}"][: len(pixels)] for name in self._names]
@@ -242,12 +241,12 @@ class Trt(SlotRuntime):
         pool: Sequence[Tensor],  # noqa: ARG002
     ) -> Tensor:
         assert self._main is not None
-        logits = self._pass(self._main, tokens, position, at, visible)
+        logits = self._run_decoder(self._main, tokens, position, at, visible)
         self._pool = self._main.before
         return logits
 
-    def _pass(self, pool: SideBuffers, tokens: Tensor, position: Tensor, at: Tensor, visible: Tensor) -> Tensor:
-        """One step over the plan's own memory and `pool`, whose sides turn; the plan's further slots stay idle."""
+    def _run_decoder(self, pool: SideBuffers, tokens: Tensor, position: Tensor, at: Tensor, visible: Tensor) -> Tensor:
+        """One step with the plan's memory and `pool`, whose sides are swapped; the plan's other slots are not used."""
         slots = len(tokens)
         for name, x in (("tokens", tokens), ("position", position), ("at", at)):
             self._stepping[name][:slots].copy_(x)
@@ -255,24 +254,26 @@ class Trt(SlotRuntime):
         bound = self._stepping
         for name, before, after in zip(self._names, pool.before, pool.after, strict=True):
             bound[f"pool_{name}"], bound[f"pool_out_{name}"] = before, after
-        self._decoder.run(bound, (pool.name, pool.turned))
-        pool.turn()
+        self._decoder.run(bound, (pool.name, pool.swapped))
+        pool.swap()
         return bound["logits"][:slots]
 
-    def _write_prompt(self, seen: Sequence[Tensor], shown: Tensor, at: Tensor) -> None:  # noqa: ARG002
-        """As the rows of steps, for a plan has no other shape, and in a pool of its own: the slots that are busy keep theirs."""
+    def _write_prompt(self, keys_values: Sequence[Tensor], image_visible: Tensor, at: Tensor) -> None:  # noqa: ARG002
+        """Runs the prompt as rows of steps, the only shape of the plan, in a second pool: occupied slots must not change."""
         self._scratch = self._scratch or self._sides("scratch")
         pool, rows, slots, image = self._scratch, self._bucket.rows, self._bucket.slots, self._image_entries
-        for entries, mine in zip(pool.before, self._pool, strict=True):
-            entries.index_copy_(0, at, mine[at])
+        for copy, entries in zip(pool.before, self._pool, strict=True):
+            copy.index_copy_(0, at, entries[at])
         prefix = len(self._prompt) - 1
         entry = torch.arange(self._bucket.entries, device=self.device)
         for start in range(0, prefix, rows):
-            order = start + torch.arange(rows, device=self.device)  # past the prefix are rows that are written over
+            order = start + torch.arange(
+                rows, device=self.device
+            )  # rows past the prefix write entries that steps overwrite
             place = order.clamp(max=prefix - 1)
             visible = (entry <= image + order[:, None]).repeat(slots, 1, 1)
             visible[: len(self._image), :, :image] &= self._image[:, None]
             tokens, first = self._prompt[place].expand(slots, -1), (image + order[0]).expand(slots)
-            self._pass(pool, tokens, place.expand(slots, -1), first, visible)
-        for mine, new in zip(self._pool, pool.before, strict=True):
-            mine[at, :, : image + prefix] = new[at, :, : image + prefix]
+            self._run_decoder(pool, tokens, place.expand(slots, -1), first, visible)
+        for entries, new in zip(self._pool, pool.before, strict=True):
+            entries[at, :, : image + prefix] = new[at, :, : image + prefix]

@@ -1,7 +1,7 @@
-"""All that touches `tensorrt` at run time: plans over device pointers, run on a stream's handle. It knows no torch.
+"""TensorRT's own API at run time: reads plans, binds them to device pointers and runs them on a CUDA stream. No torch.
 
-Every attribute of TensorRT that is used here is checked against tests/tensorrt_api.json; one that a version lacks stands
-behind a `hasattr`. Variables that hold TensorRT's objects are annotated, so that the check can follow them.
+Every attribute of TensorRT used here is checked against tests/tensorrt_api.json; one that some version lacks is guarded by
+`hasattr`. Variables that hold TensorRT's objects are annotated, so that the check can follow them.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 
-def import_tensorrt(least: tuple[int, int] = KEEPS) -> Any:
-    """TensorRT's module. Raises CapcliError when it is missing, cannot be loaded, or is older than `least`."""
+def import_tensorrt() -> Any:
+    """TensorRT's module. Raises CapcliError when it is missing, cannot be imported, or is older than KEEPS."""
     with importing(TENSORRT):
         import tensorrt
     version: str = tensorrt.__version__
-    if release(version) < least:
-        wanted = f"{least[0]}.{least[1]} or newer is needed ({TENSORRT.install} --upgrade)"
+    if release(version) < KEEPS:
+        wanted = f"{KEEPS[0]}.{KEEPS[1]} or newer is needed ({TENSORRT.install} --upgrade)"
         raise CapcliError(f"TensorRT {version} is too old: {wanted}")
     return tensorrt
 
 
 def make_log(tensorrt: Any) -> Any:
-    """A logger that keeps TensorRT's complaints in `complaints`, for the error that follows them."""
+    """A logger that collects TensorRT's error messages in `complaints`; `last()` is the reason for a call that failed."""
 
     class Log(tensorrt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -48,7 +48,7 @@ def make_log(tensorrt: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """A plan's input or output: its shape, and its type by NumPy's name (bfloat16 by its own)."""
+    """A plan's input or output: its shape, and its type by NumPy's name, or `bfloat16`."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -56,24 +56,24 @@ class Port:
 
 
 class Plan:
-    """A plan in memory with its one execution context: bind every port to a device pointer, then run."""
+    """A loaded plan with one execution context: bind every port to a device pointer, then run."""
 
     def __init__(self, engine: trt.ICudaEngine, log: Any, ports: Mapping[str, Port], name: str) -> None:
         self._engine, self._log, self.ports, self.name = engine, log, ports, name
         context: trt.IExecutionContext = engine.create_execution_context()
         if context is None:
-            raise MemoryError(f"{name}: no memory to run it in: {log.last()}")
+            raise MemoryError(f"{name}: not enough memory to run it: {log.last()}")
         self._context: trt.IExecutionContext = context
 
     def aliased(self, output: str) -> str | None:
-        """The input whose buffer this output must share: it is written in place. None: it needs a buffer of its own."""
+        """The input that this output overwrites in place, whose buffer it must share; None: it needs another buffer."""
         engine: trt.ICudaEngine = self._engine
         if not hasattr(engine, "get_aliased_input_tensor"):
             return None
         return engine.get_aliased_input_tensor(output) or None
 
     def bind(self, name: str, pointer: int) -> None:
-        """Lets a port read or write at a device pointer, where a contiguous array of its shape and type lies."""
+        """Binds a port to the device pointer of a contiguous array of its shape and type."""
         if not self._context.set_tensor_address(name, pointer):
             raise RuntimeError(f"{self.name}: {name} cannot be bound: {self._log.last()}")
 
@@ -91,7 +91,7 @@ class Plans:
         self._runtime: trt.Runtime = tensorrt.Runtime(self._log)
 
     def load(self, path: str) -> Plan:
-        """Raises CapcliError for a file that cannot be read, or is no plan for this TensorRT and GPU."""
+        """The plan of a file. Raises CapcliError where it cannot be read or is not a plan for this TensorRT and GPU."""
         try:
             with open(path, "rb") as file:
                 content = file.read()

@@ -1,4 +1,4 @@
-"""Images inside datasets on disk, by their row: mapped into memory, opened when they are first asked for."""
+"""Addresses of images, as one text each, and images in datasets on disk, read by row from memory-mapped files."""
 
 from __future__ import annotations
 
@@ -16,22 +16,53 @@ from capcli.records import Stored
 from capcli.text import printable
 
 
-class StoredImages:
-    """Reads images that a `datasets` dataset on disk holds: the bytes of their files, or of the files that it names.
+def address_of(image: str | Stored | ImageError) -> str:
+    """Where an image is, as one text for `StoredImages.find`.
 
-    Each process opens what it reads, and only that; nothing of it is pickled, so that an object may be handed to
-    processes that are forked or spawned. The system's page cache is all that holds what was read.
+    A path is its own address. A row of a dataset on disk, or the reason why there is no image, is JSON after a NUL,
+    which no path contains.
+    """
+    if isinstance(image, str):
+        return image
+    if isinstance(image, Stored):
+        return "\0" + json.dumps([image.folder, image.row, image.column])
+    return "\0" + json.dumps({"error": image.kind, "message": str(image)})
+
+
+class StoredImages:
+    """Reads images of `datasets` datasets on disk: the bytes in a row, or those of the file that the row names.
+
+    A dataset is mapped into memory at its first use. Pickling leaves the maps out, so an object may be passed to forked
+    and spawned processes, each of which opens what it reads. Nothing is cached but by the system's page cache.
     """
 
     def __init__(self) -> None:
         self._columns: dict[tuple[str, str], _Column] = {}
 
+    def find(self, address: str) -> str | bytes:
+        """The path, or the bytes of the dataset row, that `address_of` encoded.
+
+        Raises ImageError where the address is an error, and what `read` raises.
+        """
+        if not address.startswith("\0"):
+            return address
+        try:
+            place = json.loads(address[1:])
+        except ValueError:  # a name in annotations may begin with NUL too
+            place = None
+        match place:
+            case [str(folder), int(row), str(column)]:
+                return self.read(Stored(folder, row, column))
+            case {"error": str(kind), "message": str(message)}:
+                raise ImageError(kind, message)
+        raise ImageError("missing", "there is no such file: its path begins with NUL")
+
     def read(self, stored: Stored) -> bytes:
         """The bytes of the image's file.
 
         Raises:
-            ImageError: missing (no such row, or nothing in it), or what opening the file that it names raises.
-            CapcliError: the folder holds no dataset that can be read, or not that column.
+            ImageError: no such row, no image in it, or the file that it names cannot be opened.
+            CapcliError: the folder is not a dataset that can be read, or has no such column.
         """
         column = self._columns.get((stored.folder, stored.column))
         if column is None:
@@ -45,14 +76,14 @@ class StoredImages:
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """One column of a dataset as it lies on disk, in chunks; `indices` says which row is where, if not in order."""
+    """One column of a dataset on disk, in chunks; `indices`, if any, maps rows of the dataset to rows on disk."""
 
     chunks: Sequence[Any]
-    ends: Sequence[int]  # the rows up to the end of each chunk
+    ends: Sequence[int]  # the number of rows up to the end of each chunk
     indices: _Column | None
 
     def value(self, row: int) -> Any:
-        """The value in a row; ImageError where there is no such row."""
+        """The value in a row. Raises ImageError where there is no such row."""
         if self.indices is not None:
             row = self.indices.value(row)
         at = bisect_right(self.ends, row)
@@ -63,7 +94,7 @@ class _Column:
 
 
 def _file_bytes(value: Any) -> bytes:
-    """An Image feature's value is {"bytes", "path"}; other columns hold the bytes or the path alone."""
+    """The image in a cell: {"bytes", "path"}, as the Image feature stores it, or either of them alone."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
@@ -71,7 +102,7 @@ def _file_bytes(value: Any) -> bytes:
     if not isinstance(value, str):
         raise ImageError("missing", "the dataset holds no image in this row")
     if "://" in value:
-        raise ImageError("missing", f"the dataset names an address instead of an image: {printable(value)}")
+        raise ImageError("missing", f"the dataset has an address in place of an image: {printable(value)}")
     with open_regular(value) as stream:
         return stream.read()
 
@@ -80,11 +111,11 @@ def _open_column(folder: str, name: str) -> _Column:
     try:
         with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
             state = json.load(file)
-        files = [os.path.join(folder, each["filename"]) for each in state["_data_files"]]
-        orders = [os.path.join(folder, each["filename"]) for each in state.get("_indices_files") or ()]
+        files = [os.path.join(folder, entry["filename"]) for entry in state["_data_files"]]
+        indices = [os.path.join(folder, entry["filename"]) for entry in state.get("_indices_files") or ()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(folder, error) from error
-    return _mapped(folder, files, name, _mapped(folder, orders, "indices", None) if orders else None)
+    return _mapped(folder, files, name, _mapped(folder, indices, "indices", None) if indices else None)
 
 
 def _mapped(folder: str, files: Sequence[str], name: str, indices: _Column | None) -> _Column:
@@ -102,20 +133,26 @@ def _mapped(folder: str, files: Sequence[str], name: str, indices: _Column | Non
 
 
 def _column_of(path: str, name: str) -> Any:
-    """One column of an Arrow file, mapped and not read; other columns are not even looked at."""
+    """One column of an Arrow file, memory-mapped; other columns are not read."""
+    import pyarrow as pa
+
+    position = open_arrow(path).schema.get_field_index(name)
+    if position < 0:
+        raise KeyError(name)
+    only = pa.ipc.IpcReadOptions(included_fields=[position], use_threads=False)
+    return open_arrow(path, only).read_all().column(0)
+
+
+def open_arrow(path: str, options: Any = None) -> Any:
+    """A pyarrow reader of a memory-mapped Arrow file, in the file or the stream format. Raises OSError, ArrowException."""
     import pyarrow as pa
 
     source = pa.memory_map(path)
-    kind = pa.ipc.open_file if source.read(6) == b"ARROW1" else pa.ipc.open_stream
+    reader = pa.ipc.open_file if source.read(6) == b"ARROW1" else pa.ipc.open_stream
     source.seek(0)
-    position = kind(source).schema.get_field_index(name)
-    if position < 0:
-        raise KeyError(name)
-    source.seek(0)
-    reader = kind(source, options=pa.ipc.IpcReadOptions(included_fields=[position], use_threads=False))
-    return reader.read_all().column(0)
+    return reader(source, options=options)
 
 
 def _unreadable(folder: str, error: Exception) -> CapcliError:
     what = " ".join(str(error).split()) or type(error).__name__
-    return CapcliError(f"{printable(folder)} is no dataset on disk that can be read: {what}")
+    return CapcliError(f"{printable(folder)} is not a dataset on disk that can be read: {what}")

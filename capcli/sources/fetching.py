@@ -1,4 +1,4 @@
-"""One image from its address: tries, limits, courtesy to its host, and in words what went wrong."""
+"""Downloads one image: attempts, limits per host, and the reason of a failure."""
 
 from __future__ import annotations
 
@@ -17,45 +17,34 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from capcli import __version__
-from capcli.errors import ImageError
+from capcli.errors import CapcliError, ImageError
 from capcli.options import DownloadOptions
 from capcli.text import printable
 
 if TYPE_CHECKING:
-    import httpx2 as httpx
-else:
-    try:  # what huggingface_hub fetches with: httpx2 from its version 2 on, httpx before
-        import httpx2 as httpx
-    except ModuleNotFoundError:
-        import httpx
+    import httpx2
 
-CONNECT, READ = 10.0, 20.0  # seconds to reach a host, and between two pieces of an answer
+CONNECT, READ = 10.0, 20.0  # seconds to connect to a host, and between two pieces of a response
 REDIRECTS = 10
-PATIENCE = 120.0  # seconds that a server may ask to wait
-MOMENTARY = {408, 425, 429, 500, 502, 503, 504}  # answers that may be others later
-STRIKES, LEFT_ALONE = 3, 300.0  # images in a row without an answer, after which a host is not tried for so many seconds
-NO_ANSWER = {"unreachable", "timeout", "connection"}
-LOST_ROW, LOST_HOSTS = 100, 10  # unreachable images in a row, of so many hosts: it is the network that is gone
+LONGEST_WAIT = 120.0  # seconds; a server that asks for more (Retry-After) fails the image
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # status codes that are tried again
+STRIKES, SKIPPED_FOR = 3, 300.0  # after so many images in a row without a response a host is skipped, for seconds
+NO_ANSWER = {"unreachable", "timeout", "connection"}  # failures that our own network may have caused
+LOST_IMAGES, LOST_HOSTS = 100, 10  # so many images in a row without a response, of so many hosts: the network is down
 HEADERS = {
     "User-Agent": f"capcli/{__version__} (prepares captioned images for training)",
     "Accept": "image/*,*/*;q=0.5",
     "Accept-Encoding": "identity",  # images are compressed already
 }
-IMAGES = (
-    b"\xff\xd8",
-    b"\x89PNG",
-    b"GIF8",
-    b"RIFF",
-    b"BM",
-    b"II*\0",
-    b"MM\0*",
-    b"\0\0\0",
-)  # the last: AVIF, HEIC, JPEG 2000
+IMAGE_SIGNATURES = (
+    *(b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*"),
+    b"\0\0\0",  # AVIF, HEIC, JPEG 2000
+)
 PAGES = ("text/", "application/json", "application/xml", "application/xhtml")
 
 
-class PassingError(Exception):
-    """A try that failed in a way in which another may not; `wait` is what the server asks for, in seconds."""
+class TransientError(Exception):
+    """An attempt failed that may succeed later; `wait` is what the server asks for, in seconds."""
 
     def __init__(self, kind: str, message: str, wait: float = 0.0) -> None:
         super().__init__(message)
@@ -65,130 +54,141 @@ class PassingError(Exception):
 
 @dataclass(slots=True, eq=False)
 class Host:
-    """What is known of a host; times are the monotonic clock's."""
+    """The state of a host; times are those of the monotonic clock."""
 
-    room: asyncio.Semaphore  # how many may be at it
-    busy_until: float = 0.0  # it asked to be left alone
-    dead_until: float = 0.0  # it was not reached, and is not tried
-    strikes: int = 0  # images in a row that got no answer
-    answers: int = 0
+    limit: asyncio.Semaphore  # on concurrent requests
+    busy_until: float = 0.0  # as its Retry-After asked
+    skipped_until: float = 0.0  # because it gave no response
+    strikes: int = 0  # images in a row without a response
+    responses: int = 0
 
 
 class Fetcher:
-    """Fetches images, for one event loop. `lost` says so once it looks as if the network were gone."""
+    """Downloads images, in one event loop. `lost` is an error message once the network seems to be down.
+
+    Raises CapcliError where httpx2 is not installed.
+    """
 
     def __init__(self, options: DownloadOptions) -> None:
+        try:
+            import httpx2
+        except ModuleNotFoundError:
+            raise CapcliError("downloading images needs httpx2: pip install 'capcli[train]'") from None
         self.lost: str | None = None
         self._options = options
         self._hosts: dict[str, Host] = {}
-        self._unanswered: deque[Host] = deque(maxlen=LOST_ROW)  # the last images in a row, by their hosts
-        self._room = asyncio.Semaphore(options.connections)
-        self._client = httpx.AsyncClient(
+        self._unanswered: deque[Host] = deque(maxlen=LOST_IMAGES)  # hosts of the last images, if none was answered
+        self._limit = asyncio.Semaphore(options.connections)
+        self._client = httpx2.AsyncClient(
             headers=HEADERS,
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # none: a million hosts would leave theirs
+            cookies=CookieJar(
+                DefaultCookiePolicy(allowed_domains=[])
+            ),  # none is stored: a million hosts would fill memory
             follow_redirects=True,
             max_redirects=REDIRECTS,
-            event_hooks={"response": [self._heard]},
-            timeout=httpx.Timeout(READ, connect=CONNECT, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=options.connections),
+            event_hooks={"response": [self._responded]},
+            timeout=httpx2.Timeout(READ, connect=CONNECT, pool=None),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=options.connections),
         )
 
     async def close(self) -> None:
         await self._client.aclose()
 
     async def fetch(self, address: str, path: str) -> None:
-        """Write what is at the address to the file `path`. Raises ImageError, and OSError where it cannot be written."""
+        """Download the address to the file `path`. Raises ImageError, and OSError where the file cannot be written."""
         name = host_of(address)
         if name not in self._hosts:
             self._hosts[name] = Host(asyncio.Semaphore(self._options.per_host))
         host = self._hosts[name]
-        answers = host.answers
+        responses = host.responses
         try:
-            await self._tries(address, path, host)
+            await self._attempts(address, path, host)
         except ImageError as error:
-            if error.kind in NO_ANSWER and host.answers == answers:
+            if error.kind in NO_ANSWER and host.responses == responses:
                 self._no_answer(host, error)
             raise
 
-    async def _tries(self, address: str, path: str, host: Host) -> None:
+    async def _attempts(self, address: str, path: str, host: Host) -> None:
         for attempt in range(self._options.retries + 1):
             try:
-                async with self._turn(host):
-                    await self._try(address, path)
+                async with self._admitted(host):
+                    await self._attempt(address, path)
                 return
-            except PassingError as error:
-                if attempt == self._options.retries or error.wait > PATIENCE:
+            except TransientError as error:
+                if attempt == self._options.retries or error.wait > LONGEST_WAIT:
                     raise error.failure from error
                 host.busy_until = max(host.busy_until, time.monotonic() + error.wait)
             await asyncio.sleep(self._options.backoff * 2**attempt)
 
     @contextlib.asynccontextmanager
-    async def _turn(self, host: Host) -> AsyncIterator[None]:
-        """A place at the host and one among all, once the host may be asked."""
-        async with host.room:
-            if time.monotonic() < host.dead_until:
-                raise ImageError(
-                    "unreachable", "its host did not answer for other images, and is left alone for a while"
-                )
+    async def _admitted(self, host: Host) -> AsyncIterator[None]:
+        """Waits for both limits on connections, and until the host accepts requests; ImageError while it is skipped."""
+        async with host.limit:
+            if time.monotonic() < host.skipped_until:
+                raise ImageError("unreachable", "skipped: its host did not respond for several other images")
             while (wait := host.busy_until - time.monotonic()) > 0:
                 await asyncio.sleep(wait)
-            async with self._room:
+            async with self._limit:
                 yield
 
-    async def _try(self, address: str, path: str) -> None:
+    async def _attempt(self, address: str, path: str) -> None:
+        import httpx2
+
         limit = self._options.timeout
         try:
             async with asyncio.timeout(limit), self._client.stream("GET", address) as response:
                 self._check(response)
                 await self._save(response, path)
         except TimeoutError as error:
-            raise PassingError("timeout", f"fetching it took longer than {limit:g} seconds") from error
-        except httpx.ConnectTimeout as error:
-            raise PassingError("unreachable", f"its host did not answer in {CONNECT:g} seconds") from error
-        except httpx.TimeoutException as error:
-            raise PassingError("timeout", f"its host fell silent for {READ:g} seconds") from error
-        except (httpx.ConnectError, httpx.ProxyError) as error:
+            raise TransientError("timeout", f"the download took longer than {limit:g} seconds") from error
+        except httpx2.ConnectTimeout as error:
+            raise TransientError("unreachable", f"its host did not respond within {CONNECT:g} seconds") from error
+        except httpx2.TimeoutException as error:
+            raise TransientError("timeout", f"its host sent nothing for {READ:g} seconds") from error
+        except (httpx2.ConnectError, httpx2.ProxyError) as error:
             raise not_reached(error) from error
-        except httpx.TooManyRedirects as error:
-            raise ImageError("redirects", f"it was redirected more than {REDIRECTS} times") from error
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as error:
-            raise ImageError("address", f"it led to what is no http or https address: {words(error)}") from error
-        except httpx.DecodingError as error:
-            raise ImageError("wrong-content", f"what was sent cannot be unpacked: {words(error)}") from error
-        except httpx.HTTPError as error:
-            raise PassingError("connection", f"the connection broke: {words(error)}") from error
+        except httpx2.TooManyRedirects as error:
+            raise ImageError("redirects", f"redirected more than {REDIRECTS} times") from error
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, UnicodeError) as error:
+            raise ImageError(
+                "address", f"redirected to something other than an http or https address: {one_line(error)}"
+            ) from error
+        except httpx2.DecodingError as error:
+            raise ImageError("wrong-content", f"the response cannot be decompressed: {one_line(error)}") from error
+        except httpx2.HTTPError as error:
+            raise TransientError("connection", f"the connection broke: {one_line(error)}") from error
 
-    async def _heard(self, response: httpx.Response) -> None:
-        """Any answer, a redirection too."""
+    async def _responded(self, response: httpx2.Response) -> None:
+        """Called for each response, a redirection too."""
         self._unanswered.clear()
         host = self._hosts.get(host_of(str(response.request.url)))
         if host is not None:
-            host.answers += 1
+            host.responses += 1
             host.strikes = 0
 
     def _no_answer(self, host: Host, error: ImageError) -> None:
-        """A host that is silent is left alone for a while; if many are, or one that has answered, it may be our network."""
+        """Skips a host that does not respond; many such hosts, or one that responded before, mean that the network is down."""
         host.strikes += 1
-        if host.strikes >= STRIKES and time.monotonic() >= host.dead_until:
-            host.dead_until = time.monotonic() + LEFT_ALONE
+        if host.strikes >= STRIKES and time.monotonic() >= host.skipped_until:
+            host.skipped_until = time.monotonic() + SKIPPED_FOR
         self._unanswered.append(host)
-        several = len(set(self._unanswered)) >= LOST_HOSTS or any(host.answers for host in self._unanswered)
-        if len(self._unanswered) == LOST_ROW and several:
-            self.lost = f"{LOST_ROW} addresses in a row gave no answer (the last: {error}): is the network up?"
+        several = len(set(self._unanswered)) >= LOST_HOSTS or any(host.responses for host in self._unanswered)
+        if len(self._unanswered) == LOST_IMAGES and several:
+            self.lost = f"{LOST_IMAGES} addresses in a row gave no response (the last: {error}): is the network up?"
 
-    def _check(self, response: httpx.Response) -> None:
-        """Raises ImageError, or PassingError, for an answer that is no image of a size that is wanted."""
+    def _check(self, response: httpx2.Response) -> None:
+        """Raises ImageError or TransientError for a status other than 200, and for a body that is too large."""
         status = response.status_code
-        if status in MOMENTARY:
+        if status in TRANSIENT:
             wait = seconds_to_wait(response.headers.get("retry-after", ""))
-            raise PassingError(f"http-{status}", f"HTTP {status} {printable(response.reason_phrase)}", wait)
+            raise TransientError(f"http-{status}", f"HTTP {status} {printable(response.reason_phrase)}", wait)
         if status != 200:
             raise ImageError(f"http-{status}", f"HTTP {status} {printable(response.reason_phrase)}")
         length = response.headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._options.max_bytes:
             raise self._too_large()
 
-    async def _save(self, response: httpx.Response, path: str) -> None:
+    async def _save(self, response: httpx2.Response, path: str) -> None:
         size = 0
         try:
             with open(path, "wb") as file:
@@ -205,58 +205,58 @@ class Fetcher:
             raise
 
     def _too_large(self) -> ImageError:
-        most = self._options.max_bytes
-        return ImageError("too-large", f"the file has more than {most} bytes; --max-bytes allows more")
+        limit = self._options.max_bytes
+        return ImageError("too-large", f"the file has more than {limit} bytes; --max-bytes raises the limit")
 
 
 def host_of(address: str) -> str:
-    """The host and port that an address names; ImageError for what is no http or https address."""
+    """Host and port of an address, as "host:port". Raises ImageError for anything but an http or https address."""
     try:
         parts = urlsplit(address.strip())
         host, port = parts.hostname, parts.port
     except ValueError:
         host, port = None, None
     if not host or parts.scheme not in ("http", "https"):
-        raise ImageError("address", "it is no http or https address")
+        raise ImageError("address", "not an http or https address")
     return f"{host}:{port or parts.scheme}"
 
 
-def not_reached(error: httpx.TransportError) -> ImageError | PassingError:
-    """Why there is no connection: what will be so again, or may pass."""
+def not_reached(error: httpx2.TransportError) -> ImageError | TransientError:
+    """Why there is no connection, as an error that is final or one that may be transient."""
     for cause in causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return ImageError("certificate", f"its host's certificate is not to be trusted: {cause.verify_message}")
+            return ImageError("certificate", f"its host's certificate is not trusted: {cause.verify_message}")
         if isinstance(cause, ssl.SSLError):
-            return ImageError("certificate", f"no secure connection: {words(cause)}")
+            return ImageError("certificate", f"no secure connection: {one_line(cause)}")
         if isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN:
-            return ImageError("no-host", f"there is no host of that name: {cause.strerror}")
+            return ImageError("no-host", f"no host has that name: {cause.strerror}")
     reason = next(
-        (cause.strerror for cause in causes(error) if isinstance(cause, OSError) and cause.strerror), words(error)
+        (cause.strerror for cause in causes(error) if isinstance(cause, OSError) and cause.strerror), one_line(error)
     )
-    return PassingError("unreachable", f"its host could not be reached: {reason}")
+    return TransientError("unreachable", f"its host could not be reached: {reason}")
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """What led to an error, the first cause first."""
-    under = error.__cause__ or error.__context__
-    if under is not None:
-        yield from causes(under)
+    """An error and the errors that led to it, the first cause first."""
+    earlier = error.__cause__ or error.__context__
+    if earlier is not None:
+        yield from causes(earlier)
     if isinstance(error, BaseExceptionGroup):
-        for each in error.exceptions:
-            yield from causes(each)
+        for member in error.exceptions:
+            yield from causes(member)
     yield error
 
 
 def refuse_page(content_type: str, beginning: bytes) -> None:
-    """Raises ImageError for a page where an image was to be: by what it is, or what it says it is unless it is an image."""
+    """Raises ImageError for a page in place of an image, by its first bytes, or by its type unless they are an image's."""
     head = beginning[:64].lstrip().lower()
     page = head.startswith((b"<!doctype html", b"<html", b"<head"))
-    if page or (content_type.lower().startswith(PAGES) and not beginning.startswith(IMAGES)):
+    if page or (content_type.lower().startswith(PAGES) and not beginning.startswith(IMAGE_SIGNATURES)):
         raise ImageError("wrong-content", f"the server sent {printable(content_type) or 'a page'}, not an image")
 
 
 def seconds_to_wait(value: str) -> float:
-    """Of a Retry-After header, which holds seconds or a date; 0 where it holds neither."""
+    """The seconds that a Retry-After header asks for, as a number or a date; 0 where it is neither."""
     if value.strip().isdecimal():
         return float(value)
     try:
@@ -265,6 +265,6 @@ def seconds_to_wait(value: str) -> float:
         return 0.0
 
 
-def words(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An error's message in one line."""
     return printable(" ".join(str(error).split()))[:200] or type(error).__name__

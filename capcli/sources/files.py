@@ -11,7 +11,7 @@ from capcli.records import Entry
 from capcli.sources.patterns import MAGIC, Pattern, PatternFilter
 from capcli.text import printable
 
-# What Pillow (with its HEIF, AVIF and JPEG XL plugins) opens and people call a photo or a picture.
+# Photos and pictures that Pillow opens, with its HEIF, AVIF and JPEG XL plugins.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     *(".png", ".apng", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
@@ -27,63 +27,63 @@ Identity = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class FolderSource:
-    """A folder as a source. `bare`: its entries are named relative to it, not with its own path in front."""
+    """The images in a folder; with `relative` their names are relative to it, else they begin with its path."""
 
     path: str
-    sieve: PatternFilter
+    wanted: PatternFilter
     recursive: bool
-    bare: bool
+    relative: bool
     warn: Warn
 
     def __iter__(self) -> Iterator[Entry]:
         for name in walk(self.path, self._enters, self._takes, self.warn):
             path = os.path.join(self.path, name)
-            yield Entry(name if self.bare else slashed(path), path)
+            yield Entry(name if self.relative else path, path)
 
     def _enters(self, name: str) -> bool:
-        return self.recursive and self.sieve.enters(name)
+        return self.recursive and self.wanted.enters(name)
 
     def _takes(self, name: str) -> bool:
-        hidden = name.rpartition("/")[2].startswith(".") and not self.sieve.include
-        return not hidden and self.sieve.takes(name)
+        hidden = name.rpartition("/")[2].startswith(".") and not self.wanted.include
+        return not hidden and self.wanted.takes(name)
 
 
 @dataclass(frozen=True, slots=True)
 class GlobSource:
-    """A pattern as a source: the files that match it, never what lies in folders that match it."""
+    """The files that match a pattern. A folder that matches is not searched."""
 
     folder: str  # the part of the pattern before the first wildcard; "" for the working folder
     pattern: Pattern
-    sieve: PatternFilter
+    wanted: PatternFilter
     warn: Warn
 
     @classmethod
-    def of(cls, text: str, sieve: PatternFilter, warn: Warn) -> GlobSource:
-        parts = slashed(text).split("/")
+    def of(cls, text: str, wanted: PatternFilter, warn: Warn) -> GlobSource:
+        parts = text.split("/")
         fixed = next(index for index, part in enumerate(parts) if MAGIC.search(part))
         folder = "/".join(parts[:fixed])
         if fixed and not folder:
             folder = "/"
-        return cls(folder, Pattern.anchored("/".join(parts[fixed:])), sieve, warn)
+        return cls(folder, Pattern.anchored("/".join(parts[fixed:])), wanted, warn)
 
     def __iter__(self) -> Iterator[Entry]:
         for name in walk(self.folder or os.curdir, self._enters, self._takes, self.warn):
             path = os.path.join(self.folder, name)
-            yield Entry(slashed(path), path)
+            yield Entry(path, path)
 
     def _enters(self, name: str) -> bool:
-        return self.pattern.may_hold(name) and not any(pattern.matches(name) for pattern in self.sieve.exclude)
+        return self.pattern.may_match_below(name) and not any(pattern.matches(name) for pattern in self.wanted.exclude)
 
     def _takes(self, name: str) -> bool:
-        return self.pattern.matches(name) and self.sieve.takes(name)
+        return self.pattern.matches(name) and self.wanted.takes(name)
 
 
 def walk(root: str, enters: Test, takes: Test, warn: Warn) -> Iterator[str]:
     """Names of the files below `root` with `/` between their parts, in byte order of the whole names.
 
-    Links are followed, but not back into a folder that the walk is in. Files that are neither regular nor broken links
-    (pipes, sockets, devices) are left out: opening one could block for ever. A folder that cannot be listed is warned
-    of and passed over. Held at any time: the wanted names of the folders on the current path.
+    Links are followed, except into a folder that contains them. Of the files that are not regular only broken links are
+    listed: opening a pipe, socket or device could block for ever. `warn` is called for a folder that cannot be listed,
+    which is skipped. Memory: the wanted names of the folders on the current path.
     """
     levels: list[_Level] = []
     folder: str | None = ""
@@ -106,7 +106,7 @@ def walk(root: str, enters: Test, takes: Test, warn: Warn) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Level:
-    """One folder of the current path: its name with `/` behind, and what is left of its names."""
+    """One folder of the current path: its name followed by `/`, and the names that are still to come."""
 
     prefix: str
     identity: Identity
@@ -114,13 +114,13 @@ class _Level:
 
 
 class _NotListedError(Exception):
-    """A folder that is passed over, and why."""
+    """Why a folder is skipped."""
 
 
 def _list(root: str, prefix: str, above: set[Identity], enters: Test, takes: Test) -> _Level:
-    """The wanted names of one folder, sorted, folders with a `/` behind; raises _NotListedError.
+    """The wanted names of one folder, sorted, those of folders followed by `/`; raises _NotListedError.
 
-    The `/` takes part in the sorting, which makes the order of the walk that of the whole names.
+    The `/` is part of what is sorted: that gives the walk the order of the whole names.
     """
     path = os.path.join(root, prefix[:-1]) if prefix else root
     names = []
@@ -128,7 +128,7 @@ def _list(root: str, prefix: str, above: set[Identity], enters: Test, takes: Tes
         status = os.stat(path)
         identity = (status.st_dev, status.st_ino)
         if identity in above:
-            raise _NotListedError(f"{printable(path)}: a link back to a folder around it, not followed")
+            raise _NotListedError(f"{printable(path)}: a link to a folder that contains it, not followed")
         with os.scandir(path) as found:
             for entry in found:
                 name = prefix + entry.name
@@ -138,7 +138,7 @@ def _list(root: str, prefix: str, above: set[Identity], enters: Test, takes: Tes
                 elif takes(name) and _is_file(entry):
                     names.append(entry.name)
     except OSError as error:
-        raise _NotListedError(f"{printable(path)}: {error.strerror or error}, folder passed over") from None
+        raise _NotListedError(f"{printable(path)}: {error.strerror or error}, folder skipped") from None
     names.sort(key=os.fsencode)
     return _Level(prefix, identity, iter(names))
 
@@ -151,16 +151,11 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether to list it: a regular file, or a link that leads nowhere, which is better failed than forgotten."""
+    """Whether to list it: a regular file, or a broken link, which becomes a failure on record."""
     try:
         return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
     except OSError:
         return True
-
-
-def slashed(path: str) -> str:
-    """The path with `/` between its parts, whatever the system's own separator."""
-    return path if os.sep == "/" else path.replace(os.sep, "/")
 
 
 def is_folder(path: str) -> bool:

@@ -13,13 +13,13 @@ from capcli.records import Entry
 from capcli.text import printable
 
 _CHUNK = 1 << 16
-_LONGEST = 1 << 16  # bytes; no system takes a path near this long, so it is no list of paths
-_MARK = b"\xef\xbb\xbf"  # what some editors put in front of UTF-8
+_LONGEST = 1 << 16  # bytes; no system takes a path near this long, so the file is not a list of paths
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it at the start of UTF-8
 
 
 @dataclass(frozen=True, slots=True)
 class ListFile:
-    """A regular file of names, read anew at each iteration."""
+    """A regular file of names, read again at each iteration."""
 
     path: str
     null: bool
@@ -31,7 +31,7 @@ class ListFile:
 
 @dataclass(frozen=True, slots=True)
 class ListStream:
-    """Names on standard input or another pipe, given out as they arrive, once."""
+    """Names on standard input or another pipe, yielded as they arrive; can be iterated once."""
 
     stream: IO[bytes]
     path: str
@@ -42,16 +42,16 @@ class ListStream:
 
 
 def open_list(path: str, *, null: bool) -> ListFile | ListStream:
-    """The list at `path`, `-` for standard input; raises UsageError where it is none."""
+    """The list at `path`, `-` for standard input; raises UsageError if it cannot be read or is not a list."""
     if path == "-":
         if sys.stdin is None:
             raise UsageError("there is no standard input to read names from")
-        # Past its buffer, whose lock a thread that waits for input would hold against the interpreter's end.
+        # Unbuffered: a thread that waits for input would hold the buffer's lock, and the interpreter could not exit.
         return ListStream(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer), "standard input", null)
     if os.path.isdir(path):
         raise UsageError(f"{printable(path)} is a folder: give it as a SOURCE, not as a list")
     stream = _open(path)
-    if not os.path.isfile(path):  # a pipe such as <(find ...): what is read is gone, so it is opened once
+    if not os.path.isfile(path):  # a pipe such as <(find ...) can be read once, so it is opened once
         return ListStream(stream, path, null)
     with stream:
         _reject(stream.read(_CHUNK), path, null=null)
@@ -59,22 +59,22 @@ def open_list(path: str, *, null: bool) -> ListFile | ListStream:
 
 
 def read_list(stream: IO[bytes], path: str, *, null: bool) -> Iterator[Entry]:
-    """Entries for the names in `stream`, each as soon as its separator has been read; raises UsageError for no list."""
+    """Entries for the names in `stream`, each as soon as its separator has been read; raises UsageError."""
     separator = b"\0" if null else b"\n"
-    held, first = b"", True
+    rest, first = b"", True
     while chunk := _read(stream, path):
-        *whole, held = (held + chunk).split(separator)
-        if len(held) > _LONGEST:
-            raise UsageError(f"{printable(path)} is no list of paths: one is longer than {_LONGEST} bytes")
+        *whole, rest = (rest + chunk).split(separator)
+        if len(rest) > _LONGEST:
+            raise UsageError(f"{printable(path)} is not a list of paths: one is longer than {_LONGEST} bytes")
         for name in whole:
             yield from _entry(name, path, null=null, first=first)
             first = False
-    yield from _entry(held, path, null=null, first=first)
+    yield from _entry(rest, path, null=null, first=first)
 
 
 def _entry(name: bytes, path: str, *, null: bool, first: bool) -> Iterator[Entry]:
     if first:
-        name = name.removeprefix(_MARK)
+        name = name.removeprefix(_BYTE_ORDER_MARK)
     if not null:
         name = name.removesuffix(b"\r")
         _reject(name, path, null=null)
@@ -85,7 +85,9 @@ def _entry(name: bytes, path: str, *, null: bool, first: bool) -> Iterator[Entry
 
 def _reject(part: bytes, path: str, *, null: bool) -> None:
     if not null and b"\0" in part:
-        raise UsageError(f"{printable(path)} holds NUL bytes: with --null they separate the names; else it is no list")
+        raise UsageError(
+            f"{printable(path)} holds NUL bytes: it is not a list, or one whose names NUL separates, which --null reads"
+        )
 
 
 def _open(path: str) -> IO[bytes]:
@@ -97,7 +99,7 @@ def _open(path: str) -> IO[bytes]:
 
 
 def _read(stream: IO[bytes], path: str) -> bytes:
-    """What has arrived, waiting only while nothing has."""
+    """The bytes that have arrived; waits only if there are none."""
     try:
         return stream.read(_CHUNK) or b""
     except OSError as error:

@@ -14,9 +14,9 @@ MAGIC = re.compile(r"[*?[]")
 class Pattern:
     """One pattern over relative names.
 
-    `*`, `?` and `[abc]` (`[!abc]`) stay within one part of the name, `**` as a whole part stands for any number of
-    folders, and at the end for everything below. Upper and lower case differ. Unless `hidden`, wildcards do not match a
-    leading dot, as in a shell: `.cache/*.jpg` finds what `*/*.jpg` does not.
+    `*`, `?` and `[abc]` (`[!abc]`) match within one part of the name; `**` as a whole part matches any number of folders,
+    and at the end everything below. Case matters. Unless `hidden`, wildcards do not match a leading dot, as in a shell:
+    `.cache/*.jpg` finds what `*/*.jpg` does not.
     """
 
     parts: tuple[re.Pattern[str] | None, ...]  # None: `**`
@@ -32,19 +32,19 @@ class Pattern:
 
     @classmethod
     def loose(cls, text: str, *, hidden: bool = False) -> Pattern:
-        """A pattern without `/` is one over base names, at any depth; with one, over the whole relative name."""
+        """A pattern over base names at any depth, or, if it has a `/`, over the whole relative name."""
         stripped = text.rstrip("/")
         return cls.anchored(stripped if "/" in stripped else f"**/{stripped}", hidden=hidden)
 
     def matches(self, name: str) -> bool:
         return len(self.parts) in self._reached(name)
 
-    def may_hold(self, folder: str) -> bool:
+    def may_match_below(self, folder: str) -> bool:
         """Whether something below this folder could match."""
         return any(position < len(self.parts) for position in self._reached(folder))
 
     def _reached(self, name: str) -> set[int]:
-        """The positions in the pattern at which the parts of the name may have arrived."""
+        """The positions in the pattern that can be reached after all parts of the name."""
         positions = self._skip_folders({0})
         for part in name.split("/"):
             after = set()
@@ -61,7 +61,7 @@ class Pattern:
         return positions
 
     def _skip_folders(self, positions: set[int]) -> set[int]:
-        """`**` also stands for no folder at all."""
+        """With the positions behind each `**` that is reached: it also matches no folder."""
         reached = set(positions)
         for position, step in enumerate(self.parts):
             if step is None and position in reached:
@@ -76,7 +76,7 @@ def _part(text: str, *, hidden: bool) -> re.Pattern[str]:
 
 @dataclass(frozen=True, slots=True)
 class PatternFilter:
-    """What of a folder is wanted, by names relative to it."""
+    """Which names below a folder are wanted."""
 
     include: tuple[Pattern, ...]
     exclude: tuple[Pattern, ...]
@@ -91,7 +91,7 @@ class PatternFilter:
         )
 
     def takes(self, name: str) -> bool:
-        """Whether a file is wanted, going by suffix where there is no include."""
+        """Whether a file is wanted: by its suffix where there is no include pattern."""
         if any(pattern.matches(name) for pattern in self.exclude):
             return False
         if self.include:
@@ -99,8 +99,8 @@ class PatternFilter:
         return name.lower().endswith(self.suffixes)
 
     def enters(self, folder: str) -> bool:
-        """Whether a folder is walked. A hidden one is only where an include spells its dot."""
+        """Whether a folder is walked; a hidden one only where an include pattern has its dot."""
         if any(pattern.matches(folder) for pattern in self.exclude):
             return False
         hidden = folder.rpartition("/")[2].startswith(".")
-        return not hidden or any(pattern.may_hold(folder) for pattern in self.include)
+        return not hidden or any(pattern.may_match_below(folder) for pattern in self.include)

@@ -101,7 +101,7 @@ def card_facts(
         validation_images=len(trainer.validation.captioned) if trainer.validation else None,
         generation={k: v for k, v in model.generation_config.to_dict().items() if k in SEARCH and v is not None},
         architecture=model.config.model_type,
-        loader=None if family.LOADER == "AutoModel" or hasattr(family, "question") else family.LOADER,
+        loader=None if family.LOADER == "AutoModel" or hasattr(family, "encoder_prompt") else family.LOADER,
         spaced=puts_spaces(made.tokenizer),
         tagged=bool(tag_room(model.config.to_dict())),
         base_models=[name for name in named if not os.path.exists(name)],

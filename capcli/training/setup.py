@@ -15,11 +15,11 @@ from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 from capcli.errors import UsageError
 from capcli.metrics import Scorer
 from capcli.models.checkpoint import modules, pixel_size
-from capcli.models.families import question_of, tag_room
+from capcli.models.encoder_text import gap_names, tag_ids, with_gaps
+from capcli.models.families import encoder_prompt_of, tag_room
 from capcli.models.hub import find_model
-from capcli.models.questions import gap_names, tag_ids, with_gaps
 from capcli.options import ModelOptions, TaskOptions, TrainOptions
-from capcli.options.training_model import TAG_TOKENS
+from capcli.options.train import TAG_TOKENS
 from capcli.records import Annotated
 from capcli.training.data.dataset import TrainingData
 from capcli.training.data.masking import MaskedPairs, encode_words, gaps_of
@@ -103,7 +103,7 @@ def make_pairs(
     labels = iter(encode_captions(made.tokenizer, flat, made.specials, made.max_length))
     images = Images(annotated, made.spec, size, options.max_pixels)
     tokens = [[next(labels) for _ in each.captions] for each in annotated]
-    return Pairs(images, tokens, question(made, asked), tags_of(annotated, made))
+    return Pairs(images, tokens, encoder_ids(made, asked), tags_of(annotated, made))
 
 
 def tags_of(annotated: Sequence[Annotated], made: AssembledCaptioner) -> Tokens | None:
@@ -112,9 +112,9 @@ def tags_of(annotated: Sequence[Annotated], made: AssembledCaptioner) -> Tokens 
     return np.array(tag_ids(made.tokenizer, [each.tags for each in annotated], room), np.int32) if room else None
 
 
-def question(made: AssembledCaptioner, asked: str | None) -> Sequence[int]:
+def encoder_ids(made: AssembledCaptioner, asked: str | None) -> Sequence[int]:
     """What the encoder is asked, in a family whose encoder is asked."""
-    ask = question_of(made.model.config.to_dict())
+    ask = encoder_prompt_of(made.model.config.to_dict())
     return ask(made.tokenizer, asked) if ask else ()
 
 
@@ -122,7 +122,7 @@ def make_tasks(
     options: TrainOptions, made: AssembledCaptioner, data: TrainingData, size: tuple[int, int], collate: Collate
 ) -> tuple[TaskMixture, Validations | None]:
     """The pairs of all tasks, and what validates each. Raises UsageError for a model that cannot learn one of them."""
-    ask = question_of(made.model.config.to_dict())
+    ask = encoder_prompt_of(made.model.config.to_dict())
     if ask is None:
         raise UsageError(
             f"a {made.model.config.model_type} is asked nothing, so it learns one task: give a T5 for a decoder"
@@ -189,7 +189,7 @@ def make_task_validation(
     masked = {str(number): pairs.masked(pairs.first(number)) for number in held.captioned}
     names = gap_names(made.tokenizer)
     answers = {n: [with_gaps(made.tokenizer, answer.tolist(), names)] for n, (_, answer) in masked.items()}
-    return replace(held, scorer=None, references=answers, questions={n: tuple(q) for n, (q, _) in masked.items()})
+    return replace(held, scorer=None, references=answers, encoder_ids={n: tuple(q) for n, (q, _) in masked.items()})
 
 
 def make_validation(

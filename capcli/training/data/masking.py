@@ -50,31 +50,31 @@ class MaskedPairs(Pairs):
 
     def pair(self, index: int, draw: int = 0) -> Pair:
         """A caption as it is masked when it is drawn for the `draw`th time."""
-        question, answer = self.masked(index, draw)
+        encoder_ids, answer = self.masked(index, draw)
         loaded = self.images.loaded(self.image(index))
         if isinstance(loaded, Failure):
-            return Pair(None, answer, loaded, question)
-        return Pair(loaded.pixels, answer, None, question)
+            return Pair(None, answer, loaded, encoder_ids)
+        return Pair(loaded.pixels, answer, None, encoder_ids)
 
     def masked(self, index: int, draw: int = 0) -> tuple[list[int], Tokens]:
-        """The question with its gaps, and the answer: each gap's token and its words, then one gap more, and the end."""
+        """The encoder's ids with gaps, and the answer: each gap's token and its words, then one gap more, and the end."""
         lengths = self._lengths[self._words[index] : self._words[index + 1]]
         words = np.split(self.tokens(index), np.cumsum(lengths)[:-1])
         gone = choose(len(words), np.random.default_rng((self._seed, index, draw)), len(self._gaps) - 1)
-        question: list[int] = []
+        encoder_ids: list[int] = []
         answer: list[int] = []
         number = 0
         for at, word in enumerate(words):
             if not gone[at]:
-                question += word.tolist()
+                encoder_ids += word.tolist()
                 continue
             if not (at and gone[at - 1]):
-                question.append(self._gaps[number])
+                encoder_ids.append(self._gaps[number])
                 answer.append(self._gaps[number])
                 number += 1
             answer += word.tolist()
         answer += [self._gaps[number], self._end]
-        return [*question, self._end], np.array(answer[: self._most], np.int32)
+        return [*encoder_ids, self._end], np.array(answer[: self._most], np.int32)
 
 
 def choose(count: int, draw: np.random.Generator, most: int) -> list[bool]:

@@ -17,7 +17,7 @@ from capcli.errors import ImageError
 from capcli.models.families import IGNORED
 from capcli.pixels import PixelSpec
 from capcli.records import Annotated, Failure, Loaded, Stored
-from capcli.sources.dataset_images import StoredImages
+from capcli.sources.dataset_images import StoredImages, address_of
 
 Tokens = npt.NDArray[np.int32]
 
@@ -43,7 +43,7 @@ class Images:
     def __init__(self, annotated: Sequence[Annotated], spec: PixelSpec, size: tuple[int, int], max_pixels: int) -> None:
         self.spec, self.size, self.max_pixels = spec, size, max_pixels
         self._names = Packed(os.fsencode(each.name) for each in annotated)
-        self._places = Packed(_place(each.image) for each in annotated)
+        self._addresses = Packed(_address(each.image) for each in annotated)
         self._stored = StoredImages()
 
     def __len__(self) -> int:
@@ -54,13 +54,7 @@ class Images:
 
     def load(self, index: int) -> npt.NDArray[np.uint8]:
         """uint8 [height, width, 3]. Raises ImageError."""
-        place = self._places[index]
-        source: bytes | str
-        if place.startswith(b"\0"):
-            folder, column, row = place[1:].split(b"\0")
-            source = self._stored.read(Stored(os.fsdecode(folder), int(row), column.decode()))
-        else:
-            source = os.fsdecode(place)
+        source = self._stored.find(os.fsdecode(self._addresses[index]))
         made, _ = pixels.load(source, self.spec, max_pixels=self.max_pixels)
         if made.shape[:2] != self.size:
             height, width = made.shape[:2]
@@ -75,41 +69,38 @@ class Images:
             return Failure(self.name(index), error.kind, str(error))
 
 
-def _place(image: str | Stored | None) -> bytes:
-    """A path, or between NULs, which no path holds, a row of a dataset on disk."""
-    if isinstance(image, Stored):
-        return b"\0".join((b"", os.fsencode(image.folder), image.column.encode(), str(image.row).encode()))
-    assert image is not None, "annotations that were not located cannot be trained on"
-    return os.fsencode(image)
+def _address(image: str | Stored | None) -> bytes:
+    assert image is not None, "annotations whose images were not located cannot be trained on"
+    return os.fsencode(address_of(image))
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """One image with one of its captions; `pixels` is None where the image could not be loaded, and `failure` says why.
 
-    `question` are the ids that an encoder is asked, of a family whose encoder is.
+    `encoder_ids` are the token ids that the encoder reads beside the image; empty where it reads none.
     """
 
     pixels: npt.NDArray[np.uint8] | None  # [height, width, 3]
     tokens: Tokens  # [T], no start token
     failure: Failure | None = None
-    question: Sequence[int] | Tokens = ()
+    encoder_ids: Sequence[int] | Tokens = ()
 
 
 class Pairs(Dataset[Pair]):
     """Every caption of every image, with its image: `tokens[i]` holds the token ids of the captions of image i.
 
-    `question` is what the encoder is asked for all of them, `tags` [images, W] what it reads with each.
+    `encoder_ids` are the token ids that the encoder reads beside every image, `tags` [images, W] those of each image.
     """
 
     def __init__(
         self,
         images: Images,
         tokens: Sequence[Sequence[Sequence[int]]],
-        question: Sequence[int] = (),
+        encoder_ids: Sequence[int] = (),
         tags: Tokens | None = None,
     ) -> None:
-        self.images, self.question, self.tags = images, question, tags
+        self.images, self.encoder_ids, self.tags = images, encoder_ids, tags
         flat = [ids for captions in tokens for ids in captions]
         self._image = np.repeat(np.arange(len(tokens), dtype=np.int64), [len(captions) for captions in tokens])
         self._ids = np.fromiter((each for ids in flat for each in ids), np.int32)
@@ -139,15 +130,17 @@ class Pairs(Dataset[Pair]):
     def pair(self, index: int, draw: int = 0) -> Pair:  # noqa: ARG002
         """A pair; the same whenever it is drawn."""
         image = self.image(index)
-        loaded, question = self.images.loaded(image), self.question if self.tags is None else self.tags[image]
+        loaded, encoder_ids = self.images.loaded(image), self.encoder_ids if self.tags is None else self.tags[image]
         if isinstance(loaded, Failure):
-            return Pair(None, self.tokens(index), loaded, question)
-        return Pair(loaded.pixels, self.tokens(index), None, question)
+            return Pair(None, self.tokens(index), loaded, encoder_ids)
+        return Pair(loaded.pixels, self.tokens(index), None, encoder_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Collate:
-    """Pairs -> a batch: `pixel_values` uint8 [B, height, width, 3], `decoder_input_ids` and `labels` [B, T], `question` [B, W].
+    """Pairs -> a batch.
+
+    `pixel_values` uint8 [B, height, width, 3], `decoder_input_ids` and `labels` [B, T], `encoder_ids` [B, W].
 
     The decoder reads the start token and then the caption, and is to say the caption; what is behind its end is IGNORED.
     Nothing is told by token ids, so a tokenizer whose pad is its end loses nothing. A pair without its image is black and
@@ -164,11 +157,11 @@ class Collate:
         labels = np.full((len(pairs), longest), IGNORED, np.int64)
         read = np.full((len(pairs), longest), self.pad, np.int64)
         read[:, 0] = self.start
-        question = np.full((len(pairs), max(len(pair.question) for pair in pairs)), IGNORED, np.int64)
+        encoder_ids = np.full((len(pairs), max(len(pair.encoder_ids) for pair in pairs)), IGNORED, np.int64)
         for row, pair in enumerate(pairs):
             count = len(pair.tokens)
             read[row, 1:count] = pair.tokens[:-1]
-            question[row, : len(pair.question)] = pair.question
+            encoder_ids[row, : len(pair.encoder_ids)] = pair.encoder_ids
             if pair.pixels is not None:
                 pixels[row] = pair.pixels
                 labels[row, :count] = pair.tokens
@@ -176,6 +169,6 @@ class Collate:
             "pixel_values": torch.from_numpy(pixels),
             "decoder_input_ids": torch.from_numpy(read),
             "labels": torch.from_numpy(labels),
-            "question": torch.from_numpy(question),
+            "encoder_ids": torch.from_numpy(encoder_ids),
             "failures": [pair.failure for pair in pairs if pair.failure],
         }

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from capcli.captioning.captioner import Captioner
-from capcli.models.questions import fillings
+from capcli.models.encoder_text import fillings
 from capcli.training.data.mixing import TaskMixture
 from capcli.training.data.pairs import Collate
 from capcli.training.loop.validation import Prepare, Validation, mean_loss

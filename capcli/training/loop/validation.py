@@ -37,7 +37,8 @@ class Validation:
     """What is held out: `pairs` for the loss; `captioned`, numbers of images, for captions that `scorer` judges.
 
     `references` are the captions that people gave of those images, by number in words. `question` None is the one that the model
-    is asked by itself; `questions` are those of images that are asked each something else, by number in words.
+    is asked by itself; `encoder_ids` are what the encoder reads beside each image where that differs,
+    by the image's number as a string.
     """
 
     pairs: Pairs
@@ -48,7 +49,7 @@ class Validation:
     batch_size: int
     workers: int
     question: str | None = None
-    questions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    encoder_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def losses(self, model: Any, prepare: Prepare, accelerator: Accelerator) -> dict[str, float]:
         """The mean cross-entropy over every token of every validation caption, each counted once whatever the processes.
@@ -85,24 +86,26 @@ class Validation:
             progress(len(said), len(mine))
 
         for alike in self._by_length(mine):
-            arrivals = Batches(self._batches(Subset(NamedImages(self.pairs.images, self._own_question), alike), list))
-            asked = replace(settings, question=self.questions.get(str(alike[0]), settings.question))
+            arrivals = Batches(
+                self._batches(Subset(NamedImages(self.pairs.images, self._own_encoder_ids), alike), list)
+            )
+            asked = replace(settings, encoder_ids=self.encoder_ids.get(str(alike[0]), settings.encoder_ids))
             shapes = captioner.shapes(asked, len(alike))
             for _ in captioner.run(arrivals, asked, shapes, deliver):
                 pass
         return dict(gather_object(said))
 
-    def _own_question(self, number: int) -> tuple[int, ...]:
+    def _own_encoder_ids(self, number: int) -> tuple[int, ...]:
         """What one image's encoder is asked, where each is asked its own, or its tags."""
         if self.pairs.tags is not None:
             return tuple(self.pairs.tags[number].tolist())
-        return self.questions.get(str(number), ())
+        return self.encoder_ids.get(str(number), ())
 
     def _by_length(self, numbers: Sequence[int]) -> list[list[int]]:
         """Images that are asked questions of one length go together: a run has one shape."""
         lengths: dict[int, list[int]] = {}
         for number in numbers:
-            lengths.setdefault(len(self.questions.get(str(number), ())), []).append(number)
+            lengths.setdefault(len(self.encoder_ids.get(str(number), ())), []).append(number)
         return list(lengths.values())
 
     def samples(self, captions: Mapping[str, str], count: int) -> list[tuple[str, str, str]]:
@@ -137,14 +140,14 @@ def mean_loss(total: float, count: float) -> float:
 class NamedImages(torch.utils.data.Dataset[Loaded | Failure]):
     """Images as the decode loop takes them, named by their numbers: names need not be unique."""
 
-    def __init__(self, images: Images, question: Callable[[int], tuple[int, ...]]) -> None:
-        self._images, self._question = images, question
+    def __init__(self, images: Images, encoder_ids: Callable[[int], tuple[int, ...]]) -> None:
+        self._images, self._encoder_ids = images, encoder_ids
 
     def __getitem__(self, index: int) -> Loaded | Failure:
         loaded = self._images.loaded(index)
         if isinstance(loaded, Failure):
             return replace(loaded, name=str(index))
-        return replace(loaded, name=str(index), question=self._question(index))
+        return replace(loaded, name=str(index), encoder_ids=self._encoder_ids(index))
 
 
 class Batches(Arrivals):

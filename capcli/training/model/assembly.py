@@ -17,7 +17,7 @@ from capcli.models.encoders import image_size_of
 from capcli.models.hub import find_model
 from capcli.models.model_files import PROCESSOR
 from capcli.options import GenerationOptions, ModelOptions
-from capcli.options.training_model import DEFAULT_LENGTH, NEW
+from capcli.options.train import DEFAULT_LENGTH, NEW
 from capcli.pixels import PixelSpec
 from capcli.training.model.embeddings import is_foreign
 from capcli.training.model.generation_config import set_generation

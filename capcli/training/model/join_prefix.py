@@ -6,7 +6,7 @@ from capcli.errors import UsageError
 from capcli.models.checkpoint import quiet_transformers
 from capcli.models.prefix import PrefixCaptioner, PrefixConfig
 from capcli.options import ModelOptions
-from capcli.options.training_model import IMAGE_TOKENS
+from capcli.options.train import IMAGE_TOKENS
 from capcli.training.model.join_cross_attention import both_parts
 from capcli.training.model.joining import Joined, Parts
 from capcli.training.model.pretrained import Config, config_of, seeded

@@ -17,7 +17,7 @@ from typing import Any
 from capcli.errors import CapcliError, UsageError
 from capcli.models import model_files
 from capcli.options import DataOptions, TrainOptions, table_of
-from capcli.options.training_model import NEW
+from capcli.options.train import NEW
 from capcli.records import Annotated
 from capcli.storage import atomic
 from capcli.text import is_text, printable
