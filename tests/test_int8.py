@@ -95,8 +95,8 @@ def test_the_command_captions_in_it_and_goes_on_in_nothing_else(tmp_path):
     photos = paint(tmp_path / "photos", "a.png", "b.png", "c.png")
     run = ("caption", photos, "--model", model, "--out", out)
     assert call(*run, "--dtype", "int8", "--limit", "2").code == 0
-    receipt = json.loads((tmp_path / "out.run.json").read_text())
-    assert receipt["settings"]["dtype"] == "int8"
+    run_file = json.loads((tmp_path / "out.run.json").read_text())
+    assert run_file["settings"]["dtype"] == "int8"
     refused = call(*run, "--dtype", "float32")
     assert refused.code == 2
     assert "int8" in refused.err
@@ -168,8 +168,8 @@ def test_a_run_that_began_in_it_says_so_where_it_cannot_go_on(tmp_path, monkeypa
     model, out = save_captioner(tmp_path / "model"), tmp_path / "out.jsonl"
     run = ("caption", paint(tmp_path / "photos", "a.png", "b.png"), "--model", model, "--out", out)
     assert call(*run, "--dtype", "float32", "--limit", "1").code == 0
-    receipt = tmp_path / "out.run.json"
-    receipt.write_text(receipt.read_text().replace('"dtype": "float32"', '"dtype": "int8"'))
+    run_file = tmp_path / "out.run.json"
+    run_file.write_text(run_file.read_text().replace('"dtype": "float32"', '"dtype": "int8"'))
     monkeypatch.setattr(build, "lacking", lambda: "this CPU has no VNNI")
     refused = call(*run)
     assert refused.code == 2

@@ -89,16 +89,20 @@ def test_killed_at_any_moment_the_same_command_completes_the_same_bytes(
     assert run_file(out)["state"] == "finished"
 
 
-@pytest.mark.parametrize(("threads", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("threads", "number", "folders"),
+    [(1, signal.SIGINT, "012"), (2, signal.SIGTERM, "02")],
+    ids=["SIGINT", "SIGTERM, two loops"],
+)
 def test_an_interrupted_run_finishes_what_is_under_way(
-    captioner: Path, photos: Path, tmp_path: Path, threads: int, number: signal.Signals
+    captioner: Path, photos: Path, tmp_path: Path, threads: int, number: signal.Signals, folders: str
 ):
     slow = ["--batch-size", 8, "--max-new-tokens", 50]  # so that the signal comes before the last image is in the batch
-    command = ["caption", photos, "-m", captioner, "--threads", threads, *slow, "-o"]
+    command = ["caption", *(photos / name for name in folders), "-m", captioner, "--threads", threads, *slow, "-o"]
     whole, out = tmp_path / "whole.jsonl", tmp_path / "c.jsonl"
     assert call(*command, whole).code == 3
     process = spawn(*command, out)
-    wait_until(lambda: size(out) > 1000, process)
+    wait_until(lambda: size(out) > 0, process)
     os.killpg(process.pid, number)
     interrupted = ended(process)
     assert interrupted.code == 128 + number
@@ -106,15 +110,16 @@ def test_an_interrupted_run_finishes_what_is_under_way(
     assert rows.endswith(b"\n")
     assert is_prefix(rows, whole.read_bytes())
     count, failed = rows.count(b"\n"), failures.count(b"\n")
-    assert 0 < count < CAPTIONS
-    first, closing = interrupted.err.splitlines()
-    assert first == FINISHING
-    assert closing.startswith(f"{count} captioned, 0 skipped, {failed} failed")
+    total = whole.read_bytes().count(b"\n")
+    assert 0 < count < total
+    lines = interrupted.err.splitlines()  # with progress where the machine is slow
+    assert FINISHING in lines
+    assert lines[-1].startswith(f"{count} captioned, 0 skipped, {failed} failed")
     assert run_file(out)["state"] == "interrupted"
     assert run_file(out)["counts"] == {"captions": count, "failures": failed}
     assert call(*command, out).code == 3
     assert outputs(out) == outputs(whole)
-    assert run_file(out)["last_run"]["captioned"] == CAPTIONS - count
+    assert run_file(out)["last_run"]["captioned"] == total - count
 
 
 @pytest.mark.parametrize("threads", [1, 2])

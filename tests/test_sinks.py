@@ -187,6 +187,15 @@ def test_the_difference_of_settings_names_each() -> None:
     assert difference(old, old) == []
 
 
+def test_a_run_file_without_keys_of_later_versions_is_read() -> None:
+    old = RunFile({"settings": None, "shapes": {"slots": "many"}})
+    assert (old.dtype, old.threads, old.folder, old.batch_size, old.shapes) == (None,) * 5
+    assert (old.gpu_decode, old.finished, old.device) == (False, False, "")
+    assert RunFile({"shapes": {"slots": 8, "chunk": 2}}).shapes == (8, 2, 1)
+    with pytest.raises(UsageError, match=r"c.jsonl was begun with other settings: dtype was not set, is now \"int8\""):
+        old.refuse_other_settings(RunFile({"settings": {"dtype": "int8"}}), "c.jsonl")
+
+
 def test_outputs_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.csv").mkdir()
