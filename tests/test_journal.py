@@ -20,8 +20,8 @@ from capcli.errors import CapcliError
 from capcli.options import SinkOptions
 from capcli.records import Candidate, Caption, Entry, Failure
 from capcli.sinks import open_sink
-from capcli.sinks.formats import JsonCaptions, RowFields
 from capcli.sinks.keys import Keys, key
+from capcli.sinks.row_formats import JsonCaptions, RowFields
 from capcli.storage.run_file import RunFile
 from capcli.text import raw_bytes
 

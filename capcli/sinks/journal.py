@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 from capcli.errors import CapcliError, UsageError
-from capcli.sinks.formats import LONGEST, ForeignRowError, Rows
 from capcli.sinks.keys import key
+from capcli.sinks.row_formats import LONGEST, ForeignRowError, Rows
 from capcli.storage import atomic, locks
 from capcli.text import printable
 

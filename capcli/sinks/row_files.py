@@ -8,9 +8,9 @@ import numpy as np
 
 from capcli.options import Format
 from capcli.records import Caption, Failure
-from capcli.sinks.formats import Csv, JsonLines, RowFields, failure_line, rows_for
 from capcli.sinks.journal import Journal
 from capcli.sinks.keys import Keys, key
+from capcli.sinks.row_formats import Csv, JsonLines, RowFields, failure_line, rows_for
 from capcli.text import is_text, raw_bytes
 
 

@@ -10,9 +10,9 @@ from typing import Self
 from capcli.errors import UsageError
 from capcli.options import Format, SinkOptions
 from capcli.records import Caption, Entry, Failure
-from capcli.sinks.formats import RowFields
 from capcli.sinks.keys import Keys, key
 from capcli.sinks.row_files import CaptionFile, FailureFile
+from capcli.sinks.row_formats import RowFields
 from capcli.sinks.sidecar import Sidecars
 from capcli.sinks.stdout import Stdout
 from capcli.storage.run_file import RunFile, path_beside

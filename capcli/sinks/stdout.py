@@ -10,7 +10,7 @@ from collections.abc import Callable
 from capcli.errors import CapcliError
 from capcli.options import Format
 from capcli.records import Caption
-from capcli.sinks.formats import Csv, RowFields, rows_for
+from capcli.sinks.row_formats import Csv, RowFields, rows_for
 from capcli.text import is_text, printable
 
 
