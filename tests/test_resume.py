@@ -91,13 +91,19 @@ def test_killed_at_any_moment_the_same_command_completes_the_same_bytes(
 
 @pytest.mark.parametrize(
     ("threads", "number", "folders"),
-    [(1, signal.SIGINT, "012"), (2, signal.SIGTERM, "02")],
+    [(1, signal.SIGINT, "012"), (2, signal.SIGTERM, "01234")],
     ids=["SIGINT", "SIGTERM, two loops"],
 )
 def test_an_interrupted_run_finishes_what_is_under_way(
     captioner: Path, photos: Path, tmp_path: Path, threads: int, number: signal.Signals, folders: str
 ):
-    slow = ["--batch-size", 8, "--max-new-tokens", 50]  # so that the signal comes before the last image is in the batch
+    batch = 8 if threads == 1 else 16  # enough for two loops
+    slow = [
+        "--batch-size",
+        batch,
+        "--max-new-tokens",
+        50,
+    ]  # so that the signal comes before the last image is in the batch
     command = ["caption", *(photos / name for name in folders), "-m", captioner, "--threads", threads, *slow, "-o"]
     whole, out = tmp_path / "whole.jsonl", tmp_path / "c.jsonl"
     assert call(*command, whole).code == 3
@@ -116,6 +122,7 @@ def test_an_interrupted_run_finishes_what_is_under_way(
     assert FINISHING in lines
     assert lines[-1].startswith(f"{count} captioned, 0 skipped, {failed} failed")
     assert run_file(out)["state"] == "interrupted"
+    assert run_file(out)["shapes"]["loops"] == threads
     assert run_file(out)["counts"] == {"captions": count, "failures": failed}
     assert call(*command, out).code == 3
     assert outputs(out) == outputs(whole)
