@@ -25,8 +25,7 @@ import torch
 
 from capcli.captioning.captioner import Captioner
 from capcli.captioning.pipeline import CaptionRun, wanted_entries
-from capcli.captioning.plan import choose_shapes, search_settings
-from capcli.captioning.provenance import earlier_naming, make_run_record
+from capcli.captioning.plan import choose_shapes, earlier_naming, new_run_file, search_settings
 from capcli.decoding.shapes import Shapes
 from capcli.loading import Loading, load
 from capcli.options import CaptionOptions, GenerationOptions, SinkOptions, SourceOptions
@@ -123,15 +122,15 @@ def caption(folder: str, out: str, limit: int | None) -> None:
     )
     ready = time.perf_counter()
     with open_sink(options.sink, print) as sink:
-        source = open_source(options.source, print, earlier_naming(sink.receipt))
+        source = open_source(options.source, print, earlier_naming(sink.run_file))
         report = PrintingReport()
         wanted = islice(wanted_entries(source, sink, report), limit)
         settings = search_settings(options, captioner)
-        receipt = make_run_record(options, source, captioner, settings, sink.receipt)
-        shapes, wanted = choose_shapes(options, captioner, settings, wanted, source, sink.receipt)
-        Undecoded(options, captioner, settings, shapes, sink, report, receipt).caption_all(wanted, None)
+        run_file = new_run_file(options, source, captioner, settings, sink.run_file)
+        shapes, wanted = choose_shapes(options, captioner, settings, wanted, source, sink.run_file)
+        Undecoded(options, captioner, settings, shapes, sink, report, run_file).caption_all(wanted, None)
     report.print_line()
-    print(f"loading took {ready - began:.1f} s, the first row another {report.first - ready:.2f} s", flush=True)
+    print(f"the model took {ready - began:.1f} s; the first row came {report.first - ready:.2f} s after it", flush=True)
 
 
 def main() -> None:

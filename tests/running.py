@@ -1,4 +1,4 @@
-"""What tests of the `capcli` command share: a tiny captioner on disk, drawn pictures, and ways to run the command."""
+"""What tests of the `capcli` command share: a tiny captioner on disk, generated pictures, and ways to run the command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from capcli.cli import main
 
-PATIENCE = 120.0  # seconds in which anything at all happens on a busy machine
+PATIENCE = 120.0  # seconds; a busy machine needs less for any single step
 COMMAND = (sys.executable, "-m", "capcli")
 VOCABULARY = 120
 AWKWARD = ["a,comma", '"quoted"', "semi;colon", "новый", "café", "日本", "'single'", "back\\slash"]
@@ -43,7 +43,7 @@ PROCESSOR = {
 def save_captioner(
     folder: Path, *, processor: dict[str, Any] | None = None, generation: dict[str, Any] | None = None, **shape: Any
 ) -> Path:
-    """A whole random captioner in `folder`, whose words hold what files of captions must escape."""
+    """Save a random captioner to `folder`. Its tokens contain characters that caption files must escape."""
     random_captioner(vocabulary=VOCABULARY, **shape).save_pretrained(folder)
     save_words(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | (processor or {})))
@@ -52,7 +52,7 @@ def save_captioner(
 
 
 def save_words(folder: Path) -> None:
-    """A tokenizer with a word for every id; padding, start and end are the last three."""
+    """Save a tokenizer with one word per token; padding, start and end are the last three ids."""
     words = AWKWARD + [f"word{n}" for n in range(len(AWKWARD), VOCABULARY - 3)] + ["<pad>", "<start>", "<end>"]
     core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -67,7 +67,7 @@ def change_json(path: Path, fields: dict[str, Any]) -> None:
 
 
 def paint(folder: Path, *names: str | bytes, seed: int = 0) -> Path:
-    """A picture of its own under each of these names, in the format of the suffix."""
+    """Save a different picture under each of these names, in the format of the suffix."""
     for number, name in enumerate(names):
         path = os.path.join(os.fsencode(folder), os.fsencode(name))
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -82,7 +82,7 @@ def paint(folder: Path, *names: str | bytes, seed: int = 0) -> Path:
 
 @dataclass
 class Ended:
-    """How a command ended."""
+    """The exit code and the output of a command."""
 
     code: int
     out: bytes
@@ -94,13 +94,13 @@ class Ended:
 
 
 def call(*arguments: object, stdin: bytes = b"", env: dict[str, str] | None = None) -> Ended:
-    """The command in this process, where starting another adds nothing."""
+    """Run the command in this process, for tests to which a process of its own makes no difference."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
-    given = io.TextIOWrapper(io.BytesIO(stdin))
+    stdin_text = io.TextIOWrapper(io.BytesIO(stdin))
     code = 0
     with (
         mock.patch.object(sys, "argv", ["capcli", *map(str, arguments)]),
-        mock.patch.multiple(sys, stdin=given, stdout=out, stderr=err),
+        mock.patch.multiple(sys, stdin=stdin_text, stdout=out, stderr=err),
         mock.patch.dict(os.environ, env or {}),
     ):
         try:
@@ -121,14 +121,14 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def spawn(*arguments: object, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[bytes]:
-    """The command as a process of a session of its own, as a shell would start it."""
+    """Start the command as a process in a new session."""
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     command = [*COMMAND, *(a if isinstance(a, bytes) else str(a) for a in arguments)]
     return subprocess.Popen(command, env=environment(**(env or {})), start_new_session=True, **options)
 
 
 def ended(process: subprocess.Popen[bytes]) -> Ended:
-    """Waits for a process to end; kills it when it does not."""
+    """Wait for a process to end; kill it if it does not."""
     try:
         out, err = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
@@ -143,7 +143,7 @@ def execute(*arguments: object, **options: Any) -> Ended:
 
 
 def shell(script: str, **variables: object) -> Ended:
-    """A line of bash, in which `capcli` is the command; `variables` are the shell's."""
+    """Run a line of bash in which `capcli` is the command; `variables` are shell variables."""
     quoted = " ".join(COMMAND)
     env = environment(**{name: str(value) for name, value in variables.items()})
     whole = f'set -o pipefail; capcli() {{ {quoted} "$@"; }}; {script}'
@@ -159,7 +159,7 @@ def shell(script: str, **variables: object) -> Ended:
 
 
 def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    """Waits for what only looking can tell; a process that ends before it fails the test."""
+    """Poll until `ready()`; the test fails if the process ends before."""
     deadline = time.monotonic() + PATIENCE
     while not ready():
         assert process.poll() is None, (process.returncode, ended(process).err)

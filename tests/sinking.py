@@ -1,22 +1,34 @@
-"""A run over names that needs no captioner: what the sink tests share."""
+"""What the sink tests share: a run over names that needs no captioner."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from capcli.options import SinkOptions
 from capcli.records import Candidate, Caption, Entry, Failure
 from capcli.sinks import Sink, open_sink
+from capcli.storage.run_file import RunFile
 
-AHEAD = 3  # entries asked for before the first of them is written, as a pipeline does
+AHEAD = 3  # entries taken from the source before the first of them is written, as in the pipeline
+
+
+@contextmanager
+def memory_folder() -> Iterator[Path]:
+    """A temporary folder, in memory where possible: thousands of renames on a disk take ten times as long."""
+    memory = "/dev/shm"
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 def caption_of(name: str, text: str = "a picture of {}", count: int = 1, **facts: str | int) -> Caption:
-    shown = text.format(name.encode("utf-8", "replace").decode())
-    return Caption(name, tuple(Candidate(f"{shown}{' again' * n}", -0.25 - n) for n in range(count)), facts)
+    filled = text.format(name.encode("utf-8", "replace").decode())
+    return Caption(name, tuple(Candidate(f"{filled}{' again' * n}", -0.25 - n) for n in range(count)), facts)
 
 
 def run(
@@ -28,10 +40,10 @@ def run(
     warnings: list[str] | None = None,
     folder: Path | None = None,
 ) -> Sink:
-    """Caption what the sink wants of `names`; `folder` is where their images are."""
+    """Caption those of `names` that the sink wants; `data` is the run file's, `folder` contains the images."""
     sink = open_sink(options, [].append if warnings is None else warnings.append)
     with sink:
-        sink.begin(data or {"state": "running"})
+        sink.begin(RunFile(data or {"state": "running"}))
         waiting: list[Entry] = []
         for name in names:
             entry = Entry(name, str(folder / name) if folder else name)
@@ -42,11 +54,11 @@ def run(
                 sink.write(first, caption(first.name))
         for entry in waiting:
             sink.write(entry, caption(entry.name))
-        sink.write_receipt({**(data or {}), "state": "finished"})
+        sink.write_run_file(RunFile({**(data or {}), "state": "finished"}))
     return sink
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """The whole JSON lines of a file; a torn one is left out."""
+    """The complete JSON lines of a file; a torn last line is left out."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]

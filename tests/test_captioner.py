@@ -1,4 +1,4 @@
-"""`Captioner`, the Python face: images of any kind in, captions out, in order."""
+"""`Captioner`, the Python API: images of any kind in, captions out, in order."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_importing_the_package_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_captions_come_in_order_and_are_the_commands(model: Captioner, captioner: Path, photos: list[Path]):
+def test_captions_are_in_order_and_equal_those_of_the_command(model: Captioner, captioner: Path, photos: list[Path]):
     found = list(model.caption(photos))
     assert [caption.name for caption in found] == [os.fspath(path) for path in photos]
     rows = call("caption", *photos, "-m", captioner, "--dtype", "float32").rows
     assert [(row["text"], row["score"]) for row in rows] == [(c.text, round(c.score, 4)) for c in found]
 
 
-def test_an_image_is_captioned_alike_in_every_form(model: Captioner, photos: list[Path]):
+def test_an_image_has_the_same_caption_as_path_image_and_array(model: Captioner, photos: list[Path]):
     with Image.open(photos[0]) as opened:
         image = opened.convert("RGB")
     array = np.asarray(image)
@@ -59,7 +59,7 @@ def test_an_image_is_captioned_alike_in_every_form(model: Captioner, photos: lis
     assert [caption.name for caption in found] == [str(photos[0])] * 2 + ["2", "3", "4", "5"]
 
 
-def test_failures_stand_where_their_images_stood(model: Captioner, photos: list[Path], tmp_path: Path):
+def test_failures_are_in_the_place_of_their_images(model: Captioner, photos: list[Path], tmp_path: Path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     images: list[Any] = [
         tmp_path / "gone.png",
@@ -82,7 +82,7 @@ def test_failures_stand_where_their_images_stood(model: Captioner, photos: list[
     assert small[0].error == "too-large"
 
 
-def test_images_are_taken_as_they_are_needed(model: Captioner, photos: list[Path]):
+def test_images_are_read_only_as_they_are_needed(model: Captioner, photos: list[Path]):
     taken = 0
 
     def endless() -> Iterator[Path]:
@@ -99,7 +99,7 @@ def test_images_are_taken_as_they_are_needed(model: Captioner, photos: list[Path
     captions.close()  # type: ignore[attr-defined]
 
 
-def test_settings_are_transformers_names(model: Captioner, photos: list[Path]):
+def test_settings_have_the_names_of_transformers(model: Captioner, photos: list[Path]):
     usual = [caption.text for caption in model.caption(photos)]
     several = list(model.caption(photos, num_beams=3, num_return_sequences=2, max_new_tokens=5))
     assert all(isinstance(found, Caption) and len(found.candidates) == 2 for found in several)
@@ -112,8 +112,8 @@ def test_settings_are_transformers_names(model: Captioner, photos: list[Path]):
     assert list(model.caption([])) == []
 
 
-def test_wrong_settings_are_told_at_once(model: Captioner, captioner: Path):
-    with pytest.raises(TypeError, match="num_beam; it knows num_beams, "):
+def test_wrong_settings_raise_at_once(model: Captioner, captioner: Path):
+    with pytest.raises(TypeError, match="no setting num_beam; it has num_beams, "):
         model.caption([], num_beam=3)
     for wrong in (
         {"num_beams": 0},
@@ -134,14 +134,14 @@ def test_wrong_settings_are_told_at_once(model: Captioner, captioner: Path):
         Captioner.load("./nosuch")
 
 
-# A WordPiece vocabulary: Chinese characters and punctuation, Latin words and parts of words, and what starts and ends captions.
+# A WordPiece vocabulary: Chinese characters and punctuation, Latin words and parts of words, and three special tokens.
 HAN = [*"。《》", *(chr(0x4E00 + 7 * n) for n in range(50))]
 LATIN = ["##s", "##ling", "##er", "tv", "2", "café", *(f"word{n}" for n in range(VOCABULARY - len(HAN) - 9))]
 WORDPIECES = [*HAN, *LATIN, "[PAD]", "[CLS]", "[SEP]"]
 
 
-def written(pieces: list[str]) -> str:
-    """Pieces as they are written: apart, but for Chinese beside Chinese, and parts of words, which join what they follow."""
+def text_of(pieces: list[str]) -> str:
+    """The text of pieces: spaces between them, except between Chinese characters and before parts of words (##)."""
     text = "".join(pieces[:1])
     for before, piece in pairwise(pieces):
         joined = piece.startswith("##") or (before in HAN and piece in HAN)
@@ -153,21 +153,21 @@ def test_chinese_is_written_without_spaces_and_latin_words_with_them(tmp_path: P
     model = save_captioner(tmp_path / "chinese", decoder="bert", ends=0.05)
     tokenizer = BertTokenizer(vocab={piece: n for n, piece in enumerate(WORDPIECES)}, unk_token="[PAD]")
     tokenizer.save_pretrained(model)
-    photos = paint(tmp_path / "photos", *(f"{n:02d}.png" for n in range(24)))
-    theirs = VisionEncoderDecoderModel.from_pretrained(model).eval()
+    photos = paint(tmp_path / "photos", *(f"{n:02d}.png" for n in range(12)))
+    reference = VisionEncoderDecoderModel.from_pretrained(model).eval()
     processor = AutoImageProcessor.from_pretrained(model)
-    said: list[list[str]] = []
+    expected: list[list[str]] = []
     for path in sorted(photos.iterdir()):
         with Image.open(path) as image:
             values = processor(image.convert("RGB"), return_tensors="pt").pixel_values
-        found = theirs.generate(values, num_beams=4, num_return_sequences=4).tolist()
-        said += [[WORDPIECES[token] for token in ids if token < VOCABULARY - 3] for ids in found]
-    kinds = {(a in HAN, b in HAN) for pieces in said for a, b in pairwise(pieces) if not b.startswith("##")}
-    assert len(kinds) == 4, "every kind of neighbours comes"
+        found = reference.generate(values, num_beams=4, num_return_sequences=4).tolist()
+        expected += [[WORDPIECES[token] for token in ids if token < VOCABULARY - 3] for ids in found]
+    kinds = {(a in HAN, b in HAN) for pieces in expected for a, b in pairwise(pieces) if not b.startswith("##")}
+    assert len(kinds) == 4, "Chinese and Latin pieces follow each other in every combination"
     beams = ["--num-beams", 4, "--num-return-sequences", 4]
     done = call("caption", photos, "-m", model, "--dtype", "float32", *beams)
     assert done.code == 0, done.err
-    assert [c["text"] for row in done.rows for c in row["candidates"]] == [written(pieces) for pieces in said]
+    assert [c["text"] for row in done.rows for c in row["candidates"]] == [text_of(pieces) for pieces in expected]
 
 
 def test_a_warning_within_the_package_is_an_error_in_tests():

@@ -29,6 +29,7 @@ from capcli.loading.gpu_jpeg import Decoder, GpuJpegDecoder, GpuLoading, rates, 
 from capcli.options import MAX_PIXELS, CaptionOptions, SinkOptions, SourceOptions
 from capcli.pixels import PixelSpec
 from capcli.records import Entry, Failure, Loaded
+from capcli.storage.run_file import RunFile
 
 PAD = PixelSpec.from_config(
     {
@@ -241,9 +242,9 @@ def test_a_gpu_decodes_where_it_is_faster_and_a_resumed_run_keeps_the_choice(
     monkeypatch.setattr(plan, "rates", lambda _: (9.0, 1.0))
     assert plan.settle_gpu_decode(asked, model, None).gpu_decode
     monkeypatch.setattr(plan, "rates", lambda _: (7.0, 1.0))
-    assert plan.settle_gpu_decode(asked, model, {"settings": {"gpu_decode": True}}).gpu_decode
+    assert plan.settle_gpu_decode(asked, model, RunFile({"settings": {"gpu_decode": True}})).gpu_decode
     assert capsys.readouterr().err == ""
-    assert not plan.settle_gpu_decode(asked, model, {"settings": {}}).gpu_decode
+    assert not plan.settle_gpu_decode(asked, model, RunFile({"settings": {}})).gpu_decode
     assert "rows.jsonl was begun with decoder processes alone" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""What a kill, a power cut, a full disk or a second run leave: always something to go on from."""
+"""Sinks after a kill, a power failure or a full disk, and with a second run: a later run can always continue."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import base64
 import json
 import os
 import resource
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sinking import caption_of, rows, run
+from sinking import caption_of, memory_folder, rows, run
 
 from capcli.errors import CapcliError
 from capcli.options import SinkOptions
 from capcli.records import Candidate, Caption, Entry, Failure
 from capcli.sinks import open_sink
-from capcli.sinks.formats import JsonCaptions, RowFields
 from capcli.sinks.keys import Keys, key
+from capcli.sinks.row_formats import JsonCaptions, RowFields
+from capcli.storage.run_file import RunFile
 from capcli.text import raw_bytes
 
 ODD = [
@@ -38,12 +38,26 @@ ODD = [
 ]
 
 
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    with memory_folder() as folder:
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def syncs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts calls of fsync and skips them: what the operating system has outlives a killed process without them."""
+    counted: list[int] = []
+    monkeypatch.setattr(os, "fsync", counted.append)
+    return counted
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".run.json")}
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-def test_a_file_cut_anywhere_becomes_the_whole_one(tmp_path: Path, suffix: str) -> None:
+def test_a_file_cut_anywhere_is_completed_to_the_same_bytes(tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"captions.{suffix}"
     options = SinkOptions(str(out), candidates=suffix == "csv", fields=("width",))
 
@@ -60,7 +74,7 @@ def test_a_file_cut_anywhere_becomes_the_whole_one(tmp_path: Path, suffix: str) 
 
 
 @pytest.mark.parametrize("name", [b"\r,,\n", b"\n,,\n", b"\na,,\n"])
-def test_a_name_with_commas_between_its_lines_is_no_row(tmp_path: Path, name: bytes) -> None:
+def test_a_name_with_lines_of_commas_is_not_taken_for_a_row(tmp_path: Path, name: bytes) -> None:
     out, names = tmp_path / "captions.csv", [os.fsdecode(name)]
     run(names, SinkOptions(str(out)))
     whole = out.read_bytes()
@@ -84,23 +98,22 @@ def test_a_name_with_commas_between_its_lines_is_no_row(tmp_path: Path, name: by
     text=st.text(alphabet='a",\r\n\0\x1bü', max_size=6),
     data=st.data(),
 )
-def test_any_rows_cut_anywhere_become_whole(
-    tmp_path_factory: pytest.TempPathFactory, suffix: str, raw: list[bytes], text: str, data: st.DataObject
-) -> None:
-    out = tmp_path_factory.mktemp("cut") / f"captions.{suffix}"
+def test_any_rows_cut_anywhere_are_completed(suffix: str, raw: list[bytes], text: str, data: st.DataObject) -> None:
     names = [os.fsdecode(name) for name in raw]
 
     def caption(name: str) -> Caption:
         return Caption(name, (Candidate(text, -0.5),))
 
-    run(names, SinkOptions(str(out)), caption=caption)
-    whole = out.read_bytes()
-    out.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
-    run(names, SinkOptions(str(out)), caption=caption)
-    assert out.read_bytes() == whole
+    with memory_folder() as folder:
+        out = folder / f"captions.{suffix}"
+        run(names, SinkOptions(str(out)), caption=caption)
+        whole = out.read_bytes()
+        out.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+        run(names, SinkOptions(str(out)), caption=caption)
+        assert out.read_bytes() == whole
 
 
-def test_failures_cut_anywhere_are_made_again(tmp_path: Path) -> None:
+def test_failures_cut_anywhere_are_written_again(tmp_path: Path) -> None:
     out, failures = tmp_path / "captions.jsonl", tmp_path / "captions.failures.jsonl"
 
     def fail(name: str) -> Failure:
@@ -114,17 +127,17 @@ def test_failures_cut_anywhere_are_made_again(tmp_path: Path) -> None:
         assert failures.read_bytes() == whole, length
 
 
-def test_mending_is_told(tmp_path: Path) -> None:
+def test_a_row_that_is_cut_off_gives_a_warning(tmp_path: Path) -> None:
     out = tmp_path / "captions.jsonl"
     run(["a"], SinkOptions(str(out)))
     with out.open("ab") as stream:
         stream.write(b'{"file_name": "b"' + b"\0" * (1 << 20))
     warnings: list[str] = []
     run(["a"], SinkOptions(str(out)), warnings=warnings)
-    assert warnings == [f"{out}: cut off {17 + (1 << 20)} bytes of a row that an earlier run could not finish"]
+    assert warnings == [f"{out}: cut off {17 + (1 << 20)} bytes of a row that an earlier run did not complete"]
 
 
-def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path: Path) -> None:
+def test_an_unclosed_quote_removes_no_rows(tmp_path: Path) -> None:
     out = tmp_path / "captions.csv"
     run(["a", "b", "c"], SinkOptions(str(out)))
     damaged = out.read_bytes().replace(b"b,", b'"b,', 1)
@@ -134,7 +147,7 @@ def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path: Path) -> None:
     assert out.read_bytes() == damaged
 
 
-def test_names_in_both_files_are_captioned_and_the_last_failure_counts(tmp_path: Path) -> None:
+def test_a_caption_and_a_later_failure_supersede_a_failure(tmp_path: Path) -> None:
     out, failures = tmp_path / "captions.jsonl", tmp_path / "captions.failures.jsonl"
     run(["a", "b"], SinkOptions(str(out)))
     lines = [{"file_name": name, "error": "x", "message": str(n)} for n, name in enumerate(["a", "c", "d", "c", "b"])]
@@ -144,14 +157,17 @@ def test_names_in_both_files_are_captioned_and_the_last_failure_counts(tmp_path:
     assert [(row["file_name"], row["message"]) for row in rows(failures)] == [("d", "2"), ("c", "3")]
 
 
-# Kills: a child process runs the scenario and ends without a word at its nth call to the system.
+# Kills: a child process runs the scenario and exits at its nth system call, without any cleanup.
 
 CALLS = ("open", "write", "ftruncate", "fsync", "replace", "unlink", "makedirs", "close", "fchmod")
 KILLED = 9
 
 
 def killed_at(count: int, scenario: Callable[[], object]) -> bool:
-    """Run the scenario in a child that is killed before its call number `count` (in it, for a write)."""
+    """Run the scenario in a child that dies before its system call number `count`, or in the middle of it for a write.
+
+    Returns False if the scenario ends before that call.
+    """
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == KILLED
@@ -159,14 +175,14 @@ def killed_at(count: int, scenario: Callable[[], object]) -> bool:
         left = iter(range(count))
 
         def dying(call: Callable[..., Any]) -> Callable[..., Any]:
-            def made(*arguments: Any, **options: Any) -> Any:
+            def counted(*arguments: Any, **options: Any) -> Any:
                 if next(left, None) is None:
                     if call.__name__ == "write":
                         call(arguments[0], arguments[1][: len(arguments[1]) // 2])
                     os._exit(KILLED)
                 return call(*arguments, **options)
 
-            return made
+            return counted
 
         for name in CALLS:
             setattr(os, name, dying(getattr(os, name)))
@@ -177,7 +193,7 @@ def killed_at(count: int, scenario: Callable[[], object]) -> bool:
 
 
 def kills(scenario: Callable[[], object], reset: Callable[[], None]) -> Iterator[int]:
-    """Once for each call of the scenario, with the files as a kill there leaves them."""
+    """Yields once for each system call of the scenario, with the files as a kill at that call leaves them."""
     for count in range(1000):
         reset()
         if not killed_at(count, scenario):
@@ -194,11 +210,14 @@ def sometimes(name: str) -> Caption | Failure:
 LISTED = ["a.jpg", "bad1", "b.jpg", "a.jpg", "\udce9.jpg", "bad2", "c.jpg", "\udcff.jpg"]
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 @pytest.mark.parametrize(
-    "more", [{}, {"overwrite": True}, {"sidecar": ".txt"}, {"sidecar": ".txt", "existing": "append"}]
+    ("suffix", "more"),
+    [("jsonl", {}), ("csv", {}), ("csv", {"sidecar": ".txt"}), ("jsonl", {"sidecar": ".txt", "existing": "append"})],
+    ids=["jsonl", "csv", "sidecars", "appended sidecars"],
 )
-def test_killed_anywhere_the_same_command_goes_on(tmp_path: Path, suffix: str, more: dict[str, Any]) -> None:
+def test_after_a_kill_at_any_system_call_the_next_run_completes_all_files(
+    tmp_path: Path, suffix: str, more: dict[str, Any]
+) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
 
     def scenario(folder: Path) -> None:
@@ -207,7 +226,7 @@ def test_killed_anywhere_the_same_command_goes_on(tmp_path: Path, suffix: str, m
         run(LISTED, SinkOptions(str(folder / f"x.{suffix}"), **more), caption=sometimes, folder=images)
 
     def reset() -> None:
-        subprocess.run(["rm", "-rf", torn], check=True)
+        shutil.rmtree(torn, ignore_errors=True)
         torn.mkdir()
 
     def left(folder: Path) -> dict[str, bytes]:
@@ -219,13 +238,13 @@ def test_killed_anywhere_the_same_command_goes_on(tmp_path: Path, suffix: str, m
     scenario(whole)
     for count in kills(lambda: scenario(torn), reset):
         if count % 5 == 0:
-            killed_at(count, lambda: scenario(torn))  # and the next run as well
+            killed_at(count, lambda: scenario(torn))  # the next run is killed as well
         scenario(torn)
         assert left(torn) == left(whole), count
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-def test_a_retry_killed_anywhere_can_be_gone_on_with(tmp_path: Path, suffix: str) -> None:
+def test_after_a_kill_at_any_system_call_of_a_retry_the_next_completes_it(tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"x.{suffix}"
     options = SinkOptions(str(out))
     again = SinkOptions(str(out), retry_failed=True)
@@ -235,21 +254,21 @@ def test_a_retry_killed_anywhere_can_be_gone_on_with(tmp_path: Path, suffix: str
             path.unlink()
         run(LISTED, options, caption=sometimes)
 
-    def mended(name: str) -> Caption | Failure:
+    def retried(name: str) -> Caption | Failure:
         return Failure(name, "broken", "again") if name == "bad2" else caption_of(name)
 
     reset()
-    run(LISTED, again, caption=mended)
+    run(LISTED, again, caption=retried)
     whole = contents(tmp_path)
-    for count in kills(lambda: run(LISTED, again, caption=mended), reset):
-        run(LISTED, again, caption=mended)
+    for count in kills(lambda: run(LISTED, again, caption=retried), reset):
+        run(LISTED, again, caption=retried)
         assert contents(tmp_path) == whole, count
 
 
-def test_an_overwrite_killed_anywhere_mixes_nothing(tmp_path: Path) -> None:
+def test_a_kill_at_any_system_call_of_an_overwrite_leaves_no_mixture(tmp_path: Path) -> None:
     out = tmp_path / "x.jsonl"
 
-    def saying(text: str, **options: Any) -> None:
+    def run_with(text: str, **options: Any) -> None:
         def caption(name: str) -> Caption | Failure:
             return Failure(name, "broken", text) if "bad" in name else Caption(name, (Candidate(text, -1.0),))
 
@@ -258,49 +277,33 @@ def test_an_overwrite_killed_anywhere_mixes_nothing(tmp_path: Path) -> None:
     def reset() -> None:
         for path in tmp_path.iterdir():
             path.unlink()
-        saying("old")
+        run_with("old")
 
-    for _ in kills(lambda: saying("new", overwrite=True), reset):
+    run_with("new")
+    whole = contents(tmp_path)
+    for count in kills(lambda: run_with("new", overwrite=True), reset):
         with open_sink(SinkOptions(str(out)), print) as sink:
             texts = {row["text"] for row in rows(out)[: sink.old_captions]}
-            assert len(texts) < 2
-            if texts:
-                assert sink.receipt
-                assert sink.receipt["settings"]["text"] in texts
             failures = {row["message"] for row in rows(tmp_path / "x.failures.jsonl")}
-            assert failures <= {sink.receipt["settings"]["text"]} if sink.receipt else not failures
+            assert len(texts) < 2
+            if sink.run_file is None:
+                assert not texts | failures
+            else:
+                assert texts | failures <= {sink.run_file.settings["text"]}
+        if count % 5 == 0:
+            run_with("new", overwrite=True)
+            assert contents(tmp_path) == whole, count
 
 
-RUN = """
-import sys
-sys.path.insert(0, "tests")
-from sinking import run
-from capcli.options import SinkOptions
-run(map(str, range(int(sys.argv[2]))), SinkOptions(sys.argv[1]))
-"""
+def test_rows_are_synced_to_disk_when_the_run_ends(tmp_path: Path, syncs: list[int]) -> None:
+    with open_sink(SinkOptions(str(tmp_path / "x.jsonl")), print) as sink:
+        sink.begin(RunFile({}))
+        sink.write(Entry("a", "a"), caption_of("a"))
+        before = len(syncs)
+    assert len(syncs) == before + 1
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-def test_a_full_disk_leaves_whole_rows(tmp_path: Path, suffix: str) -> None:
-    out = tmp_path / f"x.{suffix}"
-
-    def small() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-
-    command = [sys.executable, "-c", RUN, str(out), "1000"]
-    done = subprocess.run(command, preexec_fn=small, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 1
-    assert "File too large. What is there is whole; the same command goes on from there" in done.stderr
-    left = out.read_bytes()
-    assert 4900 < len(left) <= 5000
-    assert left.endswith(b"\n")
-    subprocess.run(command, check=True)
-    assert out.read_bytes().startswith(left)
-    with open_sink(SinkOptions(str(out)), print) as sink:
-        assert sink.old_captions == 1000
-
-
-def test_a_widening_that_finds_the_disk_full_leaves_the_table(tmp_path: Path) -> None:
+def test_a_csv_file_stays_as_it_is_when_the_disk_is_too_full_for_another_column(tmp_path: Path) -> None:
     out = tmp_path / "x.csv"
     run(map(str, range(100)), SinkOptions(str(out)))
     before = out.read_bytes()
@@ -318,28 +321,25 @@ def test_a_widening_that_finds_the_disk_full_leaves_the_table(tmp_path: Path) ->
     assert not (tmp_path / "x.csv.tmp").exists()
 
 
-def test_a_second_run_on_the_same_files_is_refused(tmp_path: Path) -> None:
-    out = tmp_path / "x.jsonl"
-    command = [sys.executable, "-c", RUN, str(out), "3"]
-    new, other = open_sink(SinkOptions(str(out)), print), open_sink(SinkOptions(str(out)), print)
-    new.begin({})
+def test_a_second_run_is_refused_on_each_file(tmp_path: Path) -> None:
+    options = SinkOptions(str(tmp_path / "x.jsonl"))
+    first, second = open_sink(options, print), open_sink(options, print)  # before either has created the file
+    first.begin(RunFile({}))
+    first.write(Entry("1", "1"), Failure("1", "x", "y"))
+    with pytest.raises(CapcliError, match="is being written by another run: wait until it ends"):
+        second.begin(RunFile({}))
     with pytest.raises(CapcliError, match="is being written by another run"):
-        other.begin({})
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    assert "is being written by another run: wait for its end" in done.stderr
-    new.write(Entry("0", "0"), caption_of("0"))
-    new.write(Entry("1", "1"), Failure("1", "x", "y"))
-    with pytest.raises(CapcliError, match="failures"):
+        open_sink(options, print)
+    with pytest.raises(CapcliError, match=r"failures\.jsonl is being written"):
         open_sink(SinkOptions(str(tmp_path / "y.jsonl"), failures=str(tmp_path / "x.failures.jsonl")), print)
-    new.close()
-    subprocess.run(command, check=True)
-    assert [row["file_name"] for row in rows(out)] == ["0", "2"]
+    first.close()
+    open_sink(options, print).close()
 
 
-def test_the_lock_outlives_a_widening(tmp_path: Path) -> None:
+def test_a_file_that_gains_a_column_stays_locked(tmp_path: Path) -> None:
     options = SinkOptions(str(tmp_path / "x.csv"))
     with open_sink(options, print) as sink:
-        sink.begin({})
+        sink.begin(RunFile({}))
         sink.write(Entry("\udcff", ""), caption_of("\udcff"))
         with pytest.raises(CapcliError, match="is being written by another run"):
             open_sink(options, print)
@@ -352,7 +352,9 @@ def test_the_lock_outlives_a_widening(tmp_path: Path) -> None:
     place=st.integers(0, 90),
     byte=st.one_of(st.none(), st.sampled_from(b'"\\,:{}e0-.n\n\x01\xff'), st.integers(0, 255)),
 )
-def test_the_name_of_a_row_is_what_a_parser_of_json_reads(name: str, text: str, place: int, byte: int | None) -> None:
+def test_the_name_of_a_row_is_the_one_that_a_json_parser_reads(
+    name: str, text: str, place: int, byte: int | None
+) -> None:
     rows = JsonCaptions(RowFields(candidates=False, fields=("width", "mode")))
     record = bytearray(rows.line(Caption(name, (Candidate(text, -0.25),), {"width": 3})))
     if byte is not None:
@@ -387,7 +389,7 @@ def test_many_keys_are_a_set() -> None:
     assert all((item in keys) == (item % 2 == 0 or item % 3 == 0) for item in range(1, 200_000, 7))
 
 
-def test_names_have_keys_of_their_own_and_none_is_0() -> None:
+def test_different_names_have_different_keys_and_none_is_0() -> None:
     keys = {key(b"%d.jpg" % n) for n in range(100_000)} | {key(b"")}
     assert len(keys) == 100_001
-    assert all(0 < each < 2**64 for each in keys)
+    assert all(0 < item < 2**64 for item in keys)

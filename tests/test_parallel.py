@@ -191,7 +191,7 @@ def test_the_command_writes_the_same_file_with_several_loops(captioner: Path, tm
         assert done.code == 0, done.err
     assert (tmp_path / "1.jsonl").read_text() == (tmp_path / "2.jsonl").read_text()
     run_files = [json.loads((tmp_path / f"{threads}.run.json").read_text()) for threads in (1, 2)]
-    assert [each["shapes"]["loops"] for each in run_files] == [1, 2]
+    assert [run_file["shapes"]["loops"] for run_file in run_files] == [1, 2]
     small = execute("caption", folder, *given, "--threads", 2, "--limit", 5, "--out", tmp_path / "5.jsonl")
     assert small.code == 0
     assert json.loads((tmp_path / "5.run.json").read_text())["shapes"]["loops"] == 1

@@ -17,10 +17,11 @@ from running import call, change_json, paint
 from training import paint_data
 
 from capcli import Captioner, pixels
-from capcli.annotations.tags import MetadataTags, tag_text
+from capcli.annotations.tags import MetadataTags
 from capcli.errors import CapcliError, UsageError
 from capcli.models.prefix import cells, pooling
 from capcli.options import DataOptions, ModelOptions, TrainOptions
+from capcli.text import tag_text
 from capcli.training.loop import freezing
 from capcli.training.loop.trainer import CaptionTrainer
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from capcli.errors import CapcliError
 from capcli.records import Annotated, Failure
-from capcli.sinks.failures import failure_line
+from capcli.sinks.row_formats import failure_line
 from capcli.storage import atomic
 from capcli.text import as_text, counted, printable
 

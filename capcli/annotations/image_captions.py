@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from capcli.annotations.data_report import EMPTY, MISSING, UNREAD, WITHOUT, DataReport
 from capcli.annotations.image_files import SAMPLE, ImageFinder, Listings
 from capcli.annotations.rows import Annotations, Row, texts
-from capcli.annotations.tags import tag_text
 from capcli.errors import CapcliError
 from capcli.records import Annotated, Stored
-from capcli.text import brief, counted, printable
+from capcli.text import brief, counted, printable, tag_text
 
 _RANK = {None: 0, "train": 1, "val": 2, "test": 3}  # of several splits of an image, the highest counts
 

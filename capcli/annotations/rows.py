@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple, Self
 from capcli.errors import CapcliError, UsageError
 from capcli.options import DataOptions
 from capcli.records import Stored
-from capcli.text import as_text, printable
+from capcli.text import clean, printable
 
 IMAGE_COLUMNS = (
     *("image", "file_name", "filename", "file", "path", "image_path", "image_name", "img"),
@@ -27,7 +26,6 @@ SPLITS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-_BREAKS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
 _LONGEST_NAME = 4096  # bytes, as Linux allows
 _TEXT_KEYS = ("raw", "text", "caption")  # keys of the text in a caption that is an object
 
@@ -99,11 +97,6 @@ def texts(values: Iterable[object]) -> tuple[list[str], int]:
         else:
             empty += 1
     return kept, empty
-
-
-def clean(text: str) -> str:
-    text = text.strip()
-    return text if text.isprintable() else as_text(_BREAKS.sub(" ", text))
 
 
 def _as_sequence(value: object) -> Sequence[object]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +17,6 @@ from capcli.annotations.rows import (
     Annotations,
     ColumnNames,
     Row,
-    captions_of,
     object_row,
     raw_name,
     split_of,
@@ -27,7 +25,7 @@ from capcli.annotations.text_files import lines
 from capcli.errors import CapcliError
 from capcli.options import DataOptions
 from capcli.sources import IMAGE_SUFFIXES
-from capcli.text import printable
+from capcli.text import json_list, printable
 
 _SEPARATORS = ("\t", ",", "|", ";")
 # Characters. The csv module has this limit for the whole process only; raised, it makes no other reader fail.
@@ -205,12 +203,8 @@ def _fitted(cells: list[str], layout: TableLayout, caption: int, path: str, numb
 
 def cell_captions(cell: str) -> Sequence[object]:
     """The captions in a cell: one, or those of a list in JSON."""
-    if cell.startswith(('["', "[{")) and cell.endswith("]"):
-        try:
-            return captions_of(json.loads(cell))
-        except ValueError:
-            pass
-    return (cell,)
+    listed = json_list(cell)
+    return (cell,) if listed is None else listed
 
 
 def token_file(path: str, first: str) -> Annotations | None:

@@ -1,4 +1,4 @@
-"""Tags of images, such as keywords, from a column of annotations or from metadata files."""
+"""Tags of images, such as keywords, from the metadata files beside them."""
 
 from __future__ import annotations
 
@@ -6,23 +6,9 @@ import os
 from collections.abc import Mapping
 
 from capcli.annotations.formats import METADATA, file_annotations
-from capcli.annotations.rows import clean
-from capcli.annotations.tables import cell_captions
 from capcli.errors import UsageError
 from capcli.options import DataOptions
-
-
-def tag_text(value: object) -> str:
-    """A cell of a tags column as text: a list, also one in JSON, becomes `[dog] [bark]`; an empty cell becomes ""."""
-    if hasattr(value, "tolist"):  # a NumPy array
-        value = value.tolist()
-    if isinstance(value, str) and value.startswith("["):
-        found = cell_captions(value)
-        value = value if len(found) == 1 and found[0] == value else list(found)
-    if isinstance(value, list | tuple):
-        tags = (clean(str(tag)) for tag in value if tag is not None)
-        return " ".join(f"[{tag}]" for tag in tags if tag)
-    return "" if value is None or value != value else clean(str(value))
+from capcli.text import tag_text
 
 
 class MetadataTags:

@@ -16,6 +16,7 @@ from capcli.options import CaptionOptions, GenerationOptions, SinkOptions, Sourc
 from capcli.progress import Report
 from capcli.sinks import open_sink
 from capcli.sources import open_source
+from capcli.storage.run_file import RunFile
 
 
 def options_of(task: dict[str, Any], out: str) -> CaptionOptions:
@@ -62,7 +63,7 @@ def caption(options: CaptionOptions, captioner: Any, settings: Any) -> tuple[flo
         source = open_source(options.source, lambda _: None, None)
         report = Report()
         shapes, wanted = choose_shapes(options, captioner, settings, wanted_entries(source, sink, report), source, None)
-        CaptionRun(options, captioner, settings, shapes, sink, report, {}).caption_all(wanted, None)
+        CaptionRun(options, captioner, settings, shapes, sink, report, RunFile({})).caption_all(wanted, None)
     return time.perf_counter() - began, shapes.loops * shapes.slots
 
 

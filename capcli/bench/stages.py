@@ -25,6 +25,7 @@ from capcli.options import MAX_PIXELS, SinkOptions, SourceOptions
 from capcli.records import Entry, Loaded
 from capcli.sinks import open_sink
 from capcli.sources import open_source
+from capcli.storage.run_file import RunFile
 
 START_UP = "import capcli.captioning.pipeline"
 
@@ -158,7 +159,7 @@ def _written(
     with tempfile.TemporaryDirectory() as folder:
         out = SinkOptions(out=os.path.join(folder, "captions.jsonl"))
         with open_sink(out, lambda _: None) as sink:
-            sink.begin({})
+            sink.begin(RunFile({}))
             with stages.timed("write", count):
                 for name, result in results:
                     sink.write(named[name], result)

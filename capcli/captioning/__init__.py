@@ -1,1 +1,1 @@
-"""The caption run: pipeline, captioner, and what a run decides before its first image."""
+"""Captioning: the pipeline of `capcli caption`, the captioner, and the choices made before the first image."""

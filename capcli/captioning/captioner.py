@@ -1,4 +1,4 @@
-"""A captioner: a trained model with its tokenizer and image processor, and images in, captions out.
+"""The Python API: a captioner is a model with its tokenizer and image processor. Images in, captions out.
 
 from capcli import Captioner
 
@@ -24,8 +24,7 @@ import torch
 from PIL import Image
 
 from capcli import pixels
-from capcli.annotations.tags import tag_text
-from capcli.captioning.feed import ArrivalFeed, Arrivals, Deliver, LocalArrivals, Order, Result
+from capcli.captioning.feed import ArrivalFeed, Arrivals, Deliver, LocalArrivals, OrderedDelivery, Result
 from capcli.captioning.model import Model, choose_dtype, device_of, load_model
 from capcli.decoding import noise
 from capcli.decoding.loop import Finished, Job
@@ -42,16 +41,16 @@ from capcli.models.hub import find_model
 from capcli.models.model_files import ModelFiles
 from capcli.options import DEFAULT_MODEL, MAX_PIXELS, GenerationOptions
 from capcli.records import Candidate, Caption, Failure, Loaded
-from capcli.text import is_text, printable
+from capcli.text import is_text, printable, tag_text
 
 ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.generic]
-# Between two of these a space is the tokenizer's, not the language's: CJK ideographs, kana, punctuation, full-width forms.
+# CJK ideographs, kana, CJK punctuation and full-width forms: a space between two of these is the tokenizer's.
 WIDE = "[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]"
 UNSPACED = re.compile(f"(?<={WIDE}) (?={WIDE})")
 
 
 class Captioner:
-    """Captions images with one model. Not for use from several threads at once."""
+    """Captions images with one model. Use it from one thread at a time."""
 
     def __init__(self, model: Model, files: ModelFiles) -> None:
         self.model, self.files = model, files
@@ -68,15 +67,15 @@ class Captioner:
     ) -> Captioner:
         """Load a captioner from a folder or the hub.
 
-        `device` is `auto`, `cpu` or `cuda[:n]`; `dtype` is `auto` (bfloat16 where the hardware computes in it), `float32`,
-        `bfloat16`, `float16` or, on CPUs, `int8`. Raises UsageError for what cannot be right, CapcliError for files that
-        cannot be had or used.
+        `device` is `auto`, `cpu` or `cuda[:n]`. `dtype` is `auto` (bfloat16 where the hardware computes in it), `float32`,
+        `bfloat16`, `float16` or, on CPUs, `int8`. Raises UsageError for invalid arguments, and CapcliError where the model
+        cannot be downloaded, read or run.
         """
-        choose_device(device)  # which may refuse, before anything is fetched
+        choose_device(device)  # raises UsageError before anything is downloaded
         files = find_model(model, revision, quiet=True)
         engine = engine_of(files)
-        place = device_of(device, engine)
-        return cls(load_model(files, engine, place, choose_dtype(dtype, place, engine)), files)
+        chosen = device_of(device, engine)
+        return cls(load_model(files, engine, chosen, choose_dtype(dtype, chosen, engine)), files)
 
     def caption(
         self,
@@ -89,87 +88,104 @@ class Captioner:
         max_pixels: int = MAX_PIXELS,
         **generation: Any,
     ) -> Iterator[Result]:
-        """Caption `images`: paths, PIL images of any mode, or arrays [height, width(, 1 | 3 | 4)].
+        """Caption `images`: paths, PIL images of any mode, or arrays [height, width] or [height, width, 1, 3 or 4].
 
-        Arrays hold uint8, uint16, or floats from 0 to 1.
+        Arrays are uint8, uint16, or floats from 0 to 1. Images are read only when the batch has room for them.
 
-        Yields one `Caption` or `Failure` per image, in order; a bad image never raises. A path's `name` is the path, any other
-        image's its index. `generation` takes transformers' names: num_beams, max_new_tokens, min_new_tokens, length_penalty,
-        early_stopping, no_repeat_ngram_size, repetition_penalty, do_sample, temperature, top_k, top_p,
-        num_return_sequences, seed. `tags` are of a captioner that reads them: a text per image, such as `[dog] [beach]`, None
-        for an image without; images that have some come in a list. `batch_size` is how many images are decoded at once; None:
-        as many as pay.
-        Images are taken as they are needed. Raises, at once, TypeError for a name that is none of these, for one image alone
-        and for tags that are no texts, UsageError for settings that cannot be, and for tags that are not one for each image
-        or that the captioner does not read.
+        Yields one `Caption` or `Failure` per image, in order; an image that cannot be read is a failure and never raises.
+        The `name` is the path, or the index of an image that has none.
+
+        `generation` has the names of transformers' GenerationConfig: num_beams, max_new_tokens, min_new_tokens,
+        length_penalty, early_stopping, no_repeat_ngram_size, repetition_penalty, do_sample, temperature, top_k, top_p,
+        num_return_sequences, seed. `prompt` is given to the decoder before the caption, or to an encoder that reads
+        questions; `keep_prompt` leaves it in the text. `tags` are for a captioner that reads tags: for each image a text
+        such as `[dog] [beach]`, or None. `batch_size` is the number of images decoded at once (None: chosen for the
+        device).
+
+        Raises at once TypeError for an unknown setting, a single image, and tags that are not a list of texts;
+        UsageError for invalid values, and for tags that the captioner does not read or that are not one per image.
         """
         if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
-            raise TypeError("caption() takes several images: put one into a list")
+            raise TypeError("caption() takes several images: put a single one into a list")
         unknown = [name for name in generation if name not in GenerationOptions.__dataclass_fields__]
         if unknown:
             known = ", ".join(GenerationOptions.__dataclass_fields__)
-            raise TypeError(f"caption() knows no setting {', '.join(unknown)}; it knows {known}")
+            raise TypeError(f"caption() has no setting {', '.join(unknown)}; it has {known}")
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
         settings = self.settings(GenerationOptions(**generation), prompt)
-        encoder_ids = self._encoder_ids(tags, images)
-        before = settings.prompt[1:] if keep_prompt else ()
-        prepare = partial(self._prepare, max_pixels=max_pixels, encoder_ids=encoder_ids)
-        return self._captions(images, settings, before, prepare, batch_size)
-
-    def _encoder_ids(self, tags: Sequence[str | None] | None, images: Iterable[ImageLike]) -> list[tuple[int, ...]]:
-        """What the encoder reads beside each image: its tags; nothing where there are none."""
-        if tags is None:
-            return []
-        if isinstance(tags, str) or not isinstance(tags, Sequence):
-            raise TypeError("tags are a list, with a text or None for each image")
-        strange = [each for each in tags if not isinstance(each, str | None)]
-        if strange:
-            raise TypeError(f"tags hold a {type(strange[0]).__name__}: each is a text, or None")
-        if not isinstance(images, Sized):
-            raise TypeError("tags are one for each image: put the images into a list")
-        if not self.model.tag_tokens:
-            raise UsageError(f"{self.files.name} reads no tags: leave them out")
-        if len(tags) != len(images):
-            raise UsageError(f"there are {len(tags)} tags and {len(images)} images: give a text, or None, for each")
-        if wrong := [each for each in tags if each and not is_text(each)]:
-            raise UsageError(f"the tags {printable(wrong[0])} are not UTF-8")
-        return tag_ids(self.model.tokenizer, [tag_text(each) for each in tags], self.model.tag_tokens)
+        load = partial(self._load, max_pixels=max_pixels, tags=self._tag_ids(tags, images))
+        return self._captions(images, load, settings, keep_prompt, batch_size)
 
     def _captions(
         self,
         images: Iterable[ImageLike],
+        load: Callable[[int, ImageLike], Loaded],
         settings: Settings,
-        before: tuple[int, ...],
-        prepare: Callable[[int, ImageLike], Loaded],
+        keep_prompt: bool,
         batch_size: int | None,
     ) -> Iterator[Result]:
         shapes = self.shapes(settings, len(images) if isinstance(images, Sized) else None, batch_size)
-        arrivals = LocalArrivals(images, prepare)
         ready: deque[Result] = deque()
-        for _ in self.run(arrivals, settings, shapes, lambda _, result: ready.append(result), before=before):
+
+        def deliver(_: int, result: Result) -> None:
+            ready.append(result)
+
+        for _ in self.run(LocalArrivals(images, load), settings, shapes, deliver, keep_prompt=keep_prompt):
             while ready:
                 yield ready.popleft()
 
+    def run(
+        self,
+        arrivals: Arrivals,
+        settings: Settings,
+        shapes: Shapes,
+        deliver: Deliver,
+        *,
+        ordered: bool = True,
+        keep_prompt: bool = False,
+        stop: Callable[[], bool] = lambda: False,
+        on_shrink: Callable[[Shapes], None] = lambda _: None,
+    ) -> Iterator[None]:
+        """Caption all arrivals. `deliver(index, result)` is called for each, in the order of arrival if `ordered`.
+
+        This is a generator that yields after every decoding step, so that the caller can show progress or end the run.
+        Once `stop()` is true, no more images are taken, and those in the batch are finished. `on_shrink` is called with
+        the new shapes when device memory ran out and the run continues with fewer slots.
+        """
+        give = OrderedDelivery(deliver).put if ordered else deliver
+        kept = settings.prompt[1:] if keep_prompt else ()  # without the start token
+        feed = ArrivalFeed(arrivals, partial(self._job, settings), give, stop)
+        for ended in decode_in_parallel(feed, self.model.runtime.replicas(shapes.loops), settings, shapes, on_shrink):
+            for done in ended:
+                index, loaded = done.tag
+                give(index, self.result(loaded, done, settings, kept))
+            yield
+        yield  # failures may have been delivered after the last caption
+
     def settings(self, options: GenerationOptions, prompt: str | None = None) -> Settings:
-        """The search settings in force: `options`, and the checkpoint's where they say nothing."""
+        """The search settings: `options`, with the checkpoint's generation_config for those that are None.
+
+        Raises UsageError and CapcliError for settings that this model cannot run with.
+        """
+        model = self.model
         ids = self._prompt_ids(prompt)
-        settings = resolve(self.model.generation, options, () if self.model.encoder_prompt else ids)
-        if self.model.encoder_prompt:
+        settings = resolve(model.generation, options, () if model.encoder_prompt else ids)
+        if model.encoder_prompt:
             settings = replace(settings, encoder_ids=tuple(ids))
-        elif self.model.tag_tokens:  # of images without tags
-            settings = replace(settings, encoder_ids=(NO_TOKEN,) * self.model.tag_tokens)
-        room = self.model.positions - len(settings.prompt) + 1  # the last token is never given back to the decoder
+        elif model.tag_tokens:  # for images without tags
+            settings = replace(settings, encoder_ids=(NO_TOKEN,) * model.tag_tokens)
+        room = model.positions - len(settings.prompt) + 1  # the last token is never an input of the decoder
         if room < 1:
             raise UsageError(
-                f"the prompt has {len(settings.prompt)} tokens and the decoder holds {self.model.positions}: shorten it"
+                f"the prompt has {len(settings.prompt)} tokens and the decoder holds {model.positions}: shorten it"
             )
         if settings.max_new_tokens > room:
             raise UsageError(
-                f"--max-new-tokens is {settings.max_new_tokens}, but the decoder holds {self.model.positions} tokens, "
-                f"prompt included: at most {room} here"
+                f"--max-new-tokens is {settings.max_new_tokens}, but the decoder holds {model.positions} tokens, "
+                f"including the prompt: give at most {room}"
             )
-        self._refuse_strange_ids(settings)
+        self._check_ids(settings)
         return settings
 
     def _prompt_ids(self, prompt: str | None) -> list[int]:
@@ -183,62 +199,75 @@ class Captioner:
             ids: list[int] = self.model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _refuse_strange_ids(self, settings: Settings) -> None:
-        """Raises CapcliError for token ids that the decoder does not have."""
+    def _check_ids(self, settings: Settings) -> None:
+        """Raises CapcliError for token ids outside the decoder's vocabulary."""
         s = settings
         forced = () if s.forced_bos_token_id is None else (s.forced_bos_token_id,)
         named = {"the prompt": (*s.prompt, *s.encoder_ids), "forced tokens": (*forced, *s.forced_eos_token_ids)}
         named |= {"suppressed tokens": (*s.suppress_tokens, *s.begin_suppress_tokens)}
         for what, ids in named.items():
-            strange = [i for i in ids if not 0 <= i < self.model.vocabulary and i != NO_TOKEN]
-            if strange:
+            unknown = [i for i in ids if not 0 <= i < self.model.vocabulary and i != NO_TOKEN]
+            if unknown:
                 raise CapcliError(
-                    f"{what} hold token {strange[0]}, and the decoder has {self.model.vocabulary}: tokenizer or "
+                    f"{what} hold token {unknown[0]}, and the decoder has {self.model.vocabulary}: tokenizer or "
                     "generation_config of another model?"
                 )
 
-    def shapes(self, settings: Settings, count: int | None, batch_size: int | None = None, loops: int = 1) -> Shapes:
-        """Slots and chunk of each of `loops` decode loops for `count` images; None: unknown, or more than ever fit.
+    def _tag_ids(self, tags: Sequence[str | None] | None, images: Iterable[ImageLike]) -> list[tuple[int, ...]]:
+        """For each image the ids of its tags, which the encoder reads; empty where no tags are given."""
+        if tags is None:
+            return []
+        if isinstance(tags, str) or not isinstance(tags, Sequence):
+            raise TypeError("tags must be a list with a text or None for each image")
+        if other := [tag for tag in tags if not isinstance(tag, str | None)]:
+            raise TypeError(f"tags contain a {type(other[0]).__name__}: each must be a text or None")
+        if not isinstance(images, Sized):
+            raise TypeError("with tags, put the images into a list: there must be one text per image")
+        if not self.model.tag_tokens:
+            raise UsageError(f"{self.files.name} reads no tags: leave them out")
+        if len(tags) != len(images):
+            raise UsageError(f"there are {len(tags)} tags and {len(images)} images: give a text or None for each image")
+        if wrong := [tag for tag in tags if tag and not is_text(tag)]:
+            raise UsageError(f"the tags {printable(wrong[0])} are not UTF-8")
+        return tag_ids(self.model.tokenizer, [tag_text(tag) for tag in tags], self.model.tag_tokens)
 
-        Raises UsageError where the runtime has no such batch.
+    def shapes(self, settings: Settings, count: int | None, batch_size: int | None = None, loops: int = 1) -> Shapes:
+        """The slots and the chunk of each of `loops` decode loops.
+
+        `count` is the number of images, None where it is unknown or larger than any batch. `batch_size` is for all loops
+        together; None: as many slots as are worthwhile and fit into device memory. Raises UsageError where an engine was
+        not built for the batch.
         """
         runtime = self.model.runtime
-        each = None if count is None else math.ceil(count / loops)
+        images = None if count is None else math.ceil(count / loops)  # per loop
         if batch_size is None:
             most = fitting_slots(runtime.device, self._bytes_per_slot(settings)) // loops
-            shapes = runtime.shapes(useful_slots(runtime.device, settings), settings, max(1, most), each)
+            shapes = runtime.shapes(useful_slots(runtime.device, settings), settings, max(1, most), images)
         else:
             slots = batch_size // loops
             shapes = runtime.shapes(slots, settings)
-            if each is not None and each < slots:
-                shapes = runtime.shapes(max(1, each), settings)
+            if images is not None and images < slots:
+                shapes = runtime.shapes(max(1, images), settings)
         return replace(shapes, loops=loops)
 
-    def run(
-        self,
-        arrivals: Arrivals,
-        settings: Settings,
-        shapes: Shapes,
-        deliver: Deliver,
-        *,
-        ordered: bool = True,
-        before: tuple[int, ...] = (),
-        stop: Callable[[], bool] = lambda: False,
-        shrunk: Callable[[Shapes], None] = lambda _: None,
-    ) -> Iterator[None]:
-        """Caption all arrivals; `deliver(index, result)` gets each result, by index of arrival, in order if `ordered`.
+    def _bytes_per_slot(self, settings: Settings) -> int:
+        """Device memory of a slot: cross-attention memory, pool, and several copies of a step's logits in float32."""
+        height, width = self.model.size
+        with torch.inference_mode():
+            size = self.model.runtime.slot_bytes(np.zeros((1, height, width, 3), np.uint8), settings)
+        return size + 16 * settings.rows * self.model.vocabulary
 
-        A generator, so that the caller keeps the reins: it yields after every step. `before` are tokens to show before each
-        caption. Once `stop` says so, no more images are taken and those under way are finished.
-        """
-        give = Order(deliver).put if ordered else deliver
-        feed = ArrivalFeed(arrivals, partial(self._job, settings), give, stop)
-        for ended in decode_in_parallel(feed, self.model.runtime.replicas(shapes.loops), settings, shapes, shrunk):
-            for done in ended:
-                index, loaded = done.tag
-                give(index, self.result(loaded, done, settings, before))
-            yield
-        yield  # failures may have come after the last caption
+    def _load(self, index: int, image: ImageLike, max_pixels: int, tags: Sequence[tuple[int, ...]]) -> Loaded:
+        encoder_ids = tags[index] if tags else ()
+        if isinstance(image, str | os.PathLike):
+            path = os.fsdecode(image)
+            return Loaded(path, pixels.load(path, self.model.spec, max_pixels=max_pixels)[0], encoder_ids=encoder_ids)
+        if not isinstance(image, Image.Image | np.ndarray):
+            raise ImageError(
+                "unreadable", f"a {type(image).__name__} is not an image: give paths, PIL images or arrays"
+            )
+        rgb = pixels.to_rgb(image) if isinstance(image, Image.Image) else pixels.from_array(image)
+        return Loaded(str(index), pixels.resize(rgb, self.model.spec), encoder_ids=encoder_ids)
 
     def _job(self, settings: Settings, index: int, loaded: Loaded) -> Job:
         """Raises ImageError for pixels of a size that the encoder does not take."""
@@ -246,50 +275,25 @@ class Captioner:
         if size != self.model.size:
             raise ImageError(
                 "shape",
-                f"the processor leaves it {size[1]}x{size[0]} and the model takes {width}x{height}; resize it before, or let "
-                "preprocessor_config.json do so",
+                f"after preprocessing it is {size[1]}x{size[0]} and the model takes {width}x{height}: resize the image, or "
+                "set do_resize in preprocessor_config.json",
             )
-        return Job(
-            (index, replace(loaded, pixels=loaded.pixels[:0])),
-            loaded.pixels,
-            noise.key(settings.seed, loaded.name),
-            loaded.encoder_ids,
-        )
+        without_pixels = replace(loaded, pixels=loaded.pixels[:0])
+        noise_key = noise.key(settings.seed, loaded.name)
+        return Job((index, without_pixels), loaded.pixels, noise_key, loaded.encoder_ids)
 
-    def result(self, loaded: Loaded, done: Finished, settings: Settings, before: tuple[int, ...] = ()) -> Result:
-        """What was said of an image, as text."""
+    def result(self, loaded: Loaded, done: Finished, settings: Settings, kept: tuple[int, ...] = ()) -> Result:
+        """The captions of an image as text; `kept` are tokens of the prompt that come before each."""
         if not done.hypotheses:
-            return Failure(loaded.name, "not-finite", self._overflow())
-        said = tuple(Candidate(self._text(h, settings, before), h.score) for h in done.hypotheses)
-        return Caption(loaded.name, said, loaded.facts)
+            advice = "its weights may be damaged" if self.model.dtype == "float32" else "try --dtype float32"
+            return Failure(loaded.name, "not-finite", f"its numbers overflow in the model (NaN or infinity); {advice}")
+        candidates = tuple(Candidate(self._text(h, settings, kept), h.score) for h in done.hypotheses)
+        return Caption(loaded.name, candidates, loaded.facts)
 
-    def _text(self, hypothesis: Hypothesis, settings: Settings, before: tuple[int, ...]) -> str:
-        ids = [*before, *(t for t in hypothesis.tokens if t not in settings.eos_token_ids)]
+    def _text(self, hypothesis: Hypothesis, settings: Settings, kept: tuple[int, ...]) -> str:
+        ids = [*kept, *(t for t in hypothesis.tokens if t not in settings.eos_token_ids)]
         if self._gaps.keys() & set(settings.encoder_ids):
             text = with_gaps(self.model.tokenizer, ids, self._gaps)
         else:
             text = str(self.model.tokenizer.decode(ids, skip_special_tokens=True)).strip()
         return UNSPACED.sub("", text) if self.model.spaced else text
-
-    def _bytes_per_slot(self, settings: Settings) -> int:
-        """What a slot holds: its memory, its pool, and a step's logits several times over in float32."""
-        height, width = self.model.size
-        with torch.inference_mode():
-            held = self.model.runtime.slot_bytes(np.zeros((1, height, width, 3), np.uint8), settings)
-        return held + 16 * settings.rows * self.model.vocabulary
-
-    def _overflow(self) -> str:
-        cure = "its weights may be damaged" if self.model.dtype == "float32" else "try --dtype float32"
-        return f"its numbers overflow in the model (NaN or infinity); {cure}"
-
-    def _prepare(self, index: int, image: ImageLike, max_pixels: int, encoder_ids: Sequence[tuple[int, ...]]) -> Loaded:
-        ids = encoder_ids[index] if encoder_ids else ()
-        if isinstance(image, str | os.PathLike):
-            path = os.fsdecode(image)
-            return Loaded(path, pixels.load(path, self.model.spec, max_pixels=max_pixels)[0], encoder_ids=ids)
-        if not isinstance(image, Image.Image | np.ndarray):
-            raise ImageError(
-                "unreadable", f"a {type(image).__name__} is no image: a path, a PIL image or an array is one"
-            )
-        rgb = pixels.to_rgb(image) if isinstance(image, Image.Image) else pixels.from_array(image)
-        return Loaded(str(index), pixels.resize(rgb, self.model.spec), encoder_ids=ids)

@@ -1,4 +1,4 @@
-"""Between loading and decoding: images become jobs as they arrive, results go back into the order in which they came."""
+"""Between loading and decoding: loaded images become jobs in the order of arrival, and results are put in that order again."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from capcli.records import Caption, Failure, Loaded
 
 Result = Caption | Failure
 Deliver = Callable[[int, Result], None]
-POLL_SECONDS = 0.2  # seconds after which a wait looks whether it should stop
+POLL_SECONDS = 0.2  # how often a feed that waits for an image checks whether to stop
 
 
 class Arrivals(Protocol):
-    """Loaded images as they come; `capcli.loading.Loading` is one."""
+    """Loaded images as they become available; `capcli.loading.Loading` is one."""
 
     @property
     def done(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether no more images will arrive."""
 
     def take(self, timeout: float | None = None) -> Loaded | Failure | None:
-        """The next one; None when none came within `timeout` seconds (None: ever)."""
+        """The next image; None when none arrives within `timeout` seconds (None: no limit)."""
 
 
 class LocalArrivals:
-    """Arrivals made here and now: `make(index, image)` gives an image's pixels or raises ImageError."""
+    """Images loaded in this thread when they are taken. `load(index, image)` gives the pixels or raises ImageError."""
 
-    def __init__(self, images: Iterable[Any], make: Callable[[int, Any], Loaded]) -> None:
+    def __init__(self, images: Iterable[Any], load: Callable[[int, Any], Loaded]) -> None:
         self._images: Iterator[tuple[int, Any]] = enumerate(images)
-        self._make = make
+        self._load = load
         self.done = False
 
     def take(self, timeout: float | None = None) -> Loaded | Failure | None:  # noqa: ARG002
         for index, image in self._images:
             try:
-                return self._make(index, image)
+                return self._load(index, image)
             except ImageError as error:
                 name = os.fsdecode(image) if isinstance(image, str | os.PathLike) else str(index)
                 return Failure(name, error.kind, str(error))
@@ -47,10 +47,11 @@ class LocalArrivals:
 
 
 class ArrivalFeed:
-    """The decode loop's feed: a job for every image that loaded well; failures are delivered on the way.
+    """The feed of the decode loop: a job for every image that loaded; failures go to `deliver` at once.
 
-    `make(index, loaded)` makes the job, or raises ImageError for an image that this captioner cannot take. One `take` draws no
-    more arrivals than the jobs asked for: failures in their thousands do not run ahead of a caption that is still being made.
+    `make(index, loaded)` builds the job, or raises ImageError for an image that the captioner cannot take. One `take`
+    consumes at most as many arrivals as jobs were asked for, failures included: thousands of failures do not run ahead of
+    a caption that is still being decoded, so the results that wait for their turn stay few.
     """
 
     def __init__(
@@ -58,24 +59,26 @@ class ArrivalFeed:
     ) -> None:
         self._arrivals, self._make, self._deliver, self._stop = arrivals, make, deliver, stop
         self._count = 0
-        self._halted = False
+        self._stopped = False
 
     @property
     def ended(self) -> bool:
-        return self._halted or self._arrivals.done
+        """Whether no more jobs will come."""
+        return self._stopped or self._arrivals.done
 
     def take(self, most: int, wait: float | None) -> Sequence[Job]:
+        """Up to `most` jobs that are available now; waits at most `wait` seconds (None: no limit) for the first."""
         jobs: list[Job] = []
-        drawn = 0
+        taken = 0
         until = None if wait is None else time.monotonic() + wait
-        while drawn < most and not self.ended:
+        while taken < most and not self.ended:
             if self._stop():
-                self._halted = True
+                self._stopped = True
                 break
             left = POLL_SECONDS if until is None else max(0.0, min(POLL_SECONDS, until - time.monotonic()))
             arrival = self._arrivals.take(0 if jobs else left)
             if arrival is not None:
-                drawn += 1
+                taken += 1
                 jobs += self._job(arrival)
             elif jobs or (until is not None and time.monotonic() >= until):
                 break
@@ -93,13 +96,13 @@ class ArrivalFeed:
             return []
 
 
-class Order:
-    """Gives results on in the order of their indices; what it holds is bounded by what is under way."""
+class OrderedDelivery:
+    """Delivers results in the order of their indices, each as soon as all before it are delivered."""
 
     def __init__(self, deliver: Deliver) -> None:
         self._deliver = deliver
         self._next = 0
-        self._early: dict[int, Result] = {}
+        self._early: dict[int, Result] = {}  # at most as many as images are in the batch
 
     def put(self, index: int, result: Result) -> None:
         self._early[index] = result

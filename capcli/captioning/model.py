@@ -1,4 +1,4 @@
-"""A model ready to caption: what runs it, its tokenizer, and how its pixels are made; from a checkpoint or an engine."""
+"""A model ready to caption, from a checkpoint or an engine folder: its runtime, tokenizer and pixel specification."""
 
 from __future__ import annotations
 
@@ -37,27 +37,26 @@ from capcli.runtimes.eager import Eager
 class Model:
     """A model ready to caption. `Model.of` builds it.
 
-    `encoder_prompt` makes token ids of a prompt where the encoder reads it; None where the decoder does. `spaced`: the
-    tokenizer puts spaces between tokens, so between characters where those are the tokens. `engine` is what engine.json
-    says where the model is one.
+    `encoder_prompt` turns a prompt into token ids where the encoder reads it; None where the decoder does. `spaced` means that
+    the tokenizer puts a space between any two tokens, which is wrong between the characters of Chinese or Japanese.
     """
 
     runtime: SlotRuntime
     dtype: str
     tokenizer: PreTrainedTokenizerBase
     spec: PixelSpec
-    size: tuple[int, int]  # height and width of the pixels that the encoder takes
+    size: tuple[int, int]  # height and width of the encoder's input
     generation: dict[str, Any]
-    positions: int  # the longest sequence, prompt and caption, that the decoder can hold
+    positions: int  # the decoder's maximum sequence length, prompt and caption together
     vocabulary: int
     encoder_prompt: Callable[[Any, str | None], list[int]] | None
-    tag_tokens: int  # tag tokens that its encoder reads at most
+    tag_tokens: int  # maximum number of tag tokens that the encoder reads; 0: it reads no tags
     spaced: bool
-    engine: Engine | None = None
+    engine: Engine | None = None  # the content of engine.json, for an engine
 
     @classmethod
     def of(cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, **parts: Any) -> Model:
-        """A model of this config.json; `parts` are the fields that follow from neither config nor tokenizer."""
+        """Build a model with this config.json; `parts` are the fields that do not follow from config and tokenizer."""
         return cls(
             tokenizer=tokenizer,
             encoder_prompt=encoder_prompt_of(config),
@@ -68,22 +67,22 @@ class Model:
 
 
 def load_model(files: ModelFiles, engine: Engine | None, device: torch.device, dtype: str) -> Model:
-    """Load weights, or an engine, and the tokenizer. Raises CapcliError where they cannot be used."""
+    """Load the weights or the engine, and the tokenizer. Raises CapcliError where they cannot be used."""
     return load_checkpoint(files, device, dtype) if engine is None else load_engine(files, engine, device)
 
 
 def load_checkpoint(files: ModelFiles, device: torch.device, dtype: str) -> Model:
-    """The model of a folder of weights, in PyTorch."""
+    """Load the weights in a folder into PyTorch modules."""
     spec = PixelSpec.from_config(files.processor)
     whole = load_weights(files, dtype, device)
     encode, step = encode_and_step(whole, spec)
     use_attention(encode.encoder, bfloat16=dtype == "int8" and multiplies_bfloat16())
     attends = use_attention(step.decoder)
-    # half as much to read in every step, at the same captions (BENCHMARKS.md)
+    # a bfloat16 cache halves the bytes that a step reads, and captions stay the same (BENCHMARKS.md)
     keep = torch.bfloat16 if dtype == "int8" and attends else None
     if dtype == "int8":
         quantize_both(encode, step)
-    elif device.type == "cpu" and dtype != "float16":  # in which no CPU multiplies fast
+    elif device.type == "cpu" and dtype != "float16":  # no CPU kernels are faster in float16
         speed_up(encode)
         speed_up(step)
     return Model.of(
@@ -100,11 +99,11 @@ def load_checkpoint(files: ModelFiles, device: torch.device, dtype: str) -> Mode
 
 
 def load_engine(files: ModelFiles, engine: Engine, device: torch.device) -> Model:
-    """The model of an engine folder. Raises CapcliError for one that was changed or built for another machine."""
+    """Load an engine folder. Raises CapcliError for one that was modified or was built for another machine."""
     refuse_tampered(files.folder, engine)
     if engine.unfinished:
         raise CapcliError(
-            f"the engine {files.name} has no plans yet: finish it where TensorRT and a GPU are: {engine.finish}"
+            f"the engine {files.name} has no plans yet: finish it on a machine with TensorRT and a GPU: {engine.finish}"
         )
     if not engine.passed:
         warn(
@@ -125,7 +124,7 @@ def load_engine(files: ModelFiles, engine: Engine, device: torch.device) -> Mode
 
 
 def open_engine(folder: str, engine: Engine, device: torch.device) -> SlotRuntime:
-    """What runs an engine folder's graphs or plans. Raises CapcliError where they cannot be run."""
+    """The runtime for the graphs or plans of an engine folder. Raises CapcliError where they cannot be run."""
     if engine.kind == "tensorrt":
         from capcli.runtimes.trt import open_trt
 
@@ -136,7 +135,7 @@ def open_engine(folder: str, engine: Engine, device: torch.device) -> SlotRuntim
 
 
 def device_of(name: str, engine: Engine | None) -> torch.device:
-    """`choose_device`, where `auto` is one that the engine was built for and its runtime has."""
+    """The device for `--device`; for an engine `auto` is a device that it was built for and that its runtime supports."""
     device = choose_device(name)
     if engine is None or engine.kind != "onnx" or name != "auto":
         return device
@@ -146,7 +145,10 @@ def device_of(name: str, engine: Engine | None) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, engine: Engine | None = None) -> str:
-    """`auto` is an engine's own, or bfloat16 where the hardware computes in it, else float32."""
+    """The dtype for `--dtype`. `auto` is the engine's dtype, else bfloat16 where the hardware computes in it, else float32.
+
+    Raises UsageError for a dtype that the device or the engine does not support.
+    """
     if engine is not None and name in ("auto", engine.precision):
         return engine.precision
     if engine is not None and name in DTYPES:
@@ -156,7 +158,7 @@ def choose_dtype(name: str, device: torch.device, engine: Engine | None = None) 
     if name in DTYPES:
         return name
     if name != "auto":
-        raise UsageError(f"--dtype {name}: it is auto, {', '.join(DTYPES)}")
+        raise UsageError(f"--dtype {name}: choose one of auto, {', '.join(DTYPES)}")
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return "bfloat16" if multiplies_bfloat16() else "float32"

@@ -1,4 +1,11 @@
-"""Read this first: source -> pixels -> captions -> sinks, on one page."""
+"""Read this first: `capcli caption` from its options to the exit code.
+
+    source -> decoder processes -> decode loop -> sink
+    Entry     Loaded               Caption        rows
+
+Everything is lazy: the source is read as the decoder processes have room, and those decode as the batch has room. An
+image that cannot be captioned is a `Failure` from there on; only what stops every image raises.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +22,14 @@ from capcli.annotations.tags import MetadataTags
 from capcli.captioning.captioner import Captioner
 from capcli.captioning.plan import (
     choose_shapes,
+    configured_sequences,
     decoder_processes,
+    earlier_naming,
     load_captioner,
-    own_sequences,
+    new_run_file,
     search_settings,
     settle_gpu_decode,
 )
-from capcli.captioning.provenance import earlier_naming, finished, make_run_record, refuse_other_settings, with_shapes
 from capcli.decoding.settings import Settings
 from capcli.decoding.shapes import Shapes
 from capcli.interrupts import Interrupts
@@ -33,30 +41,32 @@ from capcli.progress import Progress, Report, say, warn
 from capcli.records import Caption, Entry, Failure
 from capcli.sinks import ClosedPipeError, Sink, open_sink
 from capcli.sources import Source, open_source
+from capcli.storage.run_file import RunFile
 from capcli.text import printable
 
 
 def run(options: CaptionOptions) -> int:
-    """Caption every image of the source that is not captioned yet; gives the exit code.
+    """Caption every image of the source that has no caption yet. Returns the exit code.
 
-    Raises UsageError for a wrong command, before any model is loaded, and CapcliError when the run cannot go on.
+    Raises UsageError for a wrong command, before any weights are read, and CapcliError when the run cannot continue.
     """
-    several = options.generation.num_return_sequences is None and own_sequences(options.model) > 1
+    several = options.generation.num_return_sequences is None and configured_sequences(options.model) > 1
     options = replace(options, sink=replace(options.sink, candidates=options.sink.candidates or several))
     with open_sink(options.sink, warn) as sink:
-        source = open_source(options.source, warn, earlier_naming(sink.receipt))
+        earlier = sink.run_file  # of the run that this one continues
+        source = open_source(options.source, warn, earlier_naming(earlier))
         report = Report()
         wanted: Iterator[Entry] = islice(wanted_entries(source, sink, report), options.limit)
         if options.dry_run:
             return list_only(wanted, report)
-        captioner = load_captioner(options, sink.receipt)
-        tags = MetadataTags(options.tags_field) if options.tags_field else None
+        captioner = load_captioner(options, earlier)
         settings = search_settings(options, captioner)
-        options = settle_gpu_decode(options, captioner.model, sink.receipt)
-        receipt = make_run_record(options, source, captioner, settings, sink.receipt)
-        refuse_other_settings(sink.receipt, receipt, options.sink.out)
-        shapes, wanted = choose_shapes(options, captioner, settings, wanted, source, sink.receipt)
-        run = CaptionRun(options, captioner, settings, shapes, sink, report, receipt, tags)
+        options = settle_gpu_decode(options, captioner.model, earlier)
+        run_file = new_run_file(options, source, captioner, settings, earlier)
+        if earlier is not None:
+            earlier.refuse_other_settings(run_file, options.sink.out)
+        shapes, wanted = choose_shapes(options, captioner, settings, wanted, source, earlier)
+        run = CaptionRun(options, captioner, settings, shapes, sink, report, run_file)
         try:
             return run.caption_all(wanted, counter(source, options))
         except ClosedPipeError:
@@ -65,7 +75,7 @@ def run(options: CaptionOptions) -> int:
 
 @dataclass
 class CaptionRun:
-    """A run whose every choice is made."""
+    """A run whose choices are all made. Only `shapes` may change, when device memory runs out."""
 
     options: CaptionOptions
     captioner: Captioner
@@ -73,62 +83,99 @@ class CaptionRun:
     shapes: Shapes
     sink: Sink
     report: Report
-    receipt: dict[str, Any]
-    tags: MetadataTags | None = None
+    run_file: RunFile
+
+    def __post_init__(self) -> None:
+        self.tags = MetadataTags(self.options.tags_field) if self.options.tags_field else None
 
     def caption_all(self, wanted: Iterable[Entry], total: Callable[[], int] | None) -> int:
-        """source -> pixels -> captions -> sinks; the exit code. A signal ends it once what is under way is done."""
-        listed: dict[int, Entry] = {}
-        self.sink.begin(with_shapes(self.receipt, self.shapes, self.settings))
+        """Caption the wanted entries. Returns the exit code. After a signal, images in the batch are finished first.
+
+        `total` counts the images of the source, for the progress bar.
+        """
+        entries: dict[int, Entry] = {}  # those without a result yet, by their index
+        self.sink.begin(self.current_run_file())
         self.report.began = time.monotonic()
 
         def deliver(index: int, result: Caption | Failure) -> None:
-            self.sink.write(listed.pop(index), result)
+            self.sink.write(entries.pop(index), result)
             self.report.add(result)
             progress.update()
 
         with (
             Interrupts(quiet=self.options.quiet) as interrupts,
             Progress(self.report, shown=self.shows_progress, total=total) as progress,
-            self.pixels(numbered(self.with_tags(wanted), listed)) as arrivals,
+            self.pixels(numbered(self.with_tags(wanted), entries)) as images,
         ):
             for _ in self.captioner.run(
-                arrivals,
+                images,
                 self.settings,
                 self.shapes,
                 deliver,
                 ordered=self.options.order == "source",
-                before=self.settings.prompt[1:] if self.options.keep_prompt else (),
+                keep_prompt=self.options.keep_prompt,
                 stop=interrupts.asked,
-                shrunk=self.shrink,
+                on_shrink=self.shrink,
             ):
                 progress.update()
-        self.close(cut_short=interrupts.asked())
+        self.close(interrupted=interrupts.asked())
         return interrupts.exit_code or self.report.exit_code
 
     def with_tags(self, entries: Iterable[Entry]) -> Iterable[Entry]:
-        """The entries, each with what the encoder reads beside it: its tags, of the metadata beside its file."""
+        """The entries, with the ids of their tags for an encoder that reads tags. They are in metadata files."""
         tags, model = self.tags, self.captioner.model
         if tags is None:
             return entries
         ids = partial(tag_ids, model.tokenizer, count=model.tag_tokens)
         return (replace(entry, encoder_ids=ids([tags.of(entry.path)])[0]) for entry in entries)
 
-    def close(self, *, cut_short: bool) -> None:
-        """The receipt and the closing line."""
-        self.report.on_record = self.sink.failures_on_record - self.report.failed
-        state = "interrupted" if cut_short else "finished"
-        receipt = with_shapes(self.receipt, self.shapes, self.settings)
-        self.sink.write_receipt(finished(receipt, self.report, self.sink, state))
-        if self.tags and self.report.done and not self.tags.found:
-            warn(f"no image has tags: looked for metadata with a field {self.options.tags_field} beside and above them")
-        if not (self.options.quiet or cut_short or self.report.seen):
+    def pixels(self, entries: Iterable[Entry]) -> Loading | GpuLoading:
+        """Start the decoder processes, and the GPU's JPEG decoder where it is used. Gives the loaded images."""
+        options, model = self.options, self.captioner.model
+        device = model.runtime.device
+        start = partial(load, workers=decoder_processes(options, device), timeout=options.decode_timeout)
+        arguments: dict[str, Any] = {"spec": model.spec, "max_pixels": options.max_pixels, "facts": options.sink.fields}
+        decode = partial(pixels.load, **arguments, fast=options.fast_decode)
+        if not options.gpu_decode:
+            return start(entries, decode)
+        keep_jpeg = partial(pixels.load_or_keep, **arguments)
+        return GpuLoading(entries, GpuJpegDecoder.on(device, model.spec), keep_jpeg, decode, start)
+
+    def shrink(self, shapes: Shapes) -> None:
+        """Record that the run continues with fewer slots, so that a run that continues this one has as few."""
+        if shapes.slots >= self.shapes.slots:  # another decode loop has shrunk already
+            return
+        self.shapes = shapes
+        self.sink.write_run_file(self.current_run_file())
+        where = f" in one of {shapes.loops} loops" if shapes.loops > 1 else ""
+        warn(f"the device ran out of memory: continuing with a batch size of {shapes.slots}{where}")
+
+    def current_run_file(self) -> RunFile:
+        """The run file with the shapes of all tensors."""
+        shapes, settings = self.shapes, self.settings
+        return self.run_file.with_shapes(
+            loops=shapes.loops, slots=shapes.slots, chunk=shapes.chunk, rows=settings.rows, pool=settings.entries
+        )
+
+    def close(self, *, interrupted: bool) -> None:
+        """Write the final run file and print the closing line."""
+        report, sink = self.report, self.sink
+        report.on_record = sink.failures_on_record - report.failed
+        state = "interrupted" if interrupted else "finished"
+        counts = {"captions": sink.old_captions + report.captioned, "failures": sink.failures_on_record}
+        last_run = {"captioned": report.captioned, "failed": report.failed, "skipped": report.skipped}
+        seconds = round(report.seconds, 3)
+        sink.write_run_file(self.current_run_file().ended(state, counts, {**last_run, "seconds": seconds}))
+        if self.tags and report.done and not self.tags.found:
+            warn(f"no image has tags: there is no metadata with a field {self.options.tags_field} beside or above them")
+        if self.options.quiet:
+            return
+        if not interrupted and not report.seen:
             source = self.options.source
-            chosen = source.include or source.exclude or self.options.limit == 0
-            left = " that --include, --exclude and --limit leave" if chosen else ""
-            warn(f"there is no image in {self.receipt['source']}{left}")
-        if not self.options.quiet:
-            say(self.closing_line())
+            selected = source.include or source.exclude or self.options.limit == 0
+            left = " that --include, --exclude and --limit leave" if selected else ""
+            warn(f"there is no image in {self.run_file.source}{left}")
+        say(self.closing_line())
 
     def closing_line(self) -> str:
         line = self.report.line()
@@ -138,36 +185,16 @@ class CaptionRun:
             line += f"; what failed is in {printable(self.sink.failures_path)}"
         return line
 
-    def shrink(self, shapes: Shapes) -> None:
-        """Goes on with fewer slots, and leaves word of it to a run that goes on from here."""
-        if shapes.slots >= self.shapes.slots:  # another loop has come to it before
-            return
-        self.shapes = shapes
-        self.sink.write_receipt(with_shapes(self.receipt, shapes, self.settings))
-        where = f" in one of {shapes.loops} loops" if shapes.loops > 1 else ""
-        warn(f"the device ran out of memory: going on with a batch size of {shapes.slots}{where}")
-
-    def pixels(self, entries: Iterable[Entry]) -> Loading | GpuLoading:
-        """Decoder processes at work on `entries`, and the GPU on their JPEGs where it is to be."""
-        options, model = self.options, self.captioner.model
-        device = model.runtime.device
-        start = partial(load, workers=decoder_processes(options, device), timeout=options.decode_timeout)
-        of_all: dict[str, Any] = {"spec": model.spec, "max_pixels": options.max_pixels, "facts": options.sink.fields}
-        whole = partial(pixels.load, **of_all, fast=options.fast_decode)
-        if not options.gpu_decode:
-            return start(entries, whole)
-        keep = partial(pixels.load_or_keep, **of_all)
-        return GpuLoading(entries, GpuJpegDecoder.on(device, model.spec), keep, whole, start)
-
     @property
     def shows_progress(self) -> bool:
-        """Rows that appear on a terminal are progress enough; a bar would run into them."""
+        """False where rows appear on a terminal: they show progress, and a bar would run into them."""
         out = self.options.sink.out
         rows_shown = sys.stdout.isatty() and (out == "-" or (out is None and self.options.sink.sidecar is None))
         return not (self.options.quiet or rows_shown)
 
 
 def wanted_entries(source: Source, sink: Sink, report: Report) -> Iterator[Entry]:
+    """The entries that are still to be captioned; the others are counted as skipped."""
     for entry in source:
         if sink.wants(entry):
             yield entry
@@ -175,15 +202,15 @@ def wanted_entries(source: Source, sink: Sink, report: Report) -> Iterator[Entry
             report.skipped += 1
 
 
-def numbered(entries: Iterable[Entry], listed: dict[int, Entry]) -> Iterator[Entry]:
-    """The entries as they are, each kept in `listed` under its number until its result has come."""
+def numbered(entries: Iterable[Entry], by_index: dict[int, Entry]) -> Iterator[Entry]:
+    """The entries, each also put into `by_index`: results come with the index of their entry."""
     for index, entry in enumerate(entries):
-        listed[index] = entry
+        by_index[index] = entry
         yield entry
 
 
 def list_only(wanted: Iterable[Entry], report: Report) -> int:
-    """A dry run: the names that would be captioned, on standard output."""
+    """A dry run: print the names of the images that would be captioned."""
     count = 0
     for entry in wanted:
         count += 1
@@ -193,7 +220,7 @@ def list_only(wanted: Iterable[Entry], report: Report) -> int:
 
 
 def counter(source: Source, options: CaptionOptions) -> Callable[[], int] | None:
-    """Counts the source anew; None for one that can be read only once, or of which only a part is wanted."""
+    """A function that counts the source; None for a source that can be read only once, and with --limit."""
     if source.streaming or options.limit is not None:
         return None
     return lambda: sum(1 for _ in source)

@@ -1,19 +1,26 @@
-"""What a run is made of where the command leaves it open: captioner, search settings, shapes."""
+"""The choices of a run before its first image: captioner, search settings, GPU decoding, batch size, and its run file.
+
+A run that continues an `earlier` one takes from its run file what the captions depend on.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
+import numpy
+import PIL
 import torch
+import transformers
 
+from capcli import __version__
 from capcli.captioning.captioner import Captioner
 from capcli.captioning.model import Model, choose_dtype, device_of, load_model
-from capcli.captioning.provenance import earlier_shapes
 from capcli.decoding.settings import Settings, idle, resolve
 from capcli.decoding.shapes import Shapes, useful_loops, useful_slots
 from capcli.engine.engine_json import engine_of
@@ -25,52 +32,81 @@ from capcli.models.dtypes import choose_device
 from capcli.models.families import family_of, tag_room
 from capcli.models.hub import find_model
 from capcli.models.int8 import int8_refused
+from capcli.models.model_files import fingerprint
 from capcli.models.packing import keep_memory_mapped
 from capcli.options import CaptionOptions
 from capcli.pixels import PixelSpec
 from capcli.progress import warn
 from capcli.records import Entry
-from capcli.sources import Source
+from capcli.sources import Naming, Source
+from capcli.storage.run_file import RunFile
 
-COUNTED = 8  # times the slots that pay: of so many images or fewer the number is known before the first is captioned
+COUNTED = 8  # batches: a source of fewer images is counted before the first image, so that the batch fits it
 
 
-def load_captioner(options: CaptionOptions, receipt: dict[str, Any] | None) -> Captioner:
-    """The captioner, in the dtype and on as many threads as an earlier run had, unless these are asked for."""
-    earlier = receipt or {}
+def load_captioner(options: CaptionOptions, earlier: RunFile | None) -> Captioner:
+    """Load the captioner, in the dtype and on as many threads as the earlier run had unless the options name others.
+
+    Raises UsageError before the weights are read where the model cannot do what the options ask for.
+    """
     device = choose_device(options.device)
     if device.type == "cpu":
         keep_memory_mapped()
     files = find_model(options.model, options.revision, quiet=options.quiet)
-    refuse_unread(options, files.config)
+    check_prompt_and_tags(options, files.config)
     engine = engine_of(files)
     device = device_of(options.device, engine)
     if options.gpu_decode:
         refuse_gpu_decode(PixelSpec.from_config(files.processor), device)
-    own = own_generation(files)
-    if own is not None:
-        resolve(own, options.generation)  # what is wrong with the settings is told before the weights are read
+    generation = own_generation(files)
+    if generation is not None:
+        resolve(generation, options.generation)  # raises for wrong settings, which take no weights to find
     dtype: str = options.dtype
-    if dtype == "auto" and engine is None:
-        dtype = earlier.get("settings", {}).get("dtype") or "auto"
-        if dtype == "int8" and (why := int8_refused(device)):
+    if dtype == "auto" and engine is None and earlier is not None:
+        dtype = earlier.dtype or "auto"
+        if dtype == "int8" and (reason := int8_refused(device)):
             raise UsageError(
-                f"{options.sink.out} was begun in int8, and {why}: go on where it was begun, name another --out, or begin it "
-                "anew with --overwrite"
+                f"{options.sink.out} was begun in int8, and {reason}: continue on the machine where it was begun, choose "
+                "another --out, or start from scratch with --overwrite"
             )
     dtype = choose_dtype(dtype, device, engine)
-    most = usable_cpus()
-    torch.set_num_threads(options.threads or min(earlier.get("threads") or torch.get_num_threads(), most))
+    threads = (earlier.threads if earlier else None) or torch.get_num_threads()
+    torch.set_num_threads(options.threads or min(threads, usable_cpus()))
     return Captioner(load_model(files, engine, device, dtype), files)
 
 
-def refuse_unread(options: CaptionOptions, config: Mapping[str, Any]) -> None:
-    """Raises UsageError for tags and tasks that a captioner with this config.json does not know."""
+def check_prompt_and_tags(options: CaptionOptions, config: Mapping[str, Any]) -> None:
+    """Raises UsageError for tags and prompts that a model with this config.json does not take."""
     if options.tags_field and not tag_room(config):
         raise UsageError(f"--tags-field {options.tags_field}: {options.model} reads no tags: leave it out")
     refuse = getattr(family_of(config), "refuse_prompt", None)
     if refuse and options.prompt:
         refuse(options.prompt)
+
+
+def configured_sequences(model: str) -> int:
+    """num_return_sequences in the generation_config of a model folder; 1 for a model that is not downloaded yet."""
+    try:
+        with open(os.path.join(os.path.expanduser(model), "generation_config.json"), encoding="utf-8") as file:
+            count = json.load(file).get("num_return_sequences")
+    except (OSError, ValueError, AttributeError):
+        return 1
+    return count if isinstance(count, int) else 1
+
+
+def search_settings(options: CaptionOptions, captioner: Captioner) -> Settings:
+    """The search settings of the run, with a warning for each option that has no effect."""
+    settings = captioner.settings(options.generation, options.prompt)
+    for line in idle(options.generation, settings):
+        warn(line)
+    if options.keep_prompt and captioner.model.encoder_prompt:
+        warn("--keep-prompt has no effect: the encoder reads the prompt, and no caption begins with it")
+    if settings.num_return_sequences > 1 and not options.sink.candidates:
+        n = settings.num_return_sequences
+        raise CapcliError(
+            f"the model's generation_config asks for {n} captions per image: give --num-return-sequences {n}, or 1"
+        )
+    return settings
 
 
 def decoder_processes(options: CaptionOptions, device: torch.device) -> int:
@@ -80,52 +116,27 @@ def decoder_processes(options: CaptionOptions, device: torch.device) -> int:
     return default_workers(usable_cpus(), on_gpu=device.type == "cuda")
 
 
-def settle_gpu_decode(options: CaptionOptions, model: Model, receipt: Mapping[str, Any] | None) -> CaptionOptions:
-    """`options`, with JPEGs decoded on the GPU where that was asked for and is quicker, or was when an earlier run began.
+def settle_gpu_decode(options: CaptionOptions, model: Model, earlier: RunFile | None) -> CaptionOptions:
+    """`options` with `gpu_decode` only where it was asked for and is faster, or where the earlier run used it.
 
-    Raises CapcliError where the GPU decodes none.
+    Raises CapcliError where the GPU cannot decode JPEGs.
     """
     if not options.gpu_decode:
         return options
-    if receipt is not None:
-        begun = bool(receipt.get("settings", {}).get("gpu_decode"))
-        if not begun:
+    if earlier is not None:
+        if not earlier.gpu_decode:
             warn(
-                f"--gpu-decode has no effect: {options.sink.out} was begun with decoder processes alone, and goes on so"
+                f"--gpu-decode has no effect: {options.sink.out} was begun with decoder processes alone and continues so"
             )
-        return replace(options, gpu_decode=begun)
+        return replace(options, gpu_decode=earlier.gpu_decode)
     processes = decoder_processes(options, model.runtime.device)
-    ours, process = rates(GpuJpegDecoder.on(model.runtime.device, model.spec))
-    if ours <= process * processes:
+    gpu_rate, process_rate = rates(GpuJpegDecoder.on(model.runtime.device, model.spec))
+    if gpu_rate <= process_rate * processes:
         warn(
-            f"--gpu-decode has no effect: the GPU decodes {ours:,.0f} photos a second here, "
-            f"and {processes} x {process:,.0f} by processes are more"
+            f"--gpu-decode has no effect: the GPU decodes {gpu_rate:,.0f} photos a second here, "
+            f"and {processes} processes decode {process_rate:,.0f} each"
         )
-    return replace(options, gpu_decode=ours > process * processes)
-
-
-def own_sequences(model: str) -> int:
-    """Captions per image that a model in a folder asks for itself; 1 where that is not known before it is fetched."""
-    try:
-        with open(os.path.join(os.path.expanduser(model), "generation_config.json"), encoding="utf-8") as file:
-            asked = json.load(file).get("num_return_sequences")
-    except (OSError, ValueError, AttributeError):
-        return 1
-    return asked if isinstance(asked, int) else 1
-
-
-def search_settings(options: CaptionOptions, captioner: Captioner) -> Settings:
-    settings = captioner.settings(options.generation, options.prompt)
-    for line in idle(options.generation, settings):
-        warn(line)
-    if options.keep_prompt and captioner.model.encoder_prompt:
-        warn("--keep-prompt has no effect: the prompt is asked of the encoder, and no caption begins with it")
-    if settings.num_return_sequences > 1 and not options.sink.candidates:
-        n = settings.num_return_sequences
-        raise CapcliError(
-            f"the model's generation_config asks for {n} captions per image: say --num-return-sequences {n}, or 1"
-        )
-    return settings
+    return replace(options, gpu_decode=gpu_rate > process_rate * processes)
 
 
 def choose_shapes(
@@ -134,24 +145,85 @@ def choose_shapes(
     settings: Settings,
     wanted: Iterator[Entry],
     source: Source,
-    receipt: Mapping[str, Any] | None,
+    earlier: RunFile | None,
 ) -> tuple[Shapes, Iterator[Entry]]:
-    """The shapes of the run, and all of `wanted` again, of which the first may have been counted.
+    """The shapes of the run, and an iterator over all of `wanted`, of which the first entries may have been counted.
 
-    Those of an earlier run that was cut short, so that captions stay the same to the bit; else what `--batch-size` says, or
-    what pays, fits and is needed for so many images, where that can be known.
+    An earlier run that was cut short gives its shapes, so that captions stay the same to the bit. Otherwise they follow
+    from --batch-size, or from what is worthwhile on the device, and from the number of images where that is known.
     """
     device = captioner.model.runtime.device
-    earlier = earlier_shapes(receipt, device, options.batch_size)
-    if earlier is not None:
-        # with fewer threads fewer loops, each as it was
-        return replace(earlier, loops=min(earlier.loops, torch.get_num_threads())), wanted
+    same = earlier_shapes(earlier, device, options.batch_size)
+    if same is not None:
+        # Fewer threads run fewer loops, each with the same shapes.
+        return replace(same, loops=min(same.loops, torch.get_num_threads())), wanted
     first: list[Entry] = []
     count = None
     if not source.streaming:
         most = options.batch_size or COUNTED * useful_slots(device, settings)
         first = list(islice(wanted, most))
         count = len(first) if len(first) < most else None
-    at_a_time = min((n for n in (count, options.batch_size) if n is not None), default=None)
-    loops = len(captioner.model.runtime.replicas(useful_loops(torch.get_num_threads(), at_a_time)))
+    at_once = min((n for n in (count, options.batch_size) if n is not None), default=None)
+    loops = len(captioner.model.runtime.replicas(useful_loops(torch.get_num_threads(), at_once)))
     return captioner.shapes(settings, count, options.batch_size, loops), chain(first, wanted)
+
+
+def earlier_shapes(earlier: RunFile | None, device: torch.device, batch_size: int | None) -> Shapes | None:
+    """The shapes of an earlier run that was cut short; None after a finished run, on another device or batch size."""
+    if earlier is None or earlier.finished or not earlier.device.startswith(device.type):
+        return None
+    if batch_size not in (None, earlier.batch_size):
+        return None
+    return None if earlier.shapes is None else Shapes(*earlier.shapes)
+
+
+def earlier_naming(earlier: RunFile | None) -> Naming | None:
+    """How the earlier run named its images."""
+    return None if earlier is None else Naming(earlier.folder)
+
+
+def new_run_file(
+    options: CaptionOptions, source: Source, captioner: Captioner, settings: Settings, earlier: RunFile | None
+) -> RunFile:
+    """The run file before the first image, without the shapes.
+
+    Captions depend on what is under `settings`: a later run continues only where all of it is the same. `threads` and
+    the shapes are taken over by a run that continues one that was cut short.
+    """
+    return RunFile(
+        {
+            "capcli": __version__,
+            "state": "running",
+            "source": source.describe(),
+            "folder": source.root if earlier is None else earlier.folder,
+            "model": {"name": captioner.files.name, "revision": captioner.files.revision},
+            "settings": {
+                "model": fingerprint(captioner.files.folder),
+                "dtype": captioner.model.dtype,
+                "fields": list(options.sink.fields),
+                "keep_prompt": options.keep_prompt,
+                **({} if options.tags_field is None else {"tags_field": options.tags_field}),
+                "sidecar": options.sink.sidecar,
+                "sidecar_dir": options.sink.sidecar_dir,
+                "generation": settings.in_run_file(),
+                **({"fast_decode": True} if options.fast_decode else {}),
+                **({"gpu_decode": True} if options.gpu_decode else {}),
+            },
+            "images": {
+                "max_pixels": options.max_pixels,
+                "decode_timeout": options.decode_timeout,
+                "order": options.order,
+            },
+            "batch_size": options.batch_size,
+            "device": str(captioner.model.runtime.device),
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "pillow": PIL.__version__,
+                "numpy": numpy.__version__,
+                **(captioner.model.engine.versions if captioner.model.engine else {}),
+            },
+        }
+    )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from capcli.errors import CapcliError
 from capcli.options import EvaluateOptions
-from capcli.sinks.formats import csv_line
+from capcli.sinks.row_formats import csv_line
 from capcli.storage import atomic
 from capcli.text import as_text, counted, is_text, printable, raw_bytes
 

@@ -22,7 +22,7 @@ from capcli.prepare.downloads import remove_files
 from capcli.prepare.shard_plan import Shard, ShardPlan
 from capcli.prepare.shards import ShardLog, ShardWriter, SplitFiles, describe, features_of, logged_positions
 from capcli.records import Failure
-from capcli.sinks.failures import failure_line
+from capcli.sinks.row_formats import failure_line
 from capcli.storage import atomic, locks, run_file
 from capcli.text import printable
 

@@ -1,4 +1,4 @@
-"""Where captions go: a file that a later run goes on with, standard output, sidecars; and where failures go."""
+"""Where captions go: a file that a later run continues, standard output, text files beside images; and where failures go."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable
 from capcli.options import SinkOptions
 from capcli.sinks.sink import Sink
 from capcli.sinks.stdout import ClosedPipeError
-from capcli.storage.run_file import difference
 
-__all__ = ["ClosedPipeError", "Sink", "difference", "open_sink"]
+__all__ = ["ClosedPipeError", "Sink", "open_sink"]
 
 
 def open_sink(options: SinkOptions, warn: Callable[[str], None]) -> Sink:
-    """The outputs, locked and read; nothing on disk changes before `Sink.begin`.
+    """Lock the outputs of a run and read what earlier runs wrote. Nothing on disk changes before `Sink.begin`.
 
-    Raises UsageError for outputs that cannot be written or are not this command's, CapcliError for ones that are
-    damaged or in use. `warn` hears a line for what is mended, for sidecars shared, and for failures that no file takes.
+    Raises UsageError for outputs that cannot be written or that capcli did not write, CapcliError for outputs that are
+    damaged or in use. `warn` is called with a line for a torn row that is cut off, for an image whose sidecar another
+    image has, and for a failure that no file records.
     """
     sink = Sink(options, warn)
     try:

@@ -1,4 +1,4 @@
-"""An append-only file of records that outlives a kill: locked, read once, mended, then appended to record by record."""
+"""An append-only file of records that survives a kill: lock it, read it once, cut off a torn record, append."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 from capcli.errors import CapcliError, UsageError
-from capcli.sinks import scan
-from capcli.sinks.formats import Rows
 from capcli.sinks.keys import key
+from capcli.sinks.row_formats import LONGEST, ForeignRowError, Rows
 from capcli.storage import atomic, locks
 from capcli.text import printable
 
@@ -24,16 +23,16 @@ class Journal:
     """One file of records. The order of calls is open, keys, begin, append or replace, close.
 
     Nothing on disk changes before `begin`. `option` is the option that named the file, for messages. Every method
-    raises CapcliError where the file cannot be read or written, with what is on disk whole.
+    raises CapcliError where the file cannot be read or written; the records on disk are complete even then.
     """
 
     def __init__(self, path: str, option: str) -> None:
         self.path = path
         self._shown = printable(path)
         self._option = option
-        self._real = os.path.realpath(path)  # a link to the file stays a link when the file is replaced
+        self._real = os.path.realpath(path)  # a symbolic link stays one when the file is replaced
         self._descriptor: int | None = None
-        self._end = 0  # bytes of whole records
+        self._end = 0  # bytes of complete records
         self._last = 0  # where the last of them begins
         self._unsynced = False
         self._synced = time.monotonic()
@@ -47,21 +46,21 @@ class Journal:
         return self._descriptor is not None
 
     def open(self) -> None:
-        """Lock the file if it exists; UsageError where it cannot be this command's output."""
+        """Lock the file if it exists. Raises UsageError where it cannot be an output of capcli."""
         if not os.path.basename(self.path) or os.path.isdir(self._real):
             raise UsageError(f"{self._option} {self._shown} is a folder: name a file in it")
         if not os.path.exists(self._real):
             self._check_folder()
             return
         if not os.path.isfile(self._real):
-            raise UsageError(f"{self._option} {self._shown} is no regular file; rows go to standard output with -")
+            raise UsageError(f"{self._option} {self._shown} is not a regular file; - writes to standard output")
         try:
-            self._descriptor = os.open(self._real, os.O_RDWR | atomic.BINARY)
+            self._descriptor = os.open(self._real, os.O_RDWR)
         except OSError as error:
             raise UsageError(f"{self._option} {self._shown} cannot be written: {error.strerror}") from None
         self._lock(self._descriptor)
         self._end = os.fstat(self._descriptor).st_size
-        if not locks.still_there(self._descriptor, self._real):
+        if not locks.is_current(self._descriptor, self._real):
             raise self._in_use()
 
     def starts_with(self, head: bytes) -> bool:
@@ -71,46 +70,45 @@ class Journal:
             return stream.read(len(head)) == head
 
     def keys(self, rows: Rows) -> Iterator[int]:
-        """The keys of all names on record, in order; finds where a torn tail begins.
+        """The keys of all names in the file, in order. Also finds where a torn record begins.
 
-        Raises UsageError for a file of someone else, CapcliError for damage that is no torn tail.
+        Raises UsageError for a file that capcli did not write, CapcliError for damage other than a torn record.
         """
         if self._descriptor is None:
             return
         self._end = self._last = 0
         try:
             with self._faults("read"), self._reader() as stream:
-                for record in scan.whole_records(stream, rows):
-                    self._last, self._end = record.begin, record.end
-                    if record.name is not None:
-                        yield key(record.name)
-        except scan.ForeignFileError as error:
+                for name, self._last, self._end in _complete_records(stream, rows):
+                    if name is not None:
+                        yield key(name)
+        except ForeignFileError as error:
             raise UsageError(
-                f"{self._shown} holds other rows than this command would write: {error}; {self._ways_out()}"
+                f"{self._shown} has other rows than this command writes: {error}; {self._ways_out()}"
             ) from None
-        except scan.DamageError as error:
-            raise CapcliError(f"{self._shown}, {error}. Mend or delete that line, or {self._ways_out()}") from None
+        except DamageError as error:
+            raise CapcliError(f"{self._shown}, {error}. Repair or delete that line, or {self._ways_out()}") from None
 
     def records(self, rows: Rows) -> Iterator[bytes]:
-        """The whole records, raw."""
+        """The complete records, raw."""
         with self._reader() as stream:
             stream.seek(len(rows.header))
-            yield from rows.records(scan.lines(stream, self._end - len(rows.header)))
+            yield from rows.records(_lines(stream, self._end - len(rows.header)))
 
     def last_record(self) -> bytes:
-        """The last whole record, raw; empty where there is none."""
+        """The last complete record, raw; empty where there is none."""
         if self._last == self._end or self._descriptor is None:
             return b""
         with self._reader() as stream:
             stream.seek(self._last)
             return stream.read(self._end - self._last)
 
-    def begin(self, *, anew: bool = False) -> int:
-        """Create the file, or cut off its torn tail (`anew`: everything). Returns how many bytes were cut off."""
+    def begin(self, *, overwrite: bool = False) -> int:
+        """Create the file, cut off a torn record, or with `overwrite` everything. Returns the number of bytes cut off."""
         if self._descriptor is None:
             self._create()
             return 0
-        self._end = 0 if anew else self._end
+        self._end = 0 if overwrite else self._end
         with self._faults():
             torn = os.fstat(self._descriptor).st_size - self._end
             if torn:
@@ -119,14 +117,14 @@ class Journal:
         return torn
 
     def append(self, record: bytes) -> None:
-        """Write one record in one call; a write that falls short is taken back."""
+        """Append one record, usually in one system call. What a failed write left of it is cut off."""
         if self._descriptor is None:
             self._create()
         with self._faults():
             try:
                 os.lseek(self._fd, self._end, os.SEEK_SET)
                 left = memoryview(record)
-                while left:  # the second turn of a write that fell short tells why
+                while left:  # after a short write the next one raises the reason
                     left = left[os.write(self._fd, left) :]
             except OSError:
                 with contextlib.suppress(OSError):  # if this fails too, the next run cuts it off
@@ -138,37 +136,27 @@ class Journal:
                 self._sync()
 
     def replace(self, chunks: Iterable[bytes]) -> None:
-        """Put these bytes in place of the whole file at once; the lock holds throughout."""
+        """Replace the whole file atomically. It stays locked throughout."""
         temporary = f"{self._real}.tmp"
         with self._faults():
-            fresh = atomic.write(temporary, chunks, os.O_RDWR, self._take_over)
-            if not locks.REPLACES_OPEN_FILES:
-                os.close(fresh)
-                os.close(self._fd)
-                atomic.settle(temporary, self._real)
-                fresh = os.open(self._real, os.O_RDWR | atomic.BINARY)
-            else:
-                atomic.settle(temporary, self._real)
-                os.close(self._fd)
-            self._descriptor = fresh
-            self._end = os.fstat(fresh).st_size
+            new = atomic.write(temporary, chunks, os.O_RDWR, self._take_over)
+            atomic.settle(temporary, self._real)
+            os.close(self._fd)
+            self._descriptor = new
+            self._end = os.fstat(new).st_size
 
     def remove(self) -> None:
-        """Delete the file; the next record creates it."""
+        """Delete the file. The next record creates it again."""
         if self._descriptor is None:
             return
         with self._faults():
-            if not locks.REPLACES_OPEN_FILES:
-                os.close(self._descriptor)
-                os.unlink(self._real)
-            else:
-                os.unlink(self._real)
-                os.close(self._descriptor)
+            os.unlink(self._real)
+            os.close(self._descriptor)
         self._descriptor, self._end, self._last, self._unsynced = None, 0, 0, False
         atomic.sync_folder(os.path.dirname(self._real))
 
     def close(self) -> None:
-        """Make all records safe on disk and let go of the file."""
+        """Sync all records to disk, unlock and close the file."""
         if self._descriptor is None:
             return
         try:
@@ -185,12 +173,12 @@ class Journal:
         return self._descriptor
 
     def _check_folder(self) -> None:
-        """Whether the file could be created, as far as that shows without trying."""
+        """Raises UsageError where the file cannot be created, as far as that can be known without trying."""
         folder = os.path.dirname(self._real)
         while not os.path.lexists(folder):
             folder = os.path.dirname(folder)
         if not os.path.isdir(folder):
-            raise UsageError(f"{self._option} {self._shown}: {printable(folder)} is no folder")
+            raise UsageError(f"{self._option} {self._shown}: {printable(folder)} is not a folder")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UsageError(f"{self._option} {self._shown}: no permission to write in {printable(folder)}")
 
@@ -199,8 +187,8 @@ class Journal:
         with self._faults():
             os.makedirs(folder, exist_ok=True)
             try:
-                self._descriptor = os.open(self._real, os.O_RDWR | os.O_CREAT | os.O_EXCL | atomic.BINARY, 0o666)
-            except FileExistsError:  # it was not there when this run looked
+                self._descriptor = os.open(self._real, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            except FileExistsError:  # another run has created it since `open`
                 raise self._in_use() from None
         self._lock(self._descriptor)
         atomic.sync_folder(folder)
@@ -209,11 +197,10 @@ class Journal:
         if not locks.take(descriptor):
             raise self._in_use()
 
-    def _take_over(self, fresh: int) -> None:
-        """Give the file that will replace this one its lock and its permissions."""
-        self._lock(fresh)
-        if hasattr(os, "fchmod"):
-            os.fchmod(fresh, os.fstat(self._fd).st_mode & 0o7777)
+    def _take_over(self, new: int) -> None:
+        """Lock the file that is going to replace this one, and copy the permissions."""
+        self._lock(new)
+        os.fchmod(new, os.fstat(self._fd).st_mode & 0o7777)
 
     def _sync(self) -> None:
         if self._unsynced:
@@ -227,19 +214,93 @@ class Journal:
         return stream
 
     def _ways_out(self) -> str:
-        return f"choose another {self._option}; --overwrite starts anew"
+        return f"choose another {self._option}, or start from scratch with --overwrite"
 
     def _in_use(self) -> CapcliError:
         return CapcliError(
-            f"{self._shown} is being written by another run: wait for its end, or choose another {self._option}"
+            f"{self._shown} is being written by another run: wait until it ends, or choose another {self._option}"
         )
 
     @contextlib.contextmanager
-    def _faults(self, doing: str = "write") -> Iterator[None]:
+    def _faults(self, action: str = "write") -> Iterator[None]:
         try:
             yield
         except OSError as error:
             reason = error.strerror or error
             raise CapcliError(
-                f"cannot {doing} {self._shown}: {reason}. What is there is whole; the same command goes on from there"
+                f"cannot {action} {self._shown}: {reason}. All rows in it are complete; the same command continues there"
             ) from error
+
+
+class ForeignFileError(Exception):
+    """capcli did not write the file; the message says what shows it."""
+
+
+class DamageError(Exception):
+    """A damaged record with others after it, which no kill leaves."""
+
+
+def _complete_records(stream: BinaryIO, rows: Rows) -> Iterator[tuple[bytes | None, int, int]]:
+    """For the header (name None) and each complete record: the raw name, and the bytes where it begins and ends.
+
+    Raises ForeignFileError and DamageError.
+    A kill leaves a last record that is incomplete; a power failure also leaves NULs where data was not yet on disk.
+    """
+    size = _size_without_nuls(stream)
+    if not _skip_header(stream, rows, size):
+        return
+    end, line = len(rows.header), 1 + rows.header.count(b"\n")
+    if end:
+        yield None, end, end
+    records = rows.records(_lines(stream, size - end))
+    for record in records:
+        try:
+            name = rows.name(record)
+        except ValueError as error:
+            foreign = isinstance(error, ForeignRowError)
+            if not foreign and next(records, None) is None and _is_torn(rows, record, first=end == 0):
+                return
+            if end == 0:
+                raise ForeignFileError(f"line 1: {error}") from None
+            raise DamageError(f"line {line} is damaged: {error}") from None
+        yield name, end, end + len(record)
+        end += len(record)
+        line += record.count(b"\n")
+
+
+def _lines(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    """The next `size` bytes as lines, split where a line is longer than any row."""
+    while size > 0 and (line := stream.readline(min(size, LONGEST))):
+        size -= len(line)
+        yield line
+
+
+def _skip_header(stream: BinaryIO, rows: Rows, size: int) -> bool:
+    """Move behind the header; False where the file has only a part of it. Raises ForeignFileError for another one."""
+    head = stream.read(min(size, max(map(len, rows.headers))))
+    stream.seek(len(rows.header))
+    if head.startswith(rows.header):
+        return True
+    if len(head) == size and any(header.startswith(head) for header in rows.headers):
+        return False
+    stream.seek(0)
+    found = stream.readline(LONGEST).rstrip(b"\n").decode("utf-8", "replace")
+    raise ForeignFileError(f"its columns are {printable(found[:200])!r}, not {rows.header.decode().rstrip()!r}")
+
+
+def _is_torn(rows: Rows, record: bytes, *, first: bool) -> bool:
+    """Whether a damaged last record is a torn one. If it is the only one, it must also begin as rows of capcli do."""
+    ours = not first or record.startswith(rows.first_bytes) or rows.first_bytes.startswith(record)
+    return ours and rows.may_be_torn(record)
+
+
+def _size_without_nuls(stream: BinaryIO) -> int:
+    size = stream.seek(0, os.SEEK_END)
+    while size:
+        start = max(0, size - _BLOCK)
+        stream.seek(start)
+        size = start + len(stream.read(size - start).rstrip(b"\0"))
+        if size > start:
+            break
+    stream.seek(0)
+    return size

@@ -1,4 +1,4 @@
-"""Captions in a text file beside each image, or in a tree of their own."""
+"""Captions in a text file beside each image, or in a separate folder with the same structure."""
 
 from __future__ import annotations
 
@@ -15,36 +15,38 @@ from capcli.text import printable, raw_bytes
 
 
 class Sidecars:
-    """One file per image, a caption a line. Two images of one stem share a sidecar: the first listed has it."""
+    """One file per image, one caption per line. Images with the same stem share a sidecar: it is the first one's."""
 
     def __init__(self, suffix: Suffix, folder: str | None, existing: Existing, warn: Callable[[str], None]) -> None:
         self._suffix = suffix
         self._folder = folder
         self.existing = existing
         self._warn = warn
-        self._claimed = Keys()
-        self._others: set[int] = set()
+        self._claimed = Keys()  # sidecars
+        self._without: set[int] = set()  # images whose sidecar is another image's
 
     def path(self, entry: Entry) -> str:
-        """Where the captions of this image go; inside the folder given, whatever its name."""
+        """The sidecar of an image. With a folder given it is inside that folder, whatever the name."""
         image = entry.path if self._folder is None else os.path.join(self._folder, _inside(entry.name))
         stem, suffix = os.path.splitext(image)
         return (image if suffix.lower() == self._suffix else stem) + self._suffix
 
     def claim(self, entry: Entry) -> bool:
-        """Whether this image is to get its sidecar written; to be asked once for every image listed, in order."""
+        """Whether the sidecar of this image is to be written. Call it once for each image, in the order of the source."""
         path = self.path(entry)
         target = key(raw_bytes(os.path.normpath(path)))
         if target in self._claimed:
-            self._others.add(key(raw_bytes(entry.name)))
-            self._warn(f"{printable(entry.name)}: its sidecar {printable(path)} is another image's, left as it is")
+            self._without.add(key(raw_bytes(entry.name)))
+            self._warn(
+                f"{printable(entry.name)}: no sidecar written, {printable(path)} belongs to an image of the same stem"
+            )
             return False
         self._claimed.add(target)
         return self.existing != "skip" or not os.path.lexists(path)
 
     def write(self, entry: Entry, texts: Sequence[str]) -> None:
-        """Write the sidecar, whole or not at all; raises CapcliError. Writing the same again changes nothing."""
-        if key(raw_bytes(entry.name)) in self._others:
+        """Write the sidecar atomically. Writing the same captions twice has no effect. Raises CapcliError."""
+        if key(raw_bytes(entry.name)) in self._without:
             return
         path = self.path(entry)
         lines = [" ".join(text.splitlines()) for text in texts]
@@ -54,15 +56,15 @@ class Sidecars:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
             if self.existing == "append":
                 data = _appended(path, data)
-            # Another run may be at work in the same folder.
-            mark = f".capcli-{os.getpid()}-{threading.get_ident()}.tmp"
-            atomic.replace(path, [data], os.path.join(os.path.dirname(path), mark))
+            # Another run may write to the same folder at the same time.
+            temporary = f".capcli-{os.getpid()}-{threading.get_ident()}.tmp"
+            atomic.replace(path, [data], os.path.join(os.path.dirname(path), temporary))
         except OSError as error:
             raise CapcliError(f"cannot write the sidecar {printable(path)}: {error.strerror or error}") from error
 
 
 def _appended(path: str, data: bytes) -> bytes:
-    """What is there with `data` behind, unless it ends in that already."""
+    """The content of the file followed by `data`, unless it already ends with it."""
     try:
         with open(path, "rb") as stream:
             before = stream.read()
@@ -74,5 +76,5 @@ def _appended(path: str, data: bytes) -> bytes:
 
 
 def _inside(name: str) -> str:
-    """The name as one below a folder: neither absolute nor leading out of it."""
+    """The name as a relative path that does not leave its folder."""
     return os.path.normpath(os.sep + os.path.splitdrive(name)[1]).lstrip(os.sep)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes: a file has its old content or all of its new content, whenever the process is killed."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable
 
-BINARY = getattr(os, "O_BINARY", 0)
-
 
 def replace(path: str, chunks: Iterable[bytes], temporary: str | None = None) -> None:
-    """Write the file anew: on disk under a temporary name first, then in place of the old one. Raises OSError.
+    """Replace the content of the file. It is written and synced under a temporary name, then renamed. Raises OSError.
 
-    The temporary name is one the next write uses again, so that a kill leaves one file at most; give another where two
-    runs may write at once.
+    The next write uses the same temporary name, so that a kill leaves at most one such file. Give another `temporary`
+    where two processes may write at once.
     """
     temporary = temporary or f"{path}.tmp"
-    descriptor = write(temporary, chunks, os.O_WRONLY)
-    os.close(descriptor)
+    os.close(write(temporary, chunks, os.O_WRONLY))
     settle(temporary, path)
 
 
 def write(path: str, chunks: Iterable[bytes], access: int, before: Callable[[int], None] = lambda _: None) -> int:
-    """A new file with these bytes, safe on disk, and its open descriptor; nothing is left of it on OSError."""
-    descriptor = os.open(path, access | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
+    """Create a file with these bytes, sync it, and return its open descriptor. Raises OSError and then leaves no file.
+
+    `access` is `os.O_WRONLY` or `os.O_RDWR`; `before` is called with the descriptor before the first byte is written.
+    """
+    descriptor = os.open(path, access | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         before(descriptor)
         with open(descriptor, "wb", closefd=False) as stream:
@@ -38,13 +38,13 @@ def write(path: str, chunks: Iterable[bytes], access: int, before: Callable[[int
 
 
 def settle(temporary: str, path: str) -> None:
-    """Put the temporary file in place of `path`, on disk as well."""
+    """Rename the temporary file to `path` and sync the folder. Raises OSError."""
     os.replace(temporary, path)
     sync_folder(os.path.dirname(path))
 
 
 def sync_folder(folder: str) -> None:
-    """Make new names in the folder safe on disk, where the system can."""
+    """Sync the names in a folder to disk, where the file system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder or os.curdir, os.O_RDONLY)
         try:

@@ -1,31 +1,26 @@
-"""One run at a time on a file."""
+"""Advisory locks on open files and folders: one run at a time writes captions, prepared copies and engines."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps a second run out
-    fcntl = None  # type: ignore[assignment]
-
-REPLACES_OPEN_FILES = os.name != "nt"
 
 
 def take(descriptor: int) -> bool:
-    """Lock the open file until it is closed; False where another run has it."""
-    if fcntl is None:
-        return True
+    """Lock an open file or folder until it is closed; False where another process has locked it.
+
+    On a network file system without locks this returns True: nothing keeps a second run out there.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # any other: a network file system that has no locks
+    except OSError as error:
         return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
     return True
 
 
-def still_there(descriptor: int, path: str) -> bool:
-    """Whether the path leads to the open file: a run that has just ended may have replaced it."""
+def is_current(descriptor: int, path: str) -> bool:
+    """Whether `path` still leads to the open file: another run may have replaced it before this one locked it."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except OSError:

@@ -115,7 +115,7 @@ class History:
         if start + len(row) < self._end:
             return False  # the end of the old row would stick out for an instant
         try:
-            file = os.open(self._path, os.O_WRONLY | atomic.BINARY)
+            file = os.open(self._path, os.O_WRONLY)
         except FileNotFoundError:
             return False
         try:

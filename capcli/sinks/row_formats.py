@@ -1,4 +1,4 @@
-"""Rows as bytes: JSON lines and CSV, written, told apart, and read back as far as a later run needs them."""
+"""Rows as bytes: JSON Lines and CSV. They are written in full, and read back as far as a later run needs them."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from capcli.records import Caption, Facts
+from capcli.options import Format
+from capcli.records import Caption, Facts, Failure
 from capcli.text import as_text, is_text, raw_bytes
 
-LONGEST = 1 << 22  # bytes of one row; what is longer was not written by this command
-_BARE = rb'"[^"\\\x00-\x1f]*"'  # a JSON text in which nothing is escaped
+LONGEST = 1 << 22  # bytes; capcli writes no longer row
+_BARE = rb'"[^"\\\x00-\x1f]*"'  # a JSON string without escapes
 _FLAT = rb"(?:%s|-?(?:0|[1-9]\d*)(?:\.\d+)?|null)" % _BARE
 
 
 class ForeignRowError(ValueError):
-    """A row that is whole, but not one of ours."""
+    """A row that is complete, but that capcli did not write."""
 
 
 class Rows(Protocol):
-    """How the records of one file are told apart and which name each is about. A header is no record."""
+    """The format of one file: how to split it into records, and how to read a record's name. A header is no record."""
 
     header: bytes
-    headers: tuple[bytes, ...]  # every header such a file may have: a torn one is the beginning of any
-    begin: bytes  # what a file of these begins with
+    headers: tuple[bytes, ...]  # every header that such a file may have: a torn header is a prefix of one
+    first_bytes: bytes  # what such a file starts with
 
     def records(self, lines: Iterable[bytes]) -> Iterator[bytes]:
-        """The raw records in lines of a file; the last may be torn."""
+        """The raw records in the lines of a file; the last may be torn."""
 
     def name(self, record: bytes) -> bytes:
-        """The raw name a record is about; ValueError where it is not whole, ForeignRowError where it is not ours."""
+        """The raw name in a record. Raises ValueError for an incomplete one, ForeignRowError for one that is not ours."""
 
     def may_be_torn(self, record: bytes) -> bool:
-        """Whether a damaged last record may be the beginning of a row, as a kill leaves it."""
+        """Whether a damaged last record may be the first part of a row, as a kill leaves it."""
 
 
 @dataclass(frozen=True)
 class RowFields:
-    """What a captions file holds for each image, apart from its name, caption and score."""
+    """The fields of a caption row: name, text and score; all candidates where asked for; facts about the file."""
 
     candidates: bool
     fields: tuple[str, ...]
@@ -60,10 +61,10 @@ class RowFields:
         }
         if self.candidates:
             values["candidates"] = [{"text": as_text(c.text), "score": _rounded(c.score)} for c in caption.candidates]
-        return values | _texts(self.fields, caption.facts)
+        return values | _facts(self.fields, caption.facts)
 
 
-def _texts(fields: tuple[str, ...], facts: Facts) -> dict[str, str | int | None]:
+def _facts(fields: tuple[str, ...], facts: Facts) -> dict[str, str | int | None]:
     values: dict[str, str | int | None] = {}
     for name in fields:
         value = facts.get(name)
@@ -75,8 +76,18 @@ def _rounded(score: float) -> float | None:
     return round(score, 4) + 0.0 if math.isfinite(score) else None  # + 0.0: no negative zero
 
 
+def rows_for(kind: Format, fields: RowFields) -> JsonCaptions | Csv:
+    return Csv(fields, wide=False) if kind == "csv" else JsonCaptions(fields)
+
+
+def failure_line(failure: Failure) -> bytes:
+    """The row of an image that failed."""
+    values = {"file_name": as_text(failure.name), "error": failure.error, "message": as_text(failure.message)}
+    return json_line(failure.name, values)
+
+
 def json_line(name: str, values: Mapping[str, Any]) -> bytes:
-    """One JSON line, with the name's bytes where text cannot carry them."""
+    """One JSON line; `file_name_bytes` in base64 is added for a name that is not UTF-8."""
     row = dict(values)
     if not is_text(name):
         row["file_name_bytes"] = _base64(name)
@@ -96,25 +107,24 @@ def _base64(name: str) -> str:
 
 
 class JsonLines:
-    """One JSON object per line. `required` are the keys that make a row one of ours; all are texts."""
+    """One JSON object per line. Rows of capcli have all `required` keys, each with a string."""
 
     header = b""
     headers: tuple[bytes, ...] = (b"",)
-    begin = b'{"file_name": "'
+    first_bytes = b'{"file_name": "'
 
     def __init__(self, required: tuple[str, ...]) -> None:
         self._required = required
-        texts = b"".join(rb', "%s": %s' % (name.encode(), _BARE) for name in required if name != "file_name")
+        strings = b"".join(rb', "%s": %s' % (name.encode(), _BARE) for name in required if name != "file_name")
         other = rb'"(?!file_name|(?:%s)")\w+"' % "|".join(required).encode()
-        self._usual = re.compile(rb'\{"file_name": (%s)%s(?:, %s: %s)*\}\n' % (_BARE, texts, other, _FLAT))
+        self._usual = re.compile(rb'\{"file_name": (%s)%s(?:, %s: %s)*\}\n' % (_BARE, strings, other, _FLAT))
 
     def records(self, lines: Iterable[bytes]) -> Iterator[bytes]:
         return iter(lines)
 
     def name(self, record: bytes) -> bytes:
-        usual = self._usual.fullmatch(
-            record
-        )  # a run that goes on reads millions; to parse one takes three times as long
+        # A run that continues reads millions of rows; the JSON parser takes three times as long as this pattern.
+        usual = self._usual.fullmatch(record)
         if usual and _is_utf8(record):
             return usual[1][1:-1]
         row = self._parsed(record)
@@ -126,33 +136,33 @@ class JsonLines:
         return [candidate["text"] for candidate in row.get("candidates", ())] or [row["text"]]
 
     def may_be_torn(self, record: bytes) -> bool:
-        return record.count(b"\n") < 2  # lines are records, so that nothing whole hides in a damaged one
+        return record.count(b"\n") < 2  # records are lines, so a damaged one never contains a whole row
 
     def _parsed(self, record: bytes) -> dict[str, Any]:
         if not record.endswith(b"\n"):
-            raise ValueError("it does not end with its line")
+            raise ValueError("it does not end with a line break")
         try:
             row = json.loads(record.decode())
         except (ValueError, RecursionError):
-            raise ValueError("it is no JSON object") from None
+            raise ValueError("it is not a JSON object") from None
         if not isinstance(row, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         for required in self._required:
             if not isinstance(row.get(required), str):
-                held = ", ".join(map(repr, list(row)[:8])) or "nothing"
-                raise ForeignRowError(f"a row has no text {required!r}, it has {held}")
+                keys = ", ".join(map(repr, list(row)[:8])) or "nothing"
+                raise ForeignRowError(f"a row has no text {required!r}, it has {keys}")
         return row
 
 
 class JsonCaptions(JsonLines):
     """Captions as JSON lines."""
 
-    def __init__(self, columns: RowFields) -> None:
+    def __init__(self, fields: RowFields) -> None:
         super().__init__(("file_name", "text"))
-        self.columns = columns
+        self.fields = fields
 
     def line(self, caption: Caption) -> bytes:
-        return json_line(caption.name, self.columns.values(caption))
+        return json_line(caption.name, self.fields.values(caption))
 
 
 _PLAIN = rb'[^",\r\n]*'
@@ -161,42 +171,43 @@ _CELL = rb"(%s|%s)" % (_PLAIN, _QUOTED)
 
 
 class Csv:
-    """One record per image under a header. When `wide`, a last column holds the bytes of names that are not UTF-8."""
+    """One record per image under a header. A `wide` file has a last column with the bytes of names that are not UTF-8."""
 
-    def __init__(self, columns: RowFields, *, wide: bool) -> None:
-        names = columns.names
-        self.columns = columns
+    def __init__(self, fields: RowFields, *, wide: bool) -> None:
+        names = fields.names
+        self.fields = fields
         self.wide = wide
         self.headers: tuple[bytes, ...] = (csv_line(names), csv_line((*names, "file_name_bytes")))
-        self.header = self.begin = self.headers[wide]
-        cells = len(names) + wide
-        self._record = re.compile(_CELL + rb",(?:%s|%s)" % (_PLAIN, _QUOTED) * (cells - 2) + b"," + _CELL + rb"\n")
+        self.header = self.first_bytes = self.headers[wide]
+        self._cells = len(names) + wide
+        between = rb",(?:%s|%s)" % (_PLAIN, _QUOTED) * (self._cells - 2)
+        self._record = re.compile(_CELL + between + b"," + _CELL + rb"\n")
 
     def widened(self) -> Csv:
-        return Csv(self.columns, wide=True)
+        return Csv(self.fields, wide=True)
 
     @staticmethod
     def widen(record: bytes) -> bytes:
-        """A narrow record with an empty last cell."""
+        """A record of a narrow file with an empty last cell."""
         return record.removesuffix(b"\n") + b",\n"
 
     def records(self, lines: Iterable[bytes]) -> Iterator[bytes]:
-        held: list[bytes] = []
+        parts: list[bytes] = []
         size, quoted = 0, False
         for line in lines:
-            held.append(line)
+            parts.append(line)
             size += len(line)
             quoted ^= line.count(b'"') % 2 == 1
             if not quoted or size > LONGEST:
-                yield b"".join(held)
-                held, size, quoted = [], 0, False
-        if held:
-            yield b"".join(held)
+                yield b"".join(parts)
+                parts, size, quoted = [], 0, False
+        if parts:
+            yield b"".join(parts)
 
     def name(self, record: bytes) -> bytes:
         found = self._record.fullmatch(record)
         if found is None:
-            raise ValueError(f"it is no CSV record of {len(self.columns.names) + self.wide} cells")
+            raise ValueError(f"it is not a CSV record of {self._cells} cells")
         record.decode()
         if self.wide and found[2]:
             return base64.b64decode(found[2], validate=True)
@@ -205,22 +216,22 @@ class Csv:
 
     def texts(self, record: bytes) -> list[str]:
         cells = next(csv.reader(io.StringIO(record.decode(), newline="")))
-        if self.columns.candidates:
+        if self.fields.candidates:
             return [candidate["text"] for candidate in json.loads(cells[3])]
         return [cells[1]]
 
     def may_be_torn(self, record: bytes) -> bool:
-        """A quote that is never closed swallows what follows: a whole row in it was not part of one torn row."""
+        """False where the record contains a whole row: an unclosed quote swallowed it, and a torn row has none in it."""
         return not any(self._is_row(line + b"\n") for line in record.split(b"\n")[1:-1])
 
     def _is_row(self, line: bytes) -> bool:
-        """Whether it has a name and says something of it; commas alone may be part of an odd name."""
+        """Whether the line has a name and another cell that is not empty; a name may itself contain lines of commas."""
         found = self._record.fullmatch(line)
         return found is not None and bool(found[1]) and bool(line[len(found[1]) :].strip(b",\n"))
 
     def line(self, caption: Caption) -> bytes:
-        values = self.columns.values(caption)
-        if self.columns.candidates:
+        values = self.fields.values(caption)
+        if self.fields.candidates:
             values["candidates"] = json.dumps(values["candidates"], ensure_ascii=False)
         cells = ["" if value is None else str(value) for value in values.values()]
         if self.wide:
@@ -229,6 +240,6 @@ class Csv:
 
 
 def csv_line(cells: Iterable[str]) -> bytes:
-    """Minimal quoting, done here because the csv module leaves a lone carriage return bare before Python 3.13."""
+    """A CSV record with minimal quoting. The csv module leaves a lone carriage return unquoted before Python 3.13."""
     quoted = ('"' + cell.replace('"', '""') + '"' if re.search('[",\r\n]', cell) else cell for cell in cells)
     return (",".join(quoted) + "\n").encode()
