@@ -296,7 +296,7 @@ def test_a_run_reports_every_task_and_resumes_with_the_same_batches(place: Path)
     card = (place / "whole" / "README.md").read_text()
     assert "| fill\\_restored |" in card
     assert "`task.2.question` | `which colour?`" in card
-    assert "On 7 validation images, with 6 answers (the loss is of all)" in card
+    assert "On 7 validation images, with 6 answers (the loss covers all)" in card
     for row in (
         f"| say | `{QUESTION}` |",
         "| sort | `which colour?` |",
