@@ -31,11 +31,10 @@ from capcli.training.data.masking import SHARE, MaskedPairs, choose, encode_word
 from capcli.training.data.mixing import TaskMixture, TaskSampler, shares
 from capcli.training.data.pairs import Pairs
 from capcli.training.loop.freezing import refuse_freezing
-from capcli.training.loop.patches import hide_patches, patch_size
 from capcli.training.loop.task_validation import restored as gaps_restored
 from capcli.training.loop.task_validation import right
+from capcli.training.loop.trainer import hide_patches, patch_size, save_captioner
 from capcli.training.model.tokenizers import SpecialTokens, encode_captions, load_tokenizer
-from capcli.training.output.save import save_captioner
 
 T5: dict[str, Any] = {
     "model_type": "t5",
