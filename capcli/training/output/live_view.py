@@ -7,15 +7,17 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.padding import Padding
-from rich.progress import BarColumn, Progress
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +27,7 @@ from capcli.training.output.history import Point
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SPARKLINE = 24  # characters at most
+RECENT = 1000  # reports from which the time left is computed
 TASK_SCORES = ("_accuracy", "_restored", "_CIDEr")  # ends of the names of scores of single tasks
 
 
@@ -48,23 +51,11 @@ class StandardErrorConsole(Console):
         raise
 
 
-class StatusProgress(Progress):
-    """rich's progress bar between two lines of text."""
-
-    above = Text()
-    below = Text()
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        yield self.above
-        yield from super().get_renderables()
-        yield self.below
-
-
 class LiveView:
     """Shows a run of `total_steps` steps on standard error while it is entered.
 
-    A resumed run gives the step of its checkpoint as `first_step`: the time left follows from the steps after it. On a
-    terminal the display is redrawn at most ten times a second, otherwise a line is written every 30 seconds and at each
+    A resumed run gives the step of its checkpoint as `first_step`. The time left is computed from this run's steps only. On
+    a terminal the display is redrawn at most ten times a second, otherwise a line is written every 30 seconds and at each
     evaluation. `quiet` shows nothing. `clock` returns seconds. No method raises when the terminal or the reader of the
     pipe is gone: the view turns itself off and the training continues.
 
@@ -82,27 +73,22 @@ class LiveView:
         self._best: int | None = None
         self._losses: list[float] = []
         self._evaluating: tuple[int, int] | None = None
+        self._reports: deque[tuple[float, int]] = deque(maxlen=RECENT)  # seconds and step
         self._console = StandardErrorConsole()
         self._drawn = not self._quiet and self._console.is_terminal and not self._console.is_dumb_terminal
         self._next = clock() + (0.0 if self._drawn else PLAIN_EVERY)
-        self._progress = StatusProgress(
-            BarColumn(bar_width=None),
+        self._live = Live(
             console=self._console,
             auto_refresh=False,
-            expand=True,
             transient=True,
             redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),  # output to a file still goes there
-            disable=not self._drawn,
-            get_time=clock,
-            speed_estimate_period=math.inf,  # rich keeps the last 1,000 reports: pauses for evaluations are averaged in
         )
-        self._task = self._progress.add_task("", total=total_steps, completed=first_step)
 
     def __enter__(self) -> Self:
         if self._drawn:
             with self._turned_off_on_error():
-                self._progress.start()
-            self._refresh("")
+                self._live.update(self._display())
+                self._live.start(refresh=True)
         return self
 
     def __exit__(
@@ -110,7 +96,7 @@ class LiveView:
     ) -> None:
         if self._drawn:
             with self._turned_off_on_error():
-                self._progress.stop()
+                self._live.stop()
 
     def write_line(self, text: str) -> None:
         """Writes a permanent line, above the display where there is one."""
@@ -125,7 +111,7 @@ class LiveView:
         self._update(point)
         if point.loss is not None and math.isfinite(point.loss):
             self._losses.append(point.loss)
-        self._progress.update(self._task, completed=point.step)
+        self._reports.append((self._clock(), point.step))
         self._refresh(self._line([*self._loss(), *self._speed()]))
 
     def evaluating(self, done: int, total: int) -> None:
@@ -142,7 +128,8 @@ class LiveView:
         self._update(point)
         self._best = point.step if best else self._best
         shown = [Sample(printable(s.name), printable(s.caption), printable(s.reference)) for s in samples]
-        self._write(self._line([*self._loss(), *self._results(point, best), *self._speed()]), style="bold")
+        speed = [] if self._drawn else self._speed()
+        self._write(self._line([*self._loss(), *self._results(point, best), *speed]), style="bold")
         if self._drawn:
             with self._turned_off_on_error():
                 self._console.print(samples_table(shown, self._console.width))
@@ -173,8 +160,7 @@ class LiveView:
             return
         self._next = now + BAR_EVERY
         with self._turned_off_on_error():
-            self._progress.above, self._progress.below = self._text_above(), self._text_below()
-            self._progress.refresh()
+            self._live.update(self._display(), refresh=True)
 
     def _line(self, figures: Sequence[str]) -> str:
         return f"step {self._latest.step}/{self._total}: {', '.join(figures) or 'under way'}"
@@ -196,11 +182,22 @@ class LiveView:
     def _speed(self) -> list[str]:
         """Images per second and the time left, where they are known."""
         rate = self._latest.images_per_second
-        left = self._progress.tasks[0].time_remaining
+        left = self._seconds_left()
         return [
             *([] if rate is None else [f"{rate:.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s"]),
-            *([f"{duration(left)} left"] if left else []),
+            *([f"{duration(math.ceil(left))} left"] if left else []),
         ]
+
+    def _seconds_left(self) -> float | None:
+        """The steps left at the recent pace, which includes evaluations; None before the second report."""
+        if len(self._reports) < 2:
+            return None
+        (began, first), (_, last) = self._reports[0], self._reports[-1]
+        return (self._clock() - began) / max(last - first, 1) * (self._total - last)
+
+    def _display(self) -> RenderableType:
+        bar = ProgressBar(total=max(self._total, 1), completed=min(self._latest.step, self._total))
+        return Group(self._text_above(), Padding(bar, 0), self._text_below())  # Padding ends the bar's line
 
     def _text_above(self) -> Text:
         epoch = [f"epoch {self._latest.epoch:.2f}"] if self._latest.epoch else []
@@ -230,7 +227,7 @@ class LiveView:
         except (OSError, ValueError):  # ValueError: standard error was closed
             self._quiet, self._drawn, self._console.quiet = True, False, True
             with contextlib.suppress(OSError, ValueError, IndexError):  # IndexError: the display never started
-                self._progress.stop()
+                self._live.stop()
             with contextlib.suppress(OSError):  # what is left in Python's buffer would fail when the program ends
                 devnull = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(devnull, 2)
