@@ -106,7 +106,7 @@ def front_matter(facts: CardFacts) -> ModelCardData:
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-to-text",
-        tags=[*TAGS, facts.architecture, "capcli"],
+        tags=[*TAGS, as_text(printable(facts.architecture)), "capcli"],
         base_model=[name for name in dict.fromkeys(facts.base_models) if HUB_ID.fullmatch(name)] or None,
     )
 
