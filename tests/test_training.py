@@ -258,7 +258,11 @@ def test_reports_and_evaluations_by_epoch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "seed", "interruptions"),
-    [(EPOCHS, 1, 2), (PLATEAU, 2, 2), (("--workers", 1, "--dtype", "bfloat16", "--max-steps", 7), 3, 1)],
+    [
+        (EPOCHS, 1, 2),
+        (PLATEAU, 2, 2),
+        (("--workers", 1, "--dtype", "bfloat16", "--max-steps", 7, "--evaluate-every", 7, "--caption-images", 0), 3, 1),
+    ],
     ids=["epochs", "plateau", "workers"],
 )
 def test_wherever_it_is_interrupted_it_resumes_as_if_unbroken(
