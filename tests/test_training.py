@@ -470,7 +470,7 @@ def test_two_processes_write_only_the_lines_of_capcli_once(place: Path, six: Pat
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "capcli", "train")
     run = (sys.executable, *launch, "--config", place / "run.toml", *data, *freezing, *flags)
     env = environment(PYTHONWARNINGS="default")
-    ended = subprocess.run([*map(str, run)], capture_output=True, text=True, check=False, env=env, timeout=100)
+    ended = subprocess.run([*map(str, run)], capture_output=True, text=True, check=False, env=env, timeout=200)
     assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
     lines = ended.stderr.splitlines()
     starts = ("11 images", "special tokens: ", "frozen: ", "step ", "  0")
