@@ -344,7 +344,7 @@ def test_rare_tasks_long_answers_and_missing_validation_are_reported_at_the_star
     done = call("train", "--config", path, "--out", place / "out")
     assert done.code == 0, done.err
     assert "task sort is drawn 0 times in an epoch of " in done.err
-    assert "nothing validates (give a [[task]] val_fraction or val_data)" in done.err
+    assert "no validation images (give a [[task]] val_fraction or val_data)" in done.err
     assert "answers are longer than 4 tokens" in done.err
 
 
