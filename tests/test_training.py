@@ -295,8 +295,8 @@ def test_other_data_is_refused(tmp_path: Path) -> None:
     data.write_text(data.read_text().replace("on grey", "on gray"))
     result = call("train", "--out", out, "--resume", "--max-steps", 4)
     assert result.code == 1
-    assert "no longer what" in result.err
-    assert "captions or names of images are others" in result.err
+    assert "the data has changed" in result.err
+    assert "captions or image names differ" in result.err
     os.remove(data)
     assert call("train", "--out", out, "--resume", "--max-steps", 4).code == 2
 
