@@ -202,7 +202,9 @@ def test_a_wrong_number_is_refused_naming_its_option(place: Path, tmp_path: Path
 
 def test_the_card_gives_the_number_of_images_behind_each_figure(place: Path, tmp_path: Path) -> None:
     text = (place / "done" / "README.md").read_text()
-    assert "On 3 validation images, of which 2 were captioned (the loss covers all), with the weights of step 2." in text
+    assert (
+        "On 3 validation images, of which 2 were captioned (the loss covers all), with the weights of step 2." in text
+    )
     flags = ("--caption-images", 0, "--max-steps", 1)
     name = "it's $mine"
     result = train(place, tmp_path / name, *flags)
