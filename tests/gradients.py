@@ -1,8 +1,7 @@
-"""The gradients of one update on eight captions, split into batches and processes in several ways; torchrun runs it too."""
+"""The gradients of one update on eight captions, split into batches and processes in different ways."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ CAPTIONS = [
 
 
 def annotated(folder: Path) -> list[Annotated]:
-    """Writes four images; each has two captions."""
+    """Four images with two captions each, on disk."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(pictures(len(CAPTIONS))):
         Image.fromarray(picture).save(folder / f"{number}.png")
@@ -41,7 +40,7 @@ def annotated(folder: Path) -> list[Annotated]:
 
 
 def captioner(folder: Path) -> AssembledCaptioner:
-    """A captioner without dropout; one special token is start, end and padding."""
+    """A captioner without dropout; its tokenizer has one special token for start, end and padding."""
     if not (folder / "vocab.json").exists():
         save_decoder(folder, vocabulary=300)
         save_bytes(folder)
@@ -53,7 +52,7 @@ def captioner(folder: Path) -> AssembledCaptioner:
 
 
 class Capture(TrainerCallback):
-    """Keeps the gradients of the optimizer's next step."""
+    """Copies the gradients before the optimizer uses them."""
 
     def __init__(self) -> None:
         self.gradients: dict[str, torch.Tensor] = {}
@@ -66,7 +65,7 @@ class Capture(TrainerCallback):
 def trainer_of(
     folder: Path, assembled: AssembledCaptioner, batch_size: int, accumulation: int, **more: Any
 ) -> CaptionTrainer:
-    """The Trainer of `capcli train`, for one step."""
+    """The Trainer of `capcli train` for one step."""
     options = TrainOptions(
         data=DataOptions(data=("captions.txt",)),
         model=ModelOptions(encoder=VIT, decoder=GPT2, max_length=40),
@@ -88,7 +87,7 @@ def trainer_of(
     with Interrupts(quiet=True) as interrupts:
         trainer.add_callback(
             ScheduleCallback(
-                options, lambda m: freeze(m, "none"), validates=False, stop=interrupts.asked, say=lambda _: None
+                options, lambda m: freeze(m, "none"), validates=False, stop=interrupts.asked, write_line=lambda _: None
             )
         )
     return trainer
@@ -102,10 +101,10 @@ def gradients(folder: Path, batch_size: int, accumulation: int) -> dict[str, tor
     return capture.gradients
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    here, cut = Path(sys.argv[1]), [int(each) for each in sys.argv[2:]]
-    found = gradients(here, *cut)
+def save_gradients(folder: Path, batch_size: int, accumulation: int) -> None:
+    """What each of two processes runs: the first one writes gradients.pt."""
+    found = gradients(folder, batch_size, accumulation)
+    assert torch.distributed.get_world_size() == 2
     if torch.distributed.get_rank() == 0:
-        assert torch.distributed.get_world_size() == 2
-        torch.save(found, here / "gradients.pt")
+        torch.save(found, folder / "gradients.pt")
+    torch.distributed.destroy_process_group()

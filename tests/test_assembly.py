@@ -38,8 +38,8 @@ from capcli.errors import CapcliError, UsageError
 from capcli.models.families import FILES
 from capcli.models.model_files import DECODERS, ENCODERS
 from capcli.options import GenerationOptions, ModelOptions
+from capcli.training.loop import trainer as folders
 from capcli.training.model.tokenizers import SpecialTokens, encode_captions, special_tokens
-from capcli.training.output import save as folders
 
 SWIN = {"model_type": "swin", "image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4]}
 SWIN |= {"window_size": 4}

@@ -117,7 +117,7 @@ def test_a_trained_folder_loads_in_transformers(earlier: Path) -> None:
 def test_a_stopped_training_run_resumes(earlier: Path) -> None:
     done = capcli(earlier, "train", "--out", "stopped", "--resume")
     assert done.code == 0, done.err
-    assert "going on from checkpoint-8" in done.err
+    assert "resuming from checkpoint-8" in done.err
     with open(earlier / "stopped" / "history.csv", newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)][-1] == "16"
     assert (earlier / "stopped" / "model.safetensors").exists()

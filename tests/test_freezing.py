@@ -48,7 +48,7 @@ def test_a_frozen_encoder_does_not_change_and_the_projection_learns() -> None:
         numbers(assembled, names(assembled, "encoder.")),
         numbers(assembled, names(assembled) - names(assembled, "encoder.")),
     )
-    assert frozen.line() == f"frozen: the encoder ({size:,} parameters); {rest:,} learn"
+    assert frozen.line() == f"frozen: the encoder ({size:,} parameters); {rest:,} trainable"
     changed = changed_by_training(assembled)
     assert changed == names(assembled) - names(assembled, "encoder.")
     assert "enc_to_dec_proj.weight" in changed
@@ -86,7 +86,7 @@ def test_after_unfreezing_all_but_the_pooler_learns() -> None:
     assembled = new()
     freeze(assembled.model, "encoder")
     unfrozen = unfreeze(assembled.model)
-    assert unfrozen.line() == f"frozen: nothing; {numbers(assembled, names(assembled)):,} parameters learn"
+    assert unfrozen.line() == f"frozen: nothing; {numbers(assembled, names(assembled)):,} parameters trainable"
     assert changed_by_training(assembled) == names(assembled)
 
 

@@ -31,11 +31,10 @@ from capcli.training.data.masking import SHARE, MaskedPairs, choose, encode_word
 from capcli.training.data.mixing import TaskMixture, TaskSampler, shares
 from capcli.training.data.pairs import Pairs
 from capcli.training.loop.freezing import refuse_freezing
-from capcli.training.loop.patches import hide_patches, patch_size
 from capcli.training.loop.task_validation import restored as gaps_restored
 from capcli.training.loop.task_validation import right
+from capcli.training.loop.trainer import hide_patches, patch_size, save_captioner
 from capcli.training.model.tokenizers import SpecialTokens, encode_captions, load_tokenizer
-from capcli.training.output.save import save_captioner
 
 T5: dict[str, Any] = {
     "model_type": "t5",
@@ -296,7 +295,7 @@ def test_a_run_reports_every_task_and_resumes_with_the_same_batches(place: Path)
     card = (place / "whole" / "README.md").read_text()
     assert "| fill\\_restored |" in card
     assert "`task.2.question` | `which colour?`" in card
-    assert "On 7 validation images, with 6 answers (the loss is of all)" in card
+    assert "On 7 validation images, with 6 answers (the loss covers all)" in card
     for row in (
         f"| say | `{QUESTION}` |",
         "| sort | `which colour?` |",
@@ -345,7 +344,7 @@ def test_rare_tasks_long_answers_and_missing_validation_are_reported_at_the_star
     done = call("train", "--config", path, "--out", place / "out")
     assert done.code == 0, done.err
     assert "task sort is drawn 0 times in an epoch of " in done.err
-    assert "nothing validates (give a [[task]] val_fraction or val_data)" in done.err
+    assert "no validation images (give a [[task]] val_fraction or val_data)" in done.err
     assert "answers are longer than 4 tokens" in done.err
 
 

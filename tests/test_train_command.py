@@ -1,11 +1,13 @@
-"""`capcli train`: what it leaves is a plain captioner, its figures are true, and wrong commands are refused by name."""
+"""`capcli train`: its output loads in transformers, its figures are correct, and errors name the wrong option."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +21,13 @@ from transformers import AutoImageProcessor, AutoTokenizer, VisionEncoderDecoder
 KEPT, EVERY, STEPS = 2, 4, 16
 
 
+@pytest.fixture(scope="module", autouse=True)
+def undrawn() -> Iterator[None]:
+    """Curves would take most of the time."""
+    with mock.patch("capcli.training.loop.callbacks.draw_curves", return_value=None):
+        yield
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with pictures, and a finished run in `out`."""
@@ -29,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_steps=STEPS,
         evaluate_every=EVERY,
         keep_best=KEPT,
-        # A learning rate that rises until it is far too high: the best checkpoints are not the last.
+        # The learning rate rises until it is far too high: the best checkpoints are not the last ones.
         learning_rate=0.1,
         warmup=STEPS,
     )
@@ -39,11 +48,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plain(folder: Path) -> tuple[Any, Any, Any]:
-    """The model, tokenizer and processor as transformers alone loads them."""
-    made, report = VisionEncoderDecoderModel.from_pretrained(folder, output_loading_info=True)
+    """Model, tokenizer and processor, loaded by transformers."""
+    model, report = VisionEncoderDecoderModel.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    return made.eval(), AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return (
+        model.eval(),
+        AutoTokenizer.from_pretrained(folder),
+        AutoImageProcessor.from_pretrained(folder, backend="pil"),
+    )
 
 
 def captions(place: Path) -> dict[str, list[str]]:
@@ -56,12 +69,12 @@ def captions(place: Path) -> dict[str, list[str]]:
 
 def pixels(place: Path, processor: Any, name: str) -> torch.Tensor:
     with Image.open(place / "pictures" / name) as image:
-        made: torch.Tensor = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
-    return made
+        values: torch.Tensor = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+    return values
 
 
 def validated(place: Path) -> list[str]:
-    """The images that validate, by the rule that the run itself uses."""
+    """The names of the validation images, from the function that the run uses."""
     from capcli.annotations import read_split
     from capcli.options import DataOptions
 
@@ -70,7 +83,7 @@ def validated(place: Path) -> list[str]:
 
 
 def mean_loss(place: Path, folder: Path) -> float:
-    """The cross-entropy of a token of the validation captions, caption by caption, with transformers' own loss."""
+    """The mean cross-entropy over the tokens of the validation captions, with transformers' loss on one caption at a time."""
     model, tokenizer, processor = plain(folder)
     names = validated(place)
     assert 0 < len(names) < len(captions(place))
@@ -92,46 +105,46 @@ def kept(place: Path) -> dict[int, Path]:
     return {int(path.name.split("-")[1]): path for path in (place / "out" / "checkpoints").iterdir()}
 
 
-def test_the_validation_loss_is_the_checkpoints(place: Path) -> None:
-    said = losses(place)
-    assert list(said) == list(range(EVERY, STEPS + 1, EVERY))
+def test_the_validation_loss_is_that_of_the_checkpoint(place: Path) -> None:
+    measured = losses(place)
+    assert list(measured) == list(range(EVERY, STEPS + 1, EVERY))
     for step, folder in kept(place).items():
-        assert math.isclose(mean_loss(place, folder), said[step], rel_tol=1e-5)
-    assert math.isclose(mean_loss(place, place / "out"), min(said.values()), rel_tol=1e-5)
-    assert len({round(value, 4) for value in said.values()}) == len(said)
+        assert math.isclose(mean_loss(place, folder), measured[step], rel_tol=1e-5)
+    assert math.isclose(mean_loss(place, place / "out"), min(measured.values()), rel_tol=1e-5)
+    assert len({round(value, 4) for value in measured.values()}) == len(measured)
 
 
-def test_the_best_checkpoints_are_kept_and_the_last(place: Path) -> None:
-    said = losses(place)
-    assert min(said, key=said.__getitem__) != STEPS
-    assert set(kept(place)) == {*sorted(said, key=said.__getitem__)[:KEPT], STEPS}
+def test_the_best_checkpoints_and_the_last_are_kept(place: Path) -> None:
+    measured = losses(place)
+    assert min(measured, key=measured.__getitem__) != STEPS
+    assert set(kept(place)) == {*sorted(measured, key=measured.__getitem__)[:KEPT], STEPS}
     assert [step for step, folder in kept(place).items() if (folder / "optimizer.pt").exists()] == [STEPS]
-    best = kept(place)[min(said, key=said.__getitem__)]
+    best = kept(place)[min(measured, key=measured.__getitem__)]
     assert (place / "out" / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
 
 
-def test_it_captions_as_generate_does(place: Path) -> None:
+def test_its_captions_are_those_of_generate(place: Path) -> None:
     model, tokenizer, processor = plain(place / "out")
     names = sorted(captions(place))
     result = call("caption", place / "pictures", "--model", place / "out", "--format", "jsonl", "--threads", 1)
     assert result.code == 0, result.err
-    said = {os.path.basename(row["file_name"]): row["text"] for row in result.rows}
-    assert sorted(said) == names
+    found = {os.path.basename(row["file_name"]): row["text"] for row in result.rows}
+    assert sorted(found) == names
     with torch.no_grad():
         for name in names:
-            made = model.generate(pixel_values=pixels(place, processor, name))
-            assert said[name] == tokenizer.decode(made[0], skip_special_tokens=True).strip()
-    assert any(said.values())
+            tokens = model.generate(pixel_values=pixels(place, processor, name))
+            assert found[name] == tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
+    assert any(found.values())
 
 
-def test_images_per_second_could_be_true(place: Path) -> None:
+def test_images_per_second_are_plausible(place: Path) -> None:
     assert all(0 < float(row[MACHINE]) < 1e6 for row in history(place / "out"))
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("learning-rate", "0.001"), ("batch-size", "2"), ("seed", "7"), ("max-length", "9")]
 )
-def test_a_run_does_not_go_on_with_other_settings(place: Path, name: str, value: str) -> None:
+def test_a_run_is_not_resumed_with_other_settings(place: Path, name: str, value: str) -> None:
     before = (place / "out" / "train.toml").read_bytes()
     result = call("train", "--out", place / "out", "--resume", f"--{name}", value)
     assert result.code == 2
@@ -140,14 +153,14 @@ def test_a_run_does_not_go_on_with_other_settings(place: Path, name: str, value:
     assert (place / "out" / "train.toml").read_bytes() == before
 
 
-def test_a_run_is_not_trodden_on(place: Path) -> None:
+def test_a_run_is_not_overwritten_unasked(place: Path) -> None:
     result = call("train", "--config", place / "run.toml", "--out", place / "out")
     assert result.code == 2
     assert "--resume" in result.err
     assert "--overwrite" in result.err
 
 
-def test_an_unknown_key_is_named(place: Path, tmp_path: Path) -> None:
+def test_the_error_names_an_unknown_key(place: Path, tmp_path: Path) -> None:
     config = recipe(tmp_path / "run.toml", place / "pictures" / "captions.txt", learning_rat=0.1)
     result = call("train", "--config", config, "--out", tmp_path / "out")
     assert result.code == 2
@@ -157,7 +170,7 @@ def test_an_unknown_key_is_named(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("table", [False, True], ids=["a file", "a table"])
-def test_a_misspelt_key_of_a_config_is_named_before_data_are_read(tmp_path: Path, table: bool) -> None:
+def test_a_misspelt_key_of_a_config_is_refused_before_data_is_read(tmp_path: Path, table: bool) -> None:
     values = ENCODER | {"hidden_sise": 24, "colour": 1, "torch_dtype": "float32", "_name_or_path": ""}
     config = recipe(tmp_path / "run.toml", tmp_path / "nowhere.txt", model={"encoder": values} if table else None)
     write_json(tmp_path / "enc.json", values)
@@ -165,12 +178,12 @@ def test_a_misspelt_key_of_a_config_is_named_before_data_are_read(tmp_path: Path
     result = call("train", "--config", config, *more, "--out", tmp_path / "out")
     assert result.code == 2
     title = "the encoder table" if table else str(tmp_path / "enc.json")
-    said = "hidden_sise (did you mean hidden_size?), colour: vit has no such settings"
-    assert result.err == f"capcli: {title} sets {said}\n"
+    problem = "hidden_sise (did you mean hidden_size?), colour: vit has no such settings"
+    assert result.err == f"capcli: {title} sets {problem}\n"
     assert not (tmp_path / "out").exists()
 
 
-def test_what_transformers_saved_may_hold_more_and_a_small_vocabulary_is_told(place: Path, tmp_path: Path) -> None:
+def test_extra_keys_of_saved_configs_and_a_small_vocabulary_are_notes(place: Path, tmp_path: Path) -> None:
     saved = {"transformers_version": "4.10.0", "architectures": ["ViTModel"], "torch_dtype": "float32"}
     encoder = write_json(tmp_path / "enc.json", ENCODER | saved | {"of_old": True, "layer_norm_eps": 1e-12})
     saved = {"architectures": ["GPT2LMHeadModel"], "task_specific_params": {"text-generation": {"max_length": 50}}}
@@ -186,7 +199,7 @@ def test_what_transformers_saved_may_hold_more_and_a_small_vocabulary_is_told(pl
 
 
 def test_a_frozen_encoder_stays_as_it_was(place: Path, tmp_path: Path) -> None:
-    """Of a captioner that was trained before, as random weights are not frozen."""
+    """In a captioner that was trained before: random weights cannot be frozen."""
     config = tmp_path / "run.toml"
     data = place / "pictures" / "captions.txt"
     config.write_text(f'[train]\ndata = "{data}"\nmodel = "{place / "out"}"\nmax_steps = 3\nbatch_size = 4\n')
@@ -207,7 +220,7 @@ def train(config: Path, out: Path, *arguments: object) -> Ended:
     )
 
 
-def test_a_row_of_the_data_that_cannot_be_read_is_told_and_listed(tmp_path: Path) -> None:
+def test_an_unreadable_row_of_the_data_is_reported_and_listed(tmp_path: Path) -> None:
     data = paint_data(tmp_path / "pictures")
     data.write_text(data.read_text().replace("image,caption", "image,caption,by").replace("square", "square,a,b,c", 1))
     lines = [line if "square,a" in line else f"{line},me" for line in data.read_text().splitlines()[1:]]
@@ -219,12 +232,12 @@ def test_a_row_of_the_data_that_cannot_be_read_is_told_and_listed(tmp_path: Path
     assert '"unreadable-row"' in (tmp_path / "out" / "data.failures.jsonl").read_text()
 
 
-def test_one_of_a_thing_is_said_in_the_singular(tmp_path: Path) -> None:
+def test_a_count_of_one_is_in_the_singular(tmp_path: Path) -> None:
     data = paint_data(tmp_path / "pictures", 2)
     config = recipe(tmp_path / "run.toml", data, max_steps=1, caption_images=1)
     result = call("train", "--config", config, "--val-fraction", 0.5, "--max-length", 15, "--out", tmp_path / "out")
     assert result.code == 0, result.err
     assert "2 images, 4 captions; 1 image to train on, 1 to validate" in result.err
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "from 2 captions of 1 image and knows little" in card
+    assert "Trained on 2 captions of 1 image, " in card
     assert "On 1 validation image, " in card

@@ -96,7 +96,7 @@ def test_inputs_of_the_run_are_not_overwritten(place: Path, out: Path, option: s
     before = contents(out)
     result = train(place, out, "--overwrite", f"--{option}", out / path)
     assert result.code == 2
-    assert f"--{option} {out / path} lies in what --overwrite would remove" in result.err
+    assert f"--{option} {out / path} is among the files that --overwrite would remove" in result.err
     assert contents(out) == before
 
 
@@ -137,7 +137,7 @@ def test_a_run_killed_at_its_start_is_begun_again_without_removing_other_files(p
 def test_a_folder_without_its_checkpoints_still_counts_as_a_run(place: Path, out: Path) -> None:
     shutil.rmtree(out / "checkpoints")
     before = contents(out)
-    for flag, words in (((), "--overwrite throws it away"), (("--resume",), "no checkpoint to go on from")):
+    for flag, words in (((), "--overwrite deletes it"), (("--resume",), "no checkpoint to resume from")):
         result = train(place, out, *flag)
         assert result.code == 2
         assert words in result.err
@@ -202,7 +202,9 @@ def test_a_wrong_number_is_refused_naming_its_option(place: Path, tmp_path: Path
 
 def test_the_card_gives_the_number_of_images_behind_each_figure(place: Path, tmp_path: Path) -> None:
     text = (place / "done" / "README.md").read_text()
-    assert "On 3 validation images, of which 2 were captioned (the loss is of all), with the weights of step 2." in text
+    assert (
+        "On 3 validation images, of which 2 were captioned (the loss covers all), with the weights of step 2." in text
+    )
     flags = ("--caption-images", 0, "--max-steps", 1)
     name = "it's $mine"
     result = train(place, tmp_path / name, *flags)

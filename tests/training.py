@@ -1,8 +1,13 @@
-"""What tests of `capcli train` share: painted pictures with captions, and tiny runs of it as TOML files."""
+"""Shared by the tests of `capcli train`: painted pictures with captions, TOML files of tiny runs, forks of this process."""
 
 from __future__ import annotations
 
 import csv
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +40,8 @@ BRIEF = {
     "threads": 1,
     "workers": 0,
 }
-MACHINE = "images_per_second"  # the column of history.csv that no two runs share
+MACHINE = "images_per_second"  # the column of history.csv that differs between two equal runs
+PATIENCE = 120.0  # seconds until a forked process counts as hanging
 
 
 def paint_data(folder: Path, count: int = 12) -> Path:
@@ -54,7 +60,7 @@ def paint_data(folder: Path, count: int = 12) -> Path:
 
 
 def recipe(path: Path, data: Path, *, model: dict[str, Any] | None = None, **train: Any) -> Path:
-    """A TOML file that trains a tiny captioner on `data`, with its own tokenizer and with dropout."""
+    """A TOML file that trains a tiny captioner with dropout and a new tokenizer on `data`."""
     parts = {"tokenizer": "new", "vocab_size": 300, "max_length": 24, "encoder": ENCODER, "decoder": DECODER}
     sections = {
         "data": {"data": str(data), "val_fraction": 0.25},
@@ -72,5 +78,61 @@ def history(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def comparable(folder: Path) -> list[dict[str, str]]:
+    """The rows of history.csv without the column that depends on the machine."""
+    return [{name: cell for name, cell in row.items() if name != MACHINE} for row in history(folder)]
+
+
 def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
+
+
+def fork(function: Callable[[], object], *, stderr: int | None = None, **env: str) -> int:
+    """Runs a function in a fork of this process, which needs no second import of torch; the fork's process ID.
+
+    The fork leads its own session, its standard error is the descriptor `stderr`, and its exit code is that of SystemExit.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setsid()
+        os.environ |= env
+        if stderr is not None:
+            os.dup2(stderr, 2)
+            sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        function()
+        code = 0
+    except SystemExit as leaving:
+        code = int(leaving.code or 0)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def fork_command(*arguments: object, stderr: int, **env: str) -> int:
+    """Runs the `capcli` command in a fork of this process; its process ID."""
+
+    def command() -> None:
+        from capcli.cli import main
+
+        sys.argv = ["capcli", *map(str, arguments)]
+        main()
+
+    return fork(command, stderr=stderr, **env)
+
+
+def exit_code(pid: int) -> int:
+    """Waits for a fork to end; its exit code, or -N for signal N. Kills a fork that hangs."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.killpg(pid, signal.SIGKILL)
+        time.sleep(0.005)

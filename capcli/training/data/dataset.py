@@ -79,7 +79,7 @@ def read_data(options: TrainOptions, place: RunFolder, arguments: Any) -> tuple[
             return checked
         [facts] = broadcast_object_list([None])
     else:
-        facts = place.recall()
+        facts = place.facts()
     data = _without(set(facts["broken"]), data)
     data.report.failures.extend(Failure(*values) for values in facts["left_out"])
     if [digest(data.train), digest(data.val)] != facts["data"]:
@@ -176,7 +176,7 @@ class LostImages:
 
     def __init__(self, place: RunFolder, report: DataReport, say: Callable[[str], None]) -> None:
         self._path, self._report, self._say = place.path(LEFT_OUT), report, say
-        lost = place.recall().get("lost", [])
+        lost = place.facts().get("lost", [])
         self._place, self._names = place, {values[0] for values in lost}
         report.failures.extend(Failure(*values) for values in lost)
 
@@ -187,5 +187,5 @@ class LostImages:
         self._report.failures.append(failure)
         self._say(f"{failure.name} can no longer be loaded and is left out: {failure.message}")
         self._report.write(self._path)
-        lost = [*self._place.recall().get("lost", []), [failure.name, failure.error, failure.message]]
-        self._place.remember(lost=lost)
+        lost = [*self._place.facts().get("lost", []), [failure.name, failure.error, failure.message]]
+        self._place.add_facts(lost=lost)

@@ -1,4 +1,4 @@
-"""A run's options in the words of transformers' Trainer."""
+"""The options of a run as arguments of transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from capcli.options import TrainOptions
 
 
 def training_arguments(options: TrainOptions, folder: str) -> Seq2SeqTrainingArguments:
-    """The arguments, with checkpoints in `folder`. Reports, evaluations and checkpoints are off in them: Flow says when.
+    """The Trainer's arguments, with checkpoints in `folder`. ScheduleCallback decides when to log, evaluate and save.
 
-    Under torchrun or accelerate launch this starts the process group. Raises UsageError for a dtype that the device lacks.
+    Under torchrun or accelerate launch this initialises the process group. Raises UsageError for a dtype that the device
+    does not support.
     """
     dtype = chosen_dtype(options)
     plateau = options.schedule == "reduce_lr_on_plateau"
@@ -40,7 +41,7 @@ def training_arguments(options: TrainOptions, folder: str) -> Seq2SeqTrainingArg
         dataloader_num_workers=loader_workers(options),
         dataloader_prefetch_factor=4 if loader_workers(options) else None,
         ddp_find_unused_parameters=options.unfreeze_after is not None,
-        ddp_timeout=6 * 3600,  # seconds: the others wait while the first process looks at the images
+        ddp_timeout=6 * 3600,  # seconds: the other processes wait while the first one checks all images
         metric_for_best_model=("eval_loss" if options.select == "loss" else "eval_CIDEr") if plateau else None,
         greater_is_better=options.select == "cider" if plateau else None,
         use_cpu=options.device == "cpu" or not torch.cuda.is_available(),
@@ -49,23 +50,23 @@ def training_arguments(options: TrainOptions, folder: str) -> Seq2SeqTrainingArg
         average_tokens_across_devices=True,
         logging_nan_inf_filter=False,
         logging_strategy="no",
-        eval_strategy="steps" if plateau else "no",  # else refused, whoever says when
+        eval_strategy="steps" if plateau else "no",  # "no" is refused with this schedule
         save_strategy="no",
         report_to="none",
-        log_level="critical",  # what people need to hear is said here
+        log_level="critical",  # capcli writes its own messages
         log_level_replica="critical",
         disable_tqdm=True,
     )
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # noqa: SLF001  one process, one device: torchrun starts a process for each
+        arguments._n_gpu = 1  # noqa: SLF001  one device per process: torchrun starts a process for each
     return arguments
 
 
 def chosen_dtype(options: TrainOptions) -> str:
-    """What is computed in; the weights themselves stay float32. `auto` is bfloat16 on a GPU that has it, else float32."""
+    """The dtype of the computation; the weights stay float32. `auto` is bfloat16 on a GPU that supports it, else float32."""
     on_cpu = options.device == "cpu" or not torch.cuda.is_available()
     if on_cpu and options.dtype == "float16":
-        raise UsageError("--dtype float16 needs a GPU, and none is in use: bfloat16 works on a CPU too")
+        raise UsageError("--dtype float16 needs a GPU, which this run does not use: on a CPU give bfloat16")
     if options.dtype != "auto":
         return options.dtype
     if on_cpu:
@@ -74,7 +75,7 @@ def chosen_dtype(options: TrainOptions) -> str:
 
 
 def loader_workers(options: TrainOptions) -> int:
-    """Processes that load images beside the training: as many as there are cores to spare."""
+    """The number of processes that load images, by default as many as there are spare cores for each training process."""
     if options.workers is not None:
         return options.workers
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -83,7 +84,7 @@ def loader_workers(options: TrainOptions) -> int:
 
 
 def total_steps(arguments: Seq2SeqTrainingArguments, pairs: int) -> int:
-    """As the Trainer counts them: a last update of fewer batches is one too."""
+    """The number of steps as the Trainer counts them: the last step of an epoch may have fewer batches."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
     batches: int = math.ceil(pairs / (arguments.per_device_train_batch_size * arguments.world_size))

@@ -1,56 +1,65 @@
-"""When a training run reports, evaluates, saves, unfreezes and stops: what its options say, as one callback of the Trainer."""
+"""The two callbacks of the Trainer: one schedules reports, evaluations and checkpoints, the other records and shows them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from capcli.options import TrainOptions
+from capcli.progress import warn
+from capcli.storage import atomic
+from capcli.text import printable
 from capcli.training.loop.freezing import Frozen, unfreeze
-from capcli.training.output.checkpoints import best, prune, ranking
+from capcli.training.output.checkpoints import Select, best, prune, ranking
+from capcli.training.output.folder import CURVES
+from capcli.training.output.history import History, Point
+from capcli.training.output.live_view import LiveView, Sample
 
 Every = int | str
 
 
 class ScheduleCallback(TrainerCallback):
-    """Takes the place of transformers' own flow. The last step always ends reported, evaluated and saved.
+    """Decides by the options when to report, evaluate, save, unfreeze and stop, in place of transformers' own callback.
 
-    `hold` freezes what the options want frozen. `stop` says whether somebody asked the run to end; any process may hear it,
-    and all of them end at the same step, saved. `say` tells people.
+    The last step is always reported, evaluated and saved. `freeze` freezes a model by the options. `stop` returns whether
+    the run should end; if it does in any process, all processes save and end at the same step, and `interrupted` is set.
+    `write_line` shows a line to the user.
     """
 
     def __init__(
         self,
         options: TrainOptions,
-        hold: Callable[[Any], Frozen],
+        freeze: Callable[[Any], Frozen],
         *,
         validates: bool,
         stop: Callable[[], bool],
-        say: Callable[[str], None],
+        write_line: Callable[[str], None],
     ) -> None:
-        self._options, self._hold, self._validates, self._stop, self._say = options, hold, validates, stop, say
+        self._options, self._freeze, self._validates = options, freeze, validates
+        self._stop, self._write_line = stop, write_line
         self._frozen = False
         self._evaluate: Every = options.evaluate_every
         self._save: Every = options.save_every or options.evaluate_every
         self.interrupted = False
-        self.stopped_early = False
 
     def on_train_begin(
         self,
         args: TrainingArguments,  # noqa: ARG002
         state: TrainerState,
         control: TrainerControl,
-        **given: Any,
+        **objects: Any,
     ) -> TrainerControl:
-        """What thaws later freezes here, when the optimizer and DDP know of it; they would not learn of it later."""
+        """Freezes what is unfrozen later only now: the optimizer and DDP already have its weights and would not add them."""
         if self._options.unfreeze_after is not None:
             self._frozen = True
-            self._say(self._hold(given["model"]).line())
-            self._thaw(state, given["model"])
+            self._write_line(self._freeze(objects["model"]).line())
+            self._unfreeze_if_due(state, objects["model"])
         return control
 
     def on_step_begin(
@@ -58,9 +67,9 @@ class ScheduleCallback(TrainerCallback):
         args: TrainingArguments,  # noqa: ARG002
         state: TrainerState,
         control: TrainerControl,
-        **given: Any,
+        **objects: Any,
     ) -> TrainerControl:
-        self._thaw(state, given["model"])
+        self._unfreeze_if_due(state, objects["model"])
         return control
 
     def on_step_end(
@@ -71,13 +80,13 @@ class ScheduleCallback(TrainerCallback):
         **_: Any,
     ) -> TrainerControl:
         last = state.global_step >= state.max_steps
-        evaluation = _due(self._evaluate, state) or last
+        evaluation = is_due(self._evaluate, state) or last
         control.should_evaluate = self._validates and evaluation
         control.should_log = state.global_step % self._options.log_every == 0 or control.should_evaluate or last
-        control.should_save = evaluation or _due(self._save, state)
+        control.should_save = evaluation or is_due(self._save, state)
         if last:
             control.should_training_stop = True
-        elif self._asked_to_stop(args):
+        elif self._stop_requested(args):
             self.interrupted = control.should_training_stop = control.should_save = True
         return control
 
@@ -90,10 +99,10 @@ class ScheduleCallback(TrainerCallback):
     ) -> TrainerControl:
         patience = self._options.patience
         if patience is not None and state.global_step < state.max_steps:
-            worse = no_better(state, self._options)
+            worse = evaluations_since_best(state, self._options)
             if worse >= patience:
-                self._say(f"no better for {worse} evaluations: stopping early, at step {state.global_step}")
-                self.stopped_early = control.should_training_stop = control.should_save = True
+                self._write_line(f"no improvement for {worse} evaluations: stopping early, at step {state.global_step}")
+                control.should_training_stop = control.should_save = True
         return control
 
     def on_save(
@@ -108,33 +117,147 @@ class ScheduleCallback(TrainerCallback):
             prune(folder, best(folder, ranking(state.log_history, self._options.select), self._options.keep_best))
         return control
 
-    def _thaw(self, state: TrainerState, model: Any) -> None:
+    def _unfreeze_if_due(self, state: TrainerState, model: Any) -> None:
         after = self._options.unfreeze_after
         if self._frozen and after is not None and state.global_step >= after:
             self._frozen = False
-            self._say(f"step {state.global_step}: {unfreeze(model).line()}")
+            self._write_line(f"step {state.global_step}: {unfreeze(model).line()}")
 
-    def _asked_to_stop(self, args: TrainingArguments) -> bool:
+    def _stop_requested(self, args: TrainingArguments) -> bool:
         if args.world_size == 1:
             return self._stop()
-        asked = torch.tensor(float(self._stop()), device=args.device)
-        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-        return bool(asked.item())
+        stop = torch.tensor(float(self._stop()), device=args.device)
+        torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX)
+        return bool(stop.item())
 
 
-def no_better(state: TrainerState, options: TrainOptions) -> int:
-    """For how many evaluations there has been no better one."""
-    values = [value for _, value in ranking(state.log_history, options.select)]
-    return len(values) - 1 - values.index(max(values)) if values else 0
+class ReportCallback(TrainerCallback):
+    """Records the log of the main process in history.csv, curves.png (in `folder`) and TensorBoard, and shows it.
+
+    `events` is TensorBoard's writer. `samples` returns the sample captions of the latest evaluation.
+    """
+
+    def __init__(
+        self,
+        view: LiveView,
+        history: History,
+        events: Any,
+        folder: str,
+        select: Select,
+        samples: Callable[[], Sequence[Sample]],
+    ) -> None:
+        self._view, self._history, self._events, self._samples = view, history, events, samples
+        self._folder, self._select = folder, select
+        self._undrawn = False  # points since curves.png was written
+        self._warnings: set[str] = set()
+
+    def on_log(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        entry = state.log_history[-1]
+        point = point_of(entry)
+        if point is None or not state.is_world_process_zero:
+            return
+        self._history.add(point)
+        self._undrawn = True
+        for name, value in entry.items():
+            if isinstance(value, int | float) and name not in ("step", "epoch"):
+                group = "validation" if name.startswith("eval_") else "training"
+                self._events.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, state.global_step)
+        if point.loss is not None:
+            self._view.step(point)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        point = point_of(state.log_history[-1])
+        assert point is not None
+        ranks = [rank for _, rank in ranking(state.log_history, self._select)]
+        is_best = bool(ranks) and ranks.index(max(ranks)) == len(ranks) - 1
+        samples = self._samples()
+        for number, sample in enumerate(samples):
+            self._events.add_text(f"captions/{number}", f"{sample.name}: {sample.caption}", state.global_step)
+        self._view.evaluated(point, samples, is_best)
+        self._draw()
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            self._draw()
+            self._events.close()
+
+    def _draw(self) -> None:
+        if self._undrawn:
+            self._undrawn = False
+            warning = draw_curves(self._folder, self._history.points)
+            if warning and warning not in self._warnings:
+                self._warnings.add(warning)
+                warn(warning)
 
 
-def finished(state: TrainerState, options: TrainOptions, steps: int) -> bool:
-    """Whether a run of `steps` that stands there has nothing left to do."""
-    patient = options.patience is None or no_better(state, options) < options.patience
-    return state.global_step >= steps or not patient
+def draw_curves(folder: str, points: Sequence[Point]) -> str | None:
+    """Writes curves.png if there is something to draw. Returns a warning instead of raising: the training continues."""
+    try:
+        from capcli.training.output.curves import curves_png
+
+        image = curves_png(points)
+        if image:
+            atomic.replace(os.path.join(folder, CURVES), [image])
+    except ImportError:
+        return f"{CURVES} is not drawn, matplotlib is missing: pip install 'capcli[train]'"
+    except Exception as error:  # whatever a drawing library raises
+        return f"{CURVES} is not drawn: {type(error).__name__}: {printable(str(error))}"
+    return None
 
 
-def _due(every: Every, state: TrainerState) -> bool:
+def point_of(entry: dict[str, Any]) -> Point | None:
+    """An entry of the Trainer's log as a point of the history; None for the summary at the end of the training."""
+    if "loss" not in entry and "eval_loss" not in entry:
+        return None
+    known = {name: entry[name] for name in ("loss", "learning_rate", "grad_norm", "images_per_second") if name in entry}
+    scores = {
+        name.removeprefix("eval_"): value
+        for name, value in entry.items()
+        if name.startswith("eval_") and name != "eval_loss"
+    }
+    return Point(entry["step"], entry["epoch"], val_loss=entry.get("eval_loss"), scores=scores, **known)
+
+
+def state_at(checkpoint: str) -> TrainerState:
+    """The Trainer's state in a checkpoint."""
+    state: TrainerState = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    return state
+
+
+def evaluations_since_best(state: TrainerState, options: TrainOptions) -> int:
+    """The number of evaluations after the best one."""
+    ranks = [rank for _, rank in ranking(state.log_history, options.select)]
+    return len(ranks) - 1 - ranks.index(max(ranks)) if ranks else 0
+
+
+def is_finished(state: TrainerState, options: TrainOptions, steps: int) -> bool:
+    """Whether a run of `steps` steps has nothing left to do in this state."""
+    stopped = options.patience is not None and evaluations_since_best(state, options) >= options.patience
+    return state.global_step >= steps or stopped
+
+
+def is_due(every: Every, state: TrainerState) -> bool:
+    """Whether something that happens every so many steps, or at the end of each epoch, happens now."""
     if isinstance(every, int):
         return state.global_step % every == 0
     return float(state.epoch or 0.0).is_integer()

@@ -1,4 +1,4 @@
-"""Which weights learn: freezing the encoder or the decoder, for a while or for good."""
+"""Freezing the encoder or the decoder of a captioner, for the whole training or its first steps."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from capcli.models.families import family_of
 from capcli.training.model.pretrained import CROSS_ATTENTION, HEADS
 
 What = Literal["encoder", "decoder", "none"]
-# What of a part may be new as a whole, or where nothing lets it learn all the same.
-NEW_WITHIN = {
+# Parts that must not be frozen if they are new, with the words for the error message.
+NEVER_FROZEN_IF_NEW = {
     "encoder": {
         "encoder": "encoder is",
         "question-encoder": "question encoder is",
@@ -22,49 +22,49 @@ NEW_WITHIN = {
     },
     "decoder": {"decoder": "decoder is"},
 }
-POOLER = ".pooler."  # rests always: no caption sees it
+POOLER = ".pooler."  # never trained: its output is not used for captions
 
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """The names of the frozen weights, and how many numbers are frozen and learn."""
+    """The names of the frozen weights and the numbers of frozen and of trainable parameters."""
 
     what: What
     names: tuple[str, ...]
     parameters: int
-    learning: int
+    trainable: int
 
     def line(self) -> str:
-        """For people: frozen: the encoder (85,798,656 parameters); 152,806,656 learn."""
+        """For example: frozen: the encoder (85,798,656 parameters); 152,806,656 trainable."""
         if not self.names:
-            return f"frozen: nothing; {self.learning:,} parameters learn"
-        return f"frozen: the {self.what} ({self.parameters:,} parameters); {self.learning:,} learn"
+            return f"frozen: nothing; {self.trainable:,} parameters trainable"
+        return f"frozen: the {self.what} ({self.parameters:,} parameters); {self.trainable:,} trainable"
 
 
 def freeze(model: Any, what: What, *, new_cross_attention: bool = False, new_embeddings: bool = False) -> Frozen:
-    """Freezes a part of a captioner and lets the rest learn; the projection between the parts always learns.
+    """Freezes one part of a captioner and makes all other weights trainable; the projection is always trainable.
 
-    Of a frozen decoder, cross-attention and embeddings that are new learn all the same: their weights are random. Call before
-    the optimizer is made, and `train` instead of `model.train()` afterwards.
+    Cross-attention and embeddings of a frozen decoder stay trainable if they are new, because their weights are random. Call
+    this before the optimizer is created, and afterwards `train(model)` instead of `model.train()`.
     """
-    names, part = [], tuple(f"{name}." for name in _parts(model).get(what, ()))
-    for name, weight in _learnable(model):
-        frozen = name.startswith(part) and not _is_new(name, model, new_cross_attention, new_embeddings)
+    names, prefixes = [], tuple(f"{name}." for name in _parts(model).get(what, ()))
+    for name, weight in _weights(model):
+        frozen = name.startswith(prefixes) and not _is_new(name, model, new_cross_attention, new_embeddings)
         weight.requires_grad_(not frozen)
         if frozen:
             names.append(name)
-    held = set(names)
-    sizes = {name: weight.numel() for name, weight in _learnable(model)}
-    return Frozen(what, tuple(names), sum(sizes[n] for n in held), sum(sizes[n] for n in sizes if n not in held))
+    sizes = {name: weight.numel() for name, weight in _weights(model)}
+    parameters = sum(sizes[name] for name in names)
+    return Frozen(what, tuple(names), parameters, sum(sizes.values()) - parameters)
 
 
 def unfreeze(model: Any) -> Frozen:
-    """Lets everything learn again."""
+    """Makes all weights trainable."""
     return freeze(model, "none")
 
 
 def train(model: Any) -> None:
-    """`model.train()`, with what is frozen as it is when captioning: without dropout."""
+    """`model.train()` for all but the frozen modules, which stay in evaluation mode: without dropout."""
     model.train()
     for part in (model.get_submodule(name) for names in _parts(model).values() for name in names):
         weights = [weight for name, weight in part.named_parameters() if not f".{name}".startswith(POOLER)]
@@ -72,34 +72,36 @@ def train(model: Any) -> None:
             continue
         part.eval()
         for module in part.modules():
-            own = list(module.parameters())
-            if own and all(weight.requires_grad for weight in own):
+            parameters = list(module.parameters())
+            if parameters and all(weight.requires_grad for weight in parameters):
                 module.train()
 
 
 def refuse_freezing(what: What, new: Collection[str]) -> None:
-    """Raises UsageError for a part that is new: frozen, it would stay random."""
-    for name, words in NEW_WITHIN.get(what, {}).items():
+    """Raises UsageError if a part to be frozen is new: its weights would stay random."""
+    for name, subject in NEVER_FROZEN_IF_NEW.get(what, {}).items():
         if name in new:
-            raise UsageError(f"freeze is {what}, but the {words} new: random weights would never be learnt")
+            raise UsageError(f"freeze is {what}, but the {subject} new: random weights would never be trained")
 
 
 def _parts(model: Any) -> dict[str, tuple[str, ...]]:
-    """The names of the sub-modules that see and of those that speak; some need not be there."""
-    family, there = family_of(model.config.to_dict()), {name for name, _ in model.named_modules()}
+    """The names of the sub-modules of encoder and decoder that the model has."""
+    family, modules = family_of(model.config.to_dict()), {name for name, _ in model.named_modules()}
     parts = {"encoder": family.ENCODER, "decoder": family.DECODER}
-    return {what: tuple(name for name in names if name in there) for what, names in parts.items()}
+    return {what: tuple(name for name in names if name in modules) for what, names in parts.items()}
 
 
-def _learnable(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+def _weights(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, weight) for name, weight in model.named_parameters() if POOLER not in name)
 
 
 def _is_new(name: str, model: Any, cross_attention: bool, embeddings: bool) -> bool:
-    if cross_attention and any(sign in name for sign in CROSS_ATTENTION):
+    if cross_attention and any(part in name for part in CROSS_ATTENTION):
         return True
     if not embeddings:
         return False
     [decoder, *_] = _parts(model)["decoder"]
-    put_in = model.get_submodule(decoder).get_input_embeddings().weight
-    return model.get_parameter(name) is put_in or name.startswith(tuple(f"{decoder}.{head}" for head in HEADS))
+    input_embeddings = model.get_submodule(decoder).get_input_embeddings().weight
+    return model.get_parameter(name) is input_embeddings or name.startswith(
+        tuple(f"{decoder}.{head}" for head in HEADS)
+    )

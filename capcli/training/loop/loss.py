@@ -1,4 +1,4 @@
-"""Cross-entropy over a batch's real tokens: the end token always counts, padding never."""
+"""Cross-entropy over the tokens of a batch: the end token counts, padding does not."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ def token_loss(
 ) -> Tensor:
     """The summed cross-entropy of `labels` [B, T] under the last T of `outputs.logits`, divided by the number of tokens.
 
-    `num_items_in_batch` is that number over all that one update learns from: its accumulation steps, on all processes. So
-    the parts add up to the mean over the whole, however it is cut. (transformers' loss for VisionEncoderDecoderModel
-    divides by the part's own tokens, and its Trainer leaves out the division by the number of parts.) None: the tokens
-    of `labels` themselves.
+    `num_items_in_batch` is the number of tokens of the whole update, over its accumulation steps and processes, so that the
+    losses of its batches add up to the mean over all tokens, however the update is split. (transformers' loss for
+    VisionEncoderDecoderModel divides by the tokens of one batch, and the Trainer then does not divide by the number of
+    batches.) None: the number of tokens in `labels`.
     """
     total = token_sum(last_logits(outputs, labels.shape[1]), labels, label_smoothing)
     count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     if not isinstance(count, Tensor):
         return total / max(count, 1)
-    return total / count.to(total.device).clamp(min=1)  # images that all broke teach nothing, and NaN least of all
+    return total / count.to(total.device).clamp(min=1)  # a batch whose images all failed to load gives 0, not NaN
 
 
 def token_sum(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """The summed cross-entropy of `labels` [B, T] under `logits` [B, T, V], in float32; where they are IGNORED nothing."""
+    """The summed cross-entropy of `labels` [B, T] under `logits` [B, T, V], in float32, without IGNORED labels."""
     return F.cross_entropy(
         logits.flatten(0, 1).float(),
         labels.flatten(),

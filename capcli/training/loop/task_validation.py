@@ -1,4 +1,4 @@
-"""How good a captioner is at each of several tasks: losses and figures by the task's name, and of all together the loss."""
+"""Validation of a run with several tasks: loss and scores of each task, and the loss of all."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ CAPTION, CLASSIFY, MASKED = "caption", "classify", "masked"
 
 @dataclass(frozen=True)
 class Validations:
-    """A validation of each task, by name, and the kind of each. `pairs` are those of all.
+    """The validation data and the kind of each task, by its name; `pairs` of all tasks.
 
-    Scores of the first task that captions have their usual names, for the best may be chosen by them.
+    The scores of the first captioning task have their usual names, by which the best checkpoint may be selected. All other
+    names begin with the task's.
     """
 
     pairs: TaskMixture
@@ -31,60 +32,62 @@ class Validations:
 
     @property
     def captioned(self) -> list[str]:
-        return [f"{name} {number}" for name, each in self.tasks.items() for number in each.captioned]
+        """Task and index of each image for which an answer is generated."""
+        return [f"{name} {index}" for name, task in self.tasks.items() for index in task.captioned]
 
     def losses(self, model: Any, prepare: Prepare, accelerator: Accelerator) -> dict[str, float]:
-        """Of all tokens of all tasks, and of each task's. Raises CapcliError when no image can be loaded."""
-        sums = {name: each.sums(model, prepare, accelerator) for name, each in self.tasks.items()}
+        """`loss` over the tokens of all tasks, `TASK_loss` over those of each. Raises CapcliError if no image can be loaded."""
+        sums = {name: task.sums(model, prepare, accelerator) for name, task in self.tasks.items()}
         total, count = map(sum, zip(*sums.values(), strict=True))
-        return {"loss": mean_loss(total, count)} | {f"{name}_loss": mean_loss(*each) for name, each in sums.items()}
+        return {"loss": mean_loss(total, count)} | {f"{name}_loss": mean_loss(*pair) for name, pair in sums.items()}
 
     def captions(
         self, captioner: Captioner, accelerator: Accelerator, progress: Callable[[int, int], None]
     ) -> dict[str, str]:
-        """The answers, by the name of the task and the image's number."""
-        said: dict[str, str] = {}
-        whole = len(self.captioned)
-        for name, each in self.tasks.items():
-            before = len(said)
-            found = each.captions(captioner, accelerator, lambda done, _: progress(before + done, whole))  # noqa: B023
-            said |= {f"{name} {number}": text for number, text in found.items()}
-        return said
+        """The generated answers by task and index, as in `captioned`."""
+        answers: dict[str, str] = {}
+        total = len(self.captioned)
+        for name, task in self.tasks.items():
+            before = len(answers)
+            found = task.captions(captioner, accelerator, lambda done, _: progress(before + done, total))  # noqa: B023
+            answers |= {f"{name} {index}": text for index, text in found.items()}
+        return answers
 
     def scores(self, captions: Mapping[str, str]) -> dict[str, float]:
-        """Captions are scored as ever; of labels the share that is right is told, and of gaps."""
+        """The scores of captions, the share of correct labels (`TASK_accuracy`) and of correct gaps (`TASK_restored`)."""
         return dict(self._scores(captions))
 
     def _scores(self, captions: Mapping[str, str]) -> Iterator[tuple[str, float]]:
-        usual = True
-        for name, each in self.tasks.items():
-            said = {str(n): captions[key] for n in each.captioned if (key := f"{name} {n}") in captions}
-            if not said:
+        first = True
+        for name, task in self.tasks.items():
+            answers = {str(n): captions[key] for n in task.captioned if (key := f"{name} {n}") in captions}
+            if not answers:
                 continue
             if self.kinds[name] == CLASSIFY:
-                yield f"{name}_accuracy", sum(right(said[n], each.references[n]) for n in said) / len(said)
+                yield f"{name}_accuracy", sum(right(answers[n], task.references[n]) for n in answers) / len(answers)
             elif self.kinds[name] == MASKED:
-                gaps = [found for n in said for found in restored(said[n], each.references[n][0])]
+                gaps = [correct for n in answers for correct in restored(answers[n], task.references[n][0])]
                 yield f"{name}_restored", sum(gaps) / max(len(gaps), 1)
             else:
-                yield from ((n if usual else f"{name}_{n}", value) for n, value in each.scores(said).items())
-                usual = False
+                yield from ((key if first else f"{name}_{key}", value) for key, value in task.scores(answers).items())
+                first = False
 
     def samples(self, captions: Mapping[str, str], count: int) -> list[tuple[str, str, str]]:
-        """Some images of each task, with the answer and the right one."""
-        shown = []
-        for name, each in self.tasks.items():
-            own = {key.removeprefix(f"{name} "): text for key, text in captions.items() if key.startswith(f"{name} ")}
-            shown += each.samples(own, count)
-        return shown
+        """Name, answer and reference of the first `count` images of each task."""
+        samples = []
+        for name, task in self.tasks.items():
+            start = f"{name} "
+            answers = {key.removeprefix(start): text for key, text in captions.items() if key.startswith(start)}
+            samples += task.samples(answers, count)
+        return samples
 
 
-def right(said: str, references: Any) -> bool:
-    """Whether an answer is one of those that are right; how it is spaced is the tokenizer's affair."""
-    return "".join(said.split()) in {"".join(text.split()) for text in references}
+def right(answer: str, references: Any) -> bool:
+    """Whether an answer equals one of the references but for spaces, which depend on the tokenizer."""
+    return "".join(answer.split()) in {"".join(text.split()) for text in references}
 
 
-def restored(said: str, reference: str) -> list[bool]:
-    """Of each gap, whether exactly its words came back. Behind the last words the right answer has one gap more, of none."""
-    found = fillings(said)
+def restored(answer: str, reference: str) -> list[bool]:
+    """Whether the answer fills each gap correctly. A reference ends with one more gap, an empty one, which is left out."""
+    found = fillings(answer)
     return [right(found.get(gap, ""), (words,)) for gap, words in fillings(reference).items() if words]

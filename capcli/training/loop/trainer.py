@@ -1,4 +1,4 @@
-"""transformers' Seq2SeqTrainer, with the loss, the pixels, the validation and the checkpoints of a captioner."""
+"""transformers' Seq2SeqTrainer with the loss, the pixels, the validation and the checkpoints of a captioner."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,66 +18,69 @@ from torch import Tensor
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from capcli.errors import CapcliError
+from capcli.models.checkpoint import quiet_transformers
 from capcli.models.families import family_of
+from capcli.models.model_files import PROCESSOR
 from capcli.options import TrainOptions
 from capcli.records import Failure
 from capcli.storage import atomic
-from capcli.text import counted, printable
+from capcli.text import counted, is_text, printable
 from capcli.training.data.mixing import TaskMixture, TaskSampler
 from capcli.training.data.pairs import Collate, Pairs
 from capcli.training.loop import freezing
 from capcli.training.loop.loss import token_loss
-from capcli.training.loop.patches import hide_patches, patch_size
 from capcli.training.loop.task_validation import Validations
 from capcli.training.loop.validation import Validation, captioner_of
 from capcli.training.model.assembly import AssembledCaptioner
-from capcli.training.output.checkpoints import MARK
-from capcli.training.output.save import save_captioner
+from capcli.training.output.checkpoints import COMPLETE
+
+DEFAULT_PATCH = 16  # pixels, for encoders without patches
 
 
 @dataclass
 class Meter:
-    """What happened since the last report: the summed loss of updates, images learnt from, lost ones, and seconds."""
+    """Sums since the last report, of this process."""
 
     since: int = 0  # the step of the last report
-    loss: Tensor | float = 0.0  # of this process
+    loss: Tensor | float = 0.0  # summed over the updates
     images: int = 0
     lost: list[Failure] = field(default_factory=list)
-    waited: float = 0.0  # seconds in which the next batch was not there yet
-    began: float | None = None  # None: it has not
-    paused: float = 0.0  # seconds that were not training
+    waited: float = 0.0  # seconds in which the next batch was not ready
+    began: float | None = None  # when the first batch was requested
+    paused: float = 0.0  # seconds of evaluations and checkpoints
 
     def reset(self, step: int, loss: float = 0.0) -> None:
         self.since, self.loss, self.images, self.lost = step, loss, 0, []
         self.waited, self.began, self.paused = 0.0, None, 0.0
 
     def pause(self, seconds: float) -> None:
-        """Seconds just gone by were not training; before the first batch they count for nothing anyway."""
+        """Leaves out seconds that were not spent on training; those before the first batch are not counted anyway."""
         if self.began is not None:
             self.paused += seconds
 
     @property
     def seconds(self) -> float:
-        """Of training."""
+        """The seconds of training; above 0."""
         return 1e-9 if self.began is None else max(time.monotonic() - self.began - self.paused, 1e-9)
 
 
 class CaptionTrainer(Seq2SeqTrainer):
-    """Trains `made.model` on `train`. The loss is `token_loss`; `validation` None evaluates nothing.
+    """Trains `assembled.model` on `train` with `token_loss`; without `validation` there are no evaluations.
 
-    An image that can no longer be loaded teaches nothing; with each report every process hears of it through `failed`.
-    Raises CapcliError, in every process, when no image since the last report could be loaded, when the loss is no number,
-    and for a checkpoint that cannot be written.
+    Images that can no longer be loaded are left out of the loss and passed to `failed` in every process with each report.
+    Raises CapcliError, in every process, when no image since the last report could be loaded, when the loss is not finite,
+    and when a checkpoint cannot be written.
 
-    Its log entries hold `loss`, `learning_rate`, `grad_norm`, `images_per_second` and `waiting` (the share of time in which
-    the next batch was not there), an evaluation's `eval_loss` and `eval_` scores. The latest captions are in `captions`.
+    Log entries have `loss`, `learning_rate`, `grad_norm`, `images_per_second` and `waiting` (the share of time in which the
+    next batch was not ready); those of evaluations have `eval_loss` and other `eval_` scores. `captions` holds the captions
+    of the last evaluation. `evaluating` is called with the numbers of captioned images and of all that are captioned.
     """
 
     model: Any
 
     def __init__(
         self,
-        made: AssembledCaptioner,
+        assembled: AssembledCaptioner,
         args: Seq2SeqTrainingArguments,
         train: Pairs | TaskMixture,
         collate: Collate,
@@ -85,45 +88,48 @@ class CaptionTrainer(Seq2SeqTrainer):
         options: TrainOptions,
     ) -> None:
         super().__init__(
-            model=made.model,
+            model=assembled.model,
             args=args,
             train_dataset=train,
             eval_dataset=validation.pairs if validation else None,
             data_collator=collate,
             compute_loss_func=partial(token_loss, label_smoothing=options.label_smoothing),
         )
-        self.model_accepts_loss_kwargs = False  # the loss is ours: the model need not hear of the number of tokens
-        self.made, self.pairs, self.collate, self.validation, self.options = made, train, collate, validation, options
+        self.model_accepts_loss_kwargs = (
+            False  # token_loss gets num_items_in_batch; the model needs no arguments for it
+        )
+        self.assembled, self.pairs, self.collate = assembled, train, collate
+        self.validation, self.options = validation, options
         self.evaluating: Callable[[int, int], None] = lambda _done, _total: None
         self.failed: Callable[[Failure], None] = lambda _: None
         self.meter = Meter()
         self.captions: dict[str, str] = {}
-        made.encode.to(made.model.device)  # its mean and deviation are not part of the model
-        self._normalise, self._seeing = made.encode.normalise, made.encode.encoder.config
-        self._family = family_of(made.model.config.to_dict())
+        encode = assembled.encode.to(assembled.model.device)  # its mean and deviation are not part of the model
+        self._normalise, self._encoder_config = encode.normalise, encode.encoder.config
+        self._family = family_of(assembled.model.config.to_dict())
 
     # Batches
 
-    def _get_train_sampler(self, *given: Any) -> Any:
+    def _get_train_sampler(self, *arguments: Any) -> Any:
         if isinstance(self.pairs, TaskMixture):
             return TaskSampler(self.pairs, self.args.data_seed or 0)
-        return super()._get_train_sampler(*given)
+        return super()._get_train_sampler(*arguments)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         began = time.monotonic()
         if self.meter.began is None:
             self.meter.began = began
-        taken = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.meter.waited += time.monotonic() - began
-        return taken
+        return batches
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Pixels travel as bytes and become the encoder's input on the device."""
+        """Moves a batch to the device and normalises its pixels there: they are loaded as bytes."""
         inputs = dict(inputs)
         self.meter.lost += inputs.pop("failures", ())
-        ready: dict[str, Any] = super()._prepare_inputs(inputs)
-        ready["pixel_values"] = self._normalise(ready["pixel_values"])
-        return ready
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        prepared["pixel_values"] = self._normalise(prepared["pixel_values"])
+        return prepared
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -131,37 +137,38 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.meter.images += len(inputs["labels"])
         return loss
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *given: Any, **named: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
         if self.options.freeze != "none":
-            freezing.train(self.model)  # the Trainer has just put all of it into training mode
+            freezing.train(self.model)  # the Trainer has just called model.train()
         if self.options.mask_patches and model.training:
-            hidden = hide_patches(inputs["pixel_values"], patch_size(self._seeing), self.options.mask_patches)
+            size = patch_size(self._encoder_config)
+            hidden = hide_patches(inputs["pixel_values"], size, self.options.mask_patches)
             inputs = {**inputs, "pixel_values": hidden}
-        given_labels = {"labels": inputs["labels"]}
-        return super().compute_loss(model, self._family.inputs(self.model, inputs) | given_labels, *given, **named)
+        labels = {"labels": inputs["labels"]}
+        return super().compute_loss(model, self._family.inputs(self.model, inputs) | labels, *arguments, **named)
 
     # Reports
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            self._tell_lost()
+            self._report_lost()
             logs = {**logs, **self._measured()}
             self.meter.reset(self.state.global_step)
             if not math.isfinite(logs["loss"]):
                 raise CapcliError(
                     f"the loss became {logs['loss']} before step {self.state.global_step}: lower --learning-rate, lengthen "
-                    "--warmup, or try another --dtype; --resume goes on from the last checkpoint"
+                    "--warmup, or try another --dtype; --resume continues from the last checkpoint"
                 )
         super().log(logs, start_time)
 
-    def _tell_lost(self) -> None:
+    def _report_lost(self) -> None:
         lost = gather_object(self.meter.lost)
         for failure in lost:
             self.failed(failure)
         if lost and not self._mean(float(self.meter.images - len(self.meter.lost))):
             raise CapcliError(
                 f"none of the last {counted(len(lost), 'image')} could be loaded; the first was {printable(lost[0].name)}: "
-                f"{lost[0].message}. Bring the data back; --resume goes on from the last checkpoint"
+                f"{lost[0].message}. Restore the images; --resume continues from the last checkpoint"
             )
 
     def _measured(self) -> dict[str, float]:
@@ -174,23 +181,22 @@ class CaptionTrainer(Seq2SeqTrainer):
         }
 
     def _mean(self, value: Tensor | float) -> float:
-        """Over the processes."""
+        """The mean over the processes."""
         tensor = torch.as_tensor(value, dtype=torch.float32, device=self.args.device)
         return float(self.accelerator.gather(tensor.reshape(1)).mean().item())
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Loss and scores on the validation images, logged as `eval_*`."""
+        """Computes loss and scores on the validation images and logs them as `eval_*`."""
         assert self.validation is not None
         began = time.monotonic()
-        held, made = self.validation, self.made
-        training = self.model.training
+        validation, assembled, training = self.validation, self.assembled, self.model.training
         self.model.eval()
-        losses = held.losses(self.model, self._prepare_inputs, self.accelerator)
+        losses = validation.losses(self.model, self._prepare_inputs, self.accelerator)
         metrics = {f"eval_{name}": value for name, value in losses.items()}
-        if held.captioned:
-            with captioner_of(made, held.collate.size) as captioner:
-                self.captions = held.captions(captioner, self.accelerator, self.evaluating)
-            metrics |= {f"eval_{name}": value for name, value in held.scores(self.captions).items()}
+        if validation.captioned:
+            with captioner_of(assembled, validation.collate.size) as captioner:
+                self.captions = validation.captions(captioner, self.accelerator, self.evaluating)
+            metrics |= {f"eval_{name}": value for name, value in validation.scores(self.captions).items()}
         self.model.train(training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -200,44 +206,84 @@ class CaptionTrainer(Seq2SeqTrainer):
     # Checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
-        if self.args.should_save:  # transformers asks every process of late, and earlier only the one that writes
-            save_captioner(
-                str(output_dir or self.args.output_dir), self.model, self.made.tokenizer, self.made.processor
-            )
+        if self.args.should_save:  # newer versions of transformers call this in every process
+            folder, assembled = str(output_dir or self.args.output_dir), self.assembled
+            save_captioner(folder, self.model, assembled.tokenizer, assembled.processor)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         began = time.monotonic()
         folder = os.path.join(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
-        with written(folder):
+        with checkpoint_errors(folder):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
-        open_report = {"since": self.meter.since, "loss": gather_object([float(self.meter.loss)])}
+        report = {"since": self.meter.since, "loss": gather_object([float(self.meter.loss)])}
         if self.args.should_save:
-            mark = {"step": self.state.global_step, "processes": self.args.world_size, "report": open_report}
-            with written(folder):
-                atomic.replace(os.path.join(folder, MARK), [json.dumps(mark).encode()])
+            mark = {"step": self.state.global_step, "processes": self.args.world_size, "report": report}
+            with checkpoint_errors(folder):
+                atomic.replace(os.path.join(folder, COMPLETE), [json.dumps(mark).encode()])
         self.meter.pause(time.monotonic() - began)
 
-    def take_up(self, folder: str) -> None:
-        """Goes on with the report that was open when the checkpoint was written. Raises CapcliError for other processes."""
-        with open(os.path.join(folder, MARK), encoding="utf-8") as file:
+    def restore_meter(self, checkpoint: str) -> None:
+        """Restores the sums since the last report. Raises CapcliError for a checkpoint of another number of processes."""
+        with open(os.path.join(checkpoint, COMPLETE), encoding="utf-8") as file:
             mark = json.load(file)
         if mark["processes"] != self.args.world_size:
             raise CapcliError(
-                f"{folder} is of a run on {mark['processes']} processes and this one has {self.args.world_size}: "
-                "the batches would be others"
+                f"{checkpoint} was written by {mark['processes']} processes and this run has {self.args.world_size}, "
+                "which would get other batches: start as many"
             )
         self.meter.reset(mark["report"]["since"], mark["report"]["loss"][self.args.process_index])
 
 
+def save_captioner(folder: str | os.PathLike[str], model: Any, tokenizer: Any, processor: Mapping[str, Any]) -> None:
+    """Writes a folder that transformers and `capcli caption` load: model, tokenizer and image processor.
+
+    Raises CapcliError when it cannot be written.
+    """
+    path = os.fspath(folder)
+    if not is_text(path):
+        raise CapcliError(f"The model cannot be written to {printable(path)}: its name is not UTF-8; choose another.")
+    try:
+        os.makedirs(path, exist_ok=True)
+        with quiet_transformers():
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
+        text = json.dumps(dict(processor), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        atomic.replace(os.path.join(path, PROCESSOR), [text.encode()])
+    except Exception as error:  # safetensors and tokenizers raise errors of their own types
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CapcliError(f"Cannot write the model to {path}: {reason}.") from error
+
+
 @contextmanager
-def written(folder: str) -> Iterator[None]:
-    """Around the writing of a checkpoint. Raises CapcliError when that fails, as on a full disk."""
+def checkpoint_errors(folder: str) -> Iterator[None]:
+    """Around the writing of a checkpoint: raises CapcliError when that fails, for example on a full disk."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # what torch raises when it cannot write is a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when it cannot write
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise CapcliError(
-            f"the checkpoint {printable(folder)} cannot be written: {reason}. Make room there; --resume goes "
-            "on from the one before"
+            f"the checkpoint {printable(folder)} cannot be written: {reason}. Free some space; --resume continues "
+            "from the checkpoint before it"
         ) from error
+
+
+def hide_patches(pixels: Tensor, size: int, share: float) -> Tensor:
+    """Sets a random share of the patches of each image to 0, the mean of normalised pixels.
+
+    `pixels` is [B, 3, height, width], `size` the side of a patch in pixels. Equally many patches of each image are hidden.
+    The choice uses torch's random state, which a resumed run restores.
+    """
+    rows, columns = (math.ceil(side / size) for side in pixels.shape[2:])
+    count = round(share * rows * columns)
+    order = torch.rand(len(pixels), rows * columns, device=pixels.device).argsort(1)
+    visible = (order >= count).view(-1, 1, rows, columns).to(pixels.dtype)
+    mask = visible.repeat_interleave(size, 2).repeat_interleave(size, 3)
+    return pixels * mask[:, :, : pixels.shape[2], : pixels.shape[3]]
+
+
+def patch_size(config: Any) -> int:
+    """The side in pixels that one state of the encoder's last layer stands for; Swin halves the states in each stage."""
+    size = getattr(config, "patch_size", DEFAULT_PATCH)
+    side = max(size) if isinstance(size, list | tuple) else int(size)
+    return side * int(2 ** (len(getattr(config, "depths", (0,))) - 1))

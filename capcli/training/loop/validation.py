@@ -1,4 +1,4 @@
-"""How good the captioner is so far: the loss on all validation captions, and scores of captions it makes itself."""
+"""Validation of a captioner in training: the loss on all validation captions, and scores of generated captions."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ Prepare = Callable[[dict[str, Any]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Validation:
-    """What is held out: `pairs` for the loss; `captioned`, numbers of images, for captions that `scorer` judges.
+    """The validation data of a run, or of one of its tasks.
 
-    `references` are the captions that people gave of those images, by number in words. `question` None is the one that the model
-    is asked by itself; `encoder_ids` are what the encoder reads beside each image where that differs,
-    by the image's number as a string.
+    pairs: images with captions for the loss. captioned: indices of the images to generate captions for.
+    references: the captions of those images in the data, by index as a string. scorer: None computes no scores.
+    question: the text that the encoder reads, None for the model's default. encoder_ids: the token ids that it reads
+        instead where each image has its own, by index as a string.
     """
 
     pairs: Pairs
@@ -51,18 +52,17 @@ class Validation:
     encoder_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def losses(self, model: Any, prepare: Prepare, accelerator: Accelerator) -> dict[str, float]:
-        """The mean cross-entropy over every token of every validation caption, each counted once whatever the processes.
-
-        Raises CapcliError when no image can be loaded.
+        """`loss`: the mean cross-entropy over all tokens of all validation captions, each counted once on any number of
+        processes. Raises CapcliError when no image can be loaded.
         """
         return {"loss": mean_loss(*self.sums(model, prepare, accelerator))}
 
     def sums(self, model: Any, prepare: Prepare, accelerator: Accelerator) -> tuple[float, float]:
-        """The cross-entropy summed over those tokens, and how many there are."""
-        mine = range(accelerator.process_index, len(self.pairs), accelerator.num_processes)
+        """The summed cross-entropy over those tokens, and their number."""
+        indices = range(accelerator.process_index, len(self.pairs), accelerator.num_processes)
         family = family_of(model.config.to_dict())
         sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-        for batch in self._batches(Subset(self.pairs, mine), self.collate):
+        for batch in self._batches(Subset(self.pairs, indices), self.collate):
             inputs = prepare(batch)
             labels: Tensor = inputs.pop("labels")
             with torch.inference_mode(), accelerator.autocast():
@@ -74,46 +74,45 @@ class Validation:
     def captions(
         self, captioner: Captioner, accelerator: Accelerator, progress: Callable[[int, int], None]
     ) -> dict[str, str]:
-        """A caption for each of `captioned` that could be loaded, by its number in words; all of them on every process."""
-        mine = self.captioned[accelerator.process_index :: accelerator.num_processes]
+        """The captions of the `captioned` images that could be loaded, by index as a string; in each process all of them."""
+        indices = self.captioned[accelerator.process_index :: accelerator.num_processes]
         settings = captioner.settings(GenerationOptions(num_return_sequences=1), self.question)
-        said: list[tuple[str, str]] = []
+        captions: list[tuple[str, str]] = []
 
         def deliver(_: int, result: Caption | Failure) -> None:
             if isinstance(result, Caption):
-                said.append((result.name, result.text))
-            progress(len(said), len(mine))
+                captions.append((result.name, result.text))
+            progress(len(captions), len(indices))
 
-        for alike in self._by_length(mine):
-            arrivals = Batches(
-                self._batches(Subset(NamedImages(self.pairs.images, self._own_encoder_ids), alike), list)
-            )
-            asked = replace(settings, encoder_ids=self.encoder_ids.get(str(alike[0]), settings.encoder_ids))
-            shapes = captioner.shapes(asked, len(alike))
-            for _ in captioner.run(arrivals, asked, shapes, deliver):
+        for group in self._by_encoder_length(indices):
+            images = NamedImages(self.pairs.images, self._encoder_ids_of)
+            arrivals = Batches(self._batches(Subset(images, group), list))
+            group_settings = replace(settings, encoder_ids=self.encoder_ids.get(str(group[0]), settings.encoder_ids))
+            shapes = captioner.shapes(group_settings, len(group))
+            for _ in captioner.run(arrivals, group_settings, shapes, deliver):
                 pass
-        return dict(gather_object(said))
+        return dict(gather_object(captions))
 
-    def _own_encoder_ids(self, number: int) -> tuple[int, ...]:
-        """What one image's encoder is asked, where each is asked its own, or its tags."""
+    def _encoder_ids_of(self, index: int) -> tuple[int, ...]:
+        """The ids that the encoder reads beside this image only: its tags or its own question."""
         if self.pairs.tags is not None:
-            return tuple(self.pairs.tags[number].tolist())
-        return self.encoder_ids.get(str(number), ())
+            return tuple(self.pairs.tags[index].tolist())
+        return self.encoder_ids.get(str(index), ())
 
-    def _by_length(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Images that are asked questions of one length go together: a run has one shape."""
-        lengths: dict[int, list[int]] = {}
-        for number in numbers:
-            lengths.setdefault(len(self.encoder_ids.get(str(number), ())), []).append(number)
-        return list(lengths.values())
+    def _by_encoder_length(self, indices: Sequence[int]) -> list[list[int]]:
+        """The indices in groups with equally many encoder ids: the shapes of a captioner's run are fixed."""
+        groups: dict[int, list[int]] = {}
+        for index in indices:
+            groups.setdefault(len(self.encoder_ids.get(str(index), ())), []).append(index)
+        return list(groups.values())
 
     def samples(self, captions: Mapping[str, str], count: int) -> list[tuple[str, str, str]]:
-        """Of the first few images the name, the caption made of it, and one that a person gave."""
-        shown = self.captioned[:count]
-        return [(self.pairs.images.name(n), captions.get(str(n), ""), self.references[str(n)][0]) for n in shown]
+        """Name, generated caption and one reference of the first `count` captioned images."""
+        first = self.captioned[:count]
+        return [(self.pairs.images.name(n), captions.get(str(n), ""), self.references[str(n)][0]) for n in first]
 
     def scores(self, captions: Mapping[str, str]) -> dict[str, float]:
-        """BLEU, ROUGE-L and CIDEr of captions by name; nothing where there are none."""
+        """BLEU, ROUGE-L and CIDEr of captions by index as a string; empty without captions."""
         if self.scorer is None or not captions:
             return {}
         return self.scorer.score(captions)
@@ -131,13 +130,14 @@ class Validation:
 
 
 def mean_loss(total: float, count: float) -> float:
+    """Raises CapcliError for no tokens."""
     if not count:
-        raise CapcliError("none of the images to validate with can be loaded any more: bring the data back")
+        raise CapcliError("none of the validation images can be loaded any more: restore them")
     return total / count
 
 
 class NamedImages(torch.utils.data.Dataset[Loaded | Failure]):
-    """Images as the decode loop takes them, named by their numbers: names need not be unique."""
+    """Images as the decode loop takes them, named by their indices, because their own names may repeat."""
 
     def __init__(self, images: Images, encoder_ids: Callable[[int], tuple[int, ...]]) -> None:
         self._images, self._encoder_ids = images, encoder_ids
@@ -150,10 +150,10 @@ class NamedImages(torch.utils.data.Dataset[Loaded | Failure]):
 
 
 class Batches(Arrivals):
-    """Arrivals out of a loader's batches of them."""
+    """The images of a DataLoader's batches as arrivals for the decode loop."""
 
     def __init__(self, batches: Iterator[list[Loaded | Failure]]) -> None:
-        self._each = (one for batch in batches for one in batch)
+        self._images = (image for batch in batches for image in batch)
         self._done = False
 
     @property
@@ -161,21 +161,21 @@ class Batches(Arrivals):
         return self._done
 
     def take(self, timeout: float | None = None) -> Loaded | Failure | None:  # noqa: ARG002
-        one = next(self._each, None)
-        self._done = one is None
-        return one
+        image = next(self._images, None)
+        self._done = image is None
+        return image
 
 
 @contextmanager
 def captioner_of(assembled: AssembledCaptioner, size: tuple[int, int]) -> Iterator[Captioner]:
-    """A model in training as the captioner it is by now; it goes on training as it was."""
+    """A captioner that shares the weights of a model in training; afterwards the model is as it was."""
     model: Any = assembled.model
     encode, step, training = assembled.encode.to(model.device), assembled.step, model.training
     model.eval()
     config = model.config.to_dict()
     family, attention = family_of(config), step.decoder.config._attn_implementation  # noqa: SLF001
     use_attention(step.decoder)
-    made = Model.of(
+    captioning_model = Model.of(
         config,
         assembled.tokenizer,
         runtime=Eager(encode, step, model.device, prefixed=encode.prefixed),
@@ -188,7 +188,7 @@ def captioner_of(assembled: AssembledCaptioner, size: tuple[int, int]) -> Iterat
     )
     try:
         with torch.inference_mode():
-            yield Captioner(made, ModelFiles("", "", None, {}, {}))
+            yield Captioner(captioning_model, ModelFiles("", "", None, {}, {}))
     finally:
         step.decoder.set_attn_implementation(attention)
         model.train(training)

@@ -1,10 +1,10 @@
-"""curves.png: what a run's points look like over its steps. Needs matplotlib (the extra `train`)."""
+"""curves.png: loss, CIDEr and learning rate of a training run over its steps. Needs matplotlib (the extra `train`)."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,25 +14,23 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-if TYPE_CHECKING:
-    from capcli.training.output.history import Point
-
+from capcli.training.output.history import Point
 
 Series = npt.NDArray[np.float64]  # [2, n]: steps and values
 
-WIDTH, TALL, LOW = 9.0, 3.6, 1.9  # inches: of the picture, of the panel of losses, of the others
+WIDTH, TALL, LOW = 9.0, 3.6, 1.9  # inches: width of the picture, heights of the panel of losses and of the others
 DPI = 120
-INK, FAINT, GRID = "#22252b", "#7d8590", "#e6e8eb"
+DARK, GREY, GRID = "#22252b", "#7d8590", "#e6e8eb"
 BLUE, ORANGE, GREEN, VIOLET = "#3565c4", "#e07b29", "#2f9d6a", "#8a63b8"
-SMOOTH_FROM = 40  # points; fewer are plain as they are
-STEEP = 4.0  # of losses' range, from which they are drawn on a logarithmic scale: the start would flatten all else
-FEW = 60  # points, up to which each gets a mark
+SMOOTH_FROM = 40  # points; fewer are drawn without smoothing
+LOGARITHMIC_FROM = 4.0  # largest loss / smallest loss; on a linear axis the steep start would flatten the rest
+FEW = 60  # points up to which each is marked
 
 
-def draw(points: Sequence[Point]) -> bytes | None:
-    """A PNG of loss and validation loss, CIDEr and learning rate over the steps, a panel for each that has points.
+def curves_png(points: Sequence[Point]) -> bytes | None:
+    """A PNG with a panel each for the losses, CIDEr and the learning rate, where there are points of them.
 
-    None when nothing has any. Numbers that are not finite are left out.
+    None when there are none at all. Numbers that are not finite are left out.
     """
     loss, val_loss = series(points, lambda p: p.loss), series(points, lambda p: p.val_loss)
     cider, rate = series(points, lambda p: p.scores.get("CIDEr")), series(points, lambda p: p.learning_rate)
@@ -60,7 +58,7 @@ def picture(panels: Sequence[tuple[float, Callable[[Any], None]]], points: Seque
     bottom.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
     bottom.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     bottom.tick_params(axis="x", length=3)
-    bottom.set_xlabel(f"step ({points[-1].epoch:.3g} epochs in all)", color=FAINT)
+    bottom.set_xlabel(f"step ({points[-1].epoch:.3g} epochs in all)", color=GREY)
     out = io.BytesIO()
     figure.savefig(out, format="png")
     return out.getvalue()
@@ -72,7 +70,7 @@ def plain(axes: Any) -> None:
     axes.spines["bottom"].set_color(GRID)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=FAINT, length=0)
+    axes.tick_params(colors=GREY, length=0)
     axes.margins(x=0.02, y=0.1)
 
 
@@ -88,11 +86,11 @@ def losses(axes: Any, loss: Series, val_loss: Series) -> None:
         mark_best(axes, val_loss, int(val_loss[1].argmin()), ORANGE)
     heading(axes, "loss")
     above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
-    axes.legend(frameon=False, labelcolor=INK, ncols=2, **above)
-    every = np.concatenate([loss[1], val_loss[1]])
-    if every.min() > 0 and every.max() > STEEP * every.min():
+    axes.legend(frameon=False, labelcolor=DARK, ncols=2, **above)
+    values = np.concatenate([loss[1], val_loss[1]])
+    if values.min() > 0 and values.max() > LOGARITHMIC_FROM * values.min():
         axes.set_yscale("log")
-        decades = np.log10(every.max() / every.min())
+        decades = np.log10(values.max() / values.min())
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
@@ -113,12 +111,12 @@ def rates(axes: Any, rate: Series) -> None:
     heading(axes, "learning rate")
 
 
-def heading(axes: Any, words: str) -> None:
-    axes.set_title(words, loc="left", color=INK, fontsize=10.5, fontweight="bold")
+def heading(axes: Any, text: str) -> None:
+    axes.set_title(text, loc="left", color=DARK, fontsize=10.5, fontweight="bold")
 
 
 def mark_best(axes: Any, values: Series, at: int, colour: str) -> None:
-    """Ring the best value and write it beside."""
+    """Circles the best value and writes it next to the circle."""
     step, value = values[:, at]
     axes.plot([step], [value], "o", color=colour, markersize=8, markerfacecolor="white", markeredgewidth=2, zorder=5)
     begin, end = axes.get_xlim()
@@ -141,14 +139,14 @@ def marks(values: Series) -> dict[str, Any]:
 
 
 def series(points: Sequence[Point], value: Callable[[Point], float | None]) -> Series:
-    """Steps and finite values of the points that have one: [2, n]."""
+    """The steps and values of the points with a finite value: [2, n]."""
     known = [(point.step, number) for point in points if (number := value(point)) is not None]
     pairs = np.array(known, dtype=np.float64).reshape(-1, 2).T
     return pairs[:, np.isfinite(pairs[1])]
 
 
 def smoothed(values: Series) -> Series | None:
-    """Means over a window of a thirtieth of the points around each, narrower at the start; None for too few."""
+    """A moving average over a thirtieth of the points, over fewer at both ends; None for too few points."""
     count = values.shape[1]
     if count < SMOOTH_FROM:
         return None
@@ -156,6 +154,6 @@ def smoothed(values: Series) -> Series | None:
     sums = np.concatenate([[0.0], np.cumsum(values[1])])
     at = np.arange(count)
     before = np.minimum(at, half)
-    after = np.minimum(count - 1 - at, before)  # not further than before: the steep start is not flattened
+    after = np.minimum(count - 1 - at, before)  # symmetric windows: the steep start is not flattened
     means = (sums[at + after + 1] - sums[at - before]) / (after + before + 1)
     return np.stack([values[0], means])

@@ -1,4 +1,4 @@
-"""The folder of a training run: what lies where, the settings it was begun with, and whether a new run may go there."""
+"""The folder of a training run: its files, its settings, and whether a run may start or resume in it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from capcli.storage import atomic
 from capcli.text import is_text, printable
 from capcli.training.output import checkpoints
 
-SETTINGS, FACTS = "train.toml", "run.json"
-LEFT_OUT, CHECKPOINTS, EVENTS = "data.failures.jsonl", "checkpoints", "tensorboard"
-KNOWN = {"broken", "left_out", "data", "new"}  # what run.json of a run of capcli holds from its first moment
-# What a run writes as it goes, and what it leaves when it ends: run.json says whether it did.
-EARLY = {SETTINGS, FACTS, LEFT_OUT, CHECKPOINTS, EVENTS, "history.csv", "curves.png"}
-LATE = {"README.md", *model_files.SETTINGS, *model_files.TOKENIZER, *model_files.WEIGHTS}
-# What of a folder is a run's; the rest of it is somebody else's.
+SETTINGS, FACTS, CARD = "train.toml", "run.json", "README.md"
+HISTORY, CURVES, EVENTS = "history.csv", "curves.png", "tensorboard"
+LEFT_OUT, CHECKPOINTS = "data.failures.jsonl", "checkpoints"
+REQUIRED_FACTS = {"broken", "left_out", "data", "new"}  # keys that run.json has from the start of a run
+# The files that a run writes while it trains and, if run.json lists them as "left", when it ends.
+EARLY = {SETTINGS, FACTS, LEFT_OUT, CHECKPOINTS, EVENTS, HISTORY, CURVES}
+LATE = {CARD, *model_files.SETTINGS, *model_files.TOKENIZER, *model_files.WEIGHTS}
+# The entries of its folders that a run writes; all others are the user's.
 INSIDE = {CHECKPOINTS: re.compile(r"checkpoint-\d+"), EVENTS: re.compile(r"events\.out\.tfevents\..+")}
-# What a run that goes on may do otherwise: the same batches come all the same. Another end (of which people are told)
-# takes the learning rate another way from there on; and what goes by evaluations, a plateau or patience, goes by these.
-FREE = {
+# Settings that may change on --resume, because the batches stay the same. A new last step changes the learning rates
+# from there on, which is reported. Patience and the plateau schedule count the evaluations that take place.
+CHANGEABLE = {
     *("out", "resume", "overwrite", "quiet", "device", "threads", "workers", "decode_timeout"),
     *("epochs", "max_steps", "log_every", "evaluate_every", "save_every", "keep_best", "select", "patience"),
 }
@@ -42,7 +43,10 @@ UNSAVED = ("out", "resume", "overwrite", "quiet", "data", "model", "generation",
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder. `checkpoint` is the one to go on from, None at the beginning; `old` is what beginning removes."""
+    """The folder of a run.
+
+    `checkpoint` is the one to resume from, None for a new run. `old` are the files of an earlier run that `begin` removes.
+    """
 
     folder: str
     checkpoint: str | None
@@ -50,46 +54,46 @@ class RunFolder:
 
     @classmethod
     def open(cls, options: TrainOptions) -> RunFolder:
-        """Touches nothing. Raises UsageError when the folder holds something that this run must not touch, or a run of other
-        settings, and when beginning anew would remove what the run is to read.
+        """Checks the folder without changing anything.
+
+        Raises UsageError when it contains files of the user or a run that this command neither resumes nor overwrites,
+        when the settings of a resumed run differ, and when overwriting would remove what the new run reads.
         """
         folder = options.out
         for path in (folder, *(path for data in sources(options) for path in (*data.data, *data.val_data))):
             if not is_text(path):
-                raise UsageError(
-                    f"{printable(path)} is no UTF-8, and train.toml can say nothing else: rename or link it"
-                )
+                raise UsageError(f"{printable(path)} is not UTF-8, which train.toml needs: rename or link it")
         if os.path.exists(folder) and not os.path.isdir(folder):
             raise UsageError(f"--out {folder} is a file; name a folder")
-        place = cls(folder, None)
-        there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if not place._is_run():
-            if there - {CHECKPOINTS, f"{FACTS}.tmp"} or _holds_any(place.checkpoints):
+        run = cls(folder, None)
+        names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if not run._is_run():
+            if names - {CHECKPOINTS, f"{FACTS}.tmp"} or _is_filled(run.checkpoints):
                 raise UsageError(f"--out {folder} is not empty and holds no training run: name another folder")
-            return place
-        if options.resume and (checkpoint := checkpoints.latest(place.checkpoints)):
-            place = cls(folder, checkpoint)
-            place._refuse_other(options)
-            return place
-        left = set(place.recall().get("left", ()))
-        if (there & left or checkpoints.latest(place.checkpoints)) and not options.overwrite:
-            how = "it has no checkpoint to go on from" if options.resume else "--resume goes on with it"
-            raise UsageError(f"--out {folder} holds a training run: {how}, --overwrite throws it away")
-        if foreign := there & LATE - left:
+            return run
+        if options.resume and (checkpoint := checkpoints.latest(run.checkpoints)):
+            run = cls(folder, checkpoint)
+            run._refuse_other_settings(options)
+            return run
+        left = set(run.facts().get("left", ()))
+        if (names & left or checkpoints.latest(run.checkpoints)) and not options.overwrite:
+            problem = "it has no checkpoint to resume from" if options.resume else "--resume continues it"
+            raise UsageError(f"--out {folder} holds a training run: {problem}, --overwrite deletes it")
+        if foreign := names & LATE - left:
             raise UsageError(f"--out {folder} holds {min(foreign)}, which no training run wrote: name another folder")
-        place = cls(folder, None, frozenset(there & (EARLY | left)))
-        place._refuse_removing(options)
-        return place
+        run = cls(folder, None, frozenset(names & (EARLY | left)))
+        run._refuse_removing_inputs(options)
+        return run
 
     def make(self) -> None:
-        """Makes the folder where there is none."""
+        """Creates the folder if it does not exist. Raises CapcliError."""
         with self._writing():
             os.makedirs(self.checkpoints, exist_ok=True)
 
     def begin(self, options: TrainOptions, facts: Mapping[str, Any]) -> None:
-        """Keeps the run's settings in the folder; at the beginning its facts too, in place of what an earlier run left.
+        """Writes train.toml, and for a new run run.json after removing the files of an earlier run. Raises CapcliError.
 
-        The earlier run goes when all else is well: its checkpoints first, and run.json, which says whose folder it is, never.
+        A kill at any moment leaves a run.json, without which the folder would no longer count as a run's.
         """
         with self._writing():
             if self.checkpoint is None:
@@ -109,45 +113,46 @@ class RunFolder:
         return self.path(CHECKPOINTS)
 
     def settings(self) -> dict[str, Any]:
-        """The settings in force, by name."""
+        """The settings in train.toml by name."""
         with open(self.path(SETTINGS), "rb") as file:
             return flat(tomllib.load(file))
 
-    def remember(self, **facts: Any) -> None:
-        """Keeps further facts of the run, for when it is gone on with."""
-        atomic.replace(self.path(FACTS), [json.dumps(self.recall() | facts).encode()])
-
-    def recall(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
+        """The contents of run.json. Raises OSError and ValueError."""
         with open(self.path(FACTS), encoding="utf-8") as file:
-            known: dict[str, Any] = json.load(file)
-        return known
+            facts: dict[str, Any] = json.load(file)
+        return facts
+
+    def add_facts(self, **facts: Any) -> None:
+        """Adds entries to run.json for later parts of the run."""
+        atomic.replace(self.path(FACTS), [json.dumps(self.facts() | facts).encode()])
 
     def _is_run(self) -> bool:
         try:
-            known: Any = self.recall()
+            facts: Any = self.facts()
         except (OSError, ValueError):
             return False
-        return isinstance(known, dict) and known.keys() >= KNOWN
+        return isinstance(facts, dict) and facts.keys() >= REQUIRED_FACTS
 
-    def _refuse_other(self, options: TrainOptions) -> None:
+    def _refuse_other_settings(self, options: TrainOptions) -> None:
         before, now = self.settings(), flat(tomllib.loads(as_toml(options)))
         differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
         for name in differing:
-            if name not in FREE:
-                was, is_now = told(before.get(name), now.get(name)), told(now.get(name), before.get(name))
+            if name not in CHANGEABLE:
+                old, new = shown(before.get(name), now.get(name)), shown(now.get(name), before.get(name))
                 raise UsageError(
-                    f"{self.folder} was begun with {name} = {was}, and now it is {is_now}: "
-                    "leave it as it was, or train into another folder"
+                    f"{self.folder} was started with {name} = {old}, and now it is {new}: "
+                    "keep the old value, or train into another folder"
                 )
 
-    def _refuse_removing(self, options: TrainOptions) -> None:
+    def _refuse_removing_inputs(self, options: TrainOptions) -> None:
         folder, old = os.path.realpath(self.folder), {os.path.realpath(self.path(name)) for name in self.old}
-        for name, path, captioner in inputs(options):
+        for name, path, is_model in inputs(options):
             real = os.path.realpath(os.path.expanduser(path))
-            above = {real, *parents(real)}
-            if above & old or (captioner and real == folder and self.old & LATE):
+            if {real, *parents(real)} & old or (is_model and real == folder and self.old & LATE):
                 raise UsageError(
-                    f"--{name} {path} lies in what --overwrite would remove from --out {self.folder}: name another folder"
+                    f"--{name} {path} is among the files that --overwrite would remove from --out {self.folder}: "
+                    "name another folder"
                 )
 
     @contextmanager
@@ -159,7 +164,7 @@ class RunFolder:
 
 
 def inputs(options: TrainOptions) -> Iterator[tuple[str, str, bool]]:
-    """What a run reads, where that may be a path: the option, its value, and whether it is a captioner or a part of one."""
+    """The options whose values may be paths that the run reads: name, value, and whether it is a model or a part of one."""
     model = options.model
     parts = {"model": model.model, "encoder": model.encoder, "decoder": model.decoder, "tokenizer": model.tokenizer}
     parts |= {"question-encoder": model.question_encoder}
@@ -172,7 +177,7 @@ def inputs(options: TrainOptions) -> Iterator[tuple[str, str, bool]]:
 
 
 def sources(options: TrainOptions) -> list[DataOptions]:
-    """All that a run's data are read from, each once: several tasks may learn from the same."""
+    """The data options of a run, or of its tasks; each once, because several tasks may share them."""
     return list(dict.fromkeys(task.data for task in options.task)) or [options.data]
 
 
@@ -182,20 +187,20 @@ def parents(path: str) -> Iterator[str]:
 
 
 def remove(path: str, inside: re.Pattern[str] | None) -> None:
-    """Removes a file, or of a folder what `inside` names, and the folder if nothing else is in it."""
+    """Removes a file, or the entries of a folder that match `inside` and then the folder if it is empty."""
     if os.path.islink(path) or not os.path.isdir(path):
         os.remove(path)
         return
     for name in os.listdir(path):
         if inside is not None and inside.fullmatch(name):
-            each = os.path.join(path, name)
-            shutil.rmtree(each) if os.path.isdir(each) and not os.path.islink(each) else os.remove(each)
-    with contextlib.suppress(OSError):  # somebody else's is in it
+            entry = os.path.join(path, name)
+            shutil.rmtree(entry) if os.path.isdir(entry) and not os.path.islink(entry) else os.remove(entry)
+    with contextlib.suppress(OSError):  # it contains files of the user
         os.rmdir(path)
 
 
-def told(value: object, other: object) -> str:
-    """A setting for people; of a table what is otherwise in the other, where that is a table too."""
+def shown(value: object, other: object) -> str:
+    """A setting for an error message; of two tables only the first key that differs."""
     if not isinstance(value, Mapping):
         return repr(value)
     if not isinstance(other, Mapping):
@@ -204,19 +209,20 @@ def told(value: object, other: object) -> str:
     return f"a table with {name} = {value.get(name)!r}"
 
 
-def _holds_any(folder: str) -> bool:
+def _is_filled(folder: str) -> bool:
     return os.path.isdir(folder) and bool(os.listdir(folder))
 
 
 def digest(annotated: Sequence[Annotated]) -> str:
-    whole = hashlib.sha256()
-    for each in annotated:
-        whole.update(json.dumps([each.name, each.captions, *([each.tags] if each.tags else ())]).encode())
-    return whole.hexdigest()
+    """SHA-256 of the names, captions and tags of images, in their order."""
+    sha = hashlib.sha256()
+    for image in annotated:
+        sha.update(json.dumps([image.name, image.captions, *([image.tags] if image.tags else ())]).encode())
+    return sha.hexdigest()
 
 
 def as_toml(options: TrainOptions) -> str:
-    """All settings in force, as a file for --config."""
+    """All settings as a TOML file for --config."""
     import tomli_w
 
     sections: dict[str, Mapping[str, Any]] = {
@@ -225,12 +231,12 @@ def as_toml(options: TrainOptions) -> str:
         "train": {name: value for name, value in asdict(options).items() if name not in UNSAVED},
         "generation": asdict(options.generation),
     }
-    written = {name: {k: v for k, v in values.items() if v not in (None, ())} for name, values in sections.items()}
+    tables = {name: {k: v for k, v in values.items() if v not in (None, ())} for name, values in sections.items()}
     tasks = {"task": [table_of(task) for task in options.task]} if options.task else {}
-    return tomli_w.dumps({name: values for name, values in written.items() if values} | tasks)
+    return tomli_w.dumps({name: values for name, values in tables.items() if values} | tasks)
 
 
 def flat(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by name; tables of one name, as of tasks, are one setting."""
+    """The settings of all sections by name; a list of tables, as of tasks, is one setting."""
     tables = {name: values for name, values in sections.items() if isinstance(values, list)}
     return {k: v for name in sections.keys() - tables.keys() for k, v in sections[name].items()} | tables

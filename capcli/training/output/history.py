@@ -1,4 +1,4 @@
-"""What a training run knows at each step: points, kept whole in history.csv and drawn as curves.png."""
+"""history.csv: one row per reported step of a training run, never half written."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from capcli.errors import CapcliError
-from capcli.progress import warn as tell
+from capcli.progress import warn as print_warning
 from capcli.storage import atomic
 from capcli.text import printable
 
-CSV, PNG = "history.csv", "curves.png"
+CSV = "history.csv"
 NUMBERS = ("loss", "val_loss", "learning_rate", "grad_norm", "images_per_second")
 SCORES = ("CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L")
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What is known at an optimizer step; None where nothing is. `scores` are of generated captions, by name."""
+    """The figures of an optimizer step; None where there is none. `scores` of generated captions are by name."""
 
     step: int
     epoch: float
@@ -31,17 +31,17 @@ class Point:
     val_loss: float | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
 
-    def with_news(self, other: Point) -> Point:
-        """This point, and whatever `other`, of the same step, knows; the news wins."""
-        known = {name: value for name in NUMBERS if (value := getattr(other, name)) is not None}
-        return replace(self, epoch=other.epoch, scores={**self.scores, **other.scores}, **known)
+    def merged(self, later: Point) -> Point:
+        """This point with the figures of `later`, which replace its own."""
+        known = {name: value for name in NUMBERS if (value := getattr(later, name)) is not None}
+        return replace(self, epoch=later.epoch, scores={**self.scores, **later.scores}, **known)
 
 
 class History:
-    """The points of a run, in `folder`/history.csv.
+    """The points of a run and their file `folder`/history.csv.
 
-    The file is anew exactly `points`, of which a resumed run gives those up to its checkpoint. Raises CapcliError when
-    it cannot be written. Later nothing here ends a training run: what goes wrong is told to `warn`, once.
+    The constructor replaces the file with exactly `points`: for a resumed run those up to its checkpoint. It raises
+    CapcliError when the file cannot be written. `add` never raises for that: each different problem goes to `warn` once.
     """
 
     def __init__(
@@ -49,19 +49,17 @@ class History:
         folder: str | os.PathLike[str],
         points: Iterable[Point] = (),
         *,
-        warn: Callable[[str], None] = tell,
+        warn: Callable[[str], None] = print_warning,
     ) -> None:
-        self._folder, self._warn = os.fspath(folder), warn
-        self._path = os.path.join(self._folder, CSV)
+        self._path, self._warn = os.path.join(folder, CSV), warn
         self._points: dict[int, Point] = {}
         for point in sorted(points, key=lambda point: point.step):
             self._points[point.step] = self._merged(point)
-        self._extra: list[str] = []  # scores beyond the usual ones, as columns at the end
-        self._told: set[str] = set()
-        self._drawn = False  # as it stands
-        self._last = self._end = 0  # where the last row begins and ends
+        self._extra: list[str] = []  # scores that are not in SCORES: columns at the end
+        self._warnings: set[str] = set()
+        self._last = self._end = 0  # byte offsets at which the last row begins and ends
         try:
-            os.makedirs(self._folder, exist_ok=True)
+            os.makedirs(folder, exist_ok=True)
             self._rewrite()
         except OSError as error:
             reason = error.strerror or error
@@ -69,12 +67,11 @@ class History:
 
     @property
     def points(self) -> list[Point]:
-        """All points in the order of their steps."""
+        """All points, sorted by step."""
         return list(self._points.values())
 
     def add(self, point: Point) -> None:
-        """Put a point on disk. One of a step already there adds to its row."""
-        self._drawn = False
+        """Writes a point to the file. A second point of a step is merged into the row of that step."""
         last = next(reversed(self._points), None)
         latest = last is None or point.step >= last
         merging = point.step in self._points
@@ -82,56 +79,42 @@ class History:
         if not latest and not merging:
             self._points = dict(sorted(self._points.items()))
         try:
-            if not latest or self._unknown([point]) or not self._written(self._points[point.step], merging):
+            if not latest or self._new_scores([point]) or not self._wrote_last(self._points[point.step], merging):
                 self._rewrite()
         except OSError as error:
-            self._end = -1  # whatever is there now, the next point writes all of it again
-            self._once(f"{printable(self._path)} cannot be written ({error.strerror or error}); training goes on")
-
-    def draw(self) -> None:
-        """Draw curves.png; nothing while there is nothing to draw, or nothing new. Never raises: what fails becomes a warning."""
-        if self._drawn:
-            return
-        try:
-            from capcli.training.output.curves import draw
-
-            image = draw(self.points)
-            if image:
-                atomic.replace(os.path.join(self._folder, PNG), [image])
-            self._drawn = True
-        except ImportError:
-            self._once(f"{PNG} is not drawn, matplotlib is missing: pip install 'capcli[train]'")
-        except Exception as error:  # a picture is not worth a run
-            self._once(f"{PNG} is not drawn: {type(error).__name__}: {printable(str(error))}")
+            self._end = -1  # so the next point rewrites the file
+            self._warn_once(
+                f"{printable(self._path)} cannot be written ({error.strerror or error}); training continues"
+            )
 
     def _merged(self, point: Point) -> Point:
         known = self._points.get(point.step)
-        return point if known is None else known.with_news(point)
+        return point if known is None else known.merged(point)
 
-    def _written(self, point: Point, merging: bool) -> bool:
-        """Write the last row in one call, over the row it takes the place of; False when the file wants writing anew."""
+    def _wrote_last(self, point: Point, merging: bool) -> bool:
+        """Writes the last row in one call, over the row that it replaces; False when the file must be rewritten."""
         row = _row(point, self._extra)
         start = self._last if merging else self._end
         if start + len(row) < self._end:
-            return False  # the end of the old row would stick out for an instant
+            return False  # the end of the old, longer row would remain behind it
         try:
-            file = os.open(self._path, os.O_WRONLY)
+            descriptor = os.open(self._path, os.O_WRONLY)
         except FileNotFoundError:
             return False
         try:
-            if os.fstat(file).st_size != self._end:
+            if os.fstat(descriptor).st_size != self._end:
                 return False
-            os.lseek(file, start, os.SEEK_SET)
-            if os.write(file, row) < len(row):
+            os.lseek(descriptor, start, os.SEEK_SET)
+            if os.write(descriptor, row) < len(row):
                 return False
         finally:
-            os.close(file)
+            os.close(descriptor)
         self._last, self._end = start, start + len(row)
         return True
 
     def _rewrite(self) -> None:
         points = self._points.values()
-        self._extra += self._unknown(points)
+        self._extra += self._new_scores(points)
         last = len(_row(next(reversed(points)), self._extra)) if points else 0
         size = 0
 
@@ -144,21 +127,20 @@ class History:
         atomic.replace(self._path, chunks())
         self._last, self._end = size - last, size
 
-    def _unknown(self, points: Iterable[Point]) -> list[str]:
+    def _new_scores(self, points: Iterable[Point]) -> list[str]:
         names = dict.fromkeys(name for point in points for name in point.scores)
         return [name for name in names if name not in SCORES and name not in self._extra]
 
-    def _once(self, line: str) -> None:
-        if line not in self._told:
-            self._told.add(line)
-            self._warn(line)
+    def _warn_once(self, warning: str) -> None:
+        if warning not in self._warnings:
+            self._warnings.add(warning)
+            self._warn(warning)
 
 
 def read_history(path: str | os.PathLike[str]) -> list[Point]:
-    """The points of a history.csv; none where there is no such file.
+    """The points of a history.csv; none when the file does not exist.
 
-    A last line that is not whole, as a full disk or a kill leaves it, is no point. Raises CapcliError for a file that is
-    no history.
+    An incomplete last line, as a full disk or a kill leaves it, is ignored. Raises CapcliError for any other file.
     """
     shown = printable(os.fspath(path))
     try:
@@ -172,15 +154,17 @@ def read_history(path: str | os.PathLike[str]) -> list[Point]:
     rows = csv.reader(io.StringIO(whole))
     header = next(rows, [])
     if header[:2] != ["step", "epoch"] or len(set(header)) < len(header):
-        raise CapcliError(f"{shown} is no history of a training run: its first line is not step,epoch,...; remove it")
+        raise CapcliError(
+            f"{shown} is not the history of a training run (line 1 does not begin with step,epoch): remove it"
+        )
     points, lines = [], whole.count("\n")
     for row in rows:
         try:
             points.append(_point(header, row))
         except ValueError as error:
             if rows.line_num < lines:
-                wrong = f"{shown}, line {rows.line_num}: {error}; mend the line or remove the file"
-                raise CapcliError(wrong) from error
+                message = f"{shown}, line {rows.line_num}: {error}; correct the line or remove the file"
+                raise CapcliError(message) from error
     return points
 
 
@@ -192,7 +176,7 @@ def columns(extra: Sequence[str] = ()) -> list[str]:
 def _row(point: Point, extra: Sequence[str]) -> bytes:
     numbers = [getattr(point, name) for name in NUMBERS]
     scores = [point.scores.get(name) for name in (*SCORES, *extra)]
-    # float() first: NumPy's and torch's numbers have a repr of their own.
+    # float() because the repr of NumPy's and torch's numbers is different.
     cells = ["" if x is None else repr(float(x)) for x in (point.epoch, *numbers, *scores)]
     return _line([str(int(point.step)), *cells])
 
