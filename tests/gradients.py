@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,7 @@ def save_gradients(folder: Path, batch_size: int, accumulation: int) -> None:
     if torch.distributed.get_rank() == 0:
         torch.save(found, folder / "gradients.pt")
     torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    save_gradients(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

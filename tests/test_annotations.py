@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from running import paint
 
 from capcli.annotations import DataReport, read_annotations
-from capcli.annotations.reading import garbage_collection_paused
+from capcli.annotations.dataset_reading import garbage_collection_paused
 from capcli.errors import CapcliError, UsageError
 from capcli.options import DataOptions
 from capcli.records import Annotated, Stored

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from captioners import pictures, values
-from gradients import CAPTIONS, captioner, gradients, save_gradients, trainer_of
-from training import exit_code, fork
+from gradients import CAPTIONS, captioner, gradients, trainer_of
+from running import environment
+from training import exit_code
 
 from capcli.training.loop.loss import token_loss
 from capcli.training.model.assembly import AssembledCaptioner
@@ -67,8 +70,12 @@ def test_two_processes_have_the_gradients_of_one(place: Path, expected: dict[str
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    script = Path(__file__).with_name("gradients.py")
     processes = [
-        fork(lambda: save_gradients(place, 2, 2), **address, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in (0, 1)
+        subprocess.Popen(
+            [sys.executable, script, place, "2", "2"], env=environment(**address, RANK=str(rank), LOCAL_RANK=str(rank))
+        )
+        for rank in (0, 1)
     ]
     assert [exit_code(process) for process in processes] == [0, 0]
     assert_same(torch.load(place / "gradients.pt"), expected)

@@ -381,7 +381,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
         assert call("train", *flags, "--out", tmp_path / "broken").code == 1
     gone_on = call("train", "--out", tmp_path / "broken", "--resume")
     assert gone_on.code == 0, gone_on.err
-    assert "going on from checkpoint-2" in gone_on.err
+    assert "resuming from checkpoint-2" in gone_on.err
     whole, parts = (transformers.AutoModel.from_pretrained(tmp_path / out).state_dict() for out in ("whole", "broken"))
     assert all(torch.equal(weight, parts[name]) for name, weight in whole.items())
     assert any("running_mean" in name and weight.abs().max() > 0 for name, weight in whole.items())

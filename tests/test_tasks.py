@@ -345,7 +345,7 @@ def test_rare_tasks_long_answers_and_missing_validation_are_reported_at_the_star
     assert done.code == 0, done.err
     assert "task sort is drawn 0 times in an epoch of " in done.err
     assert "no validation images (give a [[task]] val_fraction or val_data)" in done.err
-    assert "answers are longer than 4 tokens" in done.err
+    assert "answers are longer than --max-length (4 tokens)" in done.err
 
 
 def test_the_trained_folder_captions_classifies_and_fills_gaps(place: Path) -> None:

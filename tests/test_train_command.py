@@ -195,7 +195,7 @@ def test_extra_keys_of_saved_configs_and_a_small_vocabulary_are_notes(place: Pat
     assert f"{encoder} sets of_old: vit has no such setting\n" in result.err
     assert "no such setting" not in result.err.replace("of_old: vit has no such setting", "")
     tokens = len(AutoTokenizer.from_pretrained(tmp_path / "out"))
-    assert f"the new tokenizer has {tokens} tokens, not the 2,000 of --vocab-size" in result.err
+    assert f"the new tokenizer has {tokens} tokens, fewer than --vocab-size 2,000" in result.err
 
 
 def test_a_frozen_encoder_stays_as_it_was(place: Path, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_a_folder_without_its_checkpoints_still_counts_as_a_run(place: Path, out
 def test_resuming_needs_a_run(tmp_path: Path) -> None:
     result = call("train", "--out", tmp_path / "nowhere", "--resume")
     assert result.code == 2
-    assert "holds no run to go on with" in result.err
+    assert "contains no run to resume" in result.err
 
 
 def test_a_changed_encoder_is_refused_naming_the_changed_value(out: Path, tmp_path: Path) -> None:

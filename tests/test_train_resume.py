@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 from running import call
-from training import PATIENCE, comparable, exit_code, fork_command, history, paint_data, recipe, weights
+from training import PATIENCE, comparable, exit_code, history, paint_data, recipe, start_training, weights
 
 from capcli.training.output.checkpoints import complete
 
@@ -48,15 +48,15 @@ def unbroken(config: Path) -> Path:
 def test_a_broken_run_resumes_as_if_unbroken(config: Path, unbroken: Path, tmp_path: Path, number: int) -> None:
     out, checkpoints = tmp_path / "out", str(tmp_path / "out" / "checkpoints")
     with open(tmp_path / "stderr", "wb") as stderr:
-        process = fork_command("train", "--config", config, "--out", out, stderr=stderr.fileno())
+        process = start_training("--config", config, "--out", out, stderr=stderr.fileno())
     deadline = time.monotonic() + PATIENCE
     while not complete(checkpoints):
-        assert os.waitpid(process, os.WNOHANG) == (0, 0), (tmp_path / "stderr").read_text()
+        assert process.poll() is None, (tmp_path / "stderr").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.002)
     moment = random.SystemRandom().uniform(0, 0.4)
     time.sleep(moment)
-    os.kill(process, number)
+    os.kill(process.pid, number)
     code, messages = exit_code(process), (tmp_path / "stderr").read_text()
     reached = max(complete(checkpoints))
     assert 0 < reached < STEPS, (moment, messages)

@@ -1,19 +1,19 @@
-"""Shared by the tests of `capcli train`: painted pictures with captions, TOML files of tiny runs, forks of this process."""
+"""Shared by the tests of `capcli train`: painted pictures with captions, TOML files of tiny runs, and processes."""
 
 from __future__ import annotations
 
 import csv
 import os
 import signal
+import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tomli_w
 from PIL import Image
+from running import environment
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "yellow": (230, 220, 40)}
 SHAPES = {"square": np.s_[6:26, 6:26], "stripe": np.s_[12:20, :], "dot": np.s_[14:19, 14:19]}
@@ -41,7 +41,7 @@ BRIEF = {
     "workers": 0,
 }
 MACHINE = "images_per_second"  # the column of history.csv that differs between two equal runs
-PATIENCE = 120.0  # seconds until a forked process counts as hanging
+PATIENCE = 120.0  # seconds until a process counts as hanging
 
 
 def paint_data(folder: Path, count: int = 12) -> Path:
@@ -87,52 +87,26 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-def fork(function: Callable[[], object], *, stderr: int | None = None, **env: str) -> int:
-    """Runs a function in a fork of this process, which needs no second import of torch; the fork's process ID.
+def start_training(*arguments: object, stderr: int, **env: str) -> subprocess.Popen[bytes]:
+    """`capcli train` as a process of its own session, without the curves, which would take most of its time."""
+    script = (
+        "from unittest import mock; from capcli.cli import main\n"
+        "with mock.patch('capcli.training.loop.callbacks.draw_curves'): main()"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script, "train", *map(str, arguments)],
+        env=environment(**env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+        start_new_session=True,
+    )
 
-    The fork leads its own session, its standard error is the descriptor `stderr`, and its exit code is that of SystemExit.
-    """
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
+
+def exit_code(process: subprocess.Popen[bytes]) -> int:
+    """Waits for a process to end; its exit code, or -N for signal N. Kills one that hangs."""
     try:
-        os.setsid()
-        os.environ |= env
-        if stderr is not None:
-            os.dup2(stderr, 2)
-            sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        function()
-        code = 0
-    except SystemExit as leaving:
-        code = int(leaving.code or 0)
-    except BaseException as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def fork_command(*arguments: object, stderr: int, **env: str) -> int:
-    """Runs the `capcli` command in a fork of this process; its process ID."""
-
-    def command() -> None:
-        from capcli.cli import main
-
-        sys.argv = ["capcli", *map(str, arguments)]
-        main()
-
-    return fork(command, stderr=stderr, **env)
-
-
-def exit_code(pid: int) -> int:
-    """Waits for a fork to end; its exit code, or -N for signal N. Kills a fork that hangs."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            os.killpg(pid, signal.SIGKILL)
-        time.sleep(0.005)
+        return process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()

@@ -6,7 +6,7 @@ print(split.report.line())
 """
 
 from capcli.annotations.data_report import DataReport
-from capcli.annotations.reading import check_images, read_annotations, read_split
+from capcli.annotations.dataset_reading import check_images, read_annotations, read_split
 from capcli.annotations.splits import Split
 
 __all__ = ["DataReport", "Split", "check_images", "read_annotations", "read_split"]
