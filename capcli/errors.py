@@ -1,4 +1,4 @@
-"""Errors that capcli raises on purpose, with the exit code of the command."""
+"""The exceptions that capcli raises, each with the exit code of the command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM: the first one asks the run to finish the work in progress, the second one ends it at once."""
+"""SIGINT (Ctrl-C) and SIGTERM: the first one ends the run after the work in progress, the second one at once."""
 
 from __future__ import annotations
 

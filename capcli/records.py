@@ -1,4 +1,4 @@
-"""The records of a run: an entry becomes a loaded image, and that its captions. At any step it may become a failure."""
+"""The records of a run: an entry, the loaded image, its captions; a failure in place of any of them."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """An image with its captions, as annotations state them.
+    """An image with its captions, as read from annotations.
 
     `name` is the name in the annotations (COCO's `file_name`, a cell of a table). `image` is where the image is: a path, a
     row of a dataset on disk, or None if it was not looked up (references). `captions` contains no empty caption, and may be

@@ -61,7 +61,7 @@ def clean(text: str) -> str:
 
 
 def json_list(cell: str) -> list[object] | None:
-    """The JSON list of strings or objects that a table cell holds; None for any other cell."""
+    """The JSON list of strings or objects in a table cell; None for any other cell."""
     if cell.startswith(('["', "[{")) and cell.endswith("]"):
         try:
             found: list[object] = json.loads(cell)

@@ -60,7 +60,7 @@ def test_stages_ceiling_and_baselines(place: Path, monkeypatch: pytest.MonkeyPat
     assert batched["ratio"] == pytest.approx(capcli["images_per_second"] / batched["images_per_second"])
     assert batched["batch_size"] == 6
     assert optimum["failed"].startswith("optimum")
-    assert optimum["failed"].endswith(" is missing: give a Python that has it by --peer-python")
+    assert optimum["failed"].endswith(" is missing: give a Python that has it with --peer-python")
     assert "images_per_second" not in optimum
     text = "\n".join(lines[:-1])
     assert f"ceiling, float32: {found['ceiling']:.1f} images/s" in text

@@ -537,7 +537,7 @@ def test_each_corrupt_image_is_one_failure(captioner: Path, tmp_path: Path, work
     assert all(row["message"] and "\n" not in row["message"] for row in failures)
     assert run_file(out)["counts"] == {"captions": 3, "failures": len(kinds)}
     assert ended.err.startswith(f"3 captioned, 0 skipped, {len(kinds)} failed")
-    assert ended.err.rstrip().endswith(f"what failed is in {tmp_path / 'c.failures.jsonl'}")
+    assert ended.err.rstrip().endswith(f"failures are listed in {tmp_path / 'c.failures.jsonl'}")
 
 
 def test_failures_are_printed_without_a_failure_list(captioner: Path, photos: Path, tmp_path: Path):
@@ -696,7 +696,7 @@ def test_conflicting_lengths_are_reported_and_resolved_like_generate(photos: Pat
     model = save_captioner(tmp_path / "model", generation={"max_new_tokens": 4, "min_new_tokens": 3})
     least = call("caption", photos / "a.png", "-m", model, "--min-new-tokens", 9)
     assert least.code == 0
-    assert "--min-new-tokens 9 is more than the model's own max_new_tokens 4: captions are cut after 4" in least.err
+    assert "--min-new-tokens 9 is more than the model's own max_new_tokens 4: captions are truncated after 4" in least.err
     assert [len(row["text"].split()) for row in least.rows] == [4]
     most = call("caption", photos / "a.png", "-m", model, "--max-new-tokens", 2)
     assert "the model's own min_new_tokens 3 is more than --max-new-tokens 2" in most.err

@@ -208,7 +208,7 @@ def test_half_precision_is_checked_with_the_images_of_a_folder(tmp_path: Path) -
     ("flags", "message"),
     [
         ((), "--onnx or --trt"),
-        (("--onnx", "--quantize", "int8", "--dtype", "float16"), "begins from float32"),
+        (("--onnx", "--quantize", "int8", "--dtype", "float16"), "starts from float32"),
         (("--onnx", "--verify-with", "nowhere"), "nowhere"),
         (("--onnx", "--num-beams", "4"), "--num-beams is for plans"),
         (("--onnx", "--dtype", "bfloat16", "--device", "cpu"), "on CUDA only"),
@@ -230,7 +230,7 @@ def test_only_an_engine_is_replaced(fused: Path, tmp_path: Path) -> None:
     model = ("--onnx", "--model", fused / "captioner")
     refused = call("export", *model, "--out", tmp_path / "mine", "--overwrite")
     assert refused.code == 2
-    assert "is no engine" in refused.err
+    assert "is not an engine" in refused.err
     refused = call("export", *model, "--out", fused / "engine")
     assert refused.code == 2
     assert "--overwrite replaces it" in refused.err
@@ -243,7 +243,7 @@ def test_files_that_no_export_wrote_are_not_removed(fused: Path, engine: Path) -
         (engine / name).write_text("mine")
         refused = call("export", *model, "--out", engine)
         assert refused.code == 2
-        assert f"contains {name}, which is no part of its engine" in refused.err
+        assert f"contains {name}, which is not part of its engine" in refused.err
         os.remove(engine / name)
     shutil.copytree(fused / "captioner", engine / "captioner")
     refused = call("export", "--onnx", "--model", engine / "captioner", "--overwrite", "--out", engine)

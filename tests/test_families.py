@@ -242,4 +242,4 @@ def test_a_checkpoint_with_remote_code_is_refused_and_another_named(tmp_path: Pa
     change_json(folder / "config.json", {"auto_map": {"AutoConfig": "configuration_florence2.Florence2Config"}})
     done = call("caption", photos, "--model", folder, "-o", "-")
     assert done.code == 1
-    assert "brings its own code, which capcli never runs. florence-community has the same weights" in done.err
+    assert "needs its own code, which capcli never runs. florence-community has the same weights" in done.err

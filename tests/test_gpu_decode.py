@@ -245,7 +245,7 @@ def test_a_gpu_decodes_where_it_is_faster_and_a_resumed_run_keeps_the_choice(
     assert plan.settle_gpu_decode(asked, model, RunFile({"settings": {"gpu_decode": True}})).gpu_decode
     assert capsys.readouterr().err == ""
     assert not plan.settle_gpu_decode(asked, model, RunFile({"settings": {}})).gpu_decode
-    assert "rows.jsonl was begun with decoder processes alone" in capsys.readouterr().err
+    assert "rows.jsonl was started without it" in capsys.readouterr().err
 
 
 def test_a_gpu_that_decodes_nothing_is_an_error() -> None:

@@ -174,7 +174,7 @@ def test_a_run_in_int8_cannot_resume_where_int8_is_impossible(tmp_path, monkeypa
     monkeypatch.setattr(int8, "int8_lacks", lambda: "this CPU has no VNNI")
     refused = call(*run)
     assert refused.code == 2
-    assert f"{out} was begun in int8, and this CPU has no VNNI" in refused.err
+    assert f"{out} was started in int8, and this CPU has no VNNI" in refused.err
 
 
 @needs_vnni

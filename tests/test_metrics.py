@@ -175,7 +175,7 @@ def test_a_scorer_is_reusable_and_scores_images_with_caption_and_reference() -> 
     alone = score_captions(some, {name: REFERENCES[name] for name in some})
     assert scorer.score(some | {"unknown.jpg": "a dog", "without.jpg": "a dog"}) == alone
     assert list(alone) == list(WITHOUT_JAVA)
-    with pytest.raises(CapcliError, match="no caption is of an image that has references"):
+    with pytest.raises(CapcliError, match="no captioned image has references"):
         scorer.score({"unknown.jpg": "a dog"})
 
 

@@ -168,7 +168,7 @@ def test_a_full_disk_ends_the_run_and_leaves_complete_rows(captioner: Path, phot
     assert full.code == 1
     error = full.err.splitlines()[-1]
     assert error.startswith(f"capcli: cannot write {out}: File too large")
-    assert error.endswith("All rows in it are complete; the same command continues there")
+    assert error.endswith("All rows in it are complete; the same command resumes the run")
     assert "Traceback" not in full.err
     rows = out.read_bytes()
     assert rows.endswith(b"\n")
@@ -198,7 +198,7 @@ def test_other_settings_are_refused_and_named(captioner: Path, few: Path, tmp_pa
         refused = call(*command, *changed)
         assert refused.code == 2, changed
         assert message in refused.err
-        assert "was begun with other settings" in refused.err
+        assert "was started with other settings" in refused.err
         assert "--overwrite" in refused.err
         assert {path: path.read_bytes() for path in before} == before
 

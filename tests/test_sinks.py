@@ -192,7 +192,7 @@ def test_a_run_file_without_keys_of_later_versions_is_read() -> None:
     assert (old.dtype, old.threads, old.folder, old.batch_size, old.shapes) == (None,) * 5
     assert (old.gpu_decode, old.finished, old.device) == (False, False, "")
     assert RunFile({"shapes": {"slots": 8, "chunk": 2}}).shapes == (8, 2, 1)
-    with pytest.raises(UsageError, match=r"c.jsonl was begun with other settings: dtype was not set, is now \"int8\""):
+    with pytest.raises(UsageError, match=r"c.jsonl was started with other settings: dtype was not set, is now \"int8\""):
         old.refuse_other_settings(RunFile({"settings": {"dtype": "int8"}}), "c.jsonl")
 
 
@@ -347,7 +347,7 @@ def test_rows_go_to_standard_output_and_failures_to_warnings(capfdbinary: pytest
         "a,a picture of a,-0.25",
         "\ufffd,a picture of ?,-0.25",
     ]
-    assert "cannot carry this name's bytes" in warnings[-1]
+    assert "cannot represent this name's bytes" in warnings[-1]
 
 
 def test_rows_on_standard_output_can_have_a_file_of_failures(

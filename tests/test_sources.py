@@ -289,7 +289,7 @@ def test_standard_input_is_yielded_as_it_arrives(separator: bytes) -> None:
         (("-",), {"from_file": "-"}, "given twice"),
         ((".",), {"null": True}, "there is no list"),
         (("some.dat",), {"exclude": ("x",)}, "no SOURCE is one"),
-        ((), {"from_file": "some.dat"}, "holds NUL bytes"),
+        ((), {"from_file": "some.dat"}, "contains NUL bytes"),
         (("bad\0name",), {}, "no such file"),
     ],
 )

@@ -396,7 +396,7 @@ def test_a_wrong_task_is_refused(place: Path, changes: dict[str, Any], words: st
 
 def test_tasks_and_options_that_exclude_each_other_are_refused(place: Path) -> None:
     task = {"name": "say", "data": str(place / "pictures" / "captions.txt")}
-    assert "two tasks have one name" in train_tasks(place, [task, task]).err
+    assert "two tasks have the same name" in train_tasks(place, [task, task]).err
     assert "a task has no name" in train_tasks(place, [{"data": "x"}]).err
     assert (
         "reads no question, so it learns only one task" in train_tasks(place, [task], decoder=GPT2, extra_tokens=0).err

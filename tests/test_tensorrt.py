@@ -314,7 +314,7 @@ def test_shapes_are_those_of_a_bucket_and_runs_that_fit_none_are_refused(graphs)
         (
             {"do_sample": True, "num_return_sequences": 5},
             (),
-            "5 samples per image, which take the room of --num-beams 5",
+            "5 samples per image, which count as --num-beams 5",
             "--num-beams 5 --max-new-tokens 9",
         ),
     ],
@@ -433,7 +433,7 @@ BROKEN = {
             {"x": (UINT8, [2])},
             {"y": (UINT8, [2])},
         ),
-        "TensorRT does not know the operator",
+        "TensorRT does not support the operator",
     ),
     "another domain": (
         graph(
@@ -526,7 +526,7 @@ def test_lint_reports_what_tensorrt_refuses(name, tmp_path):
     if name == "float64 within":
         assert lint(tensorrt.trt_ready(model)) == []
     else:
-        with pytest.raises(CapcliError, match=r"TensorRT would refuse .*g\.onnx"):
+        with pytest.raises(CapcliError, match=r"TensorRT would reject .*g\.onnx"):
             tensorrt.write_ready(str(tmp_path), ["g.onnx"])
 
 
@@ -578,7 +578,7 @@ def test_a_missing_gpu_and_a_missing_or_old_tensorrt_are_errors(monkeypatch, gra
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(CapcliError, match=r"no CUDA GPU here .* built on the NVIDIA GPU that they will run on"):
         tensorrt.build_plans(str(folder), BUCKETS, timing_cache="")
-    with pytest.raises(CapcliError, match="holds TensorRT plans, which run on an NVIDIA GPU, and the device is cpu"):
+    with pytest.raises(CapcliError, match="contains TensorRT plans, which run on an NVIDIA GPU, and the device is cpu"):
         open_trt(str(folder), engine, torch.device("cpu"))
 
 

@@ -136,7 +136,7 @@ def test_an_unfinished_engine_is_finished_without_its_captioner(
     assert len(captioned.rows) == 2
     again = call("export", "--trt", "--model", tmp_path / "engine", "--out", tmp_path / "other")
     assert again.code == 2
-    assert "is an engine already" in again.err
+    assert "is already an engine" in again.err
 
 
 def test_without_a_gpu_the_error_names_it_first_and_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Images with captions, read from every format people have them in.
+"""Images with captions, read from all common formats.
 
 split = read_split(DataOptions(data=("captions.txt",), val_fraction=0.1))
 train = check_images(split.train, split.report)

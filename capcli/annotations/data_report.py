@@ -21,7 +21,7 @@ MISSING, EMPTY, WITHOUT, UNREAD = "missing", "empty-caption", "no-caption", "unr
 class DataReport:
     """Counts of images and captions that can be used, and a failure for each one left out.
 
-    A failure's `error` is `missing` (no such file), `empty-caption` (one per caption), `no-caption` (the annotations name
+    A failure's `error` is `missing` (no such file), `empty-caption` (one per caption), `no-caption` (the annotations list
     the image without a caption), `unreadable-row` (its `name` is the annotation file), or why the image cannot be decoded.
     `notes` are warnings to show, such as names in a list that the data lack. `fault` is the error of the first row that
     cannot be read, `written` the path of the failures once they are written.
@@ -45,7 +45,7 @@ class DataReport:
 
     @property
     def without_captions(self) -> int:
-        """Images that the annotations name without a caption."""
+        """Images that the annotations list without a caption."""
         return self._count(WITHOUT)
 
     @property

@@ -1,4 +1,4 @@
-"""From annotation files to images with captions, to a training split, and to images that can be decoded."""
+"""Reads annotation files, splits their images for training, and checks that they can be decoded."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _split(options: DataOptions, report: DataReport, *, locate: bool, keep_missi
     images = assign_splits(_gathered(options.data, options, report, by_file=locate), options, report)
     if not images:
         data = ", ".join(map(printable, options.data))
-        raise CapcliError(f"{data}: no image is left to train or validate on, all being test or in no list")
+        raise CapcliError(f"{data}: no image is left to train or validate on: all are in the test split or in no list")
     found = usable(images, options.image_root, report, locate=locate, keep_missing=keep_missing)
     train = [image for image in found if image.split != "val"]
     val = [image for image in found if image.split == "val"]
@@ -103,9 +103,9 @@ def _described(file: Annotations) -> str:
 
 @contextlib.contextmanager
 def garbage_collection_paused() -> Iterator[None]:
-    """Turns the cyclic collector off, for the whole process, until the end of the block; if it was off, it stays off.
+    """A context without the cyclic garbage collector, for the whole process; if it was off before, it stays off.
 
-    Reading makes a million objects, none of which is garbage: the collector would walk them again and again, which takes
+    Reading creates a million objects, none of which is garbage: the collector would traverse them repeatedly, which takes
     half of the time.
     """
     was_on = gc.isenabled()
@@ -129,8 +129,8 @@ def check_images(
     """Decodes each image once and returns those that can be decoded, in order; the report gets the others as failures.
 
     `workers` processes decode (None: one per CPU; 0: this process), so that a codec that crashes, takes longer than
-    `timeout` seconds or runs out of memory costs only its image. Images in datasets on disk are not checked. `progress`
-    is called with how many of how many are done. Raises CapcliError if no image can be decoded.
+    `timeout` seconds or runs out of memory affects only its image. Images in datasets on disk are not checked. `progress`
+    is called with the numbers of images done and in total. Raises CapcliError if no image can be decoded.
     """
     checked = [image for image in images if isinstance(image.image, str)]
     workers = min(usable_cpus(), _MOST_WORKERS) if workers is None else workers
@@ -154,6 +154,6 @@ def check_images(
 
 
 def decode(path: str, *, max_pixels: int) -> tuple[npt.NDArray[np.uint8], Facts]:
-    """Decodes the whole image and returns one black pixel, uint8 [1, 1, 3]: no pixels travel back. Raises ImageError."""
+    """Decodes the whole image and returns one black pixel, uint8 [1, 1, 3]: no pixels are sent back. Raises ImageError."""
     pixels.read(path, max_pixels=max_pixels)
     return np.zeros((1, 1, 3), np.uint8), {}

@@ -146,7 +146,7 @@ def _mapped(paths: Sequence[str]) -> Any:
 
 
 def _indices(folder: str) -> Any:
-    """The numbers on disk of the split's rows, in order, where `select`, `shuffle` or `filter` left them; else None."""
+    """The numbers on disk of the split's rows, in order, if `select`, `shuffle` or `filter` stored them; else None."""
     files = [entry.get("filename") for entry in _json(os.path.join(folder, _STATE)).get("_indices_files") or ()]
     return _mapped([os.path.join(folder, str(name)) for name in files]).column(0) if files else None
 
@@ -233,7 +233,7 @@ class _Pictures:
         path: str | None,
     ) -> Row:
         """Row `row` of the dataset, which is row `number` on disk."""
-        if length is None:  # only a path, which is looked for as any other name
+        if length is None:  # only a path, which is searched for like any other name
             return Row(path or name, captions, split)
         identity: Hashable = None
         if self._prepared:

@@ -37,7 +37,7 @@ _PACKED = {
 def recognise(path: str, options: DataOptions) -> list[Annotations]:
     """The annotations at `path`; several where a folder has a metadata file for each split.
 
-    Raises UsageError where `path` does not exist or is a pipe, and CapcliError, with what was found, for no known format.
+    Raises UsageError where `path` does not exist or is a pipe, and CapcliError, with what was found, for an unknown format.
     """
     if os.path.isdir(path):
         return folder_annotations(path, options)
@@ -51,7 +51,7 @@ def recognise(path: str, options: DataOptions) -> list[Annotations]:
 
 
 def file_annotations(path: str, options: DataOptions) -> Annotations:
-    """The annotations in a file. Raises CapcliError, with its first line, for no known format."""
+    """The annotations in a file. Raises CapcliError, with its first line, for an unknown format."""
     beginning = head(path)
     if beginning.startswith(b"PAR1"):
         return parquet_table(path, options)
@@ -70,7 +70,7 @@ def file_annotations(path: str, options: DataOptions) -> Annotations:
 
 def _refuse_binary(path: str, beginning: bytes) -> None:
     if not beginning.strip():
-        raise CapcliError(f"{printable(path)} is empty: it names no image")
+        raise CapcliError(f"{printable(path)} is empty: it lists no image")
     for magic, what in _PACKED.items():
         if beginning.startswith(magic):
             raise CapcliError(f"{printable(path)} is {what}: unpack it and give the unpacked file")
@@ -191,6 +191,6 @@ def _nothing_known(path: str) -> CapcliError:
     hint = f"; it has {', '.join(map(printable, likely[:5]))}: give that file" if likely else ""
     return CapcliError(
         f"{printable(path)} has no annotations: looked for a dataset on disk (dataset_dict.json, state.json), "
-        f"{', '.join(METADATA)} here or in train/, validation/ and the like, and images with {' or '.join(_SIDECARS)} "
+        f"{', '.join(METADATA)} here or in train/, validation/ or similar folders, and images with {' or '.join(_SIDECARS)} "
         f"beside them{hint}"
     )

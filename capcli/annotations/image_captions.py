@@ -1,4 +1,4 @@
-"""The captions of each image, gathered from all rows and files that name it, and the image's own file."""
+"""The captions of each image, collected from all rows and files that list it, and the image's own file."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class GatheredImage:
 def gather(files: Iterable[Annotations], report: DataReport, *, by_file: bool) -> list[GatheredImage]:
     """The images of these files in order of appearance, identified by name or, with `by_file`, by file and name.
 
-    Of several splits of an image the result has the one held out most (test, then val): nothing may train on any of its
-    rows. Rows that cannot be read go into the report; CapcliError is raised where a file has no other rows.
+    An image in several splits is assigned to test, else to val, so that no held-out image is used for training.
+    Rows that cannot be read go into the report; CapcliError is raised where a file has no other rows.
     """
     gathered: dict[str | None, dict[Hashable, GatheredImage]] = {}
     in_several: set[str] = set()
@@ -93,11 +93,11 @@ def _add_row(row: Row, file: Annotations, images: dict[Hashable, GatheredImage],
 def note_several_splits(names: set[str], report: DataReport) -> None:
     if names:
         images = f"{counted(len(names), 'image')} in more than one split, such as {brief(min(names))}"
-        report.notes.append(f"{images}: test counts before validation, and validation before training")
+        report.notes.append(f"{images}: test takes precedence over validation, and validation over training")
 
 
 def normal(name: str) -> str:
-    """One spelling for all spellings of a relative path; a URL is left as it is."""
+    """The canonical form of a relative path; a URL is left unchanged."""
     return name if "://" in name else os.path.normpath(name)
 
 

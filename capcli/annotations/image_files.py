@@ -19,7 +19,7 @@ _LIKELY = re.compile(
     re.IGNORECASE,
 )
 _COCO_NAME = re.compile(r"COCO_((?:train|val|test)\d{4})_")
-SAMPLE = 64  # names that choose the folder
+SAMPLE = 64  # names by which the folder is chosen
 
 
 class Listings:

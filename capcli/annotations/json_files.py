@@ -34,7 +34,7 @@ Object = Mapping[str, Any]
 def json_file(path: str, options: DataOptions) -> Annotations:
     """The annotations in a JSON file, whose content decides the format.
 
-    Raises CapcliError, with the keys or types that were found, where they are no annotations.
+    Raises CapcliError, with the keys or types that were found, where it does not contain annotations.
     """
     with lines(path) as stream:
         first = next((line for line in stream if line.strip()), "")

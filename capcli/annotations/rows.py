@@ -1,4 +1,4 @@
-"""What every format is read into: rows of an image's name and captions, and how cells and columns are understood."""
+"""The common form of all formats: rows of an image's name and captions; the interpretation of cells and columns."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TEXT_KEYS = ("raw", "text", "caption")  # keys of the text in a caption that is
 
 
 class Row(NamedTuple):
-    """Captions of one image, as the file has them; several rows may be about the same image.
+    """Captions of one image, as they are in the file; several rows may be about the same image.
 
     `folder` is the image's folder, relative to that of all images, if the annotations give it. `image` is set where they
     contain the image itself, and `identity` where something other than the name identifies it. `tags` is the cell of the

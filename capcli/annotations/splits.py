@@ -1,4 +1,4 @@
-"""Which images are for training and which for validation: by lists of names, the annotations' splits, or at random."""
+"""Assigns images to training and validation: by lists of names, the annotations' splits, or at random."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from capcli.text import brief, counted, printable, raw_bytes
 def assign_splits(images: Sequence[GatheredImage], options: DataOptions, report: DataReport) -> list[GatheredImage]:
     """The images to use, their split set to train or val; test images, and those in none of the lists, are left out.
 
-    The lists of names decide, where they are given; then the annotations, where no option selects validation images.
+    The lists of names take precedence; without them the annotations apply, unless an option selects validation images.
     Raises CapcliError where a list and the data have no name in common.
     """
     listed = {

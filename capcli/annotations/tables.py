@@ -28,7 +28,7 @@ from capcli.sources import IMAGE_SUFFIXES
 from capcli.text import json_list, printable
 
 _SEPARATORS = ("\t", ",", "|", ";")
-# Characters. The csv module has this limit for the whole process only; raised, it makes no other reader fail.
+# Characters. The csv module's limit applies to the whole process; a larger one does not affect other readers.
 csv.field_size_limit(1 << 30)
 _LONGEST = 50  # lines of one quoted cell; more mean that the quote was never closed
 _BATCH = 1 << 14  # rows of a Parquet file in memory at a time
@@ -175,7 +175,7 @@ def _records(stream: Iterable[str], layout: TableLayout, path: str) -> Iterator[
 
 
 def _refuse_unclosed(record: Sequence[str], layout: TableLayout, path: str, number: int) -> None:
-    """Raises CapcliError for a record with a quote that is never closed: it would take in the images after it."""
+    """Raises CapcliError for a record with a quote that is never closed: it would include the rows after it."""
     if len(record) == 1 and record[0].count('"') % 2 == 0:
         return
     try:
@@ -188,7 +188,7 @@ def _refuse_unclosed(record: Sequence[str], layout: TableLayout, path: str, numb
 
 def _fitted(cells: list[str], layout: TableLayout, caption: int, path: str, number: int) -> list[str]:
     """The record with as many cells as the header. Surplus cells are joined to the caption, if it is the last column: it
-    has separators and no quotes."""
+    contains separators and is not quoted."""
     width = len(layout.names)
     rest = cells[width:]
     if not any(cell.strip() for cell in rest):
@@ -274,7 +274,7 @@ def opened_parquet(path: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def arrow_errors(path: str) -> Iterator[None]:
-    """Turns what reading the Arrow or Parquet file in this block raises into CapcliError; also where pyarrow is missing."""
+    """A context in which errors of reading an Arrow or Parquet file, or a missing pyarrow, become CapcliError."""
     try:
         import pyarrow
     except ImportError:

@@ -51,7 +51,7 @@ class MetadataTags:
         try:
             rows = [row for row in file_annotations(path, options).rows() if row.read().name]
         except UsageError:
-            if any(self._known.values()):  # metadata of something else, in a folder far above
+            if any(self._known.values()):  # unrelated metadata, in a folder further up
                 return None
             raise
         return {os.path.normpath(os.path.join(folder, row.name)): tag_text(row.tags) for row in rows}

@@ -11,7 +11,7 @@ from typing import IO, Any
 from capcli.errors import CapcliError
 from capcli.text import printable
 
-_HEAD = 1 << 16  # bytes that decide a file's format
+_HEAD = 1 << 16  # bytes from which a file's format is detected
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -23,7 +23,7 @@ def head(path: str) -> bytes:
 
 @contextlib.contextmanager
 def readable(path: str) -> Iterator[None]:
-    """Turns what reading the file in this block raises, OSError or UnicodeDecodeError, into CapcliError."""
+    """A context in which OSError and UnicodeDecodeError of reading the file become CapcliError."""
     try:
         yield
     except UnicodeDecodeError:
@@ -63,7 +63,7 @@ def parsed(text: str | bytes, path: str, number: int | None = None) -> Any:
     except json.JSONDecodeError as error:
         where = f"line {number or error.lineno}, column {error.colno}"
         rest = len(text.strip()) - error.pos if isinstance(text, str) else len(error.doc.strip()) - error.pos
-        cut = "; it seems to be cut short" if rest <= 0 or "Unterminated" in error.msg else ""
+        cut = "; it seems to be truncated" if rest <= 0 or "Unterminated" in error.msg else ""
         raise CapcliError(f"{printable(path)}: {where} is not JSON ({error.msg}){cut}") from None
     except RecursionError:
-        raise CapcliError(f"{printable(path)} is not JSON of annotations: it is nested too deep") from None
+        raise CapcliError(f"{printable(path)} is not an annotation file: its JSON is nested too deeply") from None

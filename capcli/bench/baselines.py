@@ -1,4 +1,4 @@
-"""The baselines: transformers and Optimum as a good script would use them. `python baselines.py` reads a task.
+"""The baselines: transformers and Optimum as an efficient script uses them. `python baselines.py` reads a task.
 
 A DataLoader's worker processes read the images, and `generate()` captions them in batches of the fastest size.
 
@@ -57,7 +57,7 @@ def loader_of(folder: str) -> Any:
 
 
 class Baseline:
-    """A captioner run by `generate()`, as the task's `how` says."""
+    """A captioner run by `generate()`, as the task's `how` specifies."""
 
     def __init__(self, task: dict[str, Any]) -> None:
         self.task = task
@@ -127,7 +127,7 @@ def main(task: dict[str, Any]) -> None:
         try:
             baseline = Baseline(task)
         except ModuleNotFoundError as error:
-            sys.exit(f"{error.name} is missing: give a Python that has it by --peer-python")
+            sys.exit(f"{error.name} is missing: give a Python that has it with --peer-python")
         load = time.perf_counter() - began
         batch_size = baseline.best_batch()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}

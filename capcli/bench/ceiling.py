@@ -44,7 +44,7 @@ class CaptionCost:
     slots: int
 
     def images_per_second(self, rates: Rates, tokens: float) -> float:
-        """The rate for captions of so many tokens; a step takes the longer of its arithmetic and its memory traffic."""
+        """The rate for captions of `tokens` tokens; a step takes the longer of its arithmetic and its memory traffic."""
         step = max(self.step_flops / rates.flops, self.step_bytes / rates.bandwidth)
         return 1 / (self.encode_flops / rates.flops + tokens * step / self.slots)
 

@@ -47,7 +47,7 @@ class BenchResult:
 
 
 def show(result: BenchResult, options: BenchOptions) -> None:
-    """Tables, unless only JSON is wanted, and last the line of JSON."""
+    """Print tables, unless only JSON is requested, and then the line of JSON."""
     if not options.json:
         if result.profile is not None:
             show_profile(result.profile)
@@ -66,7 +66,7 @@ def show_profile(profile: Profile) -> None:
         )
     print("once: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in stages.once.items()))
     total = sum(stages.each.values())
-    print("per image, in ms, each stage by itself:")
+    print("per image, in ms, each stage measured separately:")
     for name, seconds in stages.each.items():
         print(f"  {name:<8}{seconds * 1e3:10.3f}{seconds / total:8.1%}")
     print(f"  {'all':<8}{total * 1e3:10.3f}   {1 / total:.1f} images/s one after another")

@@ -1,6 +1,6 @@
 """The processes that `capcli bench` compares: each captions the same photos, and they take turns in every round.
 
-A process of its own for capcli and for each baseline keeps their memory and threads apart. Taking turns spreads changes of
+Separate processes for capcli and each baseline isolate their memory and threads. Taking turns spreads changes of
 the machine's speed over all of them.
 """
 

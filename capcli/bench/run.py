@@ -1,4 +1,4 @@
-"""`capcli bench` on one page: photos -> ceiling, stages, rounds beside the baselines -> tables and a line of JSON."""
+"""The main function of `capcli bench`: photos -> ceiling, stages, rounds with the baselines -> tables and a line of JSON."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(options: BenchOptions) -> int:
     photos = list_photos(options)
     result = compare(options, photos, None if options.quick else profile(options, photos))
     if result.capcli.failed is not None:
-        raise CapcliError(f"capcli itself could not caption these: {result.capcli.failed}")
+        raise CapcliError(f"capcli could not caption the photos: {result.capcli.failed}")
     if options.gpu_decode and not result.capcli.facts["gpu_decode"]:
         warn("--gpu-decode had no effect: decoder processes are faster here")
     output.show(result, options)

@@ -113,14 +113,14 @@ def _decoded(
 
 
 class TimedRuntime:
-    """A runtime whose calls are timed; nothing runs at the same time."""
+    """A runtime whose calls are timed, one at a time."""
 
     def __init__(self, runtime: Any, stages: Stages, images: int) -> None:
         self.device, self.lag, self.ahead = runtime.device, 0, False
         self._runtime, self._stages, self._images = runtime, stages, images
 
     def allocate(self, *_: Any) -> None:
-        """`_decoded` has allocated."""
+        """Do nothing: `_decoded` has allocated the buffers."""
 
     def fewer(self, shapes: Any, _: Any) -> Any:
         return shapes

@@ -1,1 +1,1 @@
-"""Captioning: the pipeline of `capcli caption`, the captioner, and the choices made before the first image."""
+"""Captioning: the pipeline of `capcli caption`, the captioner, and the plan of a run."""

@@ -44,7 +44,7 @@ from capcli.records import Candidate, Caption, Failure, Loaded
 from capcli.text import is_text, printable, tag_text
 
 ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.generic]
-# CJK ideographs, kana, CJK punctuation and full-width forms: a space between two of these is the tokenizer's.
+# CJK ideographs, kana, CJK punctuation and full-width forms: a space between two of these comes from the tokenizer.
 WIDE = "[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]"
 UNSPACED = re.compile(f"(?<={WIDE}) (?={WIDE})")
 
@@ -178,11 +178,11 @@ class Captioner:
         room = model.positions - len(settings.prompt) + 1  # the last token is never an input of the decoder
         if room < 1:
             raise UsageError(
-                f"the prompt has {len(settings.prompt)} tokens and the decoder holds {model.positions}: shorten it"
+                f"the prompt has {len(settings.prompt)} tokens and the decoder accepts at most {model.positions}: shorten it"
             )
         if settings.max_new_tokens > room:
             raise UsageError(
-                f"--max-new-tokens is {settings.max_new_tokens}, but the decoder holds {model.positions} tokens, "
+                f"--max-new-tokens is {settings.max_new_tokens}, but the decoder accepts {model.positions} tokens, "
                 f"including the prompt: give at most {room}"
             )
         self._check_ids(settings)
@@ -209,7 +209,7 @@ class Captioner:
             unknown = [i for i in ids if not 0 <= i < self.model.vocabulary and i != NO_TOKEN]
             if unknown:
                 raise CapcliError(
-                    f"{what} hold token {unknown[0]}, and the decoder has {self.model.vocabulary}: tokenizer or "
+                    f"{what}: token {unknown[0]} is outside the decoder's vocabulary of {self.model.vocabulary}: tokenizer or "
                     "generation_config of another model?"
                 )
 
@@ -286,7 +286,7 @@ class Captioner:
         """The captions of an image as text; `kept` are tokens of the prompt that come before each."""
         if not done.hypotheses:
             advice = "its weights may be damaged" if self.model.dtype == "float32" else "try --dtype float32"
-            return Failure(loaded.name, "not-finite", f"its numbers overflow in the model (NaN or infinity); {advice}")
+            return Failure(loaded.name, "not-finite", f"its values overflow in the model (NaN or infinity); {advice}")
         candidates = tuple(Candidate(self._text(h, settings, kept), h.score) for h in done.hypotheses)
         return Caption(loaded.name, candidates, loaded.facts)
 

@@ -50,8 +50,8 @@ class ArrivalFeed:
     """The feed of the decode loop: a job for every image that loaded; failures go to `deliver` at once.
 
     `make(index, loaded)` builds the job, or raises ImageError for an image that the captioner cannot take. One `take`
-    consumes at most as many arrivals as jobs were asked for, failures included: thousands of failures do not run ahead of
-    a caption that is still being decoded, so the results that wait for their turn stay few.
+    consumes at most as many arrivals as jobs were requested, failures included. This bounds the number of
+    results that wait for an earlier caption.
     """
 
     def __init__(

@@ -4,7 +4,7 @@
     Entry     Loaded               Caption        rows
 
 Everything is lazy: the source is read as the decoder processes have room, and those decode as the batch has room. An
-image that cannot be captioned is a `Failure` from there on; only what stops every image raises.
+image that cannot be captioned is a `Failure` from there on; only an error that stops every image is raised.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def run(options: CaptionOptions) -> int:
 
 @dataclass
 class CaptionRun:
-    """A run whose choices are all made. Only `shapes` may change, when device memory runs out."""
+    """A configured run. Only `shapes` may change, when device memory runs out."""
 
     options: CaptionOptions
     captioner: Captioner
@@ -122,7 +122,7 @@ class CaptionRun:
         return interrupts.exit_code or self.report.exit_code
 
     def with_tags(self, entries: Iterable[Entry]) -> Iterable[Entry]:
-        """The entries, with the ids of their tags for an encoder that reads tags. They are in metadata files."""
+        """The entries, with the ids of their tags for an encoder that reads tags. The tags are read from metadata files."""
         tags, model = self.tags, self.captioner.model
         if tags is None:
             return entries
@@ -130,7 +130,7 @@ class CaptionRun:
         return (replace(entry, encoder_ids=ids([tags.of(entry.path)])[0]) for entry in entries)
 
     def pixels(self, entries: Iterable[Entry]) -> Loading | GpuLoading:
-        """Start the decoder processes, and the GPU's JPEG decoder where it is used. Gives the loaded images."""
+        """Start the decoder processes, and the GPU's JPEG decoder where it is used. Returns the loaded images."""
         options, model = self.options, self.captioner.model
         device = model.runtime.device
         start = partial(load, workers=decoder_processes(options, device), timeout=options.decode_timeout)
@@ -142,7 +142,7 @@ class CaptionRun:
         return GpuLoading(entries, GpuJpegDecoder.on(device, model.spec), keep_jpeg, decode, start)
 
     def shrink(self, shapes: Shapes) -> None:
-        """Record that the run continues with fewer slots, so that a run that continues this one has as few."""
+        """Record that the run continues with fewer slots, so that a resumed run uses the same number."""
         if shapes.slots >= self.shapes.slots:  # another decode loop has shrunk already
             return
         self.shapes = shapes
@@ -182,12 +182,12 @@ class CaptionRun:
         if self.report.done:
             line += f" in {self.captioner.model.dtype}"
         if self.report.failed and self.sink.failures_path:
-            line += f"; what failed is in {printable(self.sink.failures_path)}"
+            line += f"; failures are listed in {printable(self.sink.failures_path)}"
         return line
 
     @property
     def shows_progress(self) -> bool:
-        """False where rows appear on a terminal: they show progress, and a bar would run into them."""
+        """False where rows are printed on a terminal: they show the progress, and a bar would overlap them."""
         out = self.options.sink.out
         rows_shown = sys.stdout.isatty() and (out == "-" or (out is None and self.options.sink.sidecar is None))
         return not (self.options.quiet or rows_shown)

@@ -47,7 +47,7 @@ COUNTED = 8  # batches: a source of fewer images is counted before the first ima
 def load_captioner(options: CaptionOptions, earlier: RunFile | None) -> Captioner:
     """Load the captioner, in the dtype and on as many threads as the earlier run had unless the options name others.
 
-    Raises UsageError before the weights are read where the model cannot do what the options ask for.
+    Raises UsageError before the weights are read where the model does not support the options.
     """
     device = choose_device(options.device)
     if device.type == "cpu":
@@ -60,13 +60,13 @@ def load_captioner(options: CaptionOptions, earlier: RunFile | None) -> Captione
         refuse_gpu_decode(PixelSpec.from_config(files.processor), device)
     generation = own_generation(files)
     if generation is not None:
-        resolve(generation, options.generation)  # raises for wrong settings, which take no weights to find
+        resolve(generation, options.generation)  # raises for wrong settings, before the weights are read
     dtype: str = options.dtype
     if dtype == "auto" and engine is None and earlier is not None:
         dtype = earlier.dtype or "auto"
         if dtype == "int8" and (reason := int8_refused(device)):
             raise UsageError(
-                f"{options.sink.out} was begun in int8, and {reason}: continue on the machine where it was begun, choose "
+                f"{options.sink.out} was started in int8, and {reason}: continue on the machine where it was started, choose "
                 "another --out, or start from scratch with --overwrite"
             )
     dtype = choose_dtype(dtype, device, engine)
@@ -104,7 +104,7 @@ def search_settings(options: CaptionOptions, captioner: Captioner) -> Settings:
     if settings.num_return_sequences > 1 and not options.sink.candidates:
         n = settings.num_return_sequences
         raise CapcliError(
-            f"the model's generation_config asks for {n} captions per image: give --num-return-sequences {n}, or 1"
+            f"the model's generation_config requests {n} captions per image: give --num-return-sequences {n}, or 1"
         )
     return settings
 
@@ -117,7 +117,7 @@ def decoder_processes(options: CaptionOptions, device: torch.device) -> int:
 
 
 def settle_gpu_decode(options: CaptionOptions, model: Model, earlier: RunFile | None) -> CaptionOptions:
-    """`options` with `gpu_decode` only where it was asked for and is faster, or where the earlier run used it.
+    """`options` with `gpu_decode` only where it was requested and is faster, or where the earlier run used it.
 
     Raises CapcliError where the GPU cannot decode JPEGs.
     """
@@ -125,9 +125,7 @@ def settle_gpu_decode(options: CaptionOptions, model: Model, earlier: RunFile | 
         return options
     if earlier is not None:
         if not earlier.gpu_decode:
-            warn(
-                f"--gpu-decode has no effect: {options.sink.out} was begun with decoder processes alone and continues so"
-            )
+            warn(f"--gpu-decode has no effect: {options.sink.out} was started without it and continues without it")
         return replace(options, gpu_decode=earlier.gpu_decode)
     processes = decoder_processes(options, model.runtime.device)
     gpu_rate, process_rate = rates(GpuJpegDecoder.on(model.runtime.device, model.spec))
@@ -149,7 +147,7 @@ def choose_shapes(
 ) -> tuple[Shapes, Iterator[Entry]]:
     """The shapes of the run, and an iterator over all of `wanted`, of which the first entries may have been counted.
 
-    An earlier run that was cut short gives its shapes, so that captions stay the same to the bit. Otherwise they follow
+    The shapes of an interrupted earlier run are kept, so that captions stay bit-identical. Otherwise they follow
     from --batch-size, or from what is worthwhile on the device, and from the number of images where that is known.
     """
     device = captioner.model.runtime.device
@@ -169,7 +167,7 @@ def choose_shapes(
 
 
 def earlier_shapes(earlier: RunFile | None, device: torch.device, batch_size: int | None) -> Shapes | None:
-    """The shapes of an earlier run that was cut short; None after a finished run, on another device or batch size."""
+    """The shapes of an interrupted earlier run; None after a finished run, on another device or batch size."""
     if earlier is None or earlier.finished or not earlier.device.startswith(device.type):
         return None
     if batch_size not in (None, earlier.batch_size):
@@ -188,7 +186,7 @@ def new_run_file(
     """The run file before the first image, without the shapes.
 
     Captions depend on what is under `settings`: a later run continues only where all of it is the same. `threads` and
-    the shapes are taken over by a run that continues one that was cut short.
+    the shapes are reused by a run that continues an interrupted one.
     """
     return RunFile(
         {

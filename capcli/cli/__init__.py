@@ -46,7 +46,7 @@ def main() -> None:
     """The program: runs a command and exits with its code. An error is one line on standard error, unless --debug is given.
 
     While the command runs, garbage is collected less often. At exit the interpreter does not traverse the remaining objects
-    once more, which takes half a second for those of torch.
+    again, which takes half a second for those of torch.
     """
     thresholds = gc.get_threshold()
     gc.set_threshold(*GC_THRESHOLDS)

@@ -110,7 +110,7 @@ def fields_from(options: type, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def typed_option_in(section: str) -> str | None:
-    """The first option of a section that was typed on the command line; a file's and a variable's values do not count."""
+    """The first option of a section that was given on the command line, not in a file or the environment."""
     context = click.get_current_context()
     for param in context.command.params:
         typed = context.get_parameter_source(str(param.name)) is ParameterSource.COMMANDLINE
@@ -121,7 +121,7 @@ def typed_option_in(section: str) -> str | None:
 
 @contextlib.contextmanager
 def import_extra(command: str, extra: str) -> Iterator[None]:
-    """Around the import of a command's code: a missing package becomes a CapcliError that names the extra to install."""
+    """A context for the import of a command's code: a missing package becomes a CapcliError that names the extra."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -159,7 +159,7 @@ def debug_option(command: Any) -> Any:
 
 
 def apply(options: tuple[Decorator, ...], command: Any) -> Any:
-    """The command with these options, in their order."""
+    """The command with these options, in this order."""
     for each in reversed(options):
         command = each(command)
     return command

@@ -1,7 +1,7 @@
 """`--config FILE`: a TOML file with options of a command, as defaults for what is set neither on the command line nor in
 the environment.
 
-The keys are names of options, and stand in sections. A section with the name of a command, such as `[train]`, is read by
+The keys are names of options, grouped in sections. A section with the name of a command, such as `[train]`, is read by
 that command only; the names of other sections have no meaning. A value may be a table. An option that no command has is an
 error. Paths are relative to the working directory.
 """
@@ -79,7 +79,7 @@ def settings_for(command: str, sections: dict[str, Any], path: str) -> dict[str,
     shared: dict[str, Any] = {}
     specific: dict[str, Any] = {}
     for heading, values in sections.items():
-        if isinstance(values, list) and heading in everywhere:  # tables of one name: [[task]]
+        if isinstance(values, list) and heading in everywhere:  # tables of the same name: [[task]]
             if heading in known[command]:
                 shared[heading] = values
             continue

@@ -69,7 +69,7 @@ class Numbers(click.ParamType[Any]):
 @plans("--num-beams", help="Number of beams. [default: that of the model]")
 @plans(
     "--max-new-tokens",
-    help="Maximum length of a caption in tokens, besides 16 of a prompt. [default: that of the model]",
+    help="Maximum length of a caption in tokens; 16 more are reserved for a prompt. [default: that of the model]",
 )
 @plans("--batch-sizes", type=Numbers(), help="Batch sizes; each gets a plan of its own.")
 @parity(

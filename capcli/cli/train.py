@@ -30,7 +30,7 @@ SETTINGS = "train.toml"  # file of a run's settings in its folder
 output = partial(option, TrainOptions, section="Output")
 execution = partial(option, TrainOptions, section="Execution")
 
-# Options on the command line or in the environment, and the options of a file that each of them discards.
+# Options on the command line or in the environment, and the options of a file that each of them overrides.
 DISCARDED_BY = {
     "model": (*PARTS, "tokenizer", "join", "image_tokens", "tag_tokens", "extra_tokens"),
     "encoder": ("model",),
@@ -40,7 +40,7 @@ DISCARDED_BY = {
 
 
 class TrainCommand(SectionedCommand):
-    """With --resume, the settings of the run in --out are the defaults. Options given by the user discard conflicting ones
+    """With --resume, the settings of the run in --out are the defaults. Options given by the user override conflicting ones
     of a file.
     """
 
@@ -109,7 +109,7 @@ def train(**given: Any) -> int:
     options = train_options(given)
     from capcli.training.output.folder import RunFolder
 
-    folder = RunFolder.open(options)  # may refuse, before torch is loaded
+    folder = RunFolder.open(options)  # may raise an error, before torch is loaded
     if options.unfreeze_after is not None:
         # Distributed training looks for unused weights in every step. When all weights are trained, PyTorch's C++ code warns
         # about that, and only this variable silences it. It is read when torch is loaded.

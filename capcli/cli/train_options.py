@@ -74,7 +74,7 @@ PART_OPTIONS = (
     model("--vocab-size", help="Maximum vocabulary of a new tokenizer."),
     model(
         "--max-length",
-        help="Tokens of a caption to train on, the end token included; longer captions are cut. "
+        help="Tokens of a caption to train on, the end token included; longer captions are truncated. "
         f"[default: {DEFAULT_LENGTH}, or the decoder's maximum if that is smaller]",
     ),
     model("--extra-tokens", help="Add N tokens to the vocabulary: <loc_0>, <loc_1>, ..."),

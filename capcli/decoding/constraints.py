@@ -77,7 +77,7 @@ def filters(settings: Settings) -> Iterator[Constraint]:
 
 def repetition_penalty(scores: Tensor, sequence: Tensor, length: Tensor, penalty: float) -> Tensor:
     used = torch.arange(sequence.shape[2], device=scores.device) < length[:, None, None]
-    ids = torch.where(used, sequence, sequence[:, :, :1])  # unused places repeat the first token, which changes nothing
+    ids = torch.where(used, sequence, sequence[:, :, :1])  # unused positions repeat the first token, without effect
     picked = scores.gather(2, ids)
     return scores.scatter(2, ids, torch.where(picked < 0, picked * penalty, picked / penalty))
 
@@ -91,7 +91,7 @@ def no_repeat_ngram(scores: Tensor, sequence: Tensor, length: Tensor, size: int)
     at = (length[:, None] - size + 1 + torch.arange(size - 1, device=scores.device)).clamp_min(0)  # [S, n - 1]
     suffix = sequence.gather(2, at[:, None].expand(-1, sequence.shape[1], -1))  # [S, R, n - 1]
     banned = (windows[..., :-1] == suffix[:, :, None]).all(-1) & ends[:, None]
-    # amin: a window that bans nothing must not lift another window's ban on the same token
+    # amin: a window without a ban must not overwrite another window's ban on the same token
     value = torch.where(banned, -torch.inf, torch.inf).to(scores.dtype)
     return scores.scatter_reduce(2, windows[..., -1], value, "amin", include_self=True)
 

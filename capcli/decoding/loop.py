@@ -1,6 +1,6 @@
 """The decode loop: images are admitted to free slots, each step decodes one token for every slot, finished slots are freed.
 
-It knows nothing of files, text or models: an image is an array with a key, a caption is a list of token ids.
+It does not depend on files, text or models: an image is an array with a key, a caption is a list of token ids.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LINGER = 0.05  # seconds without a new image after which a chunk that is not ful
 class Job:
     """One image to caption: `pixels` uint8 [height, width, 3], the `key` of its sampling noise, and the caller's own `tag`.
 
-    `encoder_ids` are the token ids that the encoder reads beside this image, equally many for every image of a run; empty:
+    `encoder_ids` are the token ids that the encoder reads with this image, the same number for every image of a run; empty:
     those of the settings.
     """
 
@@ -63,20 +63,20 @@ class EncodedImages(Protocol):
     """A chunk of encoded images, as a runtime's `encode` returns it."""
 
     def ready(self) -> bool:
-        """Whether encoding has finished; it may run beside the steps."""
+        """Whether encoding has finished; it may run concurrently with the steps."""
 
 
 class Runtime(Protocol):
     """Executes encode and step, with memory and pool for `slots` slots.
 
     S slots, R rows per slot, T new tokens at most, P prefix entries of the prompt, V tokens in the vocabulary; E images in a
-    chunk, W token ids beside each image.
+    chunk, W encoder token ids for each image.
     """
 
     device: torch.device
     lag: int  # how many steps late the finished flags are read
     ahead: (
-        bool  # whether encoding runs beside the steps, so that a chunk should be encoded before slots are free for it
+        bool  # whether encoding runs during the steps, so that a chunk should be encoded before slots are free for it
     )
 
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
@@ -94,7 +94,7 @@ class Runtime(Protocol):
     def admit(self, encoded: Any, slots: Sequence[int]) -> torch.Tensor:
         """Puts the first n = len(slots) images of a chunk into `slots`, once it is ready.
 
-        Returns bool [n]: whether the image's memory is finite. Everything that the slots held before is cleared.
+        Returns bool [n]: whether the image's memory is finite. The previous contents of the slots are cleared.
         """
 
     def step(self, tokens: torch.Tensor, position: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
@@ -104,7 +104,7 @@ class Runtime(Protocol):
         """
 
     def repeated(self, step: Callable[[], None]) -> Callable[[], None]:
-        """A function that does what `step` does, to be called many times: `step` itself or a recording (a CUDA graph) of it.
+        """A function equivalent to `step`, to be called many times: `step` itself or a recording (a CUDA graph) of it.
 
         The tensors that `step` reads and writes keep their addresses.
         """
@@ -133,7 +133,7 @@ def decode(
 def decode_steps(
     feed: Feed, runtime: Runtime, settings: Settings, shapes: Shapes, shrunk: Callable[[Shapes], None] = lambda _: None
 ) -> Iterator[list[Finished]]:
-    """`decode` step by step: yields what finished with each step, which is often nothing.
+    """`decode` step by step: yields the jobs that finished with each step, often none.
 
     It also yields an empty list where the feed returned without a job. When the device runs out of memory, the jobs in
     progress start again with half the slots, and `shrunk` is called with the new shapes. Raises CapcliError when not even the
@@ -161,7 +161,7 @@ def decode_steps(
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether this is one of torch's out-of-memory errors, of which some have no class of their own."""
+    """Whether this is one of torch's out-of-memory errors, some of which have no separate class."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     signs = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
@@ -184,7 +184,7 @@ class Batch:
         self.repeated = runtime.repeated(self.decode_token)
 
     def captions(self) -> Iterator[list[Finished]]:
-        """What finished with each step, until the feed has ended and every slot is free."""
+        """The jobs that finished with each step, until the feed has ended and every slot is free."""
         while True:
             done: list[Finished] = []
             with torch.inference_mode():  # not across the yield: the caller may be training
@@ -197,7 +197,7 @@ class Batch:
             yield done
 
     def fill(self) -> None:
-        """Admits the jobs that have come. Afterwards at least one slot is occupied, as a job waited or was in a slot before."""
+        """Admits the jobs that arrived. Afterwards at least one slot is occupied, as a job waited or was in a slot before."""
         while True:
             if not self.encoding and (self.slots.free or self.runtime.ahead) and self.fetch(wait=0):
                 self.begin_encoding()
@@ -210,10 +210,10 @@ class Batch:
                 self.fetch(wait=LINGER)
 
     def begin_encoding(self) -> None:
-        """Encodes the jobs that wait, if it is time to.
+        """Encodes the waiting jobs, if the conditions below are met.
 
-        Encoding costs a whole chunk however few jobs are in it, so they wait until the chunk is full or no job has come for
-        LINGER seconds. Where encoding holds up the steps, they also wait until slots are free for all of them.
+        Encoding takes as long for a partial chunk as for a full one, so they wait until the chunk is full or no job has come for
+        LINGER seconds. Where encoding blocks the steps, they also wait until slots are free for all of them.
         """
         count = min(self.shapes.chunk, len(self.waiting))
         complete = count == self.shapes.chunk or self.feed.ended or time.monotonic() - self.last_arrival >= LINGER
@@ -224,7 +224,7 @@ class Batch:
             self.encoded = self.runtime.encode(np.stack([job.pixels for job in full]), encoder_ids)
 
     def fetch(self, wait: float | None) -> bool:
-        """Takes jobs from the feed until a chunk waits; returns whether any job waits."""
+        """Takes jobs from the feed until a full chunk is waiting; returns whether any job is waiting."""
         want = self.shapes.chunk - len(self.waiting)
         if want > 0 and not self.feed.ended:
             jobs = self.feed.take(want, wait)
@@ -250,7 +250,7 @@ class Batch:
         self.readings.append((self.slots.now, *self.read_flags()))
 
     def decode_token(self) -> None:
-        """The next token of every row. Every operation runs on the device, and none waits for it."""
+        """The next token of every row. All operations run on the device, without synchronization."""
         self.search.advance(self.runtime.step(*self.search.inputs()))
 
     def read_flags(self) -> tuple[torch.Tensor, torch.Tensor, Any]:

@@ -1,4 +1,4 @@
-"""Sampling noise that depends on nothing but the seed, the image's name, the step, the row and the token.
+"""Sampling noise that depends only on the seed, the image's name, the step, the row and the token.
 
 Order, batch and resumption therefore change no caption. A draw from softmax(x) is the largest of x + Gumbel noise, and k draws
 without replacement are its k largest values (Kool et al., 2019, "Stochastic Beams and Where to Find Them").

@@ -1,4 +1,4 @@
-"""Several decode loops in parallel, each in a thread: on a CPU this uses the cores better than all of them on one step."""
+"""Several decode loops in parallel, each in a thread: on a CPU this uses the cores better than one step on all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from capcli.decoding.settings import Settings
 from capcli.decoding.shapes import Shapes
 from capcli.interrupts import Interrupts
 
-POLL = 0.02  # seconds for which the caller's thread waits for images, or for captions, before it looks for the other
+POLL = 0.02  # seconds for which the caller's thread waits for images, or for captions, before it checks for the other
 Message = list[Finished] | Shapes | BaseException | None  # finished jobs, smaller shapes, an error, the end of a loop
 
 
@@ -119,9 +119,9 @@ def received(messages: SimpleQueue[Message], wait: float) -> Iterator[Message]:
 
 
 class SharedFeed:
-    """The feed of several loops: up to a chunk of jobs, which another thread puts in.
+    """The feed of several loops: up to a chunk of jobs, which another thread adds.
 
-    A loop gets as many jobs as it asks for or none; fewer only when no job has come for LINGER seconds or the feed is closed. So
+    A loop gets as many jobs as it requests or none; fewer only when no job has come for LINGER seconds or the feed is closed. So
     the loops fill one chunk after the other instead of several at the same time.
     """
 
@@ -142,7 +142,7 @@ class SharedFeed:
         return self._chunk - len(self._jobs)
 
     def put(self, jobs: Sequence[Job]) -> None:
-        """Adds jobs. Also to be called without any, so that a loop that waits looks at the time again."""
+        """Adds jobs. Call it without jobs too, so that a waiting loop checks the time again."""
         with self._changed:
             if jobs:
                 self._last_arrival = time.monotonic()

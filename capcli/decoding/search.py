@@ -1,6 +1,6 @@
 """Greedy search, sampling and beam search over slots and rows, token for token as transformers' `generate()`.
 
-The state of all slots is held on the device in tensors of fixed shape; every slot is at its own position. The state of a slot
+The state of all slots is stored on the device in tensors of fixed shape; every slot is at its own position. The state of a slot
 that has ended no longer changes, so its end may be read late. S slots, R rows, T new tokens at most, V tokens in the vocabulary,
 P prefix entries of the pool (the prompt but its last token), L = P + 1 + T.
 """
@@ -52,7 +52,7 @@ class Search(ABC):
         self.row = torch.arange(r, device=device)
         self.keys = torch.zeros(s, dtype=torch.long, device=device)
         self.position = torch.zeros(s, dtype=torch.long, device=device)  # new tokens so far
-        self.ended = torch.ones(s, dtype=torch.bool, device=device)  # so is a slot that was never used
+        self.ended = torch.ones(s, dtype=torch.bool, device=device)  # also true for a slot that was never used
         self.sequence = torch.zeros(s, r, len(settings.prompt) + t, dtype=torch.long, device=device)
         self.visible = torch.zeros(s, r, p + r * t, dtype=torch.bool, device=device)  # the prefix and a row's ancestors
         self.raw = torch.zeros(s, r, device=device)  # sum of raw log-probabilities
@@ -95,7 +95,7 @@ class Search(ABC):
         return noise.gumbel(self.keys, self.position, shape[1], shape[2])
 
     def append(self, sequence: Tensor, tokens: Tensor) -> Tensor:
-        """A copy of `sequence` [S, K, L] with `tokens` [S, K] at each slot's next place."""
+        """A copy of `sequence` [S, K, L] with `tokens` [S, K] at each slot's next position."""
         at = (self.prefix + 1 + self.position).clamp_max(sequence.shape[2] - 1)
         return sequence.scatter(2, at[:, None, None].expand(-1, sequence.shape[1], 1), tokens[:, :, None])
 
@@ -151,7 +151,7 @@ class Beams(Search):
     def __init__(self, settings: Settings, slots: int, device: torch.device | str) -> None:
         super().__init__(settings, slots, device)
         s, r, t = slots, settings.num_beams, settings.max_new_tokens
-        self.candidates = max(2, 1 + len(settings.eos_token_ids)) * r  # so that R remain however many end
+        self.candidates = max(2, 1 + len(settings.eos_token_ids)) * r  # so that at least R have not ended
         self.score = torch.zeros(s, r, device=device)
         self.done_sequence = torch.zeros_like(self.sequence)
         self.done_score = torch.zeros(s, r, device=device)
@@ -206,7 +206,7 @@ class Beams(Search):
         if self.settings.do_sample:
             picked = (total + self.noise(scores.shape).flatten(1)).topk(self.candidates).indices
             top = total.gather(1, picked)
-        else:  # one topk over all rows: several forced end tokens tie, and generate() lets topk decide
+        else:  # one topk over all rows: several forced end tokens tie, and in generate() topk breaks the tie
             top, picked = total.topk(self.candidates)
         return top, plain.flatten(1).gather(1, picked), picked
 

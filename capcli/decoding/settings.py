@@ -69,7 +69,7 @@ SUPPORTED = frozenset(
         "decoder_start_token_id",
     ]
 )
-# Values with which generate() does nothing for a field: a generation_config may contain these.
+# Values that disable a field in generate(): a generation_config may contain these.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "typical_p": (1.0,),
     "epsilon_cutoff": (0.0,),
@@ -80,20 +80,20 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "token_healing": (False,),
     "use_mtp": (False,),
 }
-NO_TOKEN = -1  # in encoder_ids: no token at this place
+NO_TOKEN = -1  # in encoder_ids: no token at this position
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")  # without effect unless do_sample
 BEAM_SEARCH = ("length_penalty", "early_stopping")  # without effect with one beam
-# Names in the run file: they stay, so that runs of earlier versions resume.
+# Names in the run file: they must not change, so that runs of earlier versions can be resumed.
 RUN_FILE_NAMES = {"encoder_ids": "question"}
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How captions are searched for; names and meanings are those of transformers' `GenerationConfig`.
+    """The settings of the caption search; names and meanings are those of transformers' `GenerationConfig`.
 
     `max_new_tokens` and `min_new_tokens` are resolved: they do not count the prompt, as `max_length` does. `prompt` are the
     token ids given to the decoder before the caption, the start token first; `encoder_ids` the token ids that the encoder
-    reads beside the image, empty where it reads none. Raises UsageError for settings that exclude each other.
+    reads with the image, empty where it reads none. Raises UsageError for settings that exclude each other.
     """
 
     prompt: tuple[int, ...]
@@ -143,7 +143,7 @@ class Settings:
         return len(self.prompt) - 1 + self.rows * self.max_new_tokens
 
     def in_run_file(self) -> dict[str, Any]:
-        """The settings that have an effect, as the run file shows them."""
+        """The settings that have an effect, as stored in the run file."""
         idle = (*(() if self.do_sample else SAMPLING), *(() if self.num_beams > 1 else BEAM_SEARCH))
         idle += () if self.encoder_ids else ("encoder_ids",)
         shown = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in idle}
@@ -211,7 +211,7 @@ def refuse_unknown(config: Mapping[str, Any]) -> None:
 
 
 def refuse_impossible(config: Mapping[str, Any]) -> None:
-    """Raises CapcliError for a value that the option of the same name would refuse.
+    """Raises CapcliError for a value that the option of the same name would reject.
 
     Each field is checked by itself: lengths that contradict each other are resolved as generate() resolves them.
     """
@@ -232,7 +232,7 @@ def idle(given: GenerationOptions, settings: Settings) -> list[str]:
             for name in ("min_new_tokens", "max_new_tokens")
         )
         n, m = settings.min_new_tokens, settings.max_new_tokens
-        lines.append(f"{shortest} {n} is more than {longest} {m}: captions are cut after {m} tokens")
+        lines.append(f"{shortest} {n} is more than {longest} {m}: captions are truncated after {m} tokens")
     if not settings.do_sample:
         names = [name for name in SAMPLING if hasattr(given, name)]
         lines += [f"{flag(n)} has no effect without --do-sample" for n in names if getattr(given, n) is not None]

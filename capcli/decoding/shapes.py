@@ -23,7 +23,7 @@ class Shapes:
     """The fixed shapes of a run: S `slots` in the running batch, images encoded `chunk` (E) at a time, `loops` of this shape.
 
     Together with the settings' rows and entries they fix the shape of every tensor, so a caption does not depend on the
-    images beside it.
+    other images of the batch.
     """
 
     slots: int
@@ -38,7 +38,7 @@ class Shapes:
     def shared_by(self, count: int) -> Shapes:
         """Shapes for `count` images: no slot that is never used, and a last chunk as full as possible.
 
-        Encoding costs a whole chunk and a step costs all slots, however few images are in them.
+        Encoding takes the time of a whole chunk and a step that of all slots, even if some are empty.
         """
         rounds = max(1, math.ceil(count / self.slots))
         per_round = max(1, math.ceil(count / rounds))

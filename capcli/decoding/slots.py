@@ -1,4 +1,4 @@
-"""Which image is in which slot of the running batch. Separate from the loop, and free of torch, to be tested by itself."""
+"""The assignment of images to the slots of the running batch. Independent of the loop and of torch, so it is tested alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 class Slots(Generic[Item]):
     """The slots of the running batch. Time is counted in steps: `now` is the number of steps that have been started.
 
-    The finished flags may be read some steps late. A reading taken before an item was admitted does not concern that item, so
+    The finished flags may be read some steps late. A reading taken before an item was admitted does not apply to that item, so
     its slot is not finished until a later reading.
     """
 

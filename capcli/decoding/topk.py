@@ -1,4 +1,4 @@
-"""A summary of a step's logits, made in one pass: each row's block maxima, its maximum, and the terms of its log-softmax.
+"""A summary of a step's logits, computed in one pass: each row's block maxima, its maximum, and the terms of its log-softmax.
 
 From it the top k tokens of a row and their log-probabilities follow without writing another tensor of the vocabulary's size.
 """

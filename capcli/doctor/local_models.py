@@ -35,11 +35,11 @@ def model_lines() -> Iterator[Line]:
         yield Line(DEFAULT_MODEL, "none", text, f"hf download {DEFAULT_MODEL}")
     if count := len(repos) - len(lines):
         size = sum(repo.size_on_disk for repo in repos) - sum(line.facts["bytes"] for line in lines)
-        yield Line("others", "none", f"{count} that {'is' if count == 1 else 'are'} no captioner, {megabytes(size)}")
+        yield Line("others", "none", f"{count} that {'is' if count == 1 else 'are'} unsupported, {megabytes(size)}")
 
 
 def captioner_line(repo: Any) -> Line | None:
-    """A cached model's newest revision; None if it is no captioner."""
+    """A cached model's newest revision; None if it is not a supported captioner."""
     from capcli.models.model_files import CONFIG, IncompleteError, check_architecture, collect_files, list_model
 
     revisions = sorted(repo.revisions, key=lambda each: ("main" in each.refs, each.last_modified))
@@ -69,10 +69,10 @@ def engine_lines(versions: Mapping[str, str], gpus: Sequence[Gpu]) -> Iterator[L
     try:
         names = sorted(os.listdir(root))
     except FileNotFoundError:
-        yield Line(root, "none", f"no such folder; ${ENGINES} names another")
+        yield Line(root, "none", f"no such folder; ${ENGINES} selects another")
         return
     except OSError as error:
-        yield Line(root, "broken", f"{error.strerror or error}; ${ENGINES} names another folder")
+        yield Line(root, "broken", f"{error.strerror or error}; ${ENGINES} selects another folder")
         return
     folders = [folder for name in names if is_engine(folder := os.path.join(root, name))]
     for folder in folders:

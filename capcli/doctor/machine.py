@@ -113,7 +113,7 @@ def find_gpus(torch: Answer) -> tuple[list[Gpu], str | None]:
     try:
         done = subprocess.run([program, *QUERY], capture_output=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return by_torch, f"nvidia-smi does not answer: {error}"
+        return by_torch, f"nvidia-smi does not respond: {error}"
     output = (done.stdout + done.stderr).decode("utf-8", "replace").strip()
     if done.returncode:
         return by_torch, f"nvidia-smi fails: {' '.join(output.split()) or done.returncode}"

@@ -25,7 +25,7 @@ Answer = Mapping[str, Any]
 
 
 def probe_all(names: Sequence[str], timeout: float = TIMEOUT) -> dict[str, Answer]:
-    """The answer about each module, examined at the same time; {"error": text} where a process failed."""
+    """The result for each module, examined concurrently; {"error": text} where a process failed."""
     end = time.monotonic() + timeout
     try:
         processes = {name: _start(name) for name in names}
@@ -51,7 +51,7 @@ def _answer(process: subprocess.Popen[bytes], end: float, timeout: float) -> Ans
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        return {"error": f"it hangs: no answer in {timeout:.0f} s"}
+        return {"error": f"it hangs: no response in {timeout:.0f} s"}
     except BaseException:
         process.kill()
         raise
@@ -77,7 +77,7 @@ IDENTITY = (
 
 def main(name: str) -> None:
     answer_fd = os.dup(1)
-    os.dup2(2, 1)  # what libraries print must not mix with the answer
+    os.dup2(2, 1)  # output of libraries must not mix with the JSON
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         answer = probe(name)

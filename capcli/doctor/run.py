@@ -1,4 +1,4 @@
-"""`capcli doctor` on one page. No runtime is imported in this process: each is examined in a process of its own (`probe`)."""
+"""The main function of `capcli doctor`. No runtime is imported here: each is examined in a separate process (`probe`)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from capcli.doctor.software import extra_lines, runtime_lines, version_lines
 
 
 def run(*, as_json: bool) -> int:
-    """Print the findings on standard output. The exit code is 0 whatever they are."""
+    """Print the findings on standard output. The exit code is always 0."""
     output.show(examine(), as_json=as_json)
     return 0
 
 
 def examine() -> list[Section]:
-    """All findings. Whatever is broken becomes a line, not an error."""
+    """All findings. A broken part becomes a line, not an exception."""
     answers = probe_all(("torch", "onnxruntime", "tensorrt"))
     versions = {name: answer["version"] for name, answer in answers.items() if "version" in answer}
     gpus, problem = find_gpus(answers["torch"])

@@ -70,7 +70,7 @@ def extra_lines() -> Iterator[Line]:
 
 
 def java_line() -> Line:
-    """Java is started: some systems have a program of that name which only prints where to get Java."""
+    """Run the Java program: on some systems it is a stub that only prints where to get Java."""
     from capcli.errors import CapcliError
     from capcli.metrics.java import java
 
@@ -131,7 +131,7 @@ def onnxruntime_line(answer: Answer, gpus: int) -> Line:
         return Line(name, "broken", f"{number}: does not compute: {errors[CPU]}", REINSTALL_ONNXRUNTIME, facts)
     if gpus and CUDA not in providers:
         both = installed("onnxruntime-gpu") is not None  # both packages install the same module
-        reason = "onnxruntime-gpu is hidden by onnxruntime" if both else "this build has no CUDA"
+        reason = "onnxruntime-gpu is shadowed by onnxruntime" if both else "this build has no CUDA"
         return Line(name, "missing", f"{number}: CPU only: {reason}", ONNXRUNTIME_GPU, facts)
     if gpus and errors.get(CUDA):
         fix = "pip install 'onnxruntime-gpu[cuda,cudnn]'"

@@ -30,7 +30,7 @@ def damages(folder: str, engine: Engine) -> Iterator[str]:
 
 
 def added_files(folder: str, engine: Engine) -> list[str]:
-    """Files in the folder that loading would read and that the engine was not built with."""
+    """Files in the folder that loading would read and that are not part of the engine."""
     present = setting_files(list_model(folder).names)
     return [name for name in present if name not in engine.files and name != GENERATION]
 
@@ -47,7 +47,7 @@ def refuse_tampered(folder: str, engine: Engine) -> None:
     line = next(damages(folder, engine), None)
     if line is not None:
         again = "" if added_files(folder, engine) else f". Build it again: {engine.rebuild}"
-        raise CapcliError(f"the engine {folder} is not as it was built: {line}{again}")
+        raise CapcliError(f"the engine {folder} was modified after it was built: {line}{again}")
 
 
 def misfits(engine: Engine, versions: Mapping[str, str], gpu: Mapping[str, str] | None) -> list[str]:

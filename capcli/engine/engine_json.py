@@ -30,7 +30,7 @@ class Memory:
     """The shape of one image's memory in a decoder layer: heads, positions, head size; the same in all layers.
 
     `prefixed`: the memory is not read by cross-attention; it is the first entries of the pool. `reads_question`: encode
-    reads a question's token ids beside the pixels, and the memory has an entry for each token after its `positions`.
+    reads a question's token ids together with the pixels, and the memory has an entry for each token after its `positions`.
     """
 
     layers: int
@@ -108,7 +108,7 @@ class Engine:
 
     @property
     def precision(self) -> str:
-        """The type it computes in: int8, or its dtype."""
+        """The precision it computes in: int8, or its dtype."""
         return self.quantize or self.dtype
 
     @property
@@ -139,7 +139,7 @@ class Engine:
         """The smallest bucket with room for `slots` slots of this search.
 
         With `most`, the number of slots that fit into memory, it is the largest one of up to `most` slots, or the smallest
-        of all. Raises UsageError for a search that no plan has room for, and, without `most`, for more slots than any has.
+        of all. Raises UsageError for a search that is larger than every plan, and, without `most`, for more slots than any has.
         """
         image = self.memory.image_entries
         fitting = [b for b in self.buckets if b.rows == settings.rows and b.entries >= image + settings.entries]
@@ -164,7 +164,7 @@ class Engine:
 
 
 def engines_folder() -> str:
-    """The folder in which engines are built and looked for."""
+    """The folder in which engines are built and searched for."""
     return os.path.expanduser(os.environ.get(ENGINES) or "engines")
 
 
@@ -213,19 +213,19 @@ def from_format_1(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def renamed(value: Any, names: Mapping[str, str]) -> Any:
-    """A dict with other keys; any other value as it is, for `parsed` to refuse."""
+    """A dict with other keys; any other value unchanged, which `parsed` rejects."""
     return {names.get(key, key): item for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def content_hash(content: Mapping[str, Any]) -> str:
-    """The SHA-256 that engine.json has of all its other keys, whatever their order and layout."""
+    """The SHA-256 of all other keys of engine.json, independent of their order and layout."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def parsed(kind: Any, value: Any, name: str = ENGINE) -> Any:
     """A value of JSON as the type `kind` that a dataclass field is annotated with.
 
-    Raises TypeError for a value of another type, KeyError for a key that is no field.
+    Raises TypeError for a value of another type, KeyError for a key that is not a field.
     """
     origin, parts = get_origin(kind), get_args(kind)
     if origin is UnionType:

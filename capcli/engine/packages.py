@@ -23,7 +23,7 @@ ONNXRUNTIME = Package("onnxruntime", "ONNX Runtime", "pip install 'capcli[onnx]'
 TENSORRT = Package("tensorrt", "TensorRT", "pip install 'capcli[trt]'", 4)
 RUNTIME: Mapping[str, Package] = {"onnx": ONNXRUNTIME, "tensorrt": TENSORRT}  # by the kind of an engine
 FUSED = (1, 25)  # the first ONNX Runtime with TensorScatter and Attention of opset 24
-KEEPS = (10, 15)  # the first TensorRT with KVCacheUpdate, which TensorScatter becomes
+KEEPS = (10, 15)  # the first TensorRT with KVCacheUpdate, to which TensorScatter is converted
 
 
 def release(version: str, numbers: int = 2) -> tuple[int, ...]:
@@ -34,7 +34,7 @@ def release(version: str, numbers: int = 2) -> tuple[int, ...]:
 
 @contextmanager
 def importing(package: Package) -> Iterator[None]:
-    """Around the import of the package. Raises CapcliError, which tells a missing package from a broken one."""
+    """A context for the import of the package. Raises CapcliError, which distinguishes a missing from a broken package."""
     try:
         yield
     except (ImportError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Cleans an exported graph: every weight is stored once, and no doc string or metadata names files of this machine."""
+"""Cleans an exported graph: every weight is stored once, and no doc string or metadata contains paths of this machine."""
 
 from __future__ import annotations
 

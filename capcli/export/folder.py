@@ -41,9 +41,9 @@ def target_folder(options: ExportOptions) -> str:
             raise UsageError(f"--out {shown} contains the input of {option}: name another folder")
     if os.path.isdir(out) and os.listdir(out):
         if not is_engine(out):
-            raise UsageError(f"--out {shown} is not empty and is no engine: name another folder")
+            raise UsageError(f"--out {shown} is not empty and is not an engine: name another folder")
         if not options.overwrite and out != finished_in:
-            raise UsageError(f"--out {shown} is an engine already: --overwrite replaces it")
+            raise UsageError(f"--out {shown} is already an engine: --overwrite replaces it")
         refuse_foreign_files(out)
     return out
 
@@ -65,12 +65,14 @@ def refuse_foreign_files(out: str) -> None:
     """Raises UsageError where an engine's folder has files that no export wrote: replacing it would delete them."""
     foreign = sorted(set(os.listdir(out)) - {ENGINE, GENERATION, *read_engine(out).files})
     if foreign:
-        raise UsageError(f"--out {out} contains {foreign[0]}, which is no part of its engine: move it, or name another")
+        raise UsageError(
+            f"--out {out} contains {foreign[0]}, which is not part of its engine: move it, or name another"
+        )
 
 
 @contextmanager
 def build_folder(out: str) -> Iterator[str]:
-    """A new folder beside `out`, removed at the end unless it was renamed; SIGTERM unwinds.
+    """A new folder beside `out`, removed at the end, also after SIGTERM, unless it was renamed.
 
     Folders that killed exports left are removed first. Raises CapcliError where nothing can be written.
     """
@@ -98,7 +100,7 @@ def remove_abandoned(prefix: str) -> None:
 
 @contextmanager
 def writing(out: str) -> Iterator[None]:
-    """Around code that writes an engine: OSError becomes CapcliError."""
+    """A context for code that writes an engine: OSError becomes CapcliError."""
     try:
         yield
     except OSError as error:

@@ -184,7 +184,7 @@ def innermost_models(module: nn.Module) -> list[PreTrainedModel]:
 
 @contextmanager
 def attention(model: Any, profile: Profile) -> Iterator[None]:
-    """Within it a transformers model uses the profile's attention function, or eager where it takes no registered one."""
+    """A context in which a transformers model uses the profile's attention function, or eager if it takes none."""
     if not (model._supports_sdpa or model._supports_attention_backend):  # noqa: SLF001  (it has no attention)
         yield
         return
@@ -238,7 +238,7 @@ def dynamic_shapes(axes: Any, dimensions: dict[str, Any]) -> Any:
 
 @contextmanager
 def linear_without_flattening() -> Iterator[None]:
-    """Within it GPT-2's linear layers multiply without flattening their input: 144 Reshapes less (BENCHMARKS.md).
+    """A context in which GPT-2's linear layers multiply without flattening their input: 144 Reshapes less (BENCHMARKS.md).
 
     The class is patched because the exporter traces its method; it is restored at the end.
     """
@@ -257,7 +257,7 @@ def linear_without_flattening() -> Iterator[None]:
 
 @contextmanager
 def quiet_export() -> Iterator[None]:
-    """Within it the exporter prints nothing: it reports a missing torchvision, and warns of names that it chose itself."""
+    """A context in which the exporter prints nothing: it reports a missing torchvision, and warns of its own names."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

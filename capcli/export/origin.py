@@ -1,4 +1,4 @@
-"""What an export starts from: a captioner, whose graphs are exported here (an unfinished engine is in `pending`)."""
+"""The source of an export: a captioner, whose graphs are exported here (an unfinished engine is in `pending`)."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from capcli.runtimes.base import SlotRuntime
 from capcli.runtimes.eager import Eager
 
 LARGE = 1024  # bytes from which a weight is stored beside its graph
-PROMPT = 16  # tokens of a prompt that plans have room for besides the caption
+PROMPT = 16  # prompt tokens that plans reserve in addition to the caption
 
 
 class Origin(Protocol):
-    """What an export starts from: a captioner, or an engine whose plans are not built yet."""
+    """The source of an export: a captioner, or an engine whose plans are not built yet."""
 
     generation: dict[str, Any]  # its generation settings
     positions: int  # of its decoder
     size: tuple[int, int]  # of its encoder's pixels
     against: str  # the name of `reference` in messages
-    encoder_ids: tuple[int, ...]  # token ids beside the image for the parity check; empty where the encoder reads none
+    encoder_ids: tuple[int, ...]  # token ids for the encoder in the parity check; empty where the encoder reads none
 
     def write(self, folder: str, settings: Settings) -> Engine:
-        """Writes graphs, tokenizer, processor and settings; gives the content of engine.json but for the parity check."""
+        """Writes graphs, tokenizer, processor and settings; returns the content of engine.json without the parity check."""
 
     def reference(self, device: torch.device) -> SlotRuntime:
         """The runtime that an engine on this device is compared with."""
@@ -125,12 +125,12 @@ def plans_refused(config: Mapping[str, Any]) -> str | None:
     if hasattr(family_of(config), "encoder_prompt"):
         return "plans have fixed shapes, and its memory grows with the question that its encoder reads"
     if tag_room(config):
-        return "plans take an image alone, and it reads tags too"
+        return "plans take only an image, and it also reads tags"
     return None
 
 
 def example_tags(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Any token ids for half of the room that a captioner of tagged images has for tags, and NO_TOKEN for the rest."""
+    """Arbitrary token ids for half of the tag positions of a captioner that reads tags, and NO_TOKEN for the rest."""
     room = tag_room(config)
     count = room - room // 2
     return (*range(count), *(NO_TOKEN,) * (room - count))

@@ -27,7 +27,7 @@ BOUND = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3, "int8": 0.6}
 # The share of captions that must be equal in less than float32. Damage that the logits of the first row do not show, as in
 # the other rows, changes nearly all captions.
 MIN_EQUAL = 0.5
-# In float32, captions tie where the choice between their tokens hangs on less than this log-probability: the rounding of
+# In float32, captions tie where their log-probabilities differ by less than this: the rounding of
 # products depends on the shapes of matrices.
 TIE = 1e-4
 PYTORCH = "PyTorch's in float32"
@@ -35,7 +35,7 @@ PYTORCH = "PyTorch's in float32"
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """Of one search: the number of captions, of equal ones, and of ties among the others."""
+    """Counts of one search: captions, equal captions, and ties among the others."""
 
     search: str
     captions: int
@@ -93,7 +93,7 @@ def check_parity(
     """
     expected = {name: captions(reference, images, settings, SLOTS) for name, settings in searches.items()}
     if not all(hypotheses for found in expected.values() for hypotheses in found):
-        raise CapcliError("the captioner's own numbers overflow (NaN or infinity): its weights may be damaged")
+        raise CapcliError("the captioner's own values overflow (NaN or infinity): its weights may be damaged")
     first = next(iter(searches))
     forced = [hypotheses[0] for hypotheses in expected[first]]
     wanted = list(forced_logits(reference, images, searches[first], forced, SLOTS))

@@ -1,4 +1,4 @@
-"""The images of a parity check: those of a folder, or drawn ones."""
+"""The images of a parity check: those of a folder, or generated ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def image_paths(options: ExportOptions) -> list[str]:
 
 
 def load_images(paths: list[str], spec: PixelSpec, size: tuple[int, int]) -> list[Pixels]:
-    """The images as the captioner's processor makes them; unusable ones are skipped. Raises CapcliError if all are."""
+    """The images as preprocessed by the captioner's processor; unusable ones are skipped. Raises CapcliError if all are."""
     images = list(usable(paths, spec, size))
     if not images:
         raise CapcliError("--verify-with: none of its images can be used")
@@ -48,7 +48,7 @@ def usable(paths: list[str], spec: PixelSpec, size: tuple[int, int]) -> Iterator
         if image.shape[:2] == size:
             yield image
         else:
-            warn(f"--verify-with: {path} is skipped: the processor makes another size of it than the encoder takes")
+            warn(f"--verify-with: {path} is skipped: its size after preprocessing is not that of the encoder")
 
 
 def draw_images(size: tuple[int, int], count: int = DRAWN) -> list[Pixels]:

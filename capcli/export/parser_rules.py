@@ -59,7 +59,7 @@ def node_rules(
     if node.domain not in ("", "ai.onnx"):
         yield f"its domain {node.domain} is not that of ONNX"
     elif node.op_type not in OPERATORS:
-        yield "TensorRT does not know the operator"
+        yield "TensorRT does not support the operator"
     if any(types.get(name) == TensorProto.UINT8 for name in node.input) and not casts_to_float(node):
         yield "reads uint8, which TensorRT can only cast to float32 or float16"
     if casts_to(node) == TensorProto.DOUBLE:

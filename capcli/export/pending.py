@@ -110,7 +110,7 @@ def with_plans(building: str, out: str, engine: Engine, device: torch.device, no
 
 
 def keep_unfinished(building: str, out: str, engine: Engine) -> str:
-    """Renames the folder of graphs to `out`, or to a name beside it where a finished engine is there; gives the new path."""
+    """Renames the folder of graphs to `out`, or to a name next to it if a finished engine is there; returns the new path."""
     files = hash_files(building, sorted(set(os.listdir(building)) - {GENERATION}))
     with writing(out):
         write_engine(building, replace(engine, files=files, parity={"passed": False, "failed": UNFINISHED}))

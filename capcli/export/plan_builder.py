@@ -1,6 +1,6 @@
 """One graph -> one plan: all that uses `tensorrt` at build time. No torch.
 
-As in `capcli.runtimes.trt_plan`, a test checks every use of TensorRT against tests/tensorrt_api.json; annotations tell it
+As in `capcli.runtimes.trt_plan`, a test checks every use of TensorRT against tests/tensorrt_api.json; annotations give it
 the types of variables.
 """
 

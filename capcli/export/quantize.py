@@ -52,7 +52,7 @@ def exact_products(graph: onnx.GraphProto, vocabulary: int) -> list[str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the quantizer's log of every matrix; undoes the configuration of the root logger that its import makes."""
+    """A context without the quantizer's log of every matrix; restores the root logger, which its import configures."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     logging.disable(logging.WARNING)

@@ -1,4 +1,4 @@
-"""`capcli export` on one page: captioner -> graphs -> engine -> parity check -> the engine's folder."""
+"""The main function of `capcli export`: captioner -> graphs -> engine -> parity check -> the engine's folder."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ MAX_TOKENS = 64  # of a caption in the parity check
 
 
 def run(options: ExportOptions) -> int:
-    """Builds an engine and checks its parity with PyTorch; gives the exit code.
+    """Builds an engine and checks its parity with PyTorch; returns the exit code.
 
-    Raises UsageError for wrong options, before anything is downloaded, loaded or exported where that can be known, and
+    Raises UsageError for wrong options, before anything is downloaded, loaded or exported where possible, and
     CapcliError when the engine cannot be built or fails its parity check.
     """
     out = target_folder(options)
@@ -132,4 +132,4 @@ def size_of(folder: str) -> int:
 
 
 def silent(line: str) -> None:
-    """Prints nothing: with --quiet in place of `say`."""
+    """Prints nothing; replaces `say` with --quiet."""

@@ -22,7 +22,7 @@ READY = ".trt.onnx"
 
 
 def trt_ready(model: onnx.ModelProto | str) -> onnx.ModelProto:
-    """A copy for TensorRT only (ONNX Runtime refuses it), without what `lint` reports of exported graphs.
+    """A copy for TensorRT only (ONNX Runtime rejects it), without what `lint` reports of exported graphs.
 
     Attention may be decomposed; float64 becomes float32; bool inputs become int32; shapes of uint8 inputs are read after
     their cast. Weights in files beside the graph stay there.
@@ -94,7 +94,7 @@ def ready_name(graph: str) -> str:
 
 
 def write_ready(folder: str, graphs: Iterable[str]) -> list[str]:
-    """Writes copies of graph files for TensorRT beside them, which share their weights; gives the names of the copies.
+    """Writes copies of graph files for TensorRT beside them, which share their weights; returns the names of the copies.
 
     Raises CapcliError, with what `lint` reports, for a graph that TensorRT would refuse.
     """
@@ -105,7 +105,7 @@ def write_ready(folder: str, graphs: Iterable[str]) -> list[str]:
         lines = lint(ready)
         if lines:
             more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
-            raise CapcliError(f"TensorRT would refuse {path}: {'; '.join(lines[:3])}{more}")
+            raise CapcliError(f"TensorRT would reject {path}: {'; '.join(lines[:3])}{more}")
         names.append(ready_name(graph))
         atomic.replace(os.path.join(folder, names[-1]), [ready.SerializeToString()])
     return names
@@ -146,7 +146,7 @@ def build_plans(
     note: Callable[[str], None] = lambda _: None,
     tensorrt: Any = None,
 ) -> dict[str, str]:
-    """Builds the plans of all buckets from the copies for TensorRT of `graphs` in `folder`; gives their SHA-256 by name.
+    """Builds the plans of all buckets from the copies for TensorRT of `graphs` in `folder`; returns their SHA-256 by name.
 
     Every plan has fixed shapes. TensorRT's timings are kept in the file `timing_cache` and make the next build faster.
     Raises CapcliError where TensorRT or a GPU is missing, or TensorRT fails.

@@ -53,7 +53,7 @@ class Dispatcher:
         self._now = self._last_check = time.monotonic()
 
     def wake(self) -> None:
-        """Have the dispatcher check the window again; called from any thread, also after its end."""
+        """Make the dispatcher check the window again; may be called from any thread, also after its end."""
         with contextlib.suppress(OSError):
             self._wake_sender.send(b"\0")
 
@@ -77,7 +77,7 @@ class Dispatcher:
                 return
             path = encode_path(task.entry.path)
             if len(path) > LONGEST_PATH:
-                self._window.finish(task, Failure(task.entry.name, "missing", "no file has so long a path"))
+                self._window.finish(task, Failure(task.entry.name, "missing", "the path is too long"))
                 continue
             state = state or self._start_worker()
             if state is None:
@@ -174,7 +174,7 @@ class Dispatcher:
                 self._ended(state, ending)
 
     def _fail_or_retry(self, state: _WorkerState, error: ImageError) -> None:
-        """The current image of a worker that is gone: `error`, or a second try in a new process.
+        """The current image of a worker that has ended: it fails with `error`, or is tried again in a new process.
 
         An image that the process decoded earlier may be the cause, so only the first image of a process fails at once.
         """

@@ -40,7 +40,7 @@ Decoder = Callable[[Sequence[Tensor]], Sequence[Tensor]]  # files, uint8 [n] eac
 
 
 class Start(Protocol):
-    """`capcli.loading.load` with its numbers set."""
+    """`capcli.loading.load` with its numeric arguments bound."""
 
     def __call__(self, entries: Iterable[Entry], decode: Decode) -> Loading: ...
 
@@ -76,7 +76,7 @@ def nvjpeg(device: torch.device) -> Decoder:
 class GpuJpegDecoder:
     """Files of plain JPEGs to pixels uint8 [height, width, 3], as `pixels.load` gives them.
 
-    Small differences remain: rounding, and how a decoder interpolates the colours that neighbouring pixels share.
+    Small differences remain: rounding, and how a decoder interpolates subsampled chroma.
     """
 
     def __init__(self, spec: PixelSpec, decode: Decoder, stream: torch.cuda.Stream | None = None) -> None:
@@ -88,10 +88,10 @@ class GpuJpegDecoder:
         return cls(spec, nvjpeg(device), torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
     def __call__(self, files: Sequence[Bytes]) -> list[Bytes | None]:
-        """The pixels of each file; None where the GPU cannot decode it or gives a single colour."""
+        """The pixels of each file; None where the GPU cannot decode it or returns a single colour."""
         try:
             images = self.decode_batch(files)
-        except Exception:  # one file is damaged, or there is not enough memory: the error does not tell which
+        except Exception:  # one file is damaged, or there is not enough memory: the error does not distinguish these
             if len(files) == 1:
                 return [None]
             half = len(files) // 2

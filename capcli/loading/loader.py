@@ -17,7 +17,7 @@ from capcli.loading.worker_main import Decode, attempt
 from capcli.options import DECODE_TIMEOUT
 from capcli.records import Entry, Failure, Loaded
 
-# Bytes a worker may grow by. A PNG of 179 megapixels with alpha, the largest that Pillow accepts, took 2.9 GB.
+# Bytes by which a worker may grow. A PNG of 179 megapixels with alpha, the largest that Pillow accepts, took 2.9 GB.
 MEMORY = 4 << 30
 _FEEDER_TIMEOUT = 0.2  # seconds that `close` waits for the thread that reads the entries
 
@@ -33,7 +33,7 @@ def load(
 ) -> Loading:
     """One `Loaded` or `Failure` for each entry, in their order, each as soon as it and all before it are ready.
 
-    `entries` is read in a thread of its own, which it may block, and at most `window` (default 4 * workers + 16) ahead of
+    `entries` is read in a separate thread, which it may block, and at most `window` (default 4 * workers + 16) ahead of
     the results taken. `decode` returns facts, and pixels uint8 [height, width, 3] or the bytes of a file that it encoded,
     uint8 [n]. It must pickle, and be importable from a module other than `__main__`. What it raises becomes a failure: an
     ImageError with its own kind, any other exception as `unreadable`. `timeout` is in seconds per image. `memory` is how

@@ -81,7 +81,7 @@ class Window:
         return bool(self._to_start) and (self._bytes < _MAX_BYTES or self._to_start[0] is self._tasks[0])
 
     def next_task(self, timeout: float | None = 0) -> Task | None:
-        """The next to decode; None if for `timeout` seconds there is none, or too many bytes wait."""
+        """The next task; None if there is none within `timeout` seconds, or if too many bytes are waiting."""
         with self._lock:
             self._wants_task = not self._may_start()
             if self._wants_task and timeout != 0:
@@ -89,12 +89,12 @@ class Window:
             return self._to_start.popleft() if self._may_start() else None
 
     def put_back(self, task: Task) -> None:
-        """`task` was started and not finished: `next_task` returns it again, in its place in the order."""
+        """Return `task`, started but not finished, to its position in the queue of `next_task`."""
         with self._lock:
             self._to_start = deque(sorted([*self._to_start, task], key=lambda task: task.number))
 
     def finish(self, task: Task, result: Loaded | Failure) -> None:
-        """`task` has this result."""
+        """Store the result of `task`."""
         with self._lock:
             task.result = result
             self._bytes += _size(result)
@@ -145,13 +145,13 @@ class Window:
         return self._closed
 
     def fail(self, error: BaseException) -> None:
-        """Nothing more can be decoded: `take` raises `error` once the results that are ready in order are taken."""
+        """Stop decoding: `take` raises `error` once the results that are ready in order are taken."""
         with self._lock:
             self._error = error
             self._changed.notify()
 
     def close(self) -> None:
-        """End the wait of all three threads."""
+        """Close the window, which ends the wait of all three threads."""
         with self._lock:
             self._closed = True
             self._changed.notify_all()

@@ -2,7 +2,7 @@
 
 It is a plain child process (`python -m capcli.loading.worker_main`), not a `multiprocessing` one: those run the user's
 `__main__` again and keep a tracker process that prints to stderr. The two sides share a socket for small messages. Pixels
-go through files in memory that have no name, so nothing is left behind however either side ends. The worker writes these
+go through files in memory that have no name, so no file remains, however either side ends. The worker writes these
 files and the parent reads them: any size fits without a mapping, and each result is a copy of its own. Answers are JSON, so
 that an image that exploits a codec can send data but no code.
 """
@@ -118,7 +118,7 @@ class Worker:
                 return _ending(self._process.wait(_END_TIMEOUT))
             except subprocess.TimeoutExpired:
                 self._process.kill()
-        return "could not be ended"
+        return "could not be killed"
 
 
 def encode_path(path: str) -> bytes:
@@ -136,7 +136,7 @@ def _nameless_file() -> int:
 
 def _start(arguments: Sequence[int], fds: Sequence[int]) -> subprocess.Popen[bytes]:
     if not sys.executable:
-        raise FileNotFoundError("this Python does not know its own executable")
+        raise FileNotFoundError("sys.executable is not set")
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     python_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path if isinstance(entry, str))
     utf8 = f"utf8={sys.flags.utf8_mode}"

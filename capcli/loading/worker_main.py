@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
     channel_fd, memory, *files = map(int, arguments)
     _follow_parent()
     channel = Connection(channel_fd)
-    with contextlib.suppress(EOFError, OSError):  # the parent is gone
+    with contextlib.suppress(EOFError, OSError):  # the parent has ended
         try:
             decode: Decode = pickle.loads(channel.recv_bytes())
         except Exception as error:
@@ -106,7 +106,7 @@ def _json(message: dict[str, Any]) -> bytes:
 
 
 def _follow_parent() -> None:
-    """End with the parent, also in the middle of an image; ignore the signals that a terminal sends to the group."""
+    """Exit when the parent ends, also in the middle of an image; ignore the signals that a terminal sends to the group."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":

@@ -1,8 +1,8 @@
 """95 % confidence intervals of scores, by the percentile bootstrap over images.
 
-As many images as there are are drawn with replacement, and the corpus is scored again: BLEU and METEOR from the summed
+The images are resampled with replacement, and the corpus is scored again: BLEU and METEOR from the summed
 counts of the images drawn, ROUGE-L and CIDEr as means over them. CIDEr's document frequencies stay those of the whole set:
-they are weights, not what is measured. Two sets of captions are compared on the same draws.
+they are weights, not measurements. Two sets of captions are compared on the same draws.
 """
 
 from __future__ import annotations

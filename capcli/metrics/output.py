@@ -41,7 +41,7 @@ INTEGERS = ("words_min", "words_max", "distinct_captions")
 
 
 def write(result: Result, options: EvaluateOptions) -> None:
-    """Write what the options ask for; raises CapcliError where it cannot be written."""
+    """Write the outputs that the options select; raises CapcliError where it cannot be written."""
     if options.per_image is not None:
         try:
             atomic.replace(os.path.realpath(options.per_image), [per_image(result)])

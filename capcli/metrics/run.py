@@ -1,4 +1,4 @@
-"""`capcli evaluate` on one page: files -> captions of images with references -> scores -> a table, JSON, CSV."""
+"""The main function of `capcli evaluate`: files -> captions of images with references -> scores -> a table, JSON, CSV."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def run(options: EvaluateOptions) -> int:
 
 
 def check(options: EvaluateOptions) -> None:
-    """Raises what can be known before anything is read."""
+    """Raises the errors that can be detected before anything is read."""
     for part in ("bleu", *(() if options.without_java else ("tokenizer", "meteor"))):
         java.package_folder(part)
     for path in (*options.captions, *options.references):
@@ -118,10 +118,10 @@ def evaluate(options: EvaluateOptions, meteor: java.Meteor | None) -> Result:
     if tokenize == "characters" and options.tokenize is None:
         warn(
             "the references are in a script without spaces, so characters are compared (--tokenize ptb compares words); "
-            "METEOR is made for English only"
+            "METEOR supports English only"
         )
     if len(matched[0].texts) == 1:
-        warn("one image: CIDEr is 0, as it weights words by how few images they are said of")
+        warn("one image: CIDEr is 0, because it weights n-grams by inverse document frequency")
     wanted = {name: references.texts[name] for each in matched for name in each.texts}
     by_java = meteor is not None and tokenize == "ptb"
     scorer = Scorer(wanted, tokenize, tokenize_all=java.tokenize if by_java else None)

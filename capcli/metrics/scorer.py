@@ -69,7 +69,7 @@ class Scorer:
         """`score` with per-image scores and counts, and with METEOR if given."""
         names = tuple(name for name in captions if name in self._references)
         if not names:
-            raise CapcliError("no caption is of an image that has references")
+            raise CapcliError("no captioned image has references")
         tokens = dict(zip(names, self._tokenize_all([captions[name] for name in names]), strict=True))
         references = {name: self._references[name] for name in names}
         given = {name: [caption] for name, caption in tokens.items()}

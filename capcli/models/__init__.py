@@ -1,1 +1,1 @@
-"""Captioners: where their files come from, and one file per family with its encode and step."""
+"""Captioners: their files, and one module per family with its encode and step."""

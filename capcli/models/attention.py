@@ -96,7 +96,7 @@ def products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> 
 
 
 def by_parts(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`products` for a few images at a time -> [S, Q, H, D]. All parts have one size, so results do not depend on the place."""
+    """`products` for a few images at a time -> [S, Q, H, D]. All parts have one size, so results do not depend on the part."""
     images, heads, rows, size = query.shape
     part_size = math.gcd(images, IMAGES_PER_PART)
     out = query.new_empty(images, rows, heads, size)
@@ -111,7 +111,7 @@ def by_parts(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def use_attention(part: Any, *, bfloat16: bool = False) -> bool:
     """Sets the attention function of one of transformers' models; returns False where the model does not support that.
 
-    The registration with transformers is for the whole process and harmless: only models set to this name use the function.
+    The registration with transformers applies to the whole process, but only models set to this name use the function.
     """
     if not getattr(part, "_supports_attention_backend", False):
         return False

@@ -31,7 +31,7 @@ class PoolLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.keys, self.values, self.at, self.write, self.is_initialized = keys, values, at, write, True
 
     def lazy_initialization(self, *_: Any) -> None:
-        """Nothing to do: the tensors exist."""
+        """Does nothing: the tensors exist."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         assert self.at is not None
@@ -62,7 +62,7 @@ class KeepingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_initialized = True
 
     def lazy_initialization(self, *_: Any) -> None:
-        """Nothing to do: `update` brings the tensors."""
+        """Does nothing: `update` provides the tensors."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.keys, self.values = key_states, value_states

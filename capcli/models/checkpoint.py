@@ -66,12 +66,12 @@ def own_generation(files: ModelFiles) -> dict[str, Any] | None:
 
 
 def pixel_size(name: str, size: int | Sequence[int], spec: PixelSpec, *, any_size: bool) -> tuple[int, int]:
-    """Height and width that an encoder of image size `size` takes. Raises CapcliError when the processor makes another size."""
+    """Height and width that an encoder of image size `size` takes. Raises CapcliError when the processor gives another."""
     takes = (size, size) if isinstance(size, int) else (size[0], size[1])
     makes = (spec.height, spec.width) if spec.height and spec.width else takes
     if makes != takes and not any_size:
         raise CapcliError(
-            f"The image processor of {name} makes {makes[1]}x{makes[0]} pixels and its encoder takes {takes[1]}x{takes[0]}: "
+            f"The image processor of {name} produces {makes[1]}x{makes[0]} pixels and its encoder expects {takes[1]}x{takes[0]}: "
             "its preprocessor_config.json belongs to another model"
         )
     return makes
@@ -110,7 +110,7 @@ def refuse_missing(files: ModelFiles, info: dict[str, Any]) -> None:
 
 @contextmanager
 def explained(files: ModelFiles) -> Iterator[None]:
-    """Around code that loads: what it raises becomes CapcliError with the file and what to do."""
+    """A context for loading: exceptions become CapcliError with the file and what to do."""
     try:
         yield
     except (CapcliError, KeyboardInterrupt):
@@ -125,7 +125,7 @@ def explained(files: ModelFiles) -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the warnings and progress bars of loading: users cannot act on them, and what matters is checked here."""
+    """A context without the warnings and progress bars of loading; the relevant conditions are checked separately."""
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.CRITICAL)
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Text that an encoder reads beside the image: tags, and gaps for the decoder to fill (T5's sentinel tokens)."""
+"""Text that an encoder reads in addition to the image: tags, and gaps for the decoder to fill (T5's sentinel tokens)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def fillings(text: str) -> dict[str, str]:
 
 
 def tag_ids(tokenizer: Any, texts: Sequence[str], count: int) -> list[tuple[int, ...]]:
-    """The first `count` token ids of each text, padded with NO_TOKEN. Text that spells a special token does not become one."""
+    """The first `count` token ids of each text, padded with NO_TOKEN. Special tokens are encoded as ordinary text."""
     if not texts:
         return []
     with quiet_transformers():

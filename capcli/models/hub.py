@@ -17,11 +17,11 @@ Collect = Callable[[str, ModelListing, str | None], ModelFiles]  # as `collect_f
 
 
 class RefusedError(CapcliError):
-    """The hub gave no files; those of an earlier download may still be used."""
+    """The hub provided no files; those of an earlier download may still be used."""
 
 
 class UnreachableError(RefusedError):
-    """The hub did not answer."""
+    """The hub did not respond."""
 
 
 # What a failed download raises, by HTTP status or by the name of the exception's class or base class.
@@ -40,9 +40,9 @@ ERRORS: dict[int | str, tuple[type[CapcliError], str]] = {
         "{model} has no revision {revision}: give a branch, tag or commit of {hub}/{model}.",
     ),
     401: (RefusedError, f"The hub ({{hub}}) refuses the token: {LOGIN}, or correct HF_TOKEN."),
-    403: (RefusedError, "The hub ({hub}) does not let you read {model}: use a token that may (HF_TOKEN)."),
+    403: (RefusedError, "The hub ({hub}) denies access to {model}: use a token that has access (HF_TOKEN)."),
     429: (RefusedError, f"The hub ({{hub}}) allows no more requests for now: wait, or {LOGIN}."),
-    "HfHubHTTPError": (UnreachableError, UNREACHED + "it answers with status {status}."),
+    "HfHubHTTPError": (UnreachableError, UNREACHED + "it responds with status {status}."),
     "JSONDecodeError": (UnreachableError, UNREACHED + "the server there is not a hub."),
     "no room": (CapcliError, NO_ROOM),
     "disk": (CapcliError, DISK),
@@ -60,10 +60,10 @@ def find_model(
 ) -> ModelFiles:
     """The files of the captioner `model`: a folder, or a name on the hub, which is downloaded into the hub's cache.
 
-    `revision` is a branch, tag or commit of a hub model. Progress is shown on a terminal unless `quiet`. A hub that gives
-    no files is no error when the cache has the complete model. `take` collects the files of a model, or of a part of one;
+    `revision` is a branch, tag or commit of a hub model. Progress is shown on a terminal unless `quiet`. A hub that provides
+    no files is not an error if the cache has the complete model. `take` collects the files of a model, or of a part of one;
     `option` is the option that names it. Raises UsageError for a wrong `model` or `revision`, CapcliError where the files
-    cannot be had or are not those of a supported captioner.
+    cannot be obtained or are not those of a supported captioner.
     """
     folder = os.path.expanduser(model)
     if os.path.isdir(folder):
@@ -83,7 +83,7 @@ def find_model(
     if constants.HF_HUB_OFFLINE:
         advice = f"HF_HUB_OFFLINE is set: unset it to download the model, or give {option} a folder."
         return cached(model, revision, take, advice)
-    if revision is not None and COMMIT.fullmatch(revision):  # a commit never changes, so the hub need not be asked
+    if revision is not None and COMMIT.fullmatch(revision):  # a commit never changes, so no request is needed
         with suppress(IncompleteError):
             return cached(model, revision, take)
     try:
@@ -118,7 +118,7 @@ def download(model: str, revision: str | None, quiet: bool, take: Collect) -> Mo
     from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    with explained(model, revision):  # without a timeout the client waits for ever
+    with explained(model, revision):  # without a timeout the client waits forever
         wanted, timeout = revision or constants.DEFAULT_REVISION, constants.HF_HUB_ETAG_TIMEOUT
         info = HfApi(library_name="capcli", library_version=__version__).model_info(
             model, revision=wanted, timeout=timeout
@@ -144,7 +144,7 @@ def download(model: str, revision: str | None, quiet: bool, take: Collect) -> Mo
 
 @contextmanager
 def explained(model: str, revision: str | None) -> Iterator[None]:
-    """Around a request: whatever it raises becomes an error of ERRORS."""
+    """A context for a request: every exception becomes an error of ERRORS."""
     from huggingface_hub import constants
 
     try:

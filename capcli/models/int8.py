@@ -28,7 +28,7 @@ class Int8Linear(nn.Module):
     """A linear layer of int8 weights, float32 [..., inputs] -> float32 [..., outputs].
 
     `gelu` is PyTorch's name of the approximation of the GELU that follows; None: no GELU. `fine`: the activations have 16 bits,
-    by a second product with what the first rounded off. The operators are those of PyTorch's compiler (`torch._inductor`, onednn
+    by a second product with the first's rounding errors. The operators are those of PyTorch's compiler (`torch._inductor`, onednn
     quantization); their activations are uint8 with zero point 128.
     """
 
@@ -39,10 +39,10 @@ class Int8Linear(nn.Module):
         whole = (weight / self.scale[:, None]).round_().to(torch.int8)
         self.packed = torch.ops.onednn.qlinear_prepack(
             whole.contiguous(), None
-        )  # of another layout it computes garbage, silently
+        )  # with another layout the result is wrong, without an error
         self.zeros = torch.zeros(len(weight), dtype=torch.int8)
         self.bias, self.gelu, self.fine = bias, gelu, fine
-        self.weight = None  # T5 asks for its dtype
+        self.weight = None  # T5 reads its dtype
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])

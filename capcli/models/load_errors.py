@@ -27,7 +27,7 @@ def explain_load_error(error: Exception, files: ModelFiles) -> CapcliError:
     text = str(error)
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in text or "Weights only load" in text:
         return CapcliError(
-            f"The weights of {files.name} are a pickle of more than tensors, and unpickling runs code:"
+            f"The weights of {files.name} are a pickle that contains more than tensors, and unpickling runs code:"
             " convert them to model.safetensors if you trust them."
         )
     if "trust_remote_code" in text or "custom code" in text:

@@ -67,7 +67,7 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class ModelListing:
-    """The names of the available files (no sub-folders), and `fetch`, which gives the path of one, downloaded if need be."""
+    """The names of the available files (no sub-folders), and `fetch`, which returns the path of one, downloaded if necessary."""
 
     title: str
     names: frozenset[str]
@@ -123,7 +123,7 @@ def check_architecture(name: str, config: dict[str, Any]) -> None:
     """Raises CapcliError, with the supported architectures, for a config.json of another one."""
     kind = config.get("model_type")
     if kind in CONVERTED and "auto_map" in config:
-        raise CapcliError(f"{name} brings its own code, which capcli never runs. {CONVERTED[kind]}")
+        raise CapcliError(f"{name} needs its own code, which capcli never runs. {CONVERTED[kind]}")
     if kind in WHOLE:
         return
     names, encoders, decoders = JOINED.get(str(kind), JOINED["vision-encoder-decoder"])
@@ -142,7 +142,7 @@ def check_architecture(name: str, config: dict[str, Any]) -> None:
     if kind in NOT_YET:
         message += f" {NOT_YET[kind]} is not supported yet."
     elif "auto_map" in config:
-        message += " The model brings its own code, which capcli never runs."
+        message += " The model needs its own code, which capcli never runs."
     raise CapcliError(message)
 
 

@@ -50,7 +50,7 @@ class Encode(nn.Module, ABC):
         """The encoder's features [E, M, C] -> keys and values of every decoder layer in turn, 2 x layers of [E, H, M, D]."""
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 [E, h, w, 3] -> [E, 3, h, w], to the bit as transformers' processors: float64 to rescale, then float32."""
+        """uint8 [E, h, w, 3] -> [E, 3, h, w], bit-identical to transformers' processors: float64 to rescale, then float32."""
         divisor = self.divisor
         x = (pixels.double() * self.rescale).float() if divisor is None else pixels.float() / divisor
         x = (x - self.mean.float()) / self.std.float()
@@ -69,7 +69,7 @@ def exact_divisor(rescale: float) -> float | None:
 
 
 class Step(nn.Module, ABC):
-    """One pass of the decoder. A slot's rows are query positions of one sequence, so they read its memory once for all.
+    """One pass of the decoder. A slot's rows are query positions of one sequence, so its memory is read once for all rows.
 
     `decoder` is transformers' model.
     """

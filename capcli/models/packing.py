@@ -31,7 +31,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())  # noqa: SLF001
         self.bias = bias
-        self.weight = None  # T5 asks for its dtype
+        self.weight = None  # T5 reads its dtype
         self.follow = ("gelu", "tanh") if gelu else ("none", "")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def take_gelu(parent: Any, linear: str, *kinds: type[nn.Module]) -> str | None:
 def keep_memory_mapped() -> None:
     """Sets glibc's malloc to reuse large blocks instead of unmapping them: faulting in new pages costs more than using them.
 
-    All threads share one arena, as the arenas of other threads would be trimmed all the same. The settings hold for the whole
+    All threads share one arena, because arenas of other threads would still be trimmed. The settings apply to the whole
     process and cannot be undone, so only the command calls this, never `import capcli`. Without glibc it does nothing.
     """
     try:

@@ -180,7 +180,7 @@ def pooling(tokens: int, rows: int, columns: int) -> list[list[float]]:
 
 
 def bands(count: int, length: int) -> list[list[float]]:
-    """The weights [count, length] of means over `count` bands that cover `length` places."""
+    """The weights [count, length] of means over `count` bands that cover `length` positions."""
     ends = [((i * length) // count, -((-(i + 1) * length) // count)) for i in range(count)]
     return [[1 / (end - start) if start <= x < end else 0.0 for x in range(length)] for start, end in ends]
 
@@ -188,7 +188,7 @@ def bands(count: int, length: int) -> list[list[float]]:
 def cells(tokens: int, rows: int, columns: int) -> tuple[int, int]:
     """The number of cells down and across: as square as possible, more across than down on a tie; 2 x 5 for 10 on a square.
 
-    A prime number gives vertical stripes, as captions tell left from right more often than above from below.
+    A prime number gives vertical stripes, as captions distinguish left and right more often than above and below.
     """
     pairs = [(down, tokens // down) for down in range(1, tokens + 1) if tokens % down == 0]
     return min(pairs, key=lambda pair: (round(abs(math.log(rows * pair[1] / (columns * pair[0]))), 9), pair[0]))

@@ -203,7 +203,7 @@ class VisionT5(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-cal
         outputs = BaseModelOutput(last_hidden_state=encoded)
         if (
             others.get("use_cache") is not False
-        ):  # generate() itself would make a cache with the layers of the T5's encoder
+        ):  # generate() itself would create a cache with the layers of the T5's encoder
             others.setdefault("past_key_values", EncoderDecoderCache(DynamicCache(), DynamicCache()))
         search: Any = super().generate  # type: ignore[misc]
         return search(encoder_outputs=outputs, attention_mask=mask, **others)

@@ -30,8 +30,8 @@ class SourceOptions:
 
     `include` and `exclude` are patterns over the name relative to the folder, or relative to the part of a glob before
     its first wildcard. A pattern without `/` is matched against base names at any depth: `*.tif`. A pattern with `/` is
-    matched against the whole relative name: `2024/*.tif`, `2024/**`. If `include` is given, only its patterns decide,
-    whatever the suffix. `exclude` takes precedence over `include`, and a folder that it matches is not entered. Hidden
+    matched against the whole relative name: `2024/*.tif`, `2024/**`. If `include` is given, only its patterns apply,
+    regardless of the suffix. `exclude` takes precedence over `include`, and a folder that it matches is not entered. Hidden
     names are included only by patterns that contain the dot. Files that are named or listed are always yielded.
     """
 
@@ -95,7 +95,7 @@ class GenerationOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        check_limits(self, written=str)  # also used for a checkpoint's generation_config.json, where names are no flags
+        check_limits(self, written=str)  # also used for a checkpoint's generation_config.json, where names are keys
         least, most = self.min_new_tokens, self.max_new_tokens
         if least is not None and most is not None and least > most:
             raise UsageError(f"--min-new-tokens is {least}, which is more than --max-new-tokens, {most}")
@@ -103,7 +103,7 @@ class GenerationOptions:
 
 @dataclass(frozen=True, slots=True)
 class CaptionOptions:
-    """Options of one `capcli caption`. None means `auto`: chosen by the machine, the model and the number of images.
+    """Options of one `capcli caption`. None means `auto`: chosen from the machine, the model and the number of images.
 
     `tags_field` names a field of the metadata beside the images: tags that the captioner reads with the image.
     """

@@ -68,7 +68,7 @@ class TaskOptions:
     label of the image, which is the name of the image's folder, put into `data.label_template` (or the caption, where
     the data have captions). "masked": it reads a caption with masked spans and learns the tokens of the spans; such a task
     has no question. `weight` is how often the task is sampled relative to the others. `question` None is the question that
-    the model asks by default.
+    the model uses by default.
     """
 
     name: str

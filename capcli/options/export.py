@@ -42,7 +42,7 @@ class ExportOptions:
         check_limits(self)
         check_device(self.device)
         if self.quantize and self.dtype != "float32":
-            raise UsageError(f"--quantize {self.quantize} begins from float32: leave --dtype {self.dtype} out")
+            raise UsageError(f"--quantize {self.quantize} starts from float32 weights: leave --dtype {self.dtype} out")
         if self.quantize and self.kind == "tensorrt":
             raise UsageError("--quantize int8 is for ONNX Runtime on CPUs: give --onnx")
         if not self.batch_sizes or min(self.batch_sizes) < 1:

@@ -1,4 +1,4 @@
-"""The command line of an export: of its options, with other values, and as the advice in error messages.
+"""Builds and edits the command line of an export, also for the advice in error messages.
 
 An engine stores the command that built it. Everything that edits such a command is here, below `capcli.engine`, which
 therefore needs no option names of its own.
@@ -54,7 +54,7 @@ def in_folder(command: Sequence[str], folder: str) -> tuple[str, ...]:
 
 
 def finishing(command: Sequence[str]) -> tuple[str, ...]:
-    """The command that builds the plans of the unfinished engine which `command` left in its output folder."""
+    """The command that builds the plans of the unfinished engine that `command` wrote to its output folder."""
     return ("capcli", "export", "--trt", "--model", command[command.index(OUT) + 1])
 
 
@@ -79,16 +79,16 @@ def too_large_search(
     max_new_tokens: int,
     prompt: int,
 ) -> str:
-    """The error for a search that no plan of an engine has room for.
+    """The error for a search that is larger than every plan of an engine.
 
     `built` are (rows, tokens of a caption) of the plans. The search has `rows` rows a slot, which are its beams or its
-    samples, and a prompt that takes the room of `prompt` tokens.
+    samples, and a prompt that uses as many pool entries as `prompt` caption tokens.
     """
     limits = ", ".join(f"{BEAMS} {beams} and up to {LENGTH} {length}" for beams, length in sorted(set(built)))
     run = f"{BEAMS} {rows}"
     if num_beams != rows:
-        run = f"{rows} samples per image, which take the room of {run},"
-    after = f", after a prompt that takes the room of {counted(prompt, 'token')}" if prompt else ""
+        run = f"{rows} samples per image, which count as {run},"
+    after = f", plus {counted(prompt, 'token')} of a prompt" if prompt else ""
     again = with_options(command, {BEAMS: rows, LENGTH: max_new_tokens + math.ceil(prompt / rows)})
     return (
         f"the engine was built for {limits}; this run needs {run} and {LENGTH} {max_new_tokens}{after}: "

@@ -1,6 +1,6 @@
 """The limits of option values, each written once: in the annotation of a field of an options dataclass.
 
-`check_limits` holds a dataclass to them, and the command line builds its Click types from `limits_of`. A field may be
+`check_limits` checks a dataclass against them, and the command line builds its Click types from `limits_of`. A field may be
 annotated with one of the aliases below, with `Annotated[int, Range(2, 8)]`, or with a `Literal`.
 """
 
@@ -19,7 +19,7 @@ from capcli.text import flag
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """An interval of numbers. None means no limit; an open end does not belong to the interval."""
+    """An interval of numbers. None means no limit; an open end is excluded."""
 
     min: float | None = None
     max: float | None = None
@@ -32,7 +32,7 @@ class Range:
         return above and below
 
     def __str__(self) -> str:
-        """The interval in words, to follow the word number: " of at least 1 and below 5"."""
+        """The interval as text, to be appended to "number": " of at least 1 and below 5"."""
         low = "" if self.min is None else f"{'above' if self.min_open else 'of at least'} {self.min}"
         high = "" if self.max is None else f"{'below' if self.max_open else 'at most'} {self.max}"
         ends = [end for end in (low, high) if end]
@@ -49,7 +49,7 @@ OpenFraction = Annotated[float, Range(0, 1, min_open=True, max_open=True)]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a field may hold: a finite number in `interval` (whole where `kind` is int), one of `choices`, or None."""
+    """The allowed values of a field: a finite number in `interval` (whole where `kind` is int), one of `choices`, or None."""
 
     kind: type[int | float] | None = None
     interval: Range = Range()
@@ -68,7 +68,7 @@ class Limits:
         return isinstance(value, kinds) and math.isfinite(value) and value in self.interval
 
     def __str__(self) -> str:
-        """The limits in words, to follow "it must be"."""
+        """The limits as text, to be appended to "it must be"."""
         number = f"a {'whole ' if self.kind is int else ''}number{self.interval}"
         parts = [str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in self.choices]
         parts += [number] if self.kind is not None else []
@@ -77,7 +77,7 @@ class Limits:
 
 @cache
 def limits_of(options: type) -> Mapping[str, Limits]:
-    """The limits of the fields of a dataclass, by name. Fields that may hold any text or object have none."""
+    """The limits of the fields of a dataclass, by name. Fields that accept any text or object have none."""
     hints = get_type_hints(options, include_extras=True)
     found = {field.name: read_limits(hints[field.name]) for field in fields(options)}
     return {name: limits for name, limits in found.items() if limits is not None}

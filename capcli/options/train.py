@@ -21,7 +21,7 @@ from capcli.options.limits import (
 from capcli.text import flag
 
 NEW = "new"  # the tokenizer that is trained on the captions
-IMAGE_TOKENS = 10  # tokens of a prefix that hold the image
+IMAGE_TOKENS = 10  # tokens of a prefix that represent the image
 TAG_TOKENS = 16  # most tokens of tags in a prefix, where images have tags
 PREFIX_ENCODER = "microsoft/resnet-101"
 DEFAULT_LENGTH = 50  # tokens of a caption
@@ -70,7 +70,7 @@ class ModelOptions:
         parts = [name for name in names if getattr(self, name) is not None]
         if self.model is not None and parts:
             raise UsageError(
-                f"--model is a whole captioner and goes without {' and '.join(map(flag, parts))}: "
+                f"--model is a complete captioner and cannot be combined with {' and '.join(map(flag, parts))}: "
                 "give either --model, or --encoder and --decoder"
             )
         for name in ("model", *PARTS, "tokenizer"):
@@ -172,4 +172,4 @@ def check_data(data: DataOptions, tasks: tuple[TaskOptions, ...]) -> None:
         advice = "tasks read no tags: leave it out" if of_run[0] == "tags_column" else "put it into the [[task]] tables"
         raise UsageError(f"{flag(of_run[0])} is given for the whole run, but each task has its own data: {advice}")
     if len({task.name for task in tasks}) < len(tasks):
-        raise UsageError("two tasks have one name: give each its own")
+        raise UsageError("two tasks have the same name: give each a different one")

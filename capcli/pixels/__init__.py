@@ -1,4 +1,4 @@
-"""Image bytes -> upright RGB -> pixels, equal to the model's image processor to the bit.
+"""Image bytes -> upright RGB -> pixels, bit-identical to the model's image processor.
 
 Decoder processes import this package: it needs the standard library, NumPy and Pillow, and imports pillow-heif only when
 a file needs it. Pillow's limits and warnings are global to the process, so a process decodes one image at a time here.

@@ -1,4 +1,4 @@
-"""Around every call into Pillow: its global limits are set and restored, and its exceptions become ImageError."""
+"""Contexts for calls into Pillow: they set and restore its global limits, and turn its exceptions into ImageError."""
 
 from __future__ import annotations
 

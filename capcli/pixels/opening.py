@@ -45,7 +45,7 @@ def open_image(source: str | bytes) -> Stream:
 
 
 def open_regular(path: str) -> Stream:
-    """Open the regular file at `path` without blocking: opening a pipe that has no writer would hang.
+    """Open the regular file at `path` without blocking: opening a pipe that has no writer would block.
 
     Raises:
         ImageError: missing, not-a-file, permission, empty, or unreadable.
@@ -108,7 +108,7 @@ def identify(stream: Stream) -> ImageFile.ImageFile:
 def _unidentified(head: bytes) -> ImageError:
     for name in BEGINNINGS:
         if head.startswith(BEGINNINGS[name]):
-            return ImageError("unreadable", f"it begins like {name}, but its header is damaged or cut short")
+            return ImageError("unreadable", f"it starts like {name}, but its header is damaged or truncated")
     return ImageError("unknown-format", "it is not an image in any supported format")
 
 
@@ -128,14 +128,14 @@ def _open_heif(stream: Stream) -> ImageFile.ImageFile:
     try:
         image: ImageFile.ImageFile = HeifImageFile(stream)  # type: ignore[no-untyped-call]
     except SyntaxError as error:  # pillow-heif raises it for every kind of damage
-        raise ImageError("unreadable", "it begins like HEIF, but its header is damaged or cut short") from error
+        raise ImageError("unreadable", "it starts like HEIF, but its header is damaged or truncated") from error
     return image
 
 
 def _ends_unwritten(stream: Stream, format_name: str) -> bool:
     """Whether the end of a file was never written, as when a copy into reserved space is interrupted.
 
-    Decoders of JPEG and PNG accept zeros as image data and would return half a picture. The test: the file ends in
+    Decoders of JPEG and PNG accept zeros as image data and would return a partial image. The test: the file ends in
     zeros, and there is no end marker after the start of the image data. (Zeros after the end marker are padding.)
     """
     stream.seek(-min(ZERO_TAIL, stream.seek(0, os.SEEK_END)), os.SEEK_END)

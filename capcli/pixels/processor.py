@@ -65,13 +65,13 @@ class PixelSpec:
     that fits into (height, width). `crop` is the (height, width) then cut from the centre, black where the image is smaller.
 
     The model's input is computed from the uint8 pixels p, channel by channel, and equals the processor's float32 results
-    to the bit:
+    bit for bit:
 
         x = float32(float64(p) * float64(rescale_factor))
         x = (x - float32(mean)) / float32(std)              # both in float32; a division, not a product
 
     A processor that does not rescale has rescale_factor 1.0; one that does not normalise has mean 0 and std 1. The two
-    lines then change nothing. p has 256 values, so the first line is a table of 256 float32.
+    lines then have no effect. p has 256 values, so the first line is a table of 256 float32.
     """
 
     rule: Rule
@@ -229,7 +229,7 @@ def _convnext(
 
 
 def _refuse_padding(spec: PixelSpec, settings: Mapping[str, Any]) -> None:
-    """Padding is refused unless it adds nothing: all images have one size, and no larger one is set."""
+    """Padding is rejected unless it has no effect: all images have one size, and no larger one is set."""
     if not settings["do_pad"]:
         return
     fixed = spec.height is not None

@@ -87,7 +87,7 @@ def read(
     never smaller than SPARE times the size that this processor resizes it to.
 
     Raises:
-        ImageError: it is no regular file, no image, truncated, too large, or cannot be decoded.
+        ImageError: it is not a regular file or not an image, is truncated or too large, or cannot be decoded.
     """
     with image_errors(), open_image(source) as stream, pillow_limits(max_pixels):
         image = identify(stream)

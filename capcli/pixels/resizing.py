@@ -1,4 +1,4 @@
-"""RGB image -> pixels: resized and cropped as the image processor does, to the bit, in bounded memory."""
+"""RGB image -> pixels: resized and cropped bit-identically to the image processor, in bounded memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LARGEST_OUTPUT = 1 << 26  # pixels of a resized image that is not cropped
 def resize(image: Image.Image, spec: PixelSpec) -> npt.NDArray[np.uint8]:
     """Resize and crop an RGB image as the processor does: uint8 [height, width, 3], C-contiguous and writable.
 
-    The result equals transformers' PIL backend to the bit. Of an image whose whole resized version would take much
+    The result is bit-identical to transformers' PIL backend. Of an image whose whole resized version would take much
     memory, only the part inside the crop is computed.
 
     Raises:
@@ -68,7 +68,7 @@ def refuse_shape(image: Image.Image, resized: tuple[int, int], *, cropped: bool)
 def _resized_part(
     image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], resample: int
 ) -> Image.Image:
-    """`image.resize(size, resample).crop(box)`, to the bit, in bounded memory.
+    """`image.resize(size, resample).crop(box)`, bit for bit, in bounded memory.
 
     Pillow resizes along the rows, rounds to bytes, then resizes along the columns by the same arithmetic (or columns
     first, see `columns_first`). Each row and column is independent, so both passes can be computed in strips. Pillow's own

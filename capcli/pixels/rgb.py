@@ -46,7 +46,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def _silent_libtiff() -> Iterator[None]:
-    """libtiff prints errors to file descriptor 2 besides reporting them: discard what it prints."""
+    """libtiff prints errors to file descriptor 2 in addition to reporting them: discard this output."""
     try:
         before = os.dup(2)
     except OSError:  # there is no standard error
@@ -73,7 +73,9 @@ def array_rgb(array: Array) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if 0 in array.shape or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
-        raise ImageError("unreadable", f"an array of shape {list(array.shape)} is no image: [height, width, 3] is one")
+        raise ImageError(
+            "unreadable", f"an array of shape {list(array.shape)} is not an image: it must be [height, width, 3]"
+        )
     return _rgb(Image.fromarray(np.ascontiguousarray(_eight_bits(array))))
 
 
@@ -90,7 +92,7 @@ def _eight_bits(array: Array) -> Bytes:
             raise ImageError("unreadable", "an array of floats must have values between 0 and 1")
         return _rounded(floats * np.float32(255))
     raise ImageError(
-        "unreadable", f"an array of {array.dtype} is no image: uint8, uint16, bool or float from 0 to 1 is"
+        "unreadable", f"an array of {array.dtype} is not an image: it must be uint8, uint16, bool, or float from 0 to 1"
     )
 
 
@@ -125,7 +127,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    """Composite as transformers' `convert_to_rgb` does, to the bit."""
+    """Composite bit-identically to transformers' `convert_to_rgb`."""
     transparent = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
         image = image.copy()  # a 16-bit PNG: Pillow reduces its samples to their high bytes, but not this colour

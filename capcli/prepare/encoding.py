@@ -1,4 +1,4 @@
-"""Encodes images in decoder processes: small upright RGB copies. Light to import."""
+"""Encodes images in decoder processes: small upright RGB copies. Cheap to import."""
 
 from __future__ import annotations
 

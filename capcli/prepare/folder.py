@@ -31,7 +31,7 @@ OWN_NAMES = {UNFINISHED, *(f"{name}{end}" for name in (MANIFEST, FAILURES, DATAS
 SHARD_FILE = re.compile(r"(train|val)/data-\d{5,}-of-\d{5,}\.arrow")
 SPLIT_FILES = tuple(f"{name}.json{end}" for name in ("state", "dataset_info") for end in ("", ".tmp"))
 UNFINISHED_FILE = re.compile(r"(train|val)-\d{5,}\.(json|arrow|part)(\.tmp)?")
-INCOMPLETE_FILE = re.compile(r"(train|val)-\d{5,}\.(arrow|\w+\.tmp)")  # left by a kill, and of no use
+INCOMPLETE_FILE = re.compile(r"(train|val)-\d{5,}\.(arrow|\w+\.tmp)")  # left by a killed run, not usable
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class PreparedFolder:
 
     @property
     def work(self) -> str:
-        """The folder of what is not finished."""
+        """The folder of unfinished shards."""
         return os.path.join(self.path, UNFINISHED)
 
     @property
@@ -144,7 +144,7 @@ class PreparedFolder:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         for folder in {os.path.dirname(path) for path in files} - {self.path}:
-            with contextlib.suppress(OSError):  # it has files that are not ours
+            with contextlib.suppress(OSError):  # it contains other files
                 os.rmdir(folder)
 
     def begin(self, plan: ShardPlan, *, new: bool) -> None:
@@ -157,7 +157,7 @@ class PreparedFolder:
         remove_files(self.work, INCOMPLETE_FILE)
 
     def reopen(self, plan: ShardPlan, manifest: dict[str, Any]) -> None:
-        """Makes a finished copy an unfinished one with a note for each of its shards. It stays readable all the time."""
+        """Turns a finished copy into an unfinished one with a note for each of its shards. It stays readable."""
         os.makedirs(self.work, exist_ok=True)
         reasons = iter(self._reasons(manifest))
         for name, shards in plan.splits.items():

@@ -1,4 +1,4 @@
-"""`capcli prepare` on one page: annotations -> plan -> decoder processes -> shards, each written whole or not at all."""
+"""The main function of `capcli prepare`: annotations -> plan -> decoder processes -> shards, each written atomically."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class ShardWork:
 
 @dataclass
 class PrepareRun:
-    """One run, once its plan and folder are settled. `left_out` are failures of the data before any image is read."""
+    """One run, with its plan and folder. `left_out` are failures of the data before any image is read."""
 
     options: PrepareOptions
     plan: ShardPlan
@@ -124,7 +124,7 @@ class PrepareRun:
         return bool(self.manifest.get("again"))
 
     def check_readable(self) -> None:
-        """Raises CapcliError if no image can be read: an existing copy is not overwritten for that."""
+        """Raises CapcliError if no image can be read: an existing copy is then not overwritten."""
         first: Failure | None = None
         for most in (FIRST_TRIED, None):
             entries = islice(entries_of(ShardWork(shard, None, frozenset()) for shard in self.plan.shards), most)

@@ -26,7 +26,7 @@ def read_data(options: PrepareOptions) -> Split:
     data = options.data
     if options.url_column is not None:
         data = replace(data, image_column=options.url_column)
-    # A missing file is one more image that cannot be read: it keeps its place in the plan for when it comes back.
+    # A missing file is an image that cannot be read: it stays in the plan, in case the file is restored.
     split = read_split(data, locate=options.url_column is None, keep_missing=True)
     if not options.quiet:
         for note in split.report.notes:
@@ -82,7 +82,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Everything that decides what is written.
+    """All inputs that determine what is written.
 
     `source` is the data options as given. `odd_names`: some name is not UTF-8 and its bytes need a column. `tagged`:
     images may have tags.
@@ -123,13 +123,13 @@ class ShardPlan:
         }
 
     def refuse_other(self, manifest: Mapping[str, Any], out: str) -> None:
-        """Raises UsageError, with the difference, if the copy in `out` was begun with another plan."""
+        """Raises UsageError, with the difference, if the copy in `out` was started with another plan."""
         kind, lines = "settings", difference(manifest["settings"], self.settings)
         if not lines:
             kind, lines = "data", self._data_differences(manifest)
         if lines:
             raise UsageError(
-                f"{printable(out)} was begun with other {kind}: {'; '.join(lines)}. Use those, name another --out, "
+                f"{printable(out)} was started with other {kind}: {'; '.join(lines)}. Use those, name another --out, "
                 "or start from scratch with --overwrite"
             )
 
@@ -184,5 +184,5 @@ def _digest(images: Sequence[Annotated], *, urls: bool) -> str:
 
 
 def _absolute(image: str | Stored) -> str | Stored:
-    """The same image for every working folder."""
+    """The image with an absolute path, which does not depend on the working folder."""
     return os.path.abspath(image) if isinstance(image, str) else replace(image, folder=os.path.abspath(image.folder))

@@ -21,7 +21,7 @@ from capcli.sources.fetching import NO_ANSWER
 from capcli.storage import atomic
 from capcli.text import as_text, is_text, printable, raw_bytes
 
-ROWS, BYTES = 100, 32 << 20  # of a record batch: what is held in memory, and what a reader of one row maps
+ROWS, BYTES = 100, 32 << 20  # of a record batch: kept in memory, and mapped by a reader of one row
 
 
 class ShardLog:
@@ -49,7 +49,7 @@ class ShardLog:
         return Loaded(name, np.frombuffer(self._file.read(values["bytes"]), np.uint8), values["facts"])
 
     def add(self, position: int, result: Loaded | Failure) -> None:
-        """Appends a result. On return it is out of this process, which may then be killed."""
+        """Appends a result. On return the operating system has the data, so a kill does not lose it."""
         content = b"" if isinstance(result, Failure) else result.pixels.tobytes()
         values: dict[str, Any] = {"position": position, "bytes": len(content), "crc32": zlib.crc32(content)}
         if isinstance(result, Failure):

@@ -1,1 +1,1 @@
-"""What executes encode and step."""
+"""The runtimes, which execute encode and step."""

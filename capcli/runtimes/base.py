@@ -103,14 +103,14 @@ class SlotRuntime(ABC):
             self._allocate_buffers(keys_values)
         at = torch.tensor(slots, device=self.device)
         for entries in self._pool:
-            clear(entries, at)  # a masked NaN still makes the result NaN, and a free slot goes on writing entries
+            clear(entries, at)  # a masked NaN still makes the result NaN, and a free slot continues to write entries
         for entries, new in zip(self._pool if self.prefixed else self._memory, keys_values, strict=True):
             fill(entries, at, new)
         image = self._image_visible(encoded.encoder_ids)
         self._image[at] = image[: len(slots)]
         if len(self._prompt) > 1:
             self._write_prompt(keys_values, image, at)
-        # each of the first layer's keys depends on all of the image; what overflows in later layers shows in the score
+        # each of the first layer's keys depends on all of the image; an overflow in later layers appears in the score
         finite: Tensor = keys_values[0][: len(slots)].isfinite().flatten(1).all(1)
         return finite
 
@@ -130,7 +130,7 @@ class SlotRuntime(ABC):
         return sum(x.nbytes + x.nbytes // x.shape[2] * settings.entries for x in kept)
 
     def _allocate_buffers(self, keys_values: Sequence[Tensor]) -> None:
-        """Memory and pool in the shapes of the first chunk's keys and values; nobody knows them before."""
+        """Memory and pool in the shapes of the first chunk's keys and values; they are not known before."""
         slots = self._shapes.slots
         self._image_entries = keys_values[0].shape[2] if self.prefixed else 0
         self._image = torch.ones(slots, self._image_entries, dtype=torch.bool, device=self.device)
@@ -167,7 +167,7 @@ def clear(entries: Tensor, at: Tensor) -> None:
     if entries.device.type != "cpu":
         entries.index_fill_(0, at, 0)
         return
-    for slot in at.tolist():  # on a CPU, indexing with a tensor copies number by number
+    for slot in at.tolist():  # on a CPU, indexing with a tensor copies element by element
         entries[slot].zero_()
 
 
@@ -181,7 +181,7 @@ def fill(entries: Tensor, at: Tensor, new: Tensor) -> None:
 
 
 def with_image(image: Tensor, visible: Tensor) -> Tensor:
-    """Image entries [S, M] before those of `visible` [S, Q, N] -> [S, Q, M + N]: every row sees its whole image."""
+    """Image entries [S, M] before those of `visible` [S, Q, N] -> [S, Q, M + N]: every row attends to its whole image."""
     if not image.shape[1]:
         return visible
     return torch.cat((image[:, None].expand(-1, visible.shape[1], -1), visible), 2)

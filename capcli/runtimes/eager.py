@@ -1,6 +1,6 @@
 """The PyTorch runtime, the reference for all others.
 
-On CUDA, steps are replayed from a CUDA graph, and the encoder runs beside them on a second stream.
+On CUDA, steps are replayed from a CUDA graph, and the encoder runs concurrently on a second stream.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The TensorRT runtime: an engine's plans, bound to PyTorch's tensors and replayed as CUDA graphs.
 
-A plan has one shape. A run uses the smallest bucket it fits into; unused slots and entries that no row sees change nothing.
+A plan has one shape. A run uses the smallest bucket it fits into; unused slots and entries that no row attends to have no effect.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def this_gpu(device: torch.device) -> dict[str, str]:
 def open_trt(folder: str, engine: Engine, device: torch.device) -> Trt:
     """The runtime of an engine folder.
 
-    Raises CapcliError when TensorRT or a GPU is missing, or the engine was built for another of either.
+    Raises CapcliError when TensorRT or a GPU is missing, or the engine was built for another version or GPU.
     """
     if device.type != "cuda":
         raise CapcliError(
-            f"{folder} holds TensorRT plans, which run on an NVIDIA GPU, and the device is {device}: "
+            f"{folder} contains TensorRT plans, which run on an NVIDIA GPU, and the device is {device}: "
             "use a machine with one (--device cuda), or export --onnx for this machine"
         )
     tensorrt = import_tensorrt()
@@ -80,7 +80,7 @@ class Replayed:
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
     def run(self, bound: Mapping[str, Tensor], binding: Hashable = None) -> None:
-        """Runs the plan with `bound`, a tensor for every port. The same `binding` must mean the same tensors."""
+        """Runs the plan with `bound`, a tensor for every port. A `binding` must always refer to the same tensors."""
         if self._device.type == "cuda":
             with torch.cuda.device(self._device):
                 self._run_on_gpu(bound, binding)
@@ -246,7 +246,7 @@ class Trt(SlotRuntime):
         return logits
 
     def _run_decoder(self, pool: SideBuffers, tokens: Tensor, position: Tensor, at: Tensor, visible: Tensor) -> Tensor:
-        """One step with the plan's memory and `pool`, whose sides are swapped; the plan's other slots are not used."""
+        """One step with the plan's memory and `pool`, whose two buffers are swapped; the plan's other slots are not used."""
         slots = len(tokens)
         for name, x in (("tokens", tokens), ("position", position), ("at", at)):
             self._stepping[name][:slots].copy_(x)

@@ -1,7 +1,7 @@
 """TensorRT's own API at run time: reads plans, binds them to device pointers and runs them on a CUDA stream. No torch.
 
 Every attribute of TensorRT used here is checked against tests/tensorrt_api.json; one that some version lacks is guarded by
-`hasattr`. Variables that hold TensorRT's objects are annotated, so that the check can follow them.
+`hasattr`. Variables that refer to TensorRT's objects are annotated, so that the check can follow them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where captions go: a file that a later run continues, standard output, text files beside images; and where failures go."""
+"""The outputs of captions and failures: a file that a later run continues, standard output, text files beside images."""
 
 from __future__ import annotations
 

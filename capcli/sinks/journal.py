@@ -117,7 +117,7 @@ class Journal:
         return torn
 
     def append(self, record: bytes) -> None:
-        """Append one record, usually in one system call. What a failed write left of it is cut off."""
+        """Append one record, usually in one system call. The partial record of a failed write is removed."""
         if self._descriptor is None:
             self._create()
         with self._faults():
@@ -228,16 +228,16 @@ class Journal:
         except OSError as error:
             reason = error.strerror or error
             raise CapcliError(
-                f"cannot {action} {self._shown}: {reason}. All rows in it are complete; the same command continues there"
+                f"cannot {action} {self._shown}: {reason}. All rows in it are complete; the same command resumes the run"
             ) from error
 
 
 class ForeignFileError(Exception):
-    """capcli did not write the file; the message says what shows it."""
+    """capcli did not write the file; the message states the difference."""
 
 
 class DamageError(Exception):
-    """A damaged record with others after it, which no kill leaves."""
+    """A damaged record with others after it: not the result of a kill."""
 
 
 def _complete_records(stream: BinaryIO, rows: Rows) -> Iterator[tuple[bytes | None, int, int]]:
@@ -276,7 +276,7 @@ def _lines(stream: BinaryIO, size: int) -> Iterator[bytes]:
 
 
 def _skip_header(stream: BinaryIO, rows: Rows, size: int) -> bool:
-    """Move behind the header; False where the file has only a part of it. Raises ForeignFileError for another one."""
+    """Move past the header; False where the file has only a part of it. Raises ForeignFileError for another one."""
     head = stream.read(min(size, max(map(len, rows.headers))))
     stream.seek(len(rows.header))
     if head.startswith(rows.header):

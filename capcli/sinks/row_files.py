@@ -112,7 +112,7 @@ class FailureFile:
         self._journal.append(failure_line(failure))
 
     def captioned(self, item: int) -> None:
-        """Take note that the image has a caption now."""
+        """Record that the image has a caption now."""
         if item in self._failed:
             self._captioned.add(item)
             self._superseded = True

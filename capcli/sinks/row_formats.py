@@ -26,7 +26,7 @@ class ForeignRowError(ValueError):
 
 
 class Rows(Protocol):
-    """The format of one file: how to split it into records, and how to read a record's name. A header is no record."""
+    """The format of one file: how to split it into records, and how to read a record's name. A header is not a record."""
 
     header: bytes
     headers: tuple[bytes, ...]  # every header that such a file may have: a torn header is a prefix of one
@@ -36,7 +36,7 @@ class Rows(Protocol):
         """The raw records in the lines of a file; the last may be torn."""
 
     def name(self, record: bytes) -> bytes:
-        """The raw name in a record. Raises ValueError for an incomplete one, ForeignRowError for one that is not ours."""
+        """The raw name in a record. Raises ValueError for an incomplete one, ForeignRowError for one of another program."""
 
     def may_be_torn(self, record: bytes) -> bool:
         """Whether a damaged last record may be the first part of a row, as a kill leaves it."""
@@ -44,7 +44,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class RowFields:
-    """The fields of a caption row: name, text and score; all candidates where asked for; facts about the file."""
+    """The fields of a caption row: name, text and score; all candidates if requested; facts about the file."""
 
     candidates: bool
     fields: tuple[str, ...]
@@ -221,7 +221,7 @@ class Csv:
         return [cells[1]]
 
     def may_be_torn(self, record: bytes) -> bool:
-        """False where the record contains a whole row: an unclosed quote swallowed it, and a torn row has none in it."""
+        """False where the record contains a whole row: an unclosed quote includes it, which does not occur in a torn row."""
         return not any(self._is_row(line + b"\n") for line in record.split(b"\n")[1:-1])
 
     def _is_row(self, line: bytes) -> bool:

@@ -15,7 +15,7 @@ from capcli.text import printable, raw_bytes
 
 
 class Sidecars:
-    """One file per image, one caption per line. Images with the same stem share a sidecar: it is the first one's."""
+    """One file per image, one caption per line. Images with the same stem share a sidecar, which is written for the first one."""
 
     def __init__(self, suffix: Suffix, folder: str | None, existing: Existing, warn: Callable[[str], None]) -> None:
         self._suffix = suffix
@@ -76,5 +76,5 @@ def _appended(path: str, data: bytes) -> bytes:
 
 
 def _inside(name: str) -> str:
-    """The name as a relative path that does not leave its folder."""
+    """The name as a relative path that stays within its folder."""
     return os.path.normpath(os.sep + os.path.splitdrive(name)[1]).lstrip(os.sep)

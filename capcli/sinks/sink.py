@@ -58,7 +58,7 @@ class Sink:
         return self._failed_here if self._failures is None else len(self._failures)
 
     def open(self) -> None:
-        """Lock and read what earlier runs left. Nothing on disk changes."""
+        """Lock and read what earlier runs wrote. Nothing on disk changes."""
         overwrite = self._options.overwrite
         captioned = Keys()
         if self._file is not None:
@@ -74,7 +74,7 @@ class Sink:
             if captioned and found is None:
                 raise UsageError(
                     f"{printable(self._out)} has rows, but the run file {printable(path_beside(self._out))}, which gives "
-                    "the settings they were made with, is missing: choose another --out, or start from scratch with "
+                    "the settings of these rows, is missing: choose another --out, or start from scratch with "
                     "--overwrite"
                 )
             self.run_file = found if self.old_captions or self.old_failures else None

@@ -15,7 +15,7 @@ from capcli.text import is_text, printable
 
 
 class ClosedPipeError(CapcliError):
-    """The reader of standard output closed it, as `head` does: the run ends quietly."""
+    """The reader of standard output closed it, as `head` does: the run ends without an error."""
 
     exit_code = 0
 
@@ -34,7 +34,7 @@ class Stdout:
             self._out(self._rows.header)
 
     def write(self, caption: Caption) -> None:
-        """Raises ClosedPipeError when the reader is gone, CapcliError when the row cannot be written."""
+        """Raises ClosedPipeError when the reader has closed the pipe, CapcliError when the row cannot be written."""
         if self._readable:
             lines = (f"{printable(caption.name)}  {printable(c.text)}\n" for c in caption.candidates)
             self._out("".join(lines).encode(sys.stdout.encoding, "backslashreplace"))
@@ -42,7 +42,7 @@ class Stdout:
         if isinstance(self._rows, Csv) and not is_text(caption.name):
             # Rows that are already written have no column for it, and few files need one.
             self._warn(
-                f"{printable(caption.name)}: CSV on standard output cannot carry this name's bytes; JSON Lines can"
+                f"{printable(caption.name)}: CSV on standard output cannot represent this name's bytes; JSON Lines can"
             )
         self._out(self._rows.line(caption))
 
@@ -58,7 +58,7 @@ class Stdout:
 
 
 def _discard_buffer() -> None:
-    """Let what is left in the buffer go to /dev/null: the interpreter would fail on it again when it exits."""
+    """Redirect the rest of the buffer to /dev/null: the interpreter would fail to flush it at exit."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Where images come from: files, folders, patterns, lists and standard input."""
+"""Sources of images: files, folders, patterns, lists and standard input."""
 
 from capcli.sources.files import IMAGE_SUFFIXES
 from capcli.sources.source import Naming, Source, open_source

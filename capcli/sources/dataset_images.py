@@ -33,7 +33,7 @@ class StoredImages:
     """Reads images of `datasets` datasets on disk: the bytes in a row, or those of the file that the row names.
 
     A dataset is mapped into memory at its first use. Pickling leaves the maps out, so an object may be passed to forked
-    and spawned processes, each of which opens what it reads. Nothing is cached but by the system's page cache.
+    and spawned processes, each of which opens what it reads. The only cache is the system's page cache.
     """
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ def _file_bytes(value: Any) -> bytes:
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str):
-        raise ImageError("missing", "the dataset holds no image in this row")
+        raise ImageError("missing", "the dataset has no image in this row")
     if "://" in value:
         raise ImageError("missing", f"the dataset has an address in place of an image: {printable(value)}")
     with open_regular(value) as stream:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CONNECT, READ = 10.0, 20.0  # seconds to connect to a host, and between two pieces of a response
 REDIRECTS = 10
-LONGEST_WAIT = 120.0  # seconds; a server that asks for more (Retry-After) fails the image
+LONGEST_WAIT = 120.0  # seconds; an image whose server requests more (Retry-After) fails
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # status codes that are tried again
 STRIKES, SKIPPED_FOR = 3, 300.0  # after so many images in a row without a response a host is skipped, for seconds
 NO_ANSWER = {"unreachable", "timeout", "connection"}  # failures that our own network may have caused
@@ -44,7 +44,7 @@ PAGES = ("text/", "application/json", "application/xml", "application/xhtml")
 
 
 class TransientError(Exception):
-    """An attempt failed that may succeed later; `wait` is what the server asks for, in seconds."""
+    """An attempt failed that may succeed later; `wait` is the delay that the server requests, in seconds."""
 
     def __init__(self, kind: str, message: str, wait: float = 0.0) -> None:
         super().__init__(message)
@@ -57,7 +57,7 @@ class Host:
     """The state of a host; times are those of the monotonic clock."""
 
     limit: asyncio.Semaphore  # on concurrent requests
-    busy_until: float = 0.0  # as its Retry-After asked
+    busy_until: float = 0.0  # from its Retry-After header
     skipped_until: float = 0.0  # because it gave no response
     strikes: int = 0  # images in a row without a response
     responses: int = 0
@@ -256,7 +256,7 @@ def refuse_page(content_type: str, beginning: bytes) -> None:
 
 
 def seconds_to_wait(value: str) -> float:
-    """The seconds that a Retry-After header asks for, as a number or a date; 0 where it is neither."""
+    """The seconds in a Retry-After header, as a number or a date; 0 where it is neither."""
     if value.strip().isdecimal():
         return float(value)
     try:

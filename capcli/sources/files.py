@@ -82,7 +82,7 @@ def walk(root: str, enters: Test, takes: Test, warn: Warn) -> Iterator[str]:
     """Names of the files below `root` with `/` between their parts, in byte order of the whole names.
 
     Links are followed, except into a folder that contains them. Of the files that are not regular only broken links are
-    listed: opening a pipe, socket or device could block for ever. `warn` is called for a folder that cannot be listed,
+    listed: opening a pipe, socket or device could block forever. `warn` is called for a folder that cannot be listed,
     which is skipped. Memory: the wanted names of the folders on the current path.
     """
     levels: list[_Level] = []

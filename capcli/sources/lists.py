@@ -13,7 +13,7 @@ from capcli.records import Entry
 from capcli.text import printable
 
 _CHUNK = 1 << 16
-_LONGEST = 1 << 16  # bytes; no system takes a path near this long, so the file is not a list of paths
+_LONGEST = 1 << 16  # bytes; no system supports paths of nearly this length, so the file is not a list of paths
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it at the start of UTF-8
 
 
@@ -86,7 +86,7 @@ def _entry(name: bytes, path: str, *, null: bool, first: bool) -> Iterator[Entry
 def _reject(part: bytes, path: str, *, null: bool) -> None:
     if not null and b"\0" in part:
         raise UsageError(
-            f"{printable(path)} holds NUL bytes: it is not a list, or one whose names NUL separates, which --null reads"
+            f"{printable(path)} contains NUL bytes: it is not a list, or its names are separated by NUL (give --null)"
         )
 
 

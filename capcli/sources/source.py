@@ -20,7 +20,7 @@ class Source:
     """The images of a run, in a fixed order: sources as given, then the list; folders in byte order of their names.
 
     `root` is the folder (a real path) that names are relative to, or None where names are paths as given. A `streaming`
-    source reads standard input or a pipe: it can be iterated once, and must not be read ahead of the work.
+    source reads standard input or a pipe: it can be iterated once, and must not be read in advance.
     """
 
     parts: tuple[Iterable[Entry], ...]

@@ -10,7 +10,7 @@ import os
 def take(descriptor: int) -> bool:
     """Lock an open file or folder until it is closed; False where another process has locked it.
 
-    On a network file system without locks this returns True: nothing keeps a second run out there.
+    On a network file system without locks this returns True: a second run is not prevented there.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -20,7 +20,7 @@ def take(descriptor: int) -> bool:
 
 
 def is_current(descriptor: int, path: str) -> bool:
-    """Whether `path` still leads to the open file: another run may have replaced it before this one locked it."""
+    """Whether `path` still refers to the open file: another run may have replaced it before this one locked it."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except OSError:

@@ -1,4 +1,4 @@
-"""The run file, `captions.run.json` beside `captions.jsonl`: what a run was made with and how far it got.
+"""The run file, `captions.run.json` beside `captions.jsonl`: the settings of a run and its progress.
 
 A later run with the same output reads it, and continues only where its own settings would give the same captions.
 """
@@ -87,12 +87,12 @@ class RunFile:
 
     @property
     def batch_size(self) -> int | None:
-        """The value of --batch-size; None where it was left to the program."""
+        """The value of --batch-size; None if it was chosen automatically."""
         return self.data.get("batch_size")
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to the end of its source: it was neither interrupted nor killed."""
+        """Whether the run processed its whole source: it was neither interrupted nor killed."""
         return self.data.get("state") == "finished"
 
     @property
@@ -105,19 +105,19 @@ class RunFile:
             return None
 
     def with_shapes(self, *, loops: int, slots: int, chunk: int, rows: int, pool: int) -> RunFile:
-        """With the shapes of all tensors of the run: `rows` of a slot, and entries of its `pool`."""
+        """A copy with the shapes of all tensors of the run: `rows` of a slot, and entries of its `pool`."""
         shapes = {"loops": loops, "slots": slots, "chunk": chunk, "rows": rows, "pool": pool}
         return RunFile({**self.data, "shapes": shapes})
 
     def ended(self, state: str, counts: Mapping[str, int], last_run: Mapping[str, float]) -> RunFile:
-        """At the end of a run: `counts` of all rows on disk, and what the `last_run` did."""
+        """A copy for the end of a run: `counts` of all rows on disk, and the figures of the `last_run`."""
         return RunFile({**self.data, "state": state, "counts": dict(counts), "last_run": dict(last_run)})
 
     def refuse_other_settings(self, new: RunFile, out: str | None) -> None:
         """Raises UsageError, naming the differences, unless `new` gives the same captions as this run."""
         if lines := difference(self.settings, new.settings):
             raise UsageError(
-                f"{out} was begun with other settings: {'; '.join(lines)}. Use those, choose another --out, or start "
+                f"{out} was started with other settings: {'; '.join(lines)}. Use those, choose another --out, or start "
                 "from scratch with --overwrite"
             )
 
@@ -165,7 +165,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The settings as JSON gives them back, nested names joined with dots."""
+    """The settings after a round trip through JSON, nested names joined with dots."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):

@@ -1,1 +1,1 @@
-"""Training a captioner: data, model, loss, and what a run leaves."""
+"""Training a captioner: data, model, loss, and the output of a run."""

@@ -1,4 +1,4 @@
-"""`capcli train` on one page: data -> captioner -> training -> the best model in the run's folder."""
+"""The main function of `capcli train`: data -> captioner -> training -> the best model in the run's folder."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def run(options: TrainOptions, folder: RunFolder) -> int:
                 trainer.add_callback(report_callback(trainer, options, folder, data, view))
             if state is not None and finished:
                 trainer.state, options = state, replace(options, select=folder.settings()["select"])
-                view.write_line(f"the run is finished, at step {first_step:,}: its settings stay as they are")
+                view.write_line(f"the run is finished, at step {first_step:,}: its settings are not changed")
             else:
                 if main and state is not None and state.max_steps != steps:
                     move_end(folder, first_step, state.max_steps, steps, view)
@@ -150,7 +150,7 @@ def describe(
     trainer: CaptionTrainer,
     frozen: Frozen | None,
 ) -> None:
-    """Shows data, special tokens and whatever is unusual before the training starts."""
+    """Shows data, special tokens and warnings before the training starts."""
     images = f"{counted(len(data.train), 'image')} to train on, {len(data.val):,} to validate"
     view.write_line(f"{data.report.line()}; {images}")
     for note in data.report.notes:
@@ -164,7 +164,7 @@ def describe(
         texts = counted(cut, "answer" if options.task else "caption")
         longer = "is longer" if cut == 1 else "are longer"
         view.write_line(
-            f"{texts} {longer} than --max-length ({captioner.max_length} tokens): cut, without the end token"
+            f"{texts} {longer} than --max-length ({captioner.max_length} tokens): truncated, without the end token"
         )
     for line in tasks_never_drawn(options, trainer.pairs):
         view.write_line(line)

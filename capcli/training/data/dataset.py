@@ -1,4 +1,4 @@
-"""The images and captions of a training run: read and checked once, then the same until the run ends."""
+"""The images and captions of a training run: read and checked once, then unchanged until the run ends."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ class CheckedImages:
 
 
 def read_data(options: TrainOptions, place: RunFolder, arguments: Any) -> tuple[TrainingData, Facts]:
-    """The data without images that cannot be used, and the facts on it that a resumed run needs.
+    """The data without images that cannot be used, and the facts about it that a resumed run needs.
 
-    Only the first process decodes every image, and only when a run begins; the other processes and a resumed run take over
+    Only the first process decodes every image, and only when a run starts; the other processes and a resumed run reuse
     its result, so that all of them train on the same images. Raises CapcliError for an empty or unreadable set, and when a
-    resumed run finds other data than the run began with.
+    resumed run finds other data than the run started with.
     """
     with arguments.main_process_first(local=False):
         data = _combine([read_split(source) for source in sources(options)])
@@ -90,7 +90,7 @@ def read_data(options: TrainOptions, place: RunFolder, arguments: Any) -> tuple[
             else f"{counted(then[0], 'image')} then to train on and {then[1]} to validate, {now[0]} and {now[1]} now"
         )
         raise CapcliError(
-            f"the data has changed since {place.folder} was begun: {change}. Restore it, or begin another run from the "
+            f"the data has changed since {place.folder} was started: {change}. Restore it, or start another run from the "
             "model with --model"
         )
     return data, facts

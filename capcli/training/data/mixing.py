@@ -1,4 +1,4 @@
-"""Several tasks in one run: their pairs as one data set, sampled by weight and in an order that the seed decides."""
+"""Several tasks in one run: their pairs as one data set, sampled by weight and in an order determined by the seed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TaskMixture(Dataset[Pair]):
 class TaskSampler(Sampler[int]):
     """Indices of a TaskMixture for one epoch: as many as it has pairs, each task in proportion to its weight.
 
-    Within a task no pair comes a second time before all have come once. Epochs differ: transformers' Trainer calls
+    Within a task no pair is repeated before all have been drawn once. Epochs differ: transformers' Trainer calls
     `set_epoch`, also on resumption.
     """
 

@@ -59,7 +59,8 @@ class Images:
         if image.shape[:2] != self.size:
             (height, width), (encoder_height, encoder_width) = image.shape[:2], self.size
             raise ImageError(
-                "shape", f"the processor makes it {width}x{height}, the encoder takes {encoder_width}x{encoder_height}"
+                "shape",
+                f"the processor resizes it to {width}x{height}, the encoder expects {encoder_width}x{encoder_height}",
             )
         return image
 
@@ -78,9 +79,9 @@ def _address(image: str | Stored | None) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One image with one of its captions; `pixels` is None where the image could not be loaded, and `failure` says why.
+    """One image with one of its captions; `pixels` is None where the image could not be loaded, and `failure` states why.
 
-    `encoder_ids` are the token ids that the encoder reads beside the image; empty where it reads none.
+    `encoder_ids` are the token ids that the encoder reads with the image; empty where it reads none.
     """
 
     pixels: npt.NDArray[np.uint8] | None  # [height, width, 3]
@@ -92,7 +93,7 @@ class Pair:
 class Pairs(Dataset[Pair]):
     """Every caption of every image, with its image: `tokens[i]` holds the token ids of each caption of image i.
 
-    `encoder_ids` are the token ids that the encoder reads beside every image, `tags` [images, W] those of each image.
+    `encoder_ids` are the token ids that the encoder reads with every image, `tags` [images, W] those of each image.
     """
 
     def __init__(
@@ -145,8 +146,8 @@ class Collate:
     `pixel_values` uint8 [B, height, width, 3], `decoder_input_ids` and `labels` [B, T], `encoder_ids` [B, W].
 
     The decoder reads the start token and the caption without its last token; the labels are the caption, and IGNORED after
-    its end. Which labels are IGNORED depends on lengths, never on token ids, so a tokenizer whose padding is its end token
-    still learns to end. A pair without its image has black pixels and only IGNORED labels; its failure is in `failures`.
+    its end. Which labels are IGNORED depends on lengths, never on token ids, so a model whose padding is its end token
+    still learns to emit it. A pair without its image has black pixels and only IGNORED labels; its failure is in `failures`.
     """
 
     size: tuple[int, int]  # height, width

@@ -55,7 +55,7 @@ class ScheduleCallback(TrainerCallback):
         control: TrainerControl,
         **objects: Any,
     ) -> TrainerControl:
-        """Freezes what is unfrozen later only now: the optimizer and DDP already have its weights and would not add them."""
+        """Freezes a part that is unfrozen later only now, because the optimizer and DDP cannot add its weights later."""
         if self._options.unfreeze_after is not None:
             self._frozen = True
             self._write_line(self._freeze(objects["model"]).line())
@@ -251,13 +251,13 @@ def evaluations_since_best(state: TrainerState, options: TrainOptions) -> int:
 
 
 def is_finished(state: TrainerState, options: TrainOptions, steps: int) -> bool:
-    """Whether a run of `steps` steps has nothing left to do in this state."""
+    """Whether a run of `steps` steps is complete in this state."""
     stopped = options.patience is not None and evaluations_since_best(state, options) >= options.patience
     return state.global_step >= steps or stopped
 
 
 def is_due(every: Every, state: TrainerState) -> bool:
-    """Whether something that happens every so many steps, or at the end of each epoch, happens now."""
+    """Whether an event that occurs every `every` steps, or at the end of each epoch, is due."""
     if isinstance(every, int):
         return state.global_step % every == 0
     return float(state.epoch or 0.0).is_integer()

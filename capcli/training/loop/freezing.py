@@ -13,7 +13,7 @@ from capcli.models.families import family_of
 from capcli.training.model.pretrained import CROSS_ATTENTION, HEADS
 
 What = Literal["encoder", "decoder", "none"]
-# Parts that must not be frozen if they are new, with the words for the error message.
+# Parts that must not be frozen if they are new, with the text for the error message.
 NEVER_FROZEN_IF_NEW = {
     "encoder": {
         "encoder": "encoder is",

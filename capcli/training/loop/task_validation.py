@@ -83,7 +83,7 @@ class Validations:
 
 
 def right(answer: str, references: Any) -> bool:
-    """Whether an answer equals one of the references but for spaces, which depend on the tokenizer."""
+    """Whether an answer equals one of the references except for spaces, which depend on the tokenizer."""
     return "".join(answer.split()) in {"".join(text.split()) for text in references}
 
 

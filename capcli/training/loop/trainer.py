@@ -230,7 +230,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         if mark["processes"] != self.args.world_size:
             raise CapcliError(
                 f"{checkpoint} was written by {mark['processes']} processes and this run has {self.args.world_size}, "
-                "which would get other batches: start as many"
+                "which would get other batches: start the same number"
             )
         self.meter.reset(mark["report"]["since"], mark["report"]["loss"][self.args.process_index])
 
@@ -257,7 +257,7 @@ def save_captioner(folder: str | os.PathLike[str], model: Any, tokenizer: Any, p
 
 @contextmanager
 def checkpoint_errors(folder: str) -> Iterator[None]:
-    """Around the writing of a checkpoint: raises CapcliError when that fails, for example on a full disk."""
+    """A context for writing a checkpoint: raises CapcliError when that fails, for example on a full disk."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when it cannot write
@@ -271,7 +271,7 @@ def checkpoint_errors(folder: str) -> Iterator[None]:
 def hide_patches(pixels: Tensor, size: int, share: float) -> Tensor:
     """Sets a random share of the patches of each image to 0, the mean of normalised pixels.
 
-    `pixels` is [B, 3, height, width], `size` the side of a patch in pixels. Equally many patches of each image are hidden.
+    `pixels` is [B, 3, height, width], `size` the side of a patch in pixels. The same number of patches is masked in each image.
     The choice uses torch's random state, which a resumed run restores.
     """
     rows, columns = (math.ceil(side / size) for side in pixels.shape[2:])
@@ -283,7 +283,7 @@ def hide_patches(pixels: Tensor, size: int, share: float) -> Tensor:
 
 
 def patch_size(config: Any) -> int:
-    """The side in pixels that one state of the encoder's last layer stands for; Swin halves the states in each stage."""
+    """The side in pixels that one state of the encoder's last layer covers; Swin halves the states in each stage."""
     size = getattr(config, "patch_size", DEFAULT_PATCH)
     side = max(size) if isinstance(size, list | tuple) else int(size)
     return side * int(2 ** (len(getattr(config, "depths", (0,))) - 1))

@@ -94,13 +94,13 @@ class Validation:
         return dict(gather_object(captions))
 
     def _encoder_ids_of(self, index: int) -> tuple[int, ...]:
-        """The ids that the encoder reads beside this image only: its tags or its own question."""
+        """The ids that the encoder reads for this image only: its tags or its own question."""
         if self.pairs.tags is not None:
             return tuple(self.pairs.tags[index].tolist())
         return self.encoder_ids.get(str(index), ())
 
     def _by_encoder_length(self, indices: Sequence[int]) -> list[list[int]]:
-        """The indices in groups with equally many encoder ids: the shapes of a captioner's run are fixed."""
+        """The indices in groups with the same number of encoder ids: the shapes of a captioner's run are fixed."""
         groups: dict[int, list[int]] = {}
         for index in indices:
             groups.setdefault(len(self.encoder_ids.get(str(index), ())), []).append(index)
@@ -168,7 +168,7 @@ class Batches(Arrivals):
 
 @contextmanager
 def captioner_of(assembled: AssembledCaptioner, size: tuple[int, int]) -> Iterator[Captioner]:
-    """A captioner that shares the weights of a model in training; afterwards the model is as it was."""
+    """A captioner that shares the weights of a model in training; afterwards the model's state is restored."""
     model: Any = assembled.model
     encode, step, training = assembled.encode.to(model.device), assembled.step, model.training
     model.eval()

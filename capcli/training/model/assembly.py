@@ -42,7 +42,7 @@ class AssembledCaptioner:
     preprocessor_config.json to write beside it and `spec` the same parsed. `new` names the parts with random weights:
     "encoder", "decoder" or, in a decoder with weights, "embeddings" (with the output layer) and "cross-attention"; also
     "question-encoder", or "question-embeddings" of one with weights. `max_length` is how many tokens of a caption are
-    learned from. `notes` are lines to show before training.
+    trained on. `notes` are lines to show before training.
     """
 
     model: PreTrainedModel
@@ -67,7 +67,7 @@ def assemble(
 ) -> AssembledCaptioner:
     """The captioner that the options describe; a new tokenizer is trained on what `captions` returns.
 
-    The same options, captions and seed give the same weights. Raises UsageError for options that cannot be right, CapcliError
+    The same options, captions and seed give the same weights. Raises UsageError for invalid options, CapcliError
     for files that cannot be read, are of no supported kind, or do not fit each other.
     """
     if options.model is not None:
@@ -215,7 +215,7 @@ def _max_length(title: str, positions: int, max_length: int | None) -> int:
         return min(DEFAULT_LENGTH, positions)
     if max_length > positions:
         raise UsageError(
-            f"--max-length is {max_length}, but {title} holds {positions} tokens: give {positions} or less"
+            f"--max-length is {max_length}, but {title} accepts {positions} tokens: give {positions} or less"
         )
     return max_length
 
@@ -254,7 +254,7 @@ def _question_embeddings(part: PartConfig, tokenizer: Any, decoder: PartConfig, 
 
 
 def prepare_for_training(model: Any) -> None:
-    """Freezes weights that captions do not use, and lets every token embedding learn.
+    """Freezes weights that captions do not use, and makes every token embedding trainable.
 
     The encoder's pooler gets no gradient; it stays in the files because transformers expects it there. BERT's padding
     embedding would get none either, but in many vocabularies that token is also the start or the end token.

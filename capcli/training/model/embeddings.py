@@ -12,7 +12,7 @@ from capcli.models.checkpoint import quiet_transformers
 from capcli.models.encoders import position_waves
 from capcli.training.model.pretrained import seeded
 
-ROUNDING = 256  # a vocabulary may be padded by up to this many rows for the hardware's sake
+ROUNDING = 256  # a vocabulary may be padded by up to this many rows for hardware efficiency
 
 
 def token_count(tokenizer: Any) -> int:
@@ -23,7 +23,7 @@ def token_count(tokenizer: Any) -> int:
 def needs_new_embeddings(tokenizer: Any, own_tokenizer: Any, vocab_size: int) -> bool:
     """Whether a model with `vocab_size` embeddings, trained with `own_tokenizer`, maps ids to other tokens than `tokenizer`.
 
-    Without `own_tokenizer` (None) only the size can tell.
+    Without `own_tokenizer` (None) only the size is compared.
     """
     if own_tokenizer is None:
         return not 0 <= vocab_size - token_count(tokenizer) < ROUNDING

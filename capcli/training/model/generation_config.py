@@ -22,7 +22,7 @@ def set_generation(
 
     A new captioner gets a generation_config with `max_new_tokens`, unless `given` has another length, and all special
     tokens. None means a trained captioner: it keeps its settings and its special tokens, and gets only those that it lacks.
-    `positions` is how many tokens its decoder holds.
+    `positions` is the maximum number of tokens of its decoder.
 
     Returns a line for each given setting that has no effect; those are not written, because transformers refuses to save
     them. Raises UsageError for settings that contradict each other, and for those that the architecture cannot save.
@@ -47,7 +47,7 @@ def set_generation(
     settings = resolve(in_force, GenerationOptions())
     if settings.max_new_tokens > positions:
         raise UsageError(
-            f"--max-new-tokens is {settings.max_new_tokens}, but the decoder holds {positions} tokens: give {positions} or less"
+            f"--max-new-tokens is {settings.max_new_tokens}, but the decoder accepts {positions}: give {positions} or less"
         )
     for name in (*(() if settings.do_sample else SAMPLING), *(BEAM_SEARCH if settings.num_beams == 1 else ())):
         if hasattr(config, name):

@@ -30,7 +30,7 @@ from capcli.training.model.pretrained import (
 )
 from capcli.training.model.tokenizers import SpecialTokens
 
-GAPS = 100  # sentinel tokens <extra_id_0> to <extra_id_99>: each stands for masked words
+GAPS = 100  # sentinel tokens <extra_id_0> to <extra_id_99>: each replaces masked words
 NEW_DECODER = {"decoder": "the decoder has new random weights"}
 
 
@@ -69,7 +69,7 @@ class Join(ABC):
     """One way to join an encoder and a decoder."""
 
     FAMILY: ClassVar[str]  # model_type of the captioner
-    has_question: ClassVar[bool] = False  # whether the encoder reads a question beside the image
+    has_question: ClassVar[bool] = False  # whether the encoder reads a question in addition to the image
 
     @abstractmethod
     def any_size(self, encoder: PartConfig) -> bool:
@@ -119,11 +119,11 @@ class PrefixJoin(Join):
         left = positions - image - tags
         if left <= 0:
             raise UsageError(
-                f"{image} image tokens and {tags} tag tokens leave no room for a caption: the decoder holds {positions}"
+                f"{image} image tokens and {tags} tag tokens leave no room for a caption: the decoder accepts {positions} tokens"
             )
         if options.max_length is not None and options.max_length > left:
             raise UsageError(
-                f"--max-length is {options.max_length}, but {decoder.title} holds {positions} tokens, and {image} image "
+                f"--max-length is {options.max_length}, but {decoder.title} accepts {positions} tokens, and {image} image "
                 f"tokens and {tags} tag tokens leave {left}: give {left} or less, or fewer of those"
             )
         return left

@@ -54,7 +54,7 @@ CROSS_ATTENTION = ("crossattention", "ln_cross_attn")
 HEADS = ("lm_head.", "cls.")
 POOLER = "pooler."
 SAVED = ("transformers_version", "architectures")  # transformers writes these into every config that it saves
-# Keys that a config of any kind may hold: transformers writes or once wrote them into all, or reads them from any.
+# Keys that a config of any kind may contain: transformers writes or formerly wrote them into all, or reads them from any.
 ANY_KIND = frozenset(
     [
         *("add_cross_attention", "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens"),
@@ -102,7 +102,7 @@ class PretrainedPart:
 def find_part(role: str, given: str | Mapping[str, Any], *, quiet: bool = False) -> PartConfig:
     """The part that the option of this role names.
 
-    Raises UsageError for a value that cannot be right, CapcliError for files that cannot be read or are of no supported kind.
+    Raises UsageError for an invalid value, CapcliError for files that cannot be read or are of no supported kind.
     """
     if isinstance(given, Mapping):
         return _from_config(role, f"the {role} table", given, None)
@@ -133,7 +133,7 @@ def config_of(part: PartConfig, **changes: Any) -> Any:
         with quiet_transformers():
             return kind.from_dict({**part.values, **changes})
     except Exception as error:  # transformers raises many types here
-        raise UsageError(f"No {part.kind} can be made from {part.title}: {_first_line(error)}") from error
+        raise UsageError(f"Cannot build a {part.kind} from {part.title}: {_first_line(error)}") from error
 
 
 def make_part(part: PartConfig, seed: int, **changes: Any) -> PretrainedPart:
@@ -165,7 +165,7 @@ def _random_model(part: PartConfig, kind: Any, config: Any, seed: int) -> Any:
     except MemoryError as error:
         raise CapcliError(f"Not enough memory for {part.title}: make it smaller.") from error
     except Exception as error:  # any layer may refuse sizes that do not fit each other
-        raise UsageError(f"No {part.kind} can be made from {part.title}: {_first_line(error)}") from error
+        raise UsageError(f"Cannot build a {part.kind} from {part.title}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -193,7 +193,7 @@ def _read_config(path: str) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CapcliError(f"{path} is not JSON ({error}): replace the file.") from error
     if not isinstance(values, dict):
-        raise CapcliError(f"{path} is JSON but no object: replace the file.")
+        raise CapcliError(f"{path} is JSON but not an object: replace the file.")
     return values
 
 

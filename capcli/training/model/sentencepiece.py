@@ -1,6 +1,6 @@
 """Converts a SentencePiece model file, such as that of rinna's GPT-2, to a fast tokenizer with the same tokens.
 
-transformers' T5Tokenizer cannot read such files in general: it uses id 2 as the unknown token whatever the file says (in
+transformers' T5Tokenizer cannot read such files in general: it uses id 2 as the unknown token regardless of the file (in
 rinna's that is the end token), adds T5's 100 sentinel tokens, and appends an end token to every text.
 """
 
@@ -28,7 +28,7 @@ def convert_pieces(path: str, config: Mapping[str, Any]) -> PreTrainedTokenizerF
     """The tokenizer of a SentencePiece model, unigram or BPE; `config` is its tokenizer_config.json, or empty.
 
     Text is lower-cased if "do_lower_case" is set there, or if the model has no capital letters: rinna's was trained on
-    lower-cased text, and none of its files says so. Raises CapcliError for a file that is not such a model.
+    lower-cased text, and none of its files states this. Raises CapcliError for a file that is not such a model.
     """
     model = read_model(path)
     core = Tokenizer(_algorithm(model, path))

@@ -130,7 +130,7 @@ def encode_captions(
 def load_tokenizer(name: str, *, quiet: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or of a model on the hub.
 
-    Raises UsageError for a name that cannot be right, CapcliError when there is no tokenizer or it cannot be used.
+    Raises UsageError for an invalid name, CapcliError when there is no tokenizer or it cannot be used.
     """
     return read_tokenizer(find_model(name, quiet=quiet, take=fetch_tokenizer, option="--tokenizer"))
 

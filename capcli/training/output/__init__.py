@@ -1,1 +1,1 @@
-"""What a training run leaves: folder, history, curves, model card, live view."""
+"""The output of a training run: folder, history, curves, model card, live view."""

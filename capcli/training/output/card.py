@@ -47,7 +47,7 @@ class CardFacts:
     prompts: the prompt of each of several tasks. generation: settings that the scored captions were generated with.
     moved_ends: (step at which the run was resumed, its last step before, its last step after).
     architecture: the model_type. loader: transformers' class for it; None if transformers alone cannot caption with it.
-    spaced: the tokenizer puts spaces between characters. tagged: the captioner reads tags beside an image.
+    spaced: the tokenizer puts spaces between characters. tagged: the captioner reads tags with an image.
     base_models: names that may be hub IDs; others are ignored.
     """
 

@@ -69,7 +69,7 @@ class RunFolder:
         names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         if not run._is_run():
             if names - {CHECKPOINTS, f"{FACTS}.tmp"} or _is_filled(run.checkpoints):
-                raise UsageError(f"--out {folder} is not empty and holds no training run: name another folder")
+                raise UsageError(f"--out {folder} is not empty and contains no training run: name another folder")
             return run
         if options.resume and (checkpoint := checkpoints.latest(run.checkpoints)):
             run = cls(folder, checkpoint)
@@ -78,9 +78,11 @@ class RunFolder:
         left = set(run.facts().get("left", ()))
         if (names & left or checkpoints.latest(run.checkpoints)) and not options.overwrite:
             problem = "it has no checkpoint to resume from" if options.resume else "--resume continues it"
-            raise UsageError(f"--out {folder} holds a training run: {problem}, --overwrite deletes it")
+            raise UsageError(f"--out {folder} contains a training run: {problem}, --overwrite deletes it")
         if foreign := names & LATE - left:
-            raise UsageError(f"--out {folder} holds {min(foreign)}, which no training run wrote: name another folder")
+            raise UsageError(
+                f"--out {folder} contains {min(foreign)}, which no training run wrote: name another folder"
+            )
         run = cls(folder, None, frozenset(names & (EARLY | left)))
         run._refuse_removing_inputs(options)
         return run
@@ -93,7 +95,7 @@ class RunFolder:
     def begin(self, options: TrainOptions, facts: Mapping[str, Any]) -> None:
         """Writes train.toml, and for a new run run.json after removing the files of an earlier run. Raises CapcliError.
 
-        A kill at any moment leaves a run.json, without which the folder would no longer count as a run's.
+        A kill at any moment leaves a run.json, without which the folder would no longer be recognised as that of a run.
         """
         with self._writing():
             if self.checkpoint is None:

@@ -1,4 +1,4 @@
-"""history.csv: one row per reported step of a training run, never half written."""
+"""history.csv: one row per reported step of a training run, never partially written."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class History:
     """The points of a run and their file `folder`/history.csv.
 
     The constructor replaces the file with exactly `points`: for a resumed run those up to its checkpoint. It raises
-    CapcliError when the file cannot be written. `add` never raises for that: each different problem goes to `warn` once.
+    CapcliError when the file cannot be written. `add` never raises for that: each different problem is passed to `warn` once.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ class Sample:
 
 
 class StandardErrorConsole(Console):
-    """A console on standard error that raises BrokenPipeError, where rich's own console ends the program."""
+    """A console on standard error that raises BrokenPipeError, while rich's own console exits the program."""
 
     def __init__(self) -> None:
         super().__init__(stderr=True, highlight=False, markup=False, emoji=False)
@@ -57,7 +57,7 @@ class LiveView:
     A resumed run gives the step of its checkpoint as `first_step`. The time left is computed from this run's steps only. On
     a terminal the display is redrawn at most ten times a second, otherwise a line is written every 30 seconds and at each
     evaluation. `quiet` shows nothing. `clock` returns seconds. No method raises when the terminal or the reader of the
-    pipe is gone: the view turns itself off and the training continues.
+    pipe is gone: the view is disabled and the training continues.
 
     rich draws only inside these methods, never in a thread: DataLoader workers are forked from this process, and a lock
     that a thread holds at that moment would stay locked in them.
@@ -150,7 +150,7 @@ class LiveView:
             self._console.print(Text(line, style))
 
     def _refresh(self, line: str) -> None:
-        """Redraws the display, or writes `line`, if it is time to."""
+        """Redraws the display, or writes `line`, if an update is due."""
         now = self._clock()
         if now < self._next:
             return
@@ -163,7 +163,7 @@ class LiveView:
             self._live.update(self._display(), refresh=True)
 
     def _line(self, figures: Sequence[str]) -> str:
-        return f"step {self._latest.step}/{self._total}: {', '.join(figures) or 'under way'}"
+        return f"step {self._latest.step}/{self._total}: {', '.join(figures) or 'running'}"
 
     def _loss(self) -> list[str]:
         return [] if self._latest.loss is None else [f"loss {short(self._latest.loss)}"]
@@ -221,7 +221,7 @@ class LiveView:
 
     @contextlib.contextmanager
     def _turned_off_on_error(self) -> Iterator[None]:
-        """Around output to the terminal: where that is gone, nothing is shown from now on."""
+        """A context for output to the terminal: if that is closed, the view is disabled."""
         try:
             yield
         except (OSError, ValueError):  # ValueError: standard error was closed

@@ -1,4 +1,4 @@
-"""Escapes arbitrary text for Markdown: whatever the text, it stays text."""
+"""Escapes arbitrary text for Markdown, so that it is displayed literally."""
 
 from __future__ import annotations
 
