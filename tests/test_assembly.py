@@ -324,15 +324,15 @@ def test_parts_are_taken_from_a_captioners_config(tmp_path: Path) -> None:
         ({"decoder": GPT2 | {"model_type": "llama"}}, "of the kind llama; supported as decoder are gpt2, bert"),
         ({"encoder": VIT | {"hiden_size": 40}}, r"the encoder table sets hiden_size \(did you mean hidden_size\?\)"),
         ({"encoder": VIT | {"colour": 1}}, "sets colour: vit has no such setting"),
-        ({"decoder": GPT2 | {"n_head": 7}}, "No gpt2 can be made from the decoder table"),
-        ({"encoder": VIT | {"hidden_size": "wide"}}, "No vit can be made from the encoder table"),
+        ({"decoder": GPT2 | {"n_head": 7}}, "Cannot build a gpt2 from the decoder table"),
+        ({"encoder": VIT | {"hidden_size": "wide"}}, "Cannot build a vit from the encoder table"),
         (
             {"decoder": GPT2 | {"n_positions": 39}},
-            "--max-length is 40, but the decoder table holds 39 tokens: give 39 or less",
+            "--max-length is 40, but the decoder table accepts 39 tokens: give 39 or less",
         ),
-        ({"decoder": BERT | {"max_position_embeddings": 9}}, "holds 9 tokens"),
+        ({"decoder": BERT | {"max_position_embeddings": 9}}, "accepts 9 tokens"),
         ({"tokenizer": None}, "the decoder table has no tokenizer: give --tokenizer"),
-        ({"generation": GenerationOptions(max_new_tokens=65)}, "--max-new-tokens is 65, but the decoder holds 64"),
+        ({"generation": GenerationOptions(max_new_tokens=65)}, "--max-new-tokens is 65, but the decoder accepts 64"),
         ({"generation": GenerationOptions(num_return_sequences=3)}, "3 captions per image need at least as many beams"),
         ({"encoder": "./no such folder"}, "No such folder: './no such folder'"),
         ({"decoder": "./nothing.json"}, r"Cannot read ./nothing\.json: No such file"),
@@ -349,8 +349,8 @@ def test_wrong_options_are_usage_errors(options: dict[str, Any], message: str) -
     [
         ({}, "--encoder and --decoder missing: give --encoder and --decoder, or --model"),
         ({"encoder": "a/b"}, "^--decoder missing"),
-        ({"model": "a/b", "encoder": "c/d"}, "goes without --encoder"),
-        ({"model": "a/b", "tokenizer": "new"}, "goes without --tokenizer"),
+        ({"model": "a/b", "encoder": "c/d"}, "cannot be combined with --encoder"),
+        ({"model": "a/b", "tokenizer": "new"}, "cannot be combined with --tokenizer"),
         ({"model": "a/b", "max_length": 1}, "--max-length is 1; it must be a whole number of at least 2"),
         ({"model": "a/b", "vocab_size": True}, "--vocab-size is True"),
         ({"encoder": "", "decoder": "a/b"}, "encoder is empty"),
@@ -368,7 +368,7 @@ def test_captions_are_by_default_as_long_as_the_decoder_holds(tmp_path: Path) ->
         assert assembled.max_length == assembled.model.generation_config.max_new_tokens == expected
         folders.save_captioner(tmp_path / str(holds), assembled.model, assembled.tokenizer, assembled.processor)
         assert new(model=str(tmp_path / str(holds))).max_length == expected
-    with pytest.raises(UsageError, match=r"--max-length is 40, but .* holds 39 tokens"):
+    with pytest.raises(UsageError, match=r"--max-length is 40, but .* accepts 39 tokens"):
         new(model=str(tmp_path / "39"), max_length=40)
 
 
@@ -378,7 +378,7 @@ def test_folders_without_a_usable_encoder_are_refused_with_the_reason(tmp_path: 
     with pytest.raises(CapcliError, match=r"enc has no config\.json"):
         new(encoder=str(place))
     save_encoder(place, size={"height": 48, "width": 48})
-    with pytest.raises(CapcliError, match=r"makes 48x48 pixels and its encoder takes 32x32"):
+    with pytest.raises(CapcliError, match=r"produces 48x48 pixels and its encoder expects 32x32"):
         new(encoder=str(place))
     save_encoder(place, size={"shortest_edge": 32})
     with pytest.raises(CapcliError, match="leaves images of different sizes"):

@@ -696,7 +696,9 @@ def test_conflicting_lengths_are_reported_and_resolved_like_generate(photos: Pat
     model = save_captioner(tmp_path / "model", generation={"max_new_tokens": 4, "min_new_tokens": 3})
     least = call("caption", photos / "a.png", "-m", model, "--min-new-tokens", 9)
     assert least.code == 0
-    assert "--min-new-tokens 9 is more than the model's own max_new_tokens 4: captions are truncated after 4" in least.err
+    assert (
+        "--min-new-tokens 9 is more than the model's own max_new_tokens 4: captions are truncated after 4" in least.err
+    )
     assert [len(row["text"].split()) for row in least.rows] == [4]
     most = call("caption", photos / "a.png", "-m", model, "--max-new-tokens", 2)
     assert "the model's own min_new_tokens 3 is more than --max-new-tokens 2" in most.err

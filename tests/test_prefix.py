@@ -71,7 +71,7 @@ def test_image_and_caption_share_the_positions_of_the_decoder() -> None:
     assert new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", max_length=None).max_length == 50
     assert new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", image_tokens=40, max_length=None).max_length == 24
     with pytest.raises(
-        UsageError, match="holds 64 tokens, and 40 image tokens and 0 tag tokens leave 24: give 24 or less"
+        UsageError, match="accepts 64 tokens, and 40 image tokens and 0 tag tokens leave 24: give 24 or less"
     ):
         new(encoder=RESNET_TABLE, decoder=GPT2, join="prefix", image_tokens=40, max_length=25)
     with pytest.raises(UsageError, match="leave no room for a caption"):
@@ -85,7 +85,7 @@ def test_parts_that_cannot_be_joined_are_refused() -> None:
         new(encoder=RESNET_TABLE, decoder=BERT, join="prefix")
     with pytest.raises(UsageError, match="--image-tokens is an option of a prefix"):
         ModelOptions(encoder="vit", decoder="gpt2", image_tokens=4)
-    with pytest.raises(UsageError, match="goes without --join"):
+    with pytest.raises(UsageError, match="cannot be combined with --join"):
         ModelOptions(model="it", join="prefix")
     assert ModelOptions(decoder="gpt2", join="prefix").encoder == "microsoft/resnet-101"
     data, tagged = DataOptions(data=("a.csv",)), DataOptions(data=("a.csv",), tags_column="tags")

@@ -192,7 +192,9 @@ def test_a_run_file_without_keys_of_later_versions_is_read() -> None:
     assert (old.dtype, old.threads, old.folder, old.batch_size, old.shapes) == (None,) * 5
     assert (old.gpu_decode, old.finished, old.device) == (False, False, "")
     assert RunFile({"shapes": {"slots": 8, "chunk": 2}}).shapes == (8, 2, 1)
-    with pytest.raises(UsageError, match=r"c.jsonl was started with other settings: dtype was not set, is now \"int8\""):
+    with pytest.raises(
+        UsageError, match=r"c.jsonl was started with other settings: dtype was not set, is now \"int8\""
+    ):
         old.refuse_other_settings(RunFile({"settings": {"dtype": "int8"}}), "c.jsonl")
 
 

@@ -310,7 +310,7 @@ def test_shapes_are_those_of_a_bucket_and_runs_that_fit_none_are_refused(graphs)
     [
         ({"num_beams": 2}, (), "--num-beams 2 and --max-new-tokens 9:", "--num-beams 2 --max-new-tokens 9"),
         ({"max_new_tokens": 30}, (), "--num-beams 1 and --max-new-tokens 30:", "--num-beams 1 --max-new-tokens 30"),
-        ({}, (5, 7), "after a prompt that takes the room of 2 tokens", "--num-beams 1 --max-new-tokens 11"),
+        ({}, (5, 7), "plus 2 tokens of a prompt", "--num-beams 1 --max-new-tokens 11"),
         (
             {"do_sample": True, "num_return_sequences": 5},
             (),

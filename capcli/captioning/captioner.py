@@ -1,10 +1,11 @@
 """The Python API: a captioner is a model with its tokenizer and image processor. Images in, captions out.
 
-from capcli import Captioner
+from capcli import Caption, Captioner
 
 captioner = Captioner.load("nlpconnect/vit-gpt2-image-captioning")
-for caption in captioner.caption(["beach.jpg", "dog.png"], num_beams=4):
-    print(caption.name, caption.text, caption.score)
+for result in captioner.caption(["beach.jpg", "dog.png"], num_beams=4):
+    if isinstance(result, Caption):  # else a Failure
+        print(result.name, result.text, result.score)
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ class Captioner:
         device).
 
         Raises at once TypeError for an unknown setting, a single image, and tags that are not a list of texts;
-        UsageError for invalid values, and for tags that the captioner does not read or that are not one per image.
+        UsageError for invalid values, and for tags that the captioner does not read or that are not one per image. At the
+        first image, raises UsageError where an engine was not built for the batch size.
         """
         if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
             raise TypeError("caption() takes several images: put a single one into a list")
@@ -209,8 +211,8 @@ class Captioner:
             unknown = [i for i in ids if not 0 <= i < self.model.vocabulary and i != NO_TOKEN]
             if unknown:
                 raise CapcliError(
-                    f"{what}: token {unknown[0]} is outside the decoder's vocabulary of {self.model.vocabulary}: tokenizer or "
-                    "generation_config of another model?"
+                    f"{what}: token {unknown[0]} is outside the decoder's vocabulary of {self.model.vocabulary}: the "
+                    "tokenizer or the generation_config may belong to another model"
                 )
 
     def _tag_ids(self, tags: Sequence[str | None] | None, images: Iterable[ImageLike]) -> list[tuple[int, ...]]:

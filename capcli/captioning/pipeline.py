@@ -48,7 +48,8 @@ from capcli.text import printable
 def run(options: CaptionOptions) -> int:
     """Caption every image of the source that has no caption yet. Returns the exit code.
 
-    Raises UsageError for a wrong command, before any weights are read, and CapcliError when the run cannot continue.
+    Raises UsageError for a wrong command (before any weights are read, except where only the loaded model can tell, as for a
+    prompt that is too long), and CapcliError when the run cannot continue.
     """
     several = options.generation.num_return_sequences is None and configured_sequences(options.model) > 1
     options = replace(options, sink=replace(options.sink, candidates=options.sink.candidates or several))
@@ -173,7 +174,7 @@ class CaptionRun:
         if not interrupted and not report.seen:
             source = self.options.source
             selected = source.include or source.exclude or self.options.limit == 0
-            left = " that --include, --exclude and --limit leave" if selected else ""
+            left = ": --include, --exclude and --limit select none" if selected else ""
             warn(f"there is no image in {self.run_file.source}{left}")
         say(self.closing_line())
 

@@ -75,9 +75,8 @@ class Runtime(Protocol):
 
     device: torch.device
     lag: int  # how many steps late the finished flags are read
-    ahead: (
-        bool  # whether encoding runs during the steps, so that a chunk should be encoded before slots are free for it
-    )
+    # Whether encoding runs during the steps, so that a chunk should be encoded before slots are free for it.
+    ahead: bool
 
     def allocate(self, shapes: Shapes, settings: Settings) -> None:
         """Prepares a new run with these shapes; frees the buffers of any earlier one."""

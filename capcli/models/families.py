@@ -37,9 +37,8 @@ class Family(Protocol):
     Encode: Callable[[nn.Module, float, Sequence[float], Sequence[float]], Encode]  # model, rescale, mean, std
     Step: Callable[[nn.Module], Step]
     ENCODER: tuple[str, ...]  # names of the vision encoder's submodules
-    DECODER: tuple[
-        str, ...
-    ]  # names of the text decoder's, the one with the embeddings first; projections are in neither
+    # Names of the text decoder's submodules, the one with the embeddings first; projections are in neither.
+    DECODER: tuple[str, ...]
 
     def generation(self, config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         """The generation settings where the user gives none, from config.json and the model's generation_config `own`."""
