@@ -7,19 +7,16 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from capcli.errors import CapcliError
+from capcli.metrics.bootstrap import Interval
+from capcli.metrics.results import MEASURES, FileScores, Result
 from capcli.options import EvaluateOptions
 from capcli.sinks.row_formats import csv_line
 from capcli.storage import atomic
 from capcli.text import as_text, counted, is_text, printable, raw_bytes
 
-if TYPE_CHECKING:
-    from capcli.metrics.bootstrap import Interval
-    from capcli.metrics.run import FileScores, Result
-
-MEASURES = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
 TITLES = {
     "Bleu_1": "BLEU-1",
     "Bleu_2": "BLEU-2",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from capcli.errors import CapcliError, UsageError
 from capcli.interrupts import terminable
@@ -20,47 +19,11 @@ from capcli.metrics.caption_files import (
 )
 from capcli.metrics.diversity import diversity
 from capcli.metrics.matching import match
-from capcli.metrics.scorer import Scorer, Scores
+from capcli.metrics.results import MEASURES, FileScores, Matched, Result
+from capcli.metrics.scorer import Scorer
 from capcli.options import EvaluateOptions
 from capcli.progress import warn
 from capcli.text import brief, printable
-
-
-@dataclass(frozen=True)
-class Matched:
-    """One file's captions of images that have references, by the name in the references.
-
-    `file_names` are the names in the file itself. The counts are of images left out on either side.
-    """
-
-    path: str
-    texts: Mapping[str, str]
-    file_names: Mapping[str, str]
-    captions_without_references: int
-    references_without_caption: int
-
-
-@dataclass(frozen=True, eq=False)
-class FileScores:
-    """One file's `scores`, and all `figures` by name in the order of the table."""
-
-    matched: Matched
-    scores: Scores
-    figures: Mapping[str, float]
-    intervals: Mapping[str, bootstrap.Interval] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """The measured files, the settings, and second minus first where there are two files."""
-
-    measured: Sequence[FileScores]
-    tokenize: str
-    tokenizer: str
-    resamples: int | None
-    seed: int
-    difference: Mapping[str, float] | None = None
-    difference_intervals: Mapping[str, bootstrap.Interval] | None = None
 
 
 def run(options: EvaluateOptions) -> int:
@@ -202,7 +165,7 @@ def warn_of_omissions(matched: Matched) -> None:
 
 def measure(matched: Matched, scorer: Scorer, meteor: java.Meteor | None) -> FileScores:
     scores = scorer.measure(matched.texts, meteor)
-    figures = {name: scores.corpus[name] for name in output.MEASURES if name in scores.corpus}
+    figures = {name: scores.corpus[name] for name in MEASURES if name in scores.corpus}
     return FileScores(matched, scores, figures | diversity(list(scores.tokens.values())))
 
 

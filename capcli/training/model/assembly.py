@@ -106,13 +106,7 @@ def _from_parts(
         tokenizer.add_tokens([f"<loc_{number}>" for number in range(options.extra_tokens)])
     joined = join.join(
         JoinInputs(
-            encoder,
-            decoder,
-            question_encoder,
-            tokenizer,
-            specials,
-            options,
-            seed,
+            *(encoder, decoder, question_encoder, tokenizer, specials, options, seed),
             new_embeddings=new_embeddings,
             new_question_embeddings=new_question_embeddings,
         )
@@ -120,23 +114,16 @@ def _from_parts(
     new = dict(joined.new)
     if encoder.files is None:
         new["encoder"] = "the encoder has new random weights"
-    parts = (encoder, decoder, question_encoder)
-    notes += [part.unused for part in parts if part is not None and part.unused]
+    notes += [part.unused for part in (encoder, decoder, question_encoder) if part is not None and part.unused]
     notes += [line for line in new.values() if line]
     prepare_for_training(joined.model)
     encode, step = encode_and_step(joined.model, spec)
     notes += set_generation(joined.model, step.positions, joined.specials, generation, max_length)
     return AssembledCaptioner(
-        joined.model,
-        encode,
-        step,
-        tokenizer,
-        processor,
-        joined.specials,
-        spec,
-        frozenset(new),
-        max_length,
-        tuple(notes),
+        *(joined.model, encode, step, tokenizer, processor, joined.specials, spec),
+        new=frozenset(new),
+        max_length=max_length,
+        notes=tuple(notes),
     )
 
 
