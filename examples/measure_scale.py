@@ -53,7 +53,7 @@ class OneToken:
     def shapes(self, *_: Any) -> Shapes:
         return Shapes.of(SLOTS)
 
-    def beside(self, _: int) -> Sequence[OneToken]:
+    def replicas(self, _: int) -> Sequence[OneToken]:
         return [self]
 
     def slot_bytes(self, *_: Any) -> int:
@@ -65,14 +65,14 @@ class OneToken:
     def encode(self, *_: Any) -> EncodedChunk:
         return EncodedChunk((), torch.empty(0))
 
-    def admit(self, _encoded: Any, seats: Sequence[int]) -> torch.Tensor:
-        return torch.ones(len(seats), dtype=torch.bool)
+    def admit(self, _encoded: Any, slots: Sequence[int]) -> torch.Tensor:
+        return torch.ones(len(slots), dtype=torch.bool)
 
     def step(self, _tokens: Any, position: torch.Tensor, _visible: Any) -> torch.Tensor:
         return torch.where((position == 0)[:, None, None], self._first, self._last)
 
-    def repeated(self, turn: Any) -> Any:
-        return turn
+    def repeated(self, step: Any) -> Any:
+        return step
 
 
 class Undecoded(CaptionRun):

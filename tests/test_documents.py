@@ -6,12 +6,14 @@ import contextlib
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import pytest
-from running import call, shell
+from running import PATIENCE, call, environment, shell
 
 from capcli.cli import cli
 
@@ -109,3 +111,10 @@ def test_the_shown_commands_run(tmp_path: Path) -> None:
         assert done.code == 0, (line, done.err)
     assert len((tmp_path / "beams.csv").read_text().splitlines()) == 1 + len(scenes)
     assert all((tmp_path / "train" / scene.name).with_suffix(".txt").exists() for scene in scenes)
+
+
+def test_the_scale_measurement_resumes_and_writes_a_row_for_every_image() -> None:
+    command = [sys.executable, str(ROOT / "examples" / "measure_scale.py"), "--count", "2000"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert "2,000 rows" in done.stdout
