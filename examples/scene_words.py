@@ -1,4 +1,4 @@
-"""What is said of a scene, read back, and judged."""
+"""Captions of a scene: written, parsed and judged."""
 
 from __future__ import annotations
 
@@ -162,17 +162,17 @@ def judge(caption: str, scene: Scene) -> Verdict:
     The two groups may come in either order as long as the relation fits. Where the caption is partly wrong, its groups
     are matched with the scene's in the way that leaves the most right.
     """
-    said = read(caption)
-    if said is None:
+    parsed = read(caption)
+    if parsed is None:
         return Verdict(False, False, False, False, False)
-    weather = said.weather in (None, scene.weather)
-    straight = _compare((said.first, said.second), scene, said.relation == scene.relation, weather)
-    crossed = _compare((said.second, said.first), scene, False, weather)
+    weather = parsed.weather in (None, scene.weather)
+    straight = _compare((parsed.first, parsed.second), scene, parsed.relation == scene.relation, weather)
+    crossed = _compare((parsed.second, parsed.first), scene, False, weather)
     return max(straight, crossed, key=lambda v: (v.object + v.colour + v.count + v.relation, v.object))
 
 
-def _compare(said: tuple[Group, Group], scene: Scene, relation: bool, weather: bool) -> Verdict:
-    pairs = tuple(zip(said, (scene.first, scene.second), strict=True))
+def _compare(parsed: tuple[Group, Group], scene: Scene, relation: bool, weather: bool) -> Verdict:
+    pairs = tuple(zip(parsed, (scene.first, scene.second), strict=True))
     return Verdict(
         object=all(a.kind == b.kind for a, b in pairs),
         colour=all(a.colour == b.colour for a, b in pairs),

@@ -42,8 +42,8 @@ def write_folder(
     names = [f"scene-{index:04d}{suffixes[index % len(suffixes)]}" for index in range(count)]
     write = partial(write_side if sides else write_scene, folder, seed)
     with open(folder / "metadata.jsonl", "w", encoding="utf-8", newline="\n") as rows, ProcessPoolExecutor() as workers:
-        for name, said in zip(names, workers.map(write, range(count), names, chunksize=100), strict=True):
-            rows.write(json.dumps({"file_name": name, "text": said[0], "captions": list(said)}) + "\n")
+        for name, texts in zip(names, workers.map(write, range(count), names, chunksize=100), strict=True):
+            rows.write(json.dumps({"file_name": name, "text": texts[0], "captions": list(texts)}) + "\n")
 
 
 def write_scene(folder: Path, seed: int, index: int, name: str) -> tuple[str, ...]:

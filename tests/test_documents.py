@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 EARLIER = ROOT / "tests" / "earlier_version"
 DOCUMENTS = ["README.md", "engines/README.md", "examples/README.md", "CONTRIBUTING.md"]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FLAG = re.compile(r"(?<=\s)--[a-z-]+")
 RUNS = {  # what each command calls once its options are validated
     "caption": "capcli.captioning.pipeline.run",
     "prepare": "capcli.prepare.run.run",
@@ -118,3 +119,22 @@ def test_the_scale_measurement_resumes_and_writes_a_row_for_every_image() -> Non
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "2,000 rows" in done.stdout
+
+
+SCRIPTS = sorted(path for path in (ROOT / "examples").glob("*.py") if "argparse" in path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_options_of_scripts_in_documents_exist(script: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(script), "--help"], env=environment(), capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 0, done.stderr
+    texts = [(ROOT / document).read_text(encoding="utf-8") for document in (*DOCUMENTS, "BENCHMARKS.md")]
+    used = {
+        flag
+        for text in texts
+        for line in re.findall(rf"examples/{script.name}([^`\n]*)", text)
+        for flag in FLAG.findall(line)
+    }
+    assert all(flag in done.stdout for flag in used), used

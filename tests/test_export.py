@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -29,6 +30,8 @@ from capcli.export import graphs
 from capcli.export.folder import put_in_place
 from capcli.export.parity import check_parity, searches
 from capcli.export.parity_images import draw_images
+from capcli.export.quantize import quiet
+from capcli.export.run import float32_convolutions
 from capcli.options import GenerationOptions
 from capcli.runtimes.eager import Eager
 from capcli.storage import locks
@@ -454,3 +457,15 @@ def test_drawn_images_differ_from_each_other_and_are_always_the_same() -> None:
     assert all(image.shape == (32, 48, 3) for image in images)
     assert len({image.tobytes() for image in images}) == len(images)
     assert all(torch.equal(*map(torch.from_numpy, pair)) for pair in zip(images, draw_images((32, 48)), strict=True))
+
+
+def test_the_parity_check_leaves_the_processs_settings_as_they_were() -> None:
+    allowed = torch.backends.cudnn.allow_tf32
+    logging.disable(logging.INFO)
+    try:
+        with float32_convolutions(), quiet():
+            assert not torch.backends.cudnn.allow_tf32
+        assert logging.root.manager.disable == logging.INFO
+    finally:
+        logging.disable(logging.NOTSET)
+    assert torch.backends.cudnn.allow_tf32 == allowed

@@ -114,7 +114,6 @@ class CheckpointOrigin:
 
     def reference(self, device: torch.device) -> SlotRuntime:
         """PyTorch in float32, whatever the engine computes in."""
-        torch.backends.cudnn.allow_tf32 = False  # else its convolutions on CUDA are not in float32
         encode, step = encode_and_step(load_weights(self.model, "float32", device), self.spec)
         use_attention(step.decoder)
         return Eager(encode, step, device, prefixed=encode.prefixed)

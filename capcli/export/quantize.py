@@ -54,12 +54,12 @@ def exact_products(graph: onnx.GraphProto, vocabulary: int) -> list[str]:
 def quiet() -> Iterator[None]:
     """A context without the quantizer's log of every matrix; restores the root logger, which its import configures."""
     root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    handlers, level, disabled = list(root.handlers), root.level, root.manager.disable
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
         root.setLevel(level)
         for handler in [handler for handler in root.handlers if handler not in handlers]:
             root.removeHandler(handler)

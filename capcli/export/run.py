@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -109,9 +110,21 @@ def parity_of(
     beams = (1, 4) if engine.kind == "onnx" else (settings.rows,)
     batches = [bucket.slots for bucket in engine.buckets] or [SLOTS]
     reference = origin.reference(runtime.device)
-    return check_parity(
-        runtime, reference, images, searches(settings, beams), engine.precision, batches, origin.against
-    )
+    with float32_convolutions():
+        return check_parity(
+            runtime, reference, images, searches(settings, beams), engine.precision, batches, origin.against
+        )
+
+
+@contextmanager
+def float32_convolutions() -> Iterator[None]:
+    """Within it convolutions on CUDA compute in float32: cuDNN takes TF32 by default, also for a float32 model."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def search_of(options: ExportOptions, generation: Mapping[str, Any], positions: int) -> Settings:
