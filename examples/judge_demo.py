@@ -103,7 +103,9 @@ pipeline_tag: image-to-text
 A small image captioner for drawn scenes: a ViT encoder ({encoder.num_hidden_layers} layers, {encoder.image_size} x
 {encoder.image_size} pixels in patches of {encoder.patch_size}) and a GPT-2 decoder ({decoder.n_layer} layers), both
 {decoder.n_embd} wide, with a byte-level BPE of its own. `capcli train` trained it from
-random weights, on one CPU thread, with the recipe `examples/demo.toml`, on pictures that `examples/scenes.py` draws: {kinds} and {last_kind}, in eight colours, one to
+random weights, on one CPU thread, with the recipe `examples/demo.toml`, on pictures that
+`examples/scenes.py` draws:
+{kinds} and {last_kind}, in eight colours, one to
 four of each, in five kinds of weather; it cannot caption photographs.
 
 Greedy captions of scenes of a held-out seed, read from their files and judged by

@@ -239,9 +239,9 @@ def test_a_caption_repeated_within_one_file_is_kept_twice(photos: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
-        ("cut.json", json.dumps(COCO)[:-30], ("line 1", "cut short")),
-        ("cut-pretty.json", json.dumps(COCO, indent=1)[:-30], ("line", "column", "cut short")),
-        ("cut.jsonl", '{"image": "a.jpg", "text": "x', ("line 1", "cut short")),
+        ("cut.json", json.dumps(COCO)[:-30], ("line 1", "truncated")),
+        ("cut-pretty.json", json.dumps(COCO, indent=1)[:-30], ("line", "column", "truncated")),
+        ("cut.jsonl", '{"image": "a.jpg", "text": "x', ("line 1", "truncated")),
         ("no-lines.jsonl", '{"image": \n{"image": "a.jpg\n', ("line 2", "not JSON")),
         ("latin.csv", "image,caption\na.jpg,ok\na.jpg,caf\xe9\n".encode("latin-1"), ("line 3", "UTF-8")),
         (
@@ -286,7 +286,7 @@ def test_a_file_that_cannot_be_read_is_one_clear_error(
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
-        ("cut.jsonl", LINES[:-8], ("1 row", "line 3", "cut short")),
+        ("cut.jsonl", LINES[:-8], ("1 row", "line 3", "truncated")),
         ("no-object.jsonl", '{"image": "a.jpg", "text": "x"}\n[1]\n{]\n', ("2 rows", "line 2", "not an object")),
         (
             "first.jsonl",

@@ -445,7 +445,7 @@ def test_weights_in_a_pickle_are_read_without_running_its_code(tmp_path: Path) -
     (tmp_path / "model.safetensors").unlink()
     assert same(new(encoder=str(tmp_path)).model, safe.model)
     torch.save({"weight": Path(tmp_path)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CapcliError, match="a pickle of more than tensors"):
+    with pytest.raises(CapcliError, match="a pickle that contains more than tensors"):
         new(encoder=str(tmp_path))
 
 

@@ -733,7 +733,7 @@ def test_several_captions_can_be_a_setting_of_the_checkpoint(photos: Path, tmp_p
     [
         ({"num_beams": "4"}, "num_beams is '4'"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1"),
-        ({"suppress_tokens": [99999]}, "suppressed tokens hold token 99999"),
+        ({"suppress_tokens": [99999]}, "suppressed tokens: token 99999"),
         ({"do_sample": True, "temperature": 0.0}, "temperature is 0.0"),
     ],
 )

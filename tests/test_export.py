@@ -117,7 +117,7 @@ def test_an_interrupted_run_resumes_and_another_engine_is_refused(fused: Path, e
     assert call("caption", photos, "--model", engine, "-o", out, "--limit", 2).code == 0
     other = call("caption", photos, "--model", fused / "captioner", "--dtype", "float32", "-o", out)
     assert other.code == 2
-    assert "begun with other settings: model" in other.err
+    assert "started with other settings: model" in other.err
     resumed = call("caption", photos, "--model", engine, "-o", out)
     assert "1 captioned, 2 skipped" in resumed.err
     assert "onnxruntime" in json.loads((tmp_path / "c.run.json").read_text())["versions"]

@@ -265,7 +265,7 @@ def test_the_refusals_of_a_hub(hub: FakeHub, ask: Asker, captioner: Path) -> Non
     hub.repos["someone/gated"].push(files_of(captioner))
     messages = {
         "someone/401": "refuses the token: log in with `hf auth login`, or correct HF_TOKEN",
-        "someone/403": "denies access to someone/403: use a token that may (HF_TOKEN)",
+        "someone/403": "denies access to someone/403: use a token that has access (HF_TOKEN)",
         "someone/404": "status 404",
         "someone/429": "no more requests for now",
         "someone/500": "status 500",

@@ -219,7 +219,7 @@ def test_an_engine_reads_tags(tmp_path: Path, profile: str) -> None:
         assert [row["text"] for row in found.rows] == [row["text"] for row in expected.rows]
     planned = call("export", "--trt", "--model", folder, "--out", tmp_path / "plans")
     assert planned.code == 1
-    assert "reads tags too" in planned.err
+    assert "also reads tags" in planned.err
 
 
 def test_tags_come_from_the_nearest_metadata_file_with_the_image(tmp_path: Path) -> None:

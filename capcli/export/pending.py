@@ -41,7 +41,7 @@ class PendingOrigin:
         Raises UsageError for a finished engine, and for options that differ from those of its graphs.
         """
         if options.kind != "tensorrt" or not engine.unfinished:
-            raise UsageError(f"{model.name} is an engine already: {CAPTIONER}")
+            raise UsageError(f"{model.name} is already an engine: {CAPTIONER}")
         self.generation = own_generation(model) or {}
         refuse_other_options(options, engine, self.generation)
         if engine.dtype == "bfloat16":
