@@ -19,7 +19,7 @@ from capcli.cli import cli
 
 ROOT = Path(__file__).parents[1]
 EARLIER = ROOT / "tests" / "earlier_version"
-DOCUMENTS = ["README.md", "engines/README.md", "examples/README.md", "CONTRIBUTING.md"]
+DOCUMENTS = ["README.md", "engines/README.md", "examples/README.md", "CONTRIBUTING.md", "BENCHMARKS.md"]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FLAG = re.compile(r"(?<=\s)--[a-z-]+")
 RUNS = {  # what each command calls once its options are validated
@@ -130,7 +130,7 @@ def test_the_options_of_scripts_in_documents_exist(script: Path) -> None:
         [sys.executable, str(script), "--help"], env=environment(), capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
-    texts = [(ROOT / document).read_text(encoding="utf-8") for document in (*DOCUMENTS, "BENCHMARKS.md")]
+    texts = [(ROOT / document).read_text(encoding="utf-8") for document in DOCUMENTS]
     used = {
         flag
         for text in texts
@@ -138,3 +138,11 @@ def test_the_options_of_scripts_in_documents_exist(script: Path) -> None:
         for flag in FLAG.findall(line)
     }
     assert all(flag in done.stdout for flag in used), used
+
+
+def test_the_make_targets_in_documents_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    texts = [(ROOT / document).read_text(encoding="utf-8") for document in DOCUMENTS]
+    targets = {target for text in texts for target in re.findall(r"(?m)(?:^|`)make (?:PYTHON=\S+ )?([a-z-]+)", text)}
+    assert targets >= {"demo", "test", "test-external", "check", "lint", "gpu-bench"}
+    assert all(re.search(rf"(?m)^{target}:", makefile) for target in targets), targets
