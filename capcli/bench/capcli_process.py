@@ -1,4 +1,9 @@
-"""capcli as a process of the bench: `python -m capcli.bench.capcli_process` reads a task and captions at every `go`."""
+"""capcli as a process of `capcli bench`: `python -m capcli.bench.capcli_process`.
+
+The first line of standard input is the job as JSON: `files`, and the options of `capcli caption` (see `options_of`). It is
+answered by a line of JSON once the model is loaded and warm, and each line `go` by another after all files are captioned.
+Any other line ends the process.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of `capcli train` only: the captioner's parts, optimization, evaluation and checkpoints."""
+"""The Click options that only `capcli train` has: the captioner's parts, optimization, evaluation and checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An attention function that is faster than PyTorch's on CPUs for a few queries or in bfloat16; elsewhere it calls PyTorch's.
+"""The attention function for models on CPUs: matrix products where they beat PyTorch's kernel, PyTorch's elsewhere.
 
 It is registered with transformers under separate names, so models that capcli did not load keep their attention.
 """

@@ -1,4 +1,4 @@
-"""Devices and dtypes: the names that options accept, and what this machine supports."""
+"""The dtypes that weights are loaded in, the device that an option names, and what this CPU computes in."""
 
 from __future__ import annotations
 
