@@ -17,6 +17,7 @@ from captioners import HALF, SIZE, random_captioner
 from exporting import KINDS, SHARED, cached_graphs, duplicate_weights
 from onnx import TensorProto, helper, numpy_helper
 from running import VOCABULARY
+from transformers.pytorch_utils import Conv1D
 
 from capcli.export import graphs
 from capcli.export.cleanup import clean_graph
@@ -338,3 +339,10 @@ def test_weights_in_files_are_identified_by_their_location(tmp_path: Path) -> No
         del weight.external_data[1:]
     clean_graph(stored)
     assert names(stored) == ["a"]
+
+
+def test_the_export_restores_the_method_that_it_patches() -> None:
+    before = Conv1D.forward
+    with graphs.linear_without_flattening():
+        assert Conv1D.forward is not before
+    assert Conv1D.forward is before

@@ -222,7 +222,7 @@ def test_sampling_after_a_prompt_and_with_one_special_token_equals_generate():
         agrees(model, images, case, keys=keys)
 
 
-POOL = pictures(3)  # each costs a call of generate() per settings
+POOL = pictures(5)  # each costs a call of generate() per settings
 one_of = st.sampled_from
 searches = st.fixed_dictionaries(
     {"max_new_tokens": one_of([1, 4, 11])},
