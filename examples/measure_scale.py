@@ -23,9 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from capcli.captioning.backends.slots import SlotsBackend
+from capcli.captioning.backends.slots_plan import search_settings
 from capcli.captioning.captioner import Captioner
-from capcli.captioning.pipeline import CaptionRun, wanted_entries
-from capcli.captioning.plan import choose_shapes, earlier_naming, new_run_file, search_settings
+from capcli.captioning.pipeline import CaptionRun, earlier_naming, new_run_file, wanted_entries
+from capcli.captioning.slot_captioner import SlotCaptioner
 from capcli.decoding.shapes import Shapes
 from capcli.loading import Loading, load
 from capcli.options import CaptionOptions, GenerationOptions, SinkOptions, SourceOptions
@@ -75,10 +77,10 @@ class OneToken:
         return step
 
 
-class Undecoded(CaptionRun):
-    """A run that decodes no files."""
+class Undecoded(SlotsBackend):
+    """A backend that decodes no files."""
 
-    def pixels(self, entries: Iterable[Entry]) -> Loading:
+    def load(self, entries: Iterable[Entry]) -> Loading:
         height, width = self.captioner.model.size
         blank = np.zeros((height, width, 3), np.uint8)
         return load(entries, lambda _: (blank, {}), workers=0)
@@ -110,9 +112,9 @@ def memory() -> float:
 
 def caption(folder: str, out: str, limit: int | None) -> None:
     began = time.perf_counter()
-    loaded = Captioner.load(MODEL, device="cpu", dtype="float32")
+    loaded: Any = Captioner.load(MODEL, device="cpu", dtype="float32").core
     end = int(loaded.model.generation["eos_token_id"])
-    captioner = Captioner(replace(loaded.model, runtime=OneToken(loaded.model.vocabulary, end)), loaded.files)  # type: ignore[arg-type]
+    captioner = SlotCaptioner(replace(loaded.model, runtime=OneToken(loaded.model.vocabulary, end)), loaded.files)  # type: ignore[arg-type]
     options = CaptionOptions(
         source=SourceOptions(sources=(folder,)),
         sink=SinkOptions(out=out),
@@ -125,10 +127,9 @@ def caption(folder: str, out: str, limit: int | None) -> None:
         source = open_source(options.source, print, earlier_naming(sink.run_file))
         report = PrintingReport()
         wanted = islice(wanted_entries(source, sink, report), limit)
-        settings = search_settings(options, captioner)
-        run_file = new_run_file(options, source, captioner, settings, sink.run_file)
-        shapes, wanted = choose_shapes(options, captioner, settings, wanted, source, sink.run_file)
-        Undecoded(options, captioner, settings, shapes, sink, report, run_file).caption_all(wanted, None)
+        backend = Undecoded(options, captioner, search_settings(options, captioner), sink.run_file)
+        run_file = new_run_file(options, source, backend, sink.run_file)
+        CaptionRun(options, backend, sink, report, run_file).caption_all(backend.plan(wanted, source), None)
     report.print_line()
     print(f"the model took {ready - began:.1f} s; the first row came {report.first - ready:.2f} s after it", flush=True)
 

@@ -129,7 +129,7 @@ def test_tokenizers_of_every_kind_are_saved_whole(
     again: Any = AutoTokenizer.from_pretrained(place)
     captioner = Captioner.load(str(place), device="cpu", dtype="float32")
     every = list(range(count))
-    assert again.decode(every) == assembled.tokenizer.decode(every) == captioner.model.tokenizer.decode(every)
+    assert again.decode(every) == assembled.tokenizer.decode(every) == captioner.core.model.tokenizer.decode(every)
     assert special_tokens(again) == s
     assert again.pad_token_id == s.pad
 

@@ -145,7 +145,7 @@ def test_a_model_that_no_baseline_can_run_is_refused(place: Path, tmp_path: Path
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_a_ceiling(family: str, tmp_path: Path) -> None:
-    captioner = Captioner.load(str(save_family(tmp_path, family)), device="cpu", dtype="float32")
+    captioner = Captioner.load(str(save_family(tmp_path, family)), device="cpu", dtype="float32").core
     settings = captioner.settings(GenerationOptions(max_new_tokens=8, num_beams=3))
     work = cost_of(captioner.files, captioner.model.size, settings, 5, "float32")
     head = 2 * 5 * 3 * VOCABULARY * 48  # all decoders are 48 wide

@@ -41,7 +41,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Free:
 
 @pytest.fixture(scope="module")
 def model(captioner: Path) -> Captioner:
-    return Captioner.load(str(captioner), device="cpu", dtype="float32")
+    return Captioner.load(str(captioner), device="cpu", dtype="float32").core
 
 
 @pytest.mark.parametrize("place", BOUNDS)

@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from running import call, paint, save_captioner
 
-from capcli.captioning import captioner as captioning
+from capcli.captioning import slot_captioner as captioning
 from capcli.errors import CapcliError
 from capcli.text import as_text, printable
 from capcli.training.output import card

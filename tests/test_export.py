@@ -81,7 +81,7 @@ def test_an_engine_gives_the_captions_of_generate(
     built: tuple[Path, str], case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nine images in four slots: some end early and others take their slots."""
-    runtime: Any = Captioner.load(str(built[0] / "engine"), device="cpu").model.runtime
+    runtime: Any = Captioner.load(str(built[0] / "engine"), device="cpu").core.model.runtime
     monkeypatch.setattr(captioners, "eager", lambda model, lag: runtime)  # noqa: ARG005
     model = random_captioner(vocabulary=VOCABULARY, **KINDS[built[1]])
     # Measured against generate() in float64, scores are up to 1.6e-6 off in float32, generate()'s own included.
@@ -367,7 +367,7 @@ def test_without_tensorrt_its_graphs_are_kept_beside_an_engine(
 def test_an_engine_whose_numbers_overflow_fails_its_parity_check(fused: Path) -> None:
     """In half precision half of the captions may differ, so only the logits show it."""
     reference, engine = (
-        Captioner.load(str(fused / name), device="cpu", dtype="float32") for name in ("captioner", "engine")
+        Captioner.load(str(fused / name), device="cpu", dtype="float32").core for name in ("captioner", "engine")
     )
     runtime: Any = engine.model.runtime
     step = runtime.step

@@ -22,7 +22,7 @@ from test_fast_decode import SHORT, SQUARE, draw
 from torch import Tensor
 
 from capcli import Captioner, pixels
-from capcli.captioning import plan
+from capcli.captioning.backends import slots_plan as plan
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.loading import Decode, load
 from capcli.loading.gpu_jpeg import Decoder, GpuJpegDecoder, GpuLoading, rates, refuse_gpu_decode, resized
@@ -233,7 +233,7 @@ def test_a_gpu_decodes_where_it_is_faster_and_a_resumed_run_keeps_the_choice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_captioner(tmp_path / "captioner")
-    model = Captioner.load(str(tmp_path / "captioner"), device="cpu").model
+    model = Captioner.load(str(tmp_path / "captioner"), device="cpu").core.model
     asked = CaptionOptions(SourceOptions(), SinkOptions(out="rows.jsonl"), gpu_decode=True, workers=8)
     monkeypatch.setattr(GpuJpegDecoder, "on", lambda _, spec: GpuJpegDecoder(spec, libjpeg))
     assert all(rate > 0 for rate in rates(GpuJpegDecoder(SQUARE, libjpeg)))

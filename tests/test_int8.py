@@ -153,7 +153,7 @@ def test_many_rows_and_prompts_are_near_float32(tmp_path, family, search):
 @torch.inference_mode()
 def test_slots_hold_bfloat16_where_the_decoders_attention_can_be_chosen(tmp_path, family, kept):
     folder = save_family(tmp_path / "model", family) if family else save_captioner(tmp_path / "model")
-    captioner = Captioner.load(str(folder), device="cpu", dtype="int8")
+    captioner = Captioner.load(str(folder), device="cpu", dtype="int8").core
     settings = captioner.settings(GenerationOptions(max_new_tokens=5))
     image = pictures(1)[0][None]
     for runtime in captioner.model.runtime.replicas(2):

@@ -188,7 +188,7 @@ def test_tags_are_read_as_in_training(tmp_path: Path) -> None:
     (photos / "metadata.csv").write_text("file_name,words\na.png,[red] [dot]\n")
     same = ("--model", out, "--out", "-", "--workers", 0, "--max-new-tokens", 1, "--dtype", "float32")
     [row] = call("caption", photos, *same, "--tags-field", "words").rows
-    captioner = Captioner.load(str(out), dtype="float32")
+    captioner = Captioner.load(str(out), dtype="float32").core
     model = transformers.AutoModel.from_pretrained(out).eval()
     image, _ = pixels.load(str(photos / "a.png"), captioner.model.spec, max_pixels=10**8)
     ids = captioner.model.tokenizer("[red] [dot]", add_special_tokens=False)["input_ids"]

@@ -135,7 +135,7 @@ def test_only_the_answer_to_a_prompt_with_gaps_names_them(tmp_path: Path, pieces
         save_t5(tmp_path / "t5", gated=False)
     assembled = new(decoder=str(tmp_path / "t5") if pieces else T5, tokenizer=None if pieces else "new")
     save_captioner(str(tmp_path / "out"), assembled.model, assembled.tokenizer, assembled.processor)
-    captioner = Captioner.load(str(tmp_path / "out"), device="cpu")
+    captioner = Captioner.load(str(tmp_path / "out"), device="cpu").core
     text = "<extra_id_0> two dogs <extra_id_1> sand <extra_id_2>"
     tokens = [
         assembled.specials.pad,
@@ -325,7 +325,7 @@ def test_the_question_of_the_first_captioning_task_becomes_the_default(place: Pa
     assert done.code == 0, done.err
     assert json.loads((place / "out" / "config.json").read_text())["question"] == "what is here?"
     assert "| more | `what is here?` |" in (place / "out" / "README.md").read_text()
-    captioner = Captioner.load(str(place / "out"), device="cpu")
+    captioner = Captioner.load(str(place / "out"), device="cpu").core
     default, same, other = (
         captioner.settings(GenerationOptions(), prompt).encoder_ids for prompt in (None, "what is here?", QUESTION)
     )

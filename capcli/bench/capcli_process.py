@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from capcli.captioning.backends.slots import SlotsBackend
 from capcli.captioning.pipeline import CaptionRun, wanted_entries
-from capcli.captioning.plan import choose_shapes, load_captioner, search_settings, settle_gpu_decode
 from capcli.options import CaptionOptions, GenerationOptions, SinkOptions, SourceOptions
 from capcli.progress import Report
 from capcli.sinks import open_sink
@@ -45,14 +45,13 @@ def main(task: dict[str, Any]) -> None:
         out = os.path.join(folder, "captions.jsonl")
         options = options_of(task, out)
         began = time.perf_counter()
-        captioner = load_captioner(options, None)
-        settings = search_settings(options, captioner)
-        options = settle_gpu_decode(options, captioner.model, None)
+        backend = SlotsBackend.open(options, None)
         load = time.perf_counter() - began
-        _, slots = caption(options, captioner, settings)  # warm-up
-        answer({"load": load, "dtype": captioner.model.dtype, "batch_size": slots, "gpu_decode": options.gpu_decode})
+        _, slots = caption(backend)  # warm-up
+        dtype = backend.captioner.model.dtype
+        answer({"load": load, "dtype": dtype, "batch_size": slots, "gpu_decode": backend.options.gpu_decode})
         while sys.stdin.readline().strip() == "go":
-            seconds, _ = caption(options, captioner, settings)
+            seconds, _ = caption(backend)
             rows = map(json.loads, Path(out).read_text("utf-8").splitlines())
             answer({"seconds": seconds, "captions": {row["file_name"]: row["text"] for row in rows}})
 
@@ -61,15 +60,15 @@ def answer(fields: dict[str, Any]) -> None:
     print(json.dumps(fields), flush=True)
 
 
-def caption(options: CaptionOptions, captioner: Any, settings: Any) -> tuple[float, int]:
+def caption(backend: SlotsBackend) -> tuple[float, int]:
     """Seconds from listing the first file to writing the last row, and the number of slots."""
-    began = time.perf_counter()
+    began, options = time.perf_counter(), backend.options
     with open_sink(options.sink, lambda _: None) as sink:
         source = open_source(options.source, lambda _: None, None)
         report = Report()
-        shapes, wanted = choose_shapes(options, captioner, settings, wanted_entries(source, sink, report), source, None)
-        CaptionRun(options, captioner, settings, shapes, sink, report, RunFile({})).caption_all(wanted, None)
-    return time.perf_counter() - began, shapes.loops * shapes.slots
+        wanted = backend.plan(wanted_entries(source, sink, report), source)
+        CaptionRun(options, backend, sink, report, RunFile({})).caption_all(wanted, None)
+    return time.perf_counter() - began, backend.batch_size
 
 
 if __name__ == "__main__":

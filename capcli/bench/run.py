@@ -15,8 +15,8 @@ from capcli import pixels
 from capcli.bench import output, stages
 from capcli.bench.output import BenchResult, Profile
 from capcli.bench.processes import BenchProcess, run_rounds
+from capcli.captioning.backends.slots_plan import load_captioner, search_settings
 from capcli.captioning.model import choose_dtype, device_of
-from capcli.captioning.plan import load_captioner, search_settings
 from capcli.engine.engine_json import engine_of
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.models.dtypes import choose_device

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from capcli import pixels
-from capcli.captioning.captioner import Captioner
+from capcli.captioning.slot_captioner import SlotCaptioner
 from capcli.decoding.loop import Batch, Finished, IterableFeed, Job
 from capcli.decoding.settings import Settings
 from capcli.errors import CapcliError, ImageError
@@ -55,7 +55,7 @@ def start_up() -> float:
     return time.perf_counter() - began
 
 
-def measure(captioner: Captioner, settings: Settings, photos: Sequence[str], batch_size: int | None) -> Stages:
+def measure(captioner: SlotCaptioner, settings: Settings, photos: Sequence[str], batch_size: int | None) -> Stages:
     """Raises CapcliError where none of the photos can be captioned."""
     stages = Stages()
     entries = _listed(stages, photos)
@@ -70,7 +70,7 @@ def _listed(stages: Stages, photos: Sequence[str]) -> list[Entry]:
         return list(open_source(SourceOptions(sources=tuple(photos)), lambda _: None, None))
 
 
-def _loaded(stages: Stages, entries: Sequence[Entry], captioner: Captioner) -> list[Loaded]:
+def _loaded(stages: Stages, entries: Sequence[Entry], captioner: SlotCaptioner) -> list[Loaded]:
     found, count, spec = [], len(entries), captioner.model.spec
     for entry in entries:
         try:
@@ -89,7 +89,7 @@ def _loaded(stages: Stages, entries: Sequence[Entry], captioner: Captioner) -> l
 
 
 def _decoded(
-    stages: Stages, captioner: Captioner, settings: Settings, loaded: Sequence[Loaded], batch_size: int | None
+    stages: Stages, captioner: SlotCaptioner, settings: Settings, loaded: Sequence[Loaded], batch_size: int | None
 ) -> list[Finished]:
     """The decode loop, with each of its parts timed; it runs twice, the first time as a warm-up."""
     runtime, count = captioner.model.runtime, len(loaded)
@@ -147,7 +147,7 @@ class TimedRuntime:
 
 def _written(
     stages: Stages,
-    captioner: Captioner,
+    captioner: SlotCaptioner,
     settings: Settings,
     entries: Sequence[Entry],
     loaded: Sequence[Loaded],

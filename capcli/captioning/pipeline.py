@@ -1,7 +1,7 @@
 """Read this first: `capcli caption` from its options to the exit code.
 
-    source -> decoder processes -> decode loop -> sink
-    Entry     Loaded               Caption        rows
+    source -> decoder processes -> backend -> sink
+    Entry     Loaded               Caption    rows
 
 Everything is lazy: the source is read as the decoder processes have room, and those decode as the batch has room. An
 image that cannot be captioned is a `Failure` from there on; only an error that stops every image is raised.
@@ -9,38 +9,26 @@ image that cannot be captioned is a `Failure` from there on; only an error that 
 
 from __future__ import annotations
 
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
-from typing import Any
 
-from capcli import pixels
-from capcli.annotations.tags import MetadataTags
-from capcli.captioning.captioner import Captioner
-from capcli.captioning.plan import (
-    choose_shapes,
-    configured_sequences,
-    decoder_processes,
-    earlier_naming,
-    load_captioner,
-    new_run_file,
-    search_settings,
-    settle_gpu_decode,
-)
-from capcli.decoding.settings import Settings
-from capcli.decoding.shapes import Shapes
+import numpy
+import PIL
+
+from capcli import __version__
+from capcli.captioning.backends import open_backend
+from capcli.captioning.backends.base import Backend
+from capcli.captioning.backends.slots_plan import configured_sequences
 from capcli.interrupts import Interrupts
-from capcli.loading import Loading, load
-from capcli.loading.gpu_jpeg import GpuJpegDecoder, GpuLoading
-from capcli.models.encoder_text import tag_ids
 from capcli.options import CaptionOptions
 from capcli.progress import Progress, Report, say, warn
 from capcli.records import Caption, Entry, Failure
 from capcli.sinks import ClosedPipeError, Sink, open_sink
-from capcli.sources import Source, open_source
+from capcli.sources import Naming, Source, open_source
 from capcli.storage.run_file import RunFile
 from capcli.text import printable
 
@@ -60,14 +48,12 @@ def run(options: CaptionOptions) -> int:
         wanted: Iterator[Entry] = islice(wanted_entries(source, sink, report), options.limit)
         if options.dry_run:
             return list_only(wanted, report)
-        captioner = load_captioner(options, earlier)
-        settings = search_settings(options, captioner)
-        options = settle_gpu_decode(options, captioner.model, earlier)
-        run_file = new_run_file(options, source, captioner, settings, earlier)
+        backend = open_backend(options, earlier)
+        run_file = new_run_file(options, source, backend, earlier)
         if earlier is not None:
             earlier.refuse_other_settings(run_file, options.sink.out)
-        shapes, wanted = choose_shapes(options, captioner, settings, wanted, source, earlier)
-        run = CaptionRun(options, captioner, settings, shapes, sink, report, run_file)
+        wanted = backend.plan(wanted, source)
+        run = CaptionRun(options, backend, sink, report, run_file)
         try:
             return run.caption_all(wanted, counter(source, options))
         except ClosedPipeError:
@@ -76,18 +62,13 @@ def run(options: CaptionOptions) -> int:
 
 @dataclass
 class CaptionRun:
-    """A configured run. Only `shapes` may change, when device memory runs out."""
+    """A run that is set up."""
 
     options: CaptionOptions
-    captioner: Captioner
-    settings: Settings
-    shapes: Shapes
+    backend: Backend
     sink: Sink
     report: Report
     run_file: RunFile
-
-    def __post_init__(self) -> None:
-        self.tags = MetadataTags(self.options.tags_field) if self.options.tags_field else None
 
     def caption_all(self, wanted: Iterable[Entry], total: Callable[[], int] | None) -> int:
         """Caption the wanted entries. Returns the exit code. After a signal, images in the batch are finished first.
@@ -106,57 +87,19 @@ class CaptionRun:
         with (
             Interrupts(quiet=self.options.quiet) as interrupts,
             Progress(self.report, shown=self.shows_progress, total=total) as progress,
-            self.pixels(numbered(self.with_tags(wanted), entries)) as images,
+            self.backend.load(numbered(self.backend.prepared(wanted), entries)) as images,
         ):
-            for _ in self.captioner.run(
-                images,
-                self.settings,
-                self.shapes,
-                deliver,
-                ordered=self.options.order == "source",
-                keep_prompt=self.options.keep_prompt,
-                stop=interrupts.asked,
-                on_shrink=self.shrink,
-            ):
+            for _ in self.backend.caption(images, deliver, stop=interrupts.asked, changed=self.update_run_file):
                 progress.update()
         self.close(interrupted=interrupts.asked())
         return interrupts.exit_code or self.report.exit_code
 
-    def with_tags(self, entries: Iterable[Entry]) -> Iterable[Entry]:
-        """The entries, with the ids of their tags for an encoder that reads tags. The tags are read from metadata files."""
-        tags, model = self.tags, self.captioner.model
-        if tags is None:
-            return entries
-        ids = partial(tag_ids, model.tokenizer, count=model.tag_tokens)
-        return (replace(entry, encoder_ids=ids([tags.of(entry.path)])[0]) for entry in entries)
-
-    def pixels(self, entries: Iterable[Entry]) -> Loading | GpuLoading:
-        """Start the decoder processes, and the GPU's JPEG decoder where it is used. Returns the loaded images."""
-        options, model = self.options, self.captioner.model
-        device = model.runtime.device
-        start = partial(load, workers=decoder_processes(options, device), timeout=options.decode_timeout)
-        arguments: dict[str, Any] = {"spec": model.spec, "max_pixels": options.max_pixels, "facts": options.sink.fields}
-        decode = partial(pixels.load, **arguments, fast=options.fast_decode)
-        if not options.gpu_decode:
-            return start(entries, decode)
-        keep_jpeg = partial(pixels.load_or_keep, **arguments)
-        return GpuLoading(entries, GpuJpegDecoder.on(device, model.spec), keep_jpeg, decode, start)
-
-    def shrink(self, shapes: Shapes) -> None:
-        """Record that the run continues with fewer slots, so that a resumed run uses the same number."""
-        if shapes.slots >= self.shapes.slots:  # another decode loop has shrunk already
-            return
-        self.shapes = shapes
-        self.sink.write_run_file(self.current_run_file())
-        where = f" in one of {shapes.loops} loops" if shapes.loops > 1 else ""
-        warn(f"the device ran out of memory: continuing with a batch size of {shapes.slots}{where}")
-
     def current_run_file(self) -> RunFile:
-        """The run file with the shapes of all tensors."""
-        shapes, settings = self.shapes, self.settings
-        return self.run_file.with_shapes(
-            loops=shapes.loops, slots=shapes.slots, chunk=shapes.chunk, rows=settings.rows, pool=settings.entries
-        )
+        """The run file with the backend's facts as they are now."""
+        return self.run_file.with_facts(self.backend.facts())
+
+    def update_run_file(self) -> None:
+        self.sink.write_run_file(self.current_run_file())
 
     def close(self, *, interrupted: bool) -> None:
         """Write the final run file and print the closing line."""
@@ -167,8 +110,8 @@ class CaptionRun:
         last_run = {"captioned": report.captioned, "failed": report.failed, "skipped": report.skipped}
         seconds = round(report.seconds, 3)
         sink.write_run_file(self.current_run_file().ended(state, counts, {**last_run, "seconds": seconds}))
-        if self.tags and report.done and not self.tags.found:
-            warn(f"no image has tags: there is no metadata with a field {self.options.tags_field} beside or above them")
+        for note in self.backend.notes() if report.done else ():
+            warn(note)
         if self.options.quiet:
             return
         if not interrupted and not report.seen:
@@ -181,7 +124,7 @@ class CaptionRun:
     def closing_line(self) -> str:
         line = self.report.line()
         if self.report.done:
-            line += f" in {self.captioner.model.dtype}"
+            line += f" {self.backend.label}"
         if self.report.failed and self.sink.failures_path:
             line += f"; failures are listed in {printable(self.sink.failures_path)}"
         return line
@@ -225,3 +168,40 @@ def counter(source: Source, options: CaptionOptions) -> Callable[[], int] | None
     if source.streaming or options.limit is not None:
         return None
     return lambda: sum(1 for _ in source)
+
+
+def earlier_naming(earlier: RunFile | None) -> Naming | None:
+    """How the earlier run named its images."""
+    return None if earlier is None else Naming(earlier.folder)
+
+
+def new_run_file(options: CaptionOptions, source: Source, backend: Backend, earlier: RunFile | None) -> RunFile:
+    """The run file before the first image.
+
+    Captions depend on what is under `settings`: a later run continues only where all of it is the same.
+    """
+    facts = dict(backend.facts())
+    versions = {"python": platform.python_version(), "pillow": PIL.__version__, "numpy": numpy.__version__}
+    return RunFile(
+        {
+            "capcli": __version__,
+            "state": "running",
+            "source": source.describe(),
+            "folder": source.root if earlier is None else earlier.folder,
+            "settings": {
+                **backend.settings(),
+                "fields": list(options.sink.fields),
+                "keep_prompt": options.keep_prompt,
+                "sidecar": options.sink.sidecar,
+                "sidecar_dir": options.sink.sidecar_dir,
+            },
+            "images": {
+                "max_pixels": options.max_pixels,
+                "decode_timeout": options.decode_timeout,
+                "order": options.order,
+            },
+            "batch_size": options.batch_size,
+            **facts,
+            "versions": {**versions, **facts.get("versions", {})},
+        }
+    )

@@ -104,10 +104,10 @@ class RunFile:
         except (AttributeError, KeyError, TypeError, ValueError):
             return None
 
-    def with_shapes(self, *, loops: int, slots: int, chunk: int, rows: int, pool: int) -> RunFile:
-        """A copy with the shapes of all tensors of the run: `rows` of a slot, and entries of its `pool`."""
-        shapes = {"loops": loops, "slots": slots, "chunk": chunk, "rows": rows, "pool": pool}
-        return RunFile({**self.data, "shapes": shapes})
+    def with_facts(self, facts: Mapping[str, Any]) -> RunFile:
+        """A copy with these keys replaced; of `versions`, which has other keys too, only those in `facts`."""
+        versions = {**self.data.get("versions", {}), **facts.get("versions", {})}
+        return RunFile({**self.data, **facts, "versions": versions})
 
     def ended(self, state: str, counts: Mapping[str, int], last_run: Mapping[str, float]) -> RunFile:
         """A copy for the end of a run: `counts` of all rows on disk, and the figures of the `last_run`."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from capcli.captioning.captioner import Captioner
+from capcli.captioning.slot_captioner import SlotCaptioner
 from capcli.models.encoder_text import fillings
 from capcli.training.data.mixing import TaskMixture
 from capcli.training.data.pairs import Collate
@@ -42,7 +42,7 @@ class Validations:
         return {"loss": mean_loss(total, count)} | {f"{name}_loss": mean_loss(*pair) for name, pair in sums.items()}
 
     def captions(
-        self, captioner: Captioner, accelerator: Accelerator, progress: Callable[[int, int], None]
+        self, captioner: SlotCaptioner, accelerator: Accelerator, progress: Callable[[int, int], None]
     ) -> dict[str, str]:
         """The generated answers by task and index, as in `captioned`."""
         answers: dict[str, str] = {}

@@ -13,9 +13,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from capcli.captioning.captioner import Captioner
 from capcli.captioning.feed import Arrivals
 from capcli.captioning.model import Model
+from capcli.captioning.slot_captioner import SlotCaptioner
 from capcli.errors import CapcliError
 from capcli.metrics import Scorer
 from capcli.models.attention import use_attention
@@ -72,7 +72,7 @@ class Validation:
         return float(total), float(count)
 
     def captions(
-        self, captioner: Captioner, accelerator: Accelerator, progress: Callable[[int, int], None]
+        self, captioner: SlotCaptioner, accelerator: Accelerator, progress: Callable[[int, int], None]
     ) -> dict[str, str]:
         """The captions of the `captioned` images that could be loaded, by index as a string; in each process all of them."""
         indices = self.captioned[accelerator.process_index :: accelerator.num_processes]
@@ -167,7 +167,7 @@ class Batches(Arrivals):
 
 
 @contextmanager
-def captioner_of(assembled: AssembledCaptioner, size: tuple[int, int]) -> Iterator[Captioner]:
+def captioner_of(assembled: AssembledCaptioner, size: tuple[int, int]) -> Iterator[SlotCaptioner]:
     """A captioner that shares the weights of a model in training; afterwards the model's state is restored."""
     model: Any = assembled.model
     encode, step, training = assembled.encode.to(model.device), assembled.step, model.training
@@ -188,7 +188,7 @@ def captioner_of(assembled: AssembledCaptioner, size: tuple[int, int]) -> Iterat
     )
     try:
         with torch.inference_mode():
-            yield Captioner(captioning_model, ModelFiles("", "", None, {}, {}))
+            yield SlotCaptioner(captioning_model, ModelFiles("", "", None, {}, {}))
     finally:
         step.decoder.set_attn_implementation(attention)
         model.train(training)

@@ -1,4 +1,4 @@
-"""The choices of a run before its first image: captioner, search settings, GPU decoding, batch size, and its run file.
+"""The choices of a run on the slots backend before its first image: captioner, search settings, GPU decoding, batch size.
 
 A run that continues an `earlier` one takes from its run file what the captions depend on.
 """
@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
-import numpy
-import PIL
 import torch
-import transformers
 
-from capcli import __version__
-from capcli.captioning.captioner import Captioner
 from capcli.captioning.model import Model, choose_dtype, device_of, load_model
+from capcli.captioning.slot_captioner import SlotCaptioner
 from capcli.decoding.settings import Settings, idle, resolve
 from capcli.decoding.shapes import Shapes, useful_loops, useful_slots
 from capcli.engine.engine_json import engine_of
@@ -32,19 +27,18 @@ from capcli.models.dtypes import choose_device
 from capcli.models.families import family_of, tag_room
 from capcli.models.hub import find_model
 from capcli.models.int8 import int8_refused
-from capcli.models.model_files import fingerprint
 from capcli.models.packing import keep_memory_mapped
 from capcli.options import CaptionOptions
 from capcli.pixels import PixelSpec
 from capcli.progress import warn
 from capcli.records import Entry
-from capcli.sources import Naming, Source
+from capcli.sources import Source
 from capcli.storage.run_file import RunFile
 
 COUNTED = 8  # batches: a source of fewer images is counted before the first image, so that the batch fits it
 
 
-def load_captioner(options: CaptionOptions, earlier: RunFile | None) -> Captioner:
+def load_captioner(options: CaptionOptions, earlier: RunFile | None) -> SlotCaptioner:
     """Load the captioner, in the dtype and on as many threads as the earlier run had unless the options name others.
 
     Raises UsageError before the weights are read where the model does not support the options.
@@ -72,7 +66,7 @@ def load_captioner(options: CaptionOptions, earlier: RunFile | None) -> Captione
     dtype = choose_dtype(dtype, device, engine)
     threads = (earlier.threads if earlier else None) or torch.get_num_threads()
     torch.set_num_threads(options.threads or min(threads, usable_cpus()))
-    return Captioner(load_model(files, engine, device, dtype), files)
+    return SlotCaptioner(load_model(files, engine, device, dtype), files)
 
 
 def check_prompt_and_tags(options: CaptionOptions, config: Mapping[str, Any]) -> None:
@@ -94,7 +88,7 @@ def configured_sequences(model: str) -> int:
     return count if isinstance(count, int) else 1
 
 
-def search_settings(options: CaptionOptions, captioner: Captioner) -> Settings:
+def search_settings(options: CaptionOptions, captioner: SlotCaptioner) -> Settings:
     """The search settings of the run, with a warning for each option that has no effect."""
     settings = captioner.settings(options.generation, options.prompt)
     for line in idle(options.generation, settings):
@@ -139,7 +133,7 @@ def settle_gpu_decode(options: CaptionOptions, model: Model, earlier: RunFile | 
 
 def choose_shapes(
     options: CaptionOptions,
-    captioner: Captioner,
+    captioner: SlotCaptioner,
     settings: Settings,
     wanted: Iterator[Entry],
     source: Source,
@@ -173,55 +167,3 @@ def earlier_shapes(earlier: RunFile | None, device: torch.device, batch_size: in
     if batch_size not in (None, earlier.batch_size):
         return None
     return None if earlier.shapes is None else Shapes(*earlier.shapes)
-
-
-def earlier_naming(earlier: RunFile | None) -> Naming | None:
-    """How the earlier run named its images."""
-    return None if earlier is None else Naming(earlier.folder)
-
-
-def new_run_file(
-    options: CaptionOptions, source: Source, captioner: Captioner, settings: Settings, earlier: RunFile | None
-) -> RunFile:
-    """The run file before the first image, without the shapes.
-
-    Captions depend on what is under `settings`: a later run continues only where all of it is the same. `threads` and
-    the shapes are reused by a run that continues an interrupted one.
-    """
-    return RunFile(
-        {
-            "capcli": __version__,
-            "state": "running",
-            "source": source.describe(),
-            "folder": source.root if earlier is None else earlier.folder,
-            "model": {"name": captioner.files.name, "revision": captioner.files.revision},
-            "settings": {
-                "model": fingerprint(captioner.files.folder),
-                "dtype": captioner.model.dtype,
-                "fields": list(options.sink.fields),
-                "keep_prompt": options.keep_prompt,
-                **({} if options.tags_field is None else {"tags_field": options.tags_field}),
-                "sidecar": options.sink.sidecar,
-                "sidecar_dir": options.sink.sidecar_dir,
-                "generation": settings.in_run_file(),
-                **({"fast_decode": True} if options.fast_decode else {}),
-                **({"gpu_decode": True} if options.gpu_decode else {}),
-            },
-            "images": {
-                "max_pixels": options.max_pixels,
-                "decode_timeout": options.decode_timeout,
-                "order": options.order,
-            },
-            "batch_size": options.batch_size,
-            "device": str(captioner.model.runtime.device),
-            "threads": torch.get_num_threads(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "pillow": PIL.__version__,
-                "numpy": numpy.__version__,
-                **(captioner.model.engine.versions if captioner.model.engine else {}),
-            },
-        }
-    )
