@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
 
 from capcli.captioning.feed import Result
-from capcli.captioning.model import choose_dtype, device_of, load_model
+from capcli.captioning.generate_captioner import load_generate
+from capcli.captioning.model import choose_dtype, device_of, find_any_model, load_model
 from capcli.captioning.slot_captioner import ImageLike, SlotCaptioner
 from capcli.engine.engine_json import engine_of
 from capcli.errors import UsageError
 from capcli.models.dtypes import choose_device
-from capcli.models.hub import find_model
+from capcli.models.model_files import has_family
 from capcli.options import DEFAULT_MODEL, MAX_PIXELS, GenerationOptions
 
 
@@ -58,15 +59,20 @@ class Captioner:
         revision: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        backend: Literal["auto", "slots", "generate"] = "auto",
     ) -> Captioner:
         """Load a captioner from a folder or the hub.
 
         `device` is `auto`, `cpu` or `cuda[:n]`. `dtype` is `auto` (bfloat16 where the hardware computes in it), `float32`,
-        `bfloat16`, `float16` or, on CPUs, `int8`. Raises UsageError for invalid arguments, and CapcliError where the model
+        `bfloat16`, `float16` or, on CPUs, `int8`. `backend` is `slots` (capcli's decode loop), `generate` (transformers' own
+        `generate()`, for any model that it loads), or `auto`: slots where it has a family for the model. Raises UsageError for invalid arguments, and CapcliError where the model
         cannot be downloaded, read or run.
         """
         choose_device(device)  # raises UsageError before anything is downloaded
-        files = find_model(model, revision, quiet=True)
+        files = find_any_model(model, revision, backend, quiet=True)
+        if backend == "generate" or not (files.is_engine or has_family(files.config)):
+            place = choose_device(device)
+            return cls(load_generate(files, choose_dtype(dtype, place), place))
         engine = engine_of(files)
         chosen = device_of(device, engine)
         return cls(SlotCaptioner(load_model(files, engine, chosen, choose_dtype(dtype, chosen, engine)), files))

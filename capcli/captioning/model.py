@@ -13,6 +13,7 @@ from capcli.engine.check import refuse_tampered
 from capcli.engine.engine_json import Engine
 from capcli.errors import CapcliError, UsageError
 from capcli.models.attention import use_attention
+from capcli.models.auto import collect_any
 from capcli.models.checkpoint import (
     encode_and_step,
     explained_tokenizer,
@@ -24,8 +25,9 @@ from capcli.models.checkpoint import (
 )
 from capcli.models.dtypes import DTYPES, choose_device, multiplies_bfloat16
 from capcli.models.families import encoder_prompt_of, tag_room
+from capcli.models.hub import find_model
 from capcli.models.int8 import int8_refused, quantize_both
-from capcli.models.model_files import ModelFiles
+from capcli.models.model_files import CONFIG, ENGINE, ModelFiles, ModelListing, collect_files, has_family
 from capcli.models.packing import speed_up
 from capcli.pixels import PixelSpec
 from capcli.progress import warn
@@ -162,3 +164,18 @@ def choose_dtype(name: str, device: torch.device, engine: Engine | None = None) 
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return "bfloat16" if multiplies_bfloat16() else "float32"
+
+
+def find_any_model(model: str, revision: str | None, backend: str, *, quiet: bool) -> ModelFiles:
+    """The files of a captioner for a backend: `auto` is the slots backend where it has a family for the model.
+
+    Raises UsageError and CapcliError as `find_model`.
+    """
+
+    def take(name: str, listing: ModelListing, commit: str | None) -> ModelFiles:
+        slots = backend == "slots"
+        if backend == "auto":
+            slots = ENGINE in listing.names or CONFIG not in listing.names or has_family(listing.read_json(CONFIG))
+        return (collect_files if slots else collect_any)(name, listing, commit)
+
+    return find_model(model, revision, quiet=quiet, take=take)

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -202,16 +203,10 @@ class SlotCaptioner:
         return size + 16 * settings.rows * self.model.vocabulary
 
     def _load(self, index: int, image: ImageLike, max_pixels: int, tags: Sequence[tuple[int, ...]]) -> Loaded:
-        encoder_ids = tags[index] if tags else ()
-        if isinstance(image, str | os.PathLike):
-            path = os.fsdecode(image)
-            return Loaded(path, pixels.load(path, self.model.spec, max_pixels=max_pixels)[0], encoder_ids=encoder_ids)
-        if not isinstance(image, Image.Image | np.ndarray):
-            raise ImageError(
-                "unreadable", f"a {type(image).__name__} is not an image: give paths, PIL images or arrays"
-            )
-        rgb = pixels.to_rgb(image) if isinstance(image, Image.Image) else pixels.from_array(image)
-        return Loaded(str(index), pixels.resize(rgb, self.model.spec), encoder_ids=encoder_ids)
+        spec = self.model.spec
+        read = partial(pixels.load, spec=spec, max_pixels=max_pixels)
+        loaded = load_image(index, image, read=lambda path: read(path)[0], resize=lambda rgb: pixels.resize(rgb, spec))
+        return replace(loaded, encoder_ids=tags[index] if tags else ())
 
     def _job(self, settings: Settings, index: int, loaded: Loaded) -> Job:
         """Raises ImageError for pixels of a size that the encoder does not take."""
@@ -238,6 +233,28 @@ class SlotCaptioner:
         ids = [*kept, *(t for t in hypothesis.tokens if t not in settings.eos_token_ids)]
         if self._gaps.keys() & set(settings.encoder_ids):
             text = with_gaps(self.model.tokenizer, ids, self._gaps)
-        else:
-            text = str(self.model.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-        return UNSPACED.sub("", text) if self.model.spaced else text
+            return UNSPACED.sub("", text) if self.model.spaced else text
+        return caption_text(self.model.tokenizer, ids, spaced=self.model.spaced)
+
+
+def caption_text(tokenizer: Any, ids: Sequence[int], *, spaced: bool) -> str:
+    """The text of a caption's tokens without special ones. `spaced` tokenizers put a space between Chinese characters."""
+    text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    return UNSPACED.sub("", text) if spaced else text
+
+
+def load_image(
+    index: int,
+    image: ImageLike,
+    *,
+    read: Callable[[str], npt.NDArray[np.uint8]],
+    resize: Callable[[Image.Image], npt.NDArray[np.uint8]],
+) -> Loaded:
+    """An image given to the Python API: `read` loads a path, `resize` an upright RGB image. Raises ImageError."""
+    if isinstance(image, str | os.PathLike):
+        path = os.fsdecode(image)
+        return Loaded(path, read(path))
+    if not isinstance(image, Image.Image | np.ndarray):
+        raise ImageError("unreadable", f"a {type(image).__name__} is not an image: give paths, PIL images or arrays")
+    rgb = pixels.to_rgb(image) if isinstance(image, Image.Image) else pixels.from_array(image)
+    return Loaded(str(index), resize(rgb))

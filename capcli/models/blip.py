@@ -51,3 +51,9 @@ def generation(config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:  
     text = BlipTextConfig(**config.get("text_config") or {})
     ids = {"bos_token_id": text.bos_token_id, "eos_token_id": text.sep_token_id, "pad_token_id": text.pad_token_id}
     return GenerationConfig.from_model_config(text).to_dict() | ids | {"decoder_start_token_id": text.bos_token_id}
+
+
+def prompt_inputs(_config: Any, tokenizer: Any, prompt: str | None, _size: tuple[int, int]) -> dict[str, list[int]]:
+    """The prompt for `generate()`, which replaces the first id by its start token and leaves out the last."""
+    ids = modules.plain_ids(tokenizer, prompt)
+    return {"input_ids": [0, *ids, 0]} if ids else {}

@@ -50,6 +50,14 @@ class Family(Protocol):
         [B, W], which are IGNORED where there is no token.
         """
 
+    def prompt_inputs(
+        self, config: Any, tokenizer: Any, prompt: str | None, size: tuple[int, int]
+    ) -> dict[str, list[int]]:
+        """The ids that transformers' `generate()` takes for a prompt (None: none, or the model's own), by argument.
+
+        `config` is the model's config, `size` the height and width of its pixels.
+        """
+
 
 IGNORED = -100  # in a training batch: no token at this position
 

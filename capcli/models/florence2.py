@@ -117,3 +117,9 @@ def image_tokens(vision: Any, height: int, width: int) -> int:
     for size, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
         height, width = ((side + 2 * padding - size) // stride + 1 for side in (height, width))
     return 1 + height * width
+
+
+def prompt_inputs(config: Any, tokenizer: Any, prompt: str | None, size: tuple[int, int]) -> dict[str, list[int]]:
+    """The task for `generate()`, after a placeholder for each image token of pixels [height, width] = `size`."""
+    ids = encoder_prompt(config.to_dict(), tokenizer, prompt)
+    return {"input_ids": [config.image_token_id] * image_tokens(config.vision_config, *size) + ids}

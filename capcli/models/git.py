@@ -53,3 +53,9 @@ class Step(modules.Step):
         out = git.encoder(x, attention_mask=mask, past_key_values=cache.self_attention_cache, use_cache=True)
         logits: Tensor = self.decoder.output(out.last_hidden_state)
         return logits
+
+
+def prompt_inputs(config: Any, tokenizer: Any, prompt: str | None, _size: tuple[int, int]) -> dict[str, list[int]]:
+    """The prompt for `generate()`, with the start token that it would else add."""
+    ids = modules.plain_ids(tokenizer, prompt)
+    return {"input_ids": [config.bos_token_id, *ids]} if ids else {}

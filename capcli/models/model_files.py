@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,17 +119,27 @@ def collect_files(name: str, listing: ModelListing, revision: str | None) -> Mod
     return ModelFiles(name, os.path.dirname(paths[0]), revision, config, processor)
 
 
+def has_family(config: Mapping[str, Any]) -> bool:
+    """Whether a family of capcli.models runs the architecture of a config.json."""
+    kind = config.get("model_type")
+    if kind in CONVERTED and "auto_map" in config:
+        return False
+    if kind not in JOINED:
+        return kind in WHOLE
+    names, encoders, decoders = JOINED[kind]
+    encoder, decoder = (model_type(config.get(part)) for part in names)
+    return encoder in encoders and decoder in decoders
+
+
 def check_architecture(name: str, config: dict[str, Any]) -> None:
     """Raises CapcliError, with the supported architectures, for a config.json of another one."""
     kind = config.get("model_type")
     if kind in CONVERTED and "auto_map" in config:
         raise CapcliError(f"{name} needs its own code, which capcli never runs. {CONVERTED[kind]}")
-    if kind in WHOLE:
+    if has_family(config):
         return
-    names, encoders, decoders = JOINED.get(str(kind), JOINED["vision-encoder-decoder"])
+    names, _, _ = JOINED.get(str(kind), JOINED["vision-encoder-decoder"])
     encoder, decoder = (model_type(config.get(part)) for part in names)
-    if kind in JOINED and encoder in encoders and decoder in decoders:
-        return
     found = str(kind or config.get("architectures") or "no model_type")
     if kind in JOINED:
         found += f" of {encoder} and {decoder}"
@@ -172,16 +182,17 @@ def weight_files(listing: ModelListing) -> list[str]:
     return []
 
 
-def fingerprint(folder: str) -> str:
+def fingerprint(folder: str, settings: Callable[[frozenset[str]], Iterable[str]] = setting_files) -> str:
     """The SHA-256 of the files that captions depend on, by name and content; it does not depend on the folder's path.
 
+    `settings` selects those beside the weights from the names in the folder.
     For an engine's files the hashes in engine.json are taken, which are checked when it is loaded; the rest of engine.json
     (parity check, versions, command) changes no caption. Raises CapcliError when a file cannot be read.
     """
     listing = list_model(folder)
     known = listing.read_json(ENGINE)["files"] if ENGINE in listing.names else {}
     result = hashlib.sha256()
-    for name in sorted({*setting_files(listing.names), *weight_files(listing)} - {ENGINE}):
+    for name in sorted({*settings(listing.names), *weight_files(listing)} - {ENGINE}):
         digest = known.get(name) or file_hash(listing.fetch(name))
         result.update(f"{digest}  {name}\n".encode())
     return result.hexdigest()

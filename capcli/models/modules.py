@@ -140,3 +140,8 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     """[E, M, H * D] -> [E, H, M, D]."""
     parts: Tensor = x.unflatten(-1, (heads, -1))  # type: ignore[no-untyped-call]
     return parts.transpose(1, 2)
+
+
+def plain_ids(tokenizer: Any, prompt: str | None) -> list[int]:
+    """The ids of a prompt without special tokens; empty for none."""
+    return list(tokenizer(prompt, add_special_tokens=False)["input_ids"]) if prompt else []

@@ -254,3 +254,8 @@ def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
 
 
 register_architecture(PrefixConfig, PrefixCaptioner)
+
+
+def prompt_inputs(config: Any, tokenizer: Any, prompt: str | None, _size: tuple[int, int]) -> dict[str, list[int]]:
+    """The start token and the prompt for `generate()`."""
+    return {"input_ids": [config.decoder_start_token_id, *modules.plain_ids(tokenizer, prompt)]}

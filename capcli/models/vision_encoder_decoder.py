@@ -64,3 +64,9 @@ def layer_memory(layer: Any, features: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = layer.key(features), layer.value(features)
         heads = layer.num_attention_heads
     return split_heads(keys, heads), split_heads(values, heads)
+
+
+def prompt_inputs(_config: Any, tokenizer: Any, prompt: str | None, _size: tuple[int, int]) -> dict[str, list[int]]:
+    """The prompt for `generate()`, which puts the start token before it."""
+    ids = modules.plain_ids(tokenizer, prompt)
+    return {"decoder_input_ids": ids} if ids else {}

@@ -296,3 +296,8 @@ def encoder_prompt(config: Mapping[str, Any], tokenizer: Any, prompt: str | None
 
 
 register_architecture(VisionT5Config, VisionT5)
+
+
+def prompt_inputs(config: Any, tokenizer: Any, prompt: str | None, _size: tuple[int, int]) -> dict[str, list[int]]:
+    """The question for `generate()`."""
+    return {"input_ids": encoder_prompt(config.to_dict(), tokenizer, prompt)}

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from capcli.captioning.backends.base import Backend
+from capcli.captioning.backends.generate import GenerateBackend
 from capcli.captioning.backends.slots import SlotsBackend
+from capcli.captioning.model import find_any_model
+from capcli.models.model_files import has_family
 from capcli.options import CaptionOptions
+from capcli.progress import warn
 from capcli.storage.run_file import RunFile
 
 
@@ -14,4 +18,9 @@ def open_backend(options: CaptionOptions, earlier: RunFile | None) -> Backend:
     Raises UsageError for options that the backend or the model does not take, before weights are read where that is
     possible, and CapcliError where the model cannot be used.
     """
-    return SlotsBackend.open(options, earlier)
+    files = find_any_model(options.model, options.revision, options.backend, quiet=options.quiet)
+    if options.backend != "generate" and (files.is_engine or has_family(files.config)):
+        return SlotsBackend.open(options, earlier, files)
+    if options.backend == "auto":
+        warn(f"no decode loop for {files.config['model_type']} yet: using transformers' generate() (slower)")
+    return GenerateBackend.open(options, files, earlier)

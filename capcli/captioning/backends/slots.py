@@ -26,7 +26,7 @@ from capcli.decoding.shapes import Shapes
 from capcli.loading import Loading, load
 from capcli.loading.gpu_jpeg import GpuJpegDecoder, GpuLoading
 from capcli.models.encoder_text import tag_ids
-from capcli.models.model_files import fingerprint
+from capcli.models.model_files import ModelFiles, fingerprint
 from capcli.options import CaptionOptions
 from capcli.progress import warn
 from capcli.records import Entry
@@ -48,9 +48,9 @@ class SlotsBackend:
         self._tags = MetadataTags(self.options.tags_field) if self.options.tags_field else None
 
     @classmethod
-    def open(cls, options: CaptionOptions, earlier: RunFile | None) -> SlotsBackend:
+    def open(cls, options: CaptionOptions, earlier: RunFile | None, files: ModelFiles | None = None) -> SlotsBackend:
         """Load the captioner. Raises UsageError for options that the model does not take, and CapcliError."""
-        captioner = load_captioner(options, earlier)
+        captioner = load_captioner(options, earlier, files)
         search = search_settings(options, captioner)
         return cls(settle_gpu_decode(options, captioner.model, earlier), captioner, search, earlier)
 

@@ -27,6 +27,7 @@ from capcli.models.dtypes import choose_device
 from capcli.models.families import family_of, tag_room
 from capcli.models.hub import find_model
 from capcli.models.int8 import int8_refused
+from capcli.models.model_files import ModelFiles
 from capcli.models.packing import keep_memory_mapped
 from capcli.options import CaptionOptions
 from capcli.pixels import PixelSpec
@@ -38,7 +39,7 @@ from capcli.storage.run_file import RunFile
 COUNTED = 8  # batches: a source of fewer images is counted before the first image, so that the batch fits it
 
 
-def load_captioner(options: CaptionOptions, earlier: RunFile | None) -> SlotCaptioner:
+def load_captioner(options: CaptionOptions, earlier: RunFile | None, files: ModelFiles | None = None) -> SlotCaptioner:
     """Load the captioner, in the dtype and on as many threads as the earlier run had unless the options name others.
 
     Raises UsageError before the weights are read where the model does not support the options.
@@ -46,7 +47,7 @@ def load_captioner(options: CaptionOptions, earlier: RunFile | None) -> SlotCapt
     device = choose_device(options.device)
     if device.type == "cpu":
         keep_memory_mapped()
-    files = find_model(options.model, options.revision, quiet=options.quiet)
+    files = files or find_model(options.model, options.revision, quiet=options.quiet)
     check_prompt_and_tags(options, files.config)
     engine = engine_of(files)
     device = device_of(options.device, engine)

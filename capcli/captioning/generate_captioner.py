@@ -1,0 +1,434 @@
+"""The generate backend's captioner: any model that transformers loads, by its own `generate()`, batched by image shape.
+
+It promises less than the slots backend: captions may depend on the batch in near ties, and samples depend on it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import GenerationConfig
+
+from capcli import pixels
+from capcli.captioning.feed import POLL_SECONDS, Arrivals, Deliver, LocalArrivals, OrderedDelivery, Result
+from capcli.captioning.slot_captioner import ImageLike, caption_text, load_image
+from capcli.decoding import noise
+from capcli.decoding.shapes import free_memory
+from capcli.errors import CapcliError, UsageError
+from capcli.models.auto import AutoModel, load_auto
+from capcli.models.checkpoint import puts_spaces, quiet_transformers
+from capcli.models.dtypes import DTYPES
+from capcli.models.families import FILES
+from capcli.models.model_files import ModelFiles, list_model, weight_files
+from capcli.options import MAX_PIXELS, GenerationOptions
+from capcli.records import Candidate, Caption, Failure, Loaded
+
+BATCH = {"cpu": 4}  # images that are generated together, by device type
+GPU_BATCH = 16
+LOGITS_SHARE = 8  # at most this fraction of the free memory holds the logits of a batch, from which scores are computed
+WINDOW = 4  # batches of images that wait for others of their shape
+MAX_NEW_TOKENS = (
+    128  # where neither the options nor the model state it: generate()'s own default of 20 cuts sentences off
+)
+HOPELESS = 3  # images in a row that the model itself cannot process, and none before them: then the run ends
+LARGEST_EDGE = (
+    1024  # of images for a model whose number of image tokens grows with the image without a bound of its own
+)
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """What captions depend on: `generation` is the resolved GenerationConfig; `max_edge` bounds the image's longest edge."""
+
+    generation: GenerationConfig
+    seed: int = 0
+    prompt: str | None = None
+    system: str | None = None
+    max_edge: int | None = None
+    keep_prompt: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Sequences per image that `generate()` computes at once."""
+        config = self.generation
+        return max(config.num_beams or 1, config.num_return_sequences or 1)
+
+
+@dataclass
+class Item:
+    """An image with the inputs of the model for it."""
+
+    index: int
+    loaded: Loaded
+    inputs: Mapping[str, Tensor]
+
+    @property
+    def shape(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Images whose shapes are equal can be in one batch without padding."""
+        return tuple((name, tuple(value.shape)) for name, value in self.inputs.items())
+
+
+@dataclass
+class Waiting:
+    """Images that wait for a batch, by shape."""
+
+    by_shape: dict[Any, list[Item]] = field(default_factory=dict)
+    count: int = 0
+
+    def add(self, item: Item) -> None:
+        self.by_shape.setdefault(item.shape, []).append(item)
+        self.count += 1
+
+    def full(self, batch: int) -> bool:
+        return any(len(items) >= batch for items in self.by_shape.values())
+
+    def take(self, batch: int) -> list[Item]:
+        """A full batch, else the images of the shape that has waited longest."""
+        shape = next((s for s, items in self.by_shape.items() if len(items) >= batch), None)
+        if shape is None:
+            shape = min(self.by_shape, key=lambda s: self.by_shape[s][0].index)
+        items = self.by_shape[shape]
+        taken, left = items[:batch], items[batch:]
+        self.by_shape[shape] = left
+        if not left:
+            del self.by_shape[shape]
+        self.count -= len(taken)
+        return taken
+
+
+class GenerateCaptioner:
+    """Captions images with one model. Use it from one thread at a time."""
+
+    def __init__(self, auto: AutoModel, files: ModelFiles, dtype: str) -> None:
+        self.auto, self.files, self.dtype = auto, files, dtype
+        self.device: torch.device = auto.model.device
+        self._spaced = files.config.get("model_type") in FILES and puts_spaces(auto.tokenizer)
+        self._succeeded, self._unusable = 0, 0
+
+    def caption(
+        self,
+        images: Iterable[ImageLike],
+        options: GenerationOptions,
+        *,
+        prompt: str | None = None,
+        keep_prompt: bool = False,
+        tags: Sequence[str | None] | None = None,
+        batch_size: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> Iterator[Result]:
+        """As `Captioner.caption`. Raises UsageError at once for settings that generate() does not take, and for tags."""
+        if tags is not None:
+            raise UsageError(f"{self.files.name} reads no tags: leave them out")
+        settings = self.settings(options, prompt=prompt, keep_prompt=keep_prompt)
+        return self._captions(images, settings, batch_size, max_pixels)
+
+    def _captions(
+        self, images: Iterable[ImageLike], settings: GenerateSettings, batch_size: int | None, max_pixels: int
+    ) -> Iterator[Result]:
+        ready: list[Result] = []
+        read = partial(pixels.whole, max_edge=settings.max_edge)
+        load = partial(
+            load_image, read=lambda path: read(path, max_pixels=max_pixels)[0], resize=read_rgb(settings.max_edge)
+        )
+        batch = self.batch_size(settings, batch_size, len(images) if isinstance(images, Sized) else None)
+        for _ in self.run(LocalArrivals(images, load), settings, batch, lambda _, result: ready.append(result)):
+            yield from ready
+            ready.clear()
+
+    def settings(
+        self,
+        options: GenerationOptions,
+        *,
+        prompt: str | None = None,
+        system: str | None = None,
+        max_edge: int | None = None,
+        keep_prompt: bool = False,
+    ) -> GenerateSettings:
+        """The settings of a run: `options`, with the model's generation_config for those that are None.
+
+        Raises UsageError for settings that generate() refuses.
+        """
+        given = {name: value for name, value in asdict(options).items() if value is not None}
+        seed = given.pop("seed", 0)
+        generation = self.auto.generation
+        config = GenerationConfig(**{**generation.to_dict(), **given})
+        if config.max_new_tokens is None and self.files.config["model_type"] not in FILES:
+            config.max_new_tokens = MAX_NEW_TOKENS
+        returned, beams = config.num_return_sequences or 1, config.num_beams or 1
+        if returned > beams and not (config.do_sample and beams == 1):
+            raise UsageError(
+                f"{returned} captions per image need at least as many beams (--num-beams {returned}) or sampling (--do-sample)"
+            )
+        return GenerateSettings(config, seed, prompt, system, max_edge, keep_prompt)
+
+    def bound_edge(self, given: int | None) -> int | None:
+        """The longest edge of images for the processor: as `given`, else LARGEST_EDGE where the processor has no bound itself.
+
+        A processor has one if an image of twice that size gives no more input than one of that size.
+        """
+        if given is not None:
+            return given
+        small, large = (
+            sum(value.numel() for value in self.auto.inputs(blank(edge), None).values())
+            for edge in (LARGEST_EDGE, 2 * LARGEST_EDGE)
+        )
+        return LARGEST_EDGE if large > small else None
+
+    def batch_size(self, settings: GenerateSettings, given: int | None, images: int | None) -> int:
+        """Images per batch: as `given`, else what is worthwhile on the device and leaves room for the logits."""
+        if given is None:
+            vocabulary = int(self.auto.model.config.get_text_config(decoder=True).vocab_size)
+            tokens = settings.generation.max_new_tokens or settings.generation.max_length or 20
+            logits = 4 * vocabulary * tokens * settings.rows
+            fitting = free_memory(self.device) // LOGITS_SHARE // logits
+            given = max(1, min(BATCH.get(self.device.type, GPU_BATCH), fitting))
+        return given if images is None else max(1, min(given, images))
+
+    def run(
+        self,
+        arrivals: Arrivals,
+        settings: GenerateSettings,
+        batch: int,
+        deliver: Deliver,
+        *,
+        ordered: bool = True,
+        stop: Callable[[], bool] = lambda: False,
+        on_shrink: Callable[[int], None] = lambda _: None,
+    ) -> Iterator[None]:
+        """Caption all arrivals; `deliver(index, result)` is called for each, in the order of arrival if `ordered`.
+
+        Yields at least every POLL_SECONDS. Once `stop()` is true the batch under way is finished, and images that wait for
+        a batch are left without a result. `on_shrink` is called with the new batch size when memory ran out.
+        """
+        give = OrderedDelivery(deliver).put if ordered else deliver
+        waiting, indices = Waiting(), iter(range(2**62))
+
+        def fill(wait: float) -> None:
+            """Take arrivals until there is a full batch, the window is full, or nothing arrives within `wait` seconds."""
+            while not (stop() or arrivals.done or waiting.full(batch) or waiting.count >= WINDOW * batch):
+                arrival = arrivals.take(wait)
+                if arrival is None:
+                    return
+                index = next(indices)
+                prepared = arrival if isinstance(arrival, Failure) else self._prepare(index, arrival, settings)
+                if isinstance(prepared, Failure):
+                    give(index, prepared)
+                else:
+                    waiting.add(prepared)
+
+        while True:
+            while not (stop() or arrivals.done or waiting.full(batch) or waiting.count >= WINDOW * batch):
+                fill(POLL_SECONDS)
+                yield
+            if stop() or not waiting.count:
+                break
+            work = Background(partial(self._generate, waiting.take(batch), settings))
+            while not work.wait(POLL_SECONDS):
+                fill(0)
+                yield
+            outcome = work.result()
+            if outcome.batch is not None and outcome.batch < batch:
+                batch = outcome.batch
+                on_shrink(batch)
+            for item, result in outcome.results:
+                give(item.index, result)
+            yield
+        yield
+
+    def _prepare(self, index: int, loaded: Loaded, settings: GenerateSettings) -> Item | Failure:
+        """The model's inputs for an image. A processor that cannot take the image makes it a failure."""
+        prompt = settings.prompt if loaded.prompt is None else loaded.prompt
+        try:
+            with quiet_transformers():
+                inputs = self.auto.inputs(loaded.pixels, prompt, settings.system)
+        except Exception as error:  # a processor may raise anything
+            return Failure(loaded.name, "shape", f"the model's processor cannot take it: {one_line(error)}")
+        without_pixels = Loaded(loaded.name, loaded.pixels[:0], loaded.facts, prompt=prompt)
+        return Item(index, without_pixels, inputs)
+
+    def _generate(self, items: list[Item], settings: GenerateSettings) -> Outcome:
+        """Results of a batch. Those of a batch for which memory does not suffice, or that fails, come in smaller batches."""
+        try:
+            return Outcome(list(zip(items, self._results(items, settings), strict=True)))
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            kind, message = "out-of-memory", one_line(error)
+        except Exception as error:  # of the model's code
+            kind, message = ("out-of-memory" if "allocate memory" in str(error) else "model"), one_line(error)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(items) == 1:
+            return Outcome([(items[0], self._failure(items[0], kind, message))])
+        half = len(items) // 2
+        parts = [self._generate(part, settings) for part in (items[:half], items[half:])]
+        sizes = [part.batch for part in parts if part.batch is not None]
+        smaller = min([half, *sizes]) if kind == "out-of-memory" else None
+        return Outcome([pair for part in parts for pair in part.results], smaller)
+
+    def _failure(self, item: Item, kind: str, message: str) -> Failure:
+        """Raises CapcliError instead where the model has captioned nothing yet and failed for several images."""
+        self._unusable += not self._succeeded
+        if self._unusable >= HOPELESS:
+            raise CapcliError(f"{self.files.name} cannot caption: {message}")
+        return Failure(item.loaded.name, kind, f"the model cannot process it: {message}")
+
+    @torch.inference_mode()
+    def _results(self, items: Sequence[Item], settings: GenerateSettings) -> list[Result]:
+        """The captions of images of one shape."""
+        model = self.auto.model
+        inputs = {name: self._placed(torch.cat([item.inputs[name] for item in items])) for name in items[0].inputs}
+        if settings.generation.do_sample:
+            names = "\0".join(item.loaded.name for item in items)
+            torch.manual_seed(noise.key(settings.seed, names) % (1 << 63))
+        with quiet_transformers():
+            out = model.generate(
+                **inputs,
+                generation_config=settings.generation,
+                return_dict_in_generate=True,
+                output_logits=True,
+                output_scores=True,
+            )
+        captions = self._captions_of(out, settings)
+        each = len(captions) // len(items)
+        self._succeeded += len(items)
+        return [self._result(item, captions[n * each : (n + 1) * each], settings) for n, item in enumerate(items)]
+
+    def _placed(self, value: Tensor) -> Tensor:
+        value = value.to(self.device)
+        return value.to(self.auto.model.dtype) if value.is_floating_point() else value
+
+    def _captions_of(self, out: Any, settings: GenerateSettings) -> list[tuple[list[int], float]]:
+        """The new tokens of each returned sequence, up to its end token, and their mean raw log-probability."""
+        beams = getattr(out, "beam_indices", None)
+        count = len(out.logits) if beams is None else beams.shape[1]
+        tokens = out.sequences[:, out.sequences.shape[1] - count :]
+        if beams is None:
+            beams = torch.arange(len(tokens), device=tokens.device)[:, None].expand(-1, count)
+        picked = [
+            step.float().log_softmax(-1)[beams[:, n].clamp(min=0), tokens[:, n]]
+            for n, step in enumerate(out.logits[:count])
+        ]
+        log_probabilities = torch.stack(picked, 1).tolist()
+        ends = end_ids(settings.generation)
+        captions = []
+        for ids, values in zip(tokens.tolist(), log_probabilities, strict=True):
+            length = next((n + 1 for n, token in enumerate(ids) if token in ends), count)
+            captions.append((ids[:length], sum(values[:length]) / max(length, 1)))
+        return captions
+
+    def _result(self, item: Item, captions: Sequence[tuple[list[int], float]], settings: GenerateSettings) -> Result:
+        loaded = item.loaded
+        if not all(np.isfinite(score) for _, score in captions):
+            advice = "its weights may be damaged" if self.dtype == "float32" else "try --dtype float32"
+            return Failure(loaded.name, "not-finite", f"its values overflow in the model (NaN or infinity); {advice}")
+        candidates = [Candidate(self._text(ids, loaded.prompt, settings), score) for ids, score in captions]
+        if settings.generation.do_sample and (settings.generation.num_beams or 1) == 1:
+            candidates.sort(key=lambda candidate: -candidate.score)
+        return Caption(loaded.name, tuple(candidates), loaded.facts)
+
+    def _text(self, ids: Sequence[int], prompt: str | None, settings: GenerateSettings) -> str:
+        text = caption_text(self.auto.tokenizer, ids, spaced=self._spaced)
+        clean = getattr(
+            self.auto.processor, "clean_text_and_extract_entities_with_bboxes", None
+        )  # Kosmos-2's groundings
+        if clean is not None:
+            text = str(clean(text)[0]).strip()
+        return f"{prompt} {text}" if settings.keep_prompt and prompt else text
+
+
+@dataclass
+class Outcome:
+    """The results of a batch, and a smaller batch size where memory ran out."""
+
+    results: list[tuple[Item, Result]]
+    batch: int | None = None
+
+
+class Background:
+    """One call in a thread, so that the main thread can show progress and receive signals meanwhile."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self._value: Any = None
+        self._error: BaseException | None = None
+        # A daemon: a second interrupt ends the program without waiting for the batch.
+        self._thread = threading.Thread(target=self._run, name="capcli-generate", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._value = self._call()
+        except BaseException as error:  # raised again by `result`
+            self._error = error
+
+    def wait(self, timeout: float) -> bool:
+        """Whether the call has ended; waits at most `timeout` seconds for it."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def result(self) -> Any:
+        """The value of the ended call, or its error."""
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def end_ids(config: GenerationConfig) -> frozenset[int]:
+    found = config.eos_token_id
+    return frozenset(() if found is None else (found,) if isinstance(found, int) else found)
+
+
+def blank(edge: int) -> Any:
+    return np.zeros((edge, edge, 3), np.uint8)
+
+
+def read_rgb(max_edge: int | None) -> Callable[[Any], Any]:
+    """A function from a PIL image to RGB uint8 [height, width, 3], its longest edge at most `max_edge`."""
+    return lambda image: np.asarray(pixels.within(image, max_edge))
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one line of text."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def load_generate(
+    files: ModelFiles, dtype: str, device: torch.device, quantize: str | None = None
+) -> GenerateCaptioner:
+    """Load a captioner from a folder. `quantize` is "4bit", "8bit" or None.
+
+    A model that is larger than the free memory of the one GPU is spread over all GPUs, where there are several.
+    Raises UsageError where a package for the quantisation is missing, and CapcliError where the model cannot be loaded.
+    """
+    placed: dict[str, Any] = {}
+    if quantize is not None:
+        placed = {"quantization_config": quantization(quantize, dtype), "device_map": {"": str(device)}}
+    elif device.type == "cuda" and torch.cuda.device_count() > 1 and weight_bytes(files) > free_memory(device):
+        placed = {"device_map": "auto"}
+    return GenerateCaptioner(load_auto(files, dtype, device, **placed), files, dtype)
+
+
+def quantization(name: str, dtype: str) -> Any:
+    """The settings of bitsandbytes for `4bit` or `8bit`. Raises UsageError where the package is missing."""
+    if find_spec("bitsandbytes") is None:
+        raise UsageError(f"--quantize {name} needs the package bitsandbytes: pip install bitsandbytes")
+    if name == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    return transformers.BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]
+    )
+
+
+def weight_bytes(files: ModelFiles) -> int:
+    """The size of a folder's weight files."""
+    listing = list_model(files.folder)
+    return sum(os.path.getsize(listing.fetch(name)) for name in weight_files(listing))
