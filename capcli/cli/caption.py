@@ -6,8 +6,17 @@ from functools import partial
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from capcli.cli.click_options import SectionedCommand, comma_separated, debug_option, fields_from, option
+from capcli.cli.click_options import (
+    SectionedCommand,
+    auto_or_number,
+    comma_separated,
+    debug_option,
+    fields_from,
+    option,
+    typed_option_in,
+)
 from capcli.cli.shared_options import (
     generation,
     generation_from,
@@ -19,11 +28,13 @@ from capcli.cli.shared_options import (
     set_openmp_wait_policy,
     workers_option,
 )
-from capcli.options import CaptionOptions, SinkOptions, SourceOptions
+from capcli.errors import UsageError
+from capcli.options import MAX_IMAGE_EDGE, CaptionOptions, EndpointOptions, SinkOptions, SourceOptions
 from capcli.records import FACTS
 
 source = partial(option, SourceOptions, section="Source")
 output = partial(option, SinkOptions, section="Output")
+server = partial(option, EndpointOptions, section="Server")
 
 
 @click.command(cls=SectionedCommand, short_help="Caption images: files, folders, lists, standard input.")
@@ -61,6 +72,44 @@ output = partial(option, SinkOptions, section="Output")
 )
 @model_options
 @model("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub.")
+@option(
+    CaptionOptions,
+    "--backend",
+    section="Model",
+    help="What runs the model. slots: capcli's own decode loop. generate: transformers' generate(), for any model that "
+    "transformers loads. auto: slots where capcli has a decode loop for the model.",
+)
+@server(
+    "--endpoint",
+    field="urls",
+    metavar="URL",
+    multiple=True,
+    help="Have an OpenAI-compatible server caption the images: http://localhost:8000/v1. --model is the name of the model "
+    "there. The API key is read from CAPCLI_API_KEY or OPENAI_API_KEY. Repeatable: several servers of the same model.",
+)
+@server(
+    "--concurrency",
+    **auto_or_number(EndpointOptions, "concurrency"),
+    help="Requests at a time. auto: more as answers arrive, half as many when a server refuses or slows down.",
+)
+@server("--retries", help="Repeat a request that failed at most N times.")
+@server("--request-timeout", metavar="SECONDS", help="Repeat a request that takes longer.")
+@server(
+    "--max-requests",
+    help="Stop after N requests, repeated ones included. The exit code is 4, and the same command continues the run.",
+)
+@server(
+    "--max-tokens-total",
+    help="Stop once the servers have counted N tokens, of prompts, images and answers. Requests under way may exceed it. The "
+    "exit code is 4, and the same command continues the run.",
+)
+@server(
+    "--schema",
+    metavar="FILE",
+    type=click.Path(),
+    help="Request answers in JSON that follow the JSON schema in this file. An answer that does not is a failure.",
+)
+@server("--insecure", help="Allow http addresses of other machines: images and the API key are sent unencrypted.")
 @generation_options
 @generation("--seed", help="Sampling: the same seed gives the same captions. [default: 0]")
 @option(
@@ -68,7 +117,30 @@ output = partial(option, SinkOptions, section="Output")
     "--prompt",
     section="Generation",
     metavar="TEXT",
-    help="Prompt, whose tokens precede the caption. Florence-2 and T5 captioners read it as a question.",
+    help="Prompt, whose tokens precede the caption. Florence-2 and T5 captioners read it as a question. For the generate "
+    "backend and --endpoint it is the user's message; {tags}, {caption} or another name in braces stands for that field of "
+    "metadata.jsonl or metadata.csv beside the image, and {{ and }} for braces.",
+)
+@option(
+    CaptionOptions,
+    "--system",
+    section="Generation",
+    metavar="TEXT",
+    help="System message, for the generate backend and --endpoint.",
+)
+@option(
+    CaptionOptions,
+    "--max-image-edge",
+    section="Generation",
+    help=f"Shrink images to N pixels on their longest edge, for the generate backend and --endpoint. "
+    f"[default: {MAX_IMAGE_EDGE}]",
+)
+@option(
+    CaptionOptions,
+    "--on-bad",
+    section="Generation",
+    help="What to do with refusals, with answers that are empty, cut or repeat themselves, and with leaked special tokens: "
+    "keep them as captions, or fail the image. [default: keep; with --endpoint refusals, empty and cut answers fail]",
 )
 @option(
     CaptionOptions,
@@ -131,6 +203,7 @@ def caption(**given: Any) -> int:
       1         the run failed
       2         wrong usage
       3         the run finished; some images failed
+      4         --max-requests or --max-tokens-total was reached; the same command continues the run
       130, 143  interrupted; the same command resumes the run
     """
     options = caption_options(given)
@@ -150,5 +223,16 @@ def caption_options(given: dict[str, Any]) -> CaptionOptions:
         source=SourceOptions(**fields_from(SourceOptions, given)),
         sink=SinkOptions(candidates=several, **fields_from(SinkOptions, given)),
         generation=generation_from(given),
-        **fields_from(CaptionOptions, given),
+        **fields_from(CaptionOptions, given) | {"endpoint": endpoint_from(given)},
     )
+
+
+def endpoint_from(given: dict[str, Any]) -> EndpointOptions | None:
+    """The options of the endpoint backend; None without --endpoint. Raises UsageError."""
+    if not given["endpoint"]:
+        if typed := typed_option_in("Server"):
+            raise UsageError(f"{typed} has no effect without --endpoint")
+        return None
+    if click.get_current_context().get_parameter_source("model") is ParameterSource.DEFAULT:
+        raise UsageError("--endpoint needs --model: the name of the model on the server")
+    return EndpointOptions(urls=tuple(given["endpoint"]), **fields_from(EndpointOptions, given))

@@ -8,14 +8,18 @@ from typing import Annotated, Literal
 
 from capcli.errors import UsageError
 from capcli.options.limits import NonNegativeInt, PositiveFloat, PositiveInt, Range, check_limits
+from capcli.options.server import EndpointOptions
 
 DEFAULT_MODEL = "nlpconnect/vit-gpt2-image-captioning"
 MAX_PIXELS = 178_956_970  # above this Pillow itself refuses an image as a decompression bomb
 DECODE_TIMEOUT = 60.0  # seconds
+MAX_IMAGE_EDGE = 1024  # pixels of the longest edge of an image for the generate and endpoint backends, unless given
 
 Format = Literal["jsonl", "csv"]
 Suffix = Literal[".txt", ".caption"]
 Existing = Literal["skip", "overwrite", "append"]
+BackendName = Literal["auto", "slots", "generate"]
+OnBad = Literal["keep", "fail"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 
@@ -105,16 +109,22 @@ class GenerationOptions:
 class CaptionOptions:
     """Options of one `capcli caption`. None means `auto`: chosen from the machine, the model and the number of images.
 
-    `tags_field` names a field of the metadata beside the images: tags that the captioner reads with the image.
+    `tags_field` names a field of the metadata beside the images: tags that the captioner reads with the image. `endpoint` is
+    set where servers caption the images; `model` is the name of the model there. Such models and those of the generate backend
+    take a `system` message, and images whose longest edge has at most `max_image_edge` pixels. `on_bad` states what to do with
+    answers that are no good captions (see `capcli.captioning.answers`); None: the backend decides.
     """
 
     source: SourceOptions
     sink: SinkOptions
     generation: GenerationOptions = GenerationOptions()
     prompt: str | None = None
+    system: str | None = None
     keep_prompt: bool = False
     tags_field: str | None = None
     model: str = DEFAULT_MODEL
+    backend: BackendName = "auto"
+    endpoint: EndpointOptions | None = None
     revision: str | None = None
     device: str = "auto"
     dtype: Dtype = "auto"
@@ -122,6 +132,8 @@ class CaptionOptions:
     workers: NonNegativeInt | None = None
     threads: PositiveInt | None = None
     max_pixels: PositiveInt = MAX_PIXELS
+    max_image_edge: PositiveInt | None = None
+    on_bad: OnBad | None = None
     decode_timeout: PositiveFloat = DECODE_TIMEOUT
     fast_decode: bool = False
     gpu_decode: bool = False
