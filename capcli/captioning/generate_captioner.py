@@ -129,16 +129,19 @@ class GenerateCaptioner:
         """As `Captioner.caption`. Raises UsageError at once for settings that generate() does not take, and for tags."""
         if tags is not None:
             raise UsageError(f"{self.files.name} reads no tags: leave them out")
-        settings = self.settings(options, prompt=prompt, keep_prompt=keep_prompt)
+        edge = self.bound_edge(None)
+        settings = self.settings(options, prompt=prompt, max_edge=edge, keep_prompt=keep_prompt)
         return self._captions(images, settings, batch_size, max_pixels)
 
     def _captions(
         self, images: Iterable[ImageLike], settings: GenerateSettings, batch_size: int | None, max_pixels: int
     ) -> Iterator[Result]:
         ready: list[Result] = []
-        read = partial(pixels.whole, max_edge=settings.max_edge)
+        edge = settings.max_edge
         load = partial(
-            load_image, read=lambda path: read(path, max_pixels=max_pixels)[0], resize=read_rgb(settings.max_edge)
+            load_image,
+            read=lambda path: pixels.load_whole(path, max_pixels=max_pixels, max_edge=edge)[0],
+            resize=lambda rgb: np.array(pixels.within(rgb, edge)),
         )
         batch = self.batch_size(settings, batch_size, len(images) if isinstance(images, Sized) else None)
         for _ in self.run(LocalArrivals(images, load), settings, batch, lambda _, result: ready.append(result)):
@@ -389,11 +392,6 @@ def end_ids(config: GenerationConfig) -> frozenset[int]:
 
 def blank(edge: int) -> Any:
     return np.zeros((edge, edge, 3), np.uint8)
-
-
-def read_rgb(max_edge: int | None) -> Callable[[Any], Any]:
-    """A function from a PIL image to RGB uint8 [height, width, 3], its longest edge at most `max_edge`."""
-    return lambda image: np.asarray(pixels.within(image, max_edge))
 
 
 def one_line(error: BaseException) -> str:

@@ -79,6 +79,10 @@ server = partial(option, EndpointOptions, section="Server")
     help="What runs the model. slots: capcli's own decode loop. generate: transformers' generate(), for any model that "
     "transformers loads. auto: slots where capcli has a decode loop for the model.",
 )
+@model(
+    "--quantize",
+    help="Load the weights in 4 or 8 bits with bitsandbytes. Models without a decode loop of capcli only.",
+)
 @server(
     "--endpoint",
     field="urls",

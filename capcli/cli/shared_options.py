@@ -30,7 +30,7 @@ MODEL_OPTIONS = (
     model(
         "-m", "--model", metavar="ID|FOLDER", help="Captioner: a name on the Hugging Face Hub, a folder, or an engine."
     ),
-    model("--device", metavar="auto|cpu|cuda[:N]", help="Device of the model."),
+    model("--device", metavar="auto|cpu|cuda[:N]|mps", help="Device of the model. mps (Apple): only by generate()."),
     model(
         "--dtype",
         help="Precision of the computation. auto: bfloat16 where the hardware computes in it, otherwise float32. int8 (CPUs "

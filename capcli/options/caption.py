@@ -128,6 +128,7 @@ class CaptionOptions:
     revision: str | None = None
     device: str = "auto"
     dtype: Dtype = "auto"
+    quantize: Literal["4bit", "8bit"] | None = None
     batch_size: PositiveInt | None = None
     workers: NonNegativeInt | None = None
     threads: PositiveInt | None = None
@@ -153,5 +154,5 @@ class CaptionOptions:
 
 def check_device(name: str) -> None:
     """Raises UsageError unless `name` is the name of a device. Whether the machine has the device is not checked."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise UsageError(f"--device {name}: it must be auto, cpu, cuda or cuda:N")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name):
+        raise UsageError(f"--device {name}: it must be auto, cpu, cuda, cuda:N or mps")

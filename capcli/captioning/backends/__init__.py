@@ -19,8 +19,11 @@ def open_backend(options: CaptionOptions, earlier: RunFile | None) -> Backend:
     possible, and CapcliError where the model cannot be used.
     """
     files = find_any_model(options.model, options.revision, options.backend, quiet=options.quiet)
-    if options.backend != "generate" and (files.is_engine or has_family(files.config)):
+    if options.backend != "generate" and options.device != "mps" and (files.is_engine or has_family(files.config)):
         return SlotsBackend.open(options, earlier, files)
     if options.backend == "auto":
-        warn(f"no decode loop for {files.config['model_type']} yet: using transformers' generate() (slower)")
+        kind = files.config["model_type"]
+        warn(
+            f"no decode loop for {kind if options.device != 'mps' else 'mps'} yet: using transformers' generate() (slower)"
+        )
     return GenerateBackend.open(options, files, earlier)

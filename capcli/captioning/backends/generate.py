@@ -105,7 +105,7 @@ class GenerateBackend:
         if workers is None:
             workers = default_workers(usable_cpus(), on_gpu=self.captioner.device.type == "cuda")
         decode = partial(
-            pixels.whole,
+            pixels.load_whole,
             max_pixels=options.max_pixels,
             facts=options.sink.fields,
             max_edge=self.search.max_edge,
