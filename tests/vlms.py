@@ -11,6 +11,8 @@ import torch
 import transformers as t
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from capcli.models.auto import without_video
+
 CORPUS = ["a dog runs on the beach. a red square above a blue circle. write a short caption. describe this image."] * 20
 START, END, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
 CHAT = (
@@ -144,9 +146,9 @@ def idefics3(kind: str) -> Made:
         "image_seq_len": 4,
         "chat_template": chat(IMAGE),
     }
-    if kind == "SmolVLM":
-        named["video_processor"] = t.SmolVLMVideoProcessor() if t.utils.is_torchvision_available() else None
-    processor = getattr(t, f"{kind}Processor")(**named)
+    processor = without_video(getattr(t, f"{kind}Processor"))(
+        **named, **({"video_processor": None} if kind == "SmolVLM" else {})
+    )
     return getattr(t, f"{kind}ForConditionalGeneration")(config), processor
 
 
@@ -205,7 +207,7 @@ def qwen(kind: str) -> Made:
     )
     images = pil("Qwen2VLImageProcessor", patch_size=4, size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64})
     template = chat("<|vision_start|><|image_pad|><|vision_end|>")
-    processor = getattr(t, f"{kind}Processor")(images, words, video_processor=None, chat_template=template)
+    processor = without_video(getattr(t, f"{kind}Processor"))(images, words, chat_template=template)
     return getattr(t, f"{kind}ForConditionalGeneration")(config), processor
 
 
@@ -244,7 +246,7 @@ def internvl() -> Made:
     )
     images = pil("GotOcr2ImageProcessor", size=SIZE, crop_to_patches=True, max_patches=4)
     template = chat("<IMG_CONTEXT>\n")
-    processor = t.InternVLProcessor(images, words, None, image_seq_length=4, chat_template=template)
+    processor = without_video(t.InternVLProcessor)(images, words, image_seq_length=4, chat_template=template)
     return t.InternVLForConditionalGeneration(config), processor
 
 
@@ -264,7 +266,7 @@ OPT = {
 
 
 def blip2(kind: str) -> Made:
-    words = tokenizer(image_token=IMAGE)
+    words = tokenizer(IMAGE)
     config = getattr(t, f"{kind}Config")(
         vision_config=VIT,
         qformer_config=QFORMER | {"vocab_size": len(words)},
@@ -329,13 +331,13 @@ def pix2struct() -> Made:
             "decoder_start_token_id": 0,
         },
         vision_config={
-            "hidden_size": 32,
+            "hidden_size": 48,
             "patch_embed_hidden_size": 7 * 7 * 3,
             "d_ff": 64,
             "d_kv": 8,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
-            "seq_len": 32,
+            "seq_len": 2048,  # patches, which the processor pads to
         },
     )
     images = pil("Pix2StructImageProcessor", patch_size={"height": 7, "width": 7}, max_patches=16)

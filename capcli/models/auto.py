@@ -115,9 +115,10 @@ def load_processor(files: ModelFiles) -> tuple[Any, Any]:
         return transformers.AutoImageProcessor.from_pretrained(files.folder, **arguments), load_tokenizer(files)
     config = transformers.AutoConfig.from_pretrained(files.folder, local_files_only=True)
     kind = PROCESSOR_MAPPING.get(type(config), None)
-    if kind is None:
-        raise CapcliError(f"transformers {transformers.__version__} has no processor for a {config.model_type}")
-    processor = without_video(kind).from_pretrained(files.folder, **arguments)
+    kind = transformers.AutoProcessor if kind is None else without_video(kind)
+    processor = kind.from_pretrained(files.folder, **arguments)
+    if not hasattr(processor, "tokenizer"):
+        raise CapcliError(f"{files.name} has no processor for images and text: download or save its files again")
     return processor, processor.tokenizer
 
 
@@ -130,12 +131,17 @@ def without_video(kind: Any) -> Any:
     class ImagesOnly(kind):  # type: ignore[misc]
         """The processor for images and text."""
 
-        def __init__(self, *parts: Any, **settings: Any) -> None:
-            super().__init__(*parts, **settings, video_processor=None)
+        apply_chat_template = transformers.ProcessorMixin.apply_chat_template  # SmolVLM's asks the video processor
 
         @classmethod
         def get_attributes(cls) -> list[str]:
             return [name for name in names if name != "video_processor"]
+
+        @classmethod
+        def _get_arguments_from_pretrained(cls, *given: Any, **settings: Any) -> list[Any]:
+            parts = list(super()._get_arguments_from_pretrained(*given, **settings))
+            parts.insert(names.index("video_processor"), None)
+            return parts
 
     ImagesOnly.__name__ = kind.__name__  # transformers compares it with the name in processor_config.json
     return ImagesOnly
