@@ -63,10 +63,10 @@ class Captioner:
     ) -> Captioner:
         """Load a captioner from a folder or the hub.
 
-        `device` is `auto`, `cpu` or `cuda[:n]`. `dtype` is `auto` (bfloat16 where the hardware computes in it), `float32`,
-        `bfloat16`, `float16` or, on CPUs, `int8`. `backend` is `slots` (capcli's decode loop), `generate` (transformers' own
-        `generate()`, for any model that it loads), or `auto`: slots where it has a family for the model. Raises UsageError for invalid arguments, and CapcliError where the model
-        cannot be downloaded, read or run.
+        `device` is `auto`, `cpu`, `cuda[:n]` or `mps`. `dtype` is `auto` (bfloat16 where the hardware computes in it),
+        `float32`, `bfloat16`, `float16` or, on CPUs, `int8`. `backend` is `slots` (capcli's decode loop), `generate`
+        (transformers' own `generate()`, for any model that it loads), or `auto`: slots where it has a family for the model.
+        Raises UsageError for invalid arguments, and CapcliError where the model cannot be downloaded, read or run.
         """
         choose_device(device)  # raises UsageError before anything is downloaded
         files = find_any_model(model, revision, backend, quiet=True)

@@ -23,12 +23,13 @@ from capcli import pixels
 from capcli.captioning.feed import POLL_SECONDS, Arrivals, Deliver, LocalArrivals, OrderedDelivery, Result
 from capcli.captioning.slot_captioner import ImageLike, caption_text, load_image
 from capcli.decoding import noise
+from capcli.decoding.settings import as_ids
 from capcli.decoding.shapes import free_memory
 from capcli.errors import CapcliError, UsageError
 from capcli.models.auto import AutoModel, load_auto
 from capcli.models.checkpoint import puts_spaces, quiet_transformers
 from capcli.models.dtypes import DTYPES
-from capcli.models.families import FILES
+from capcli.models.families import FILES, family_of
 from capcli.models.model_files import ModelFiles, list_model, weight_files
 from capcli.options import MAX_PIXELS, GenerationOptions
 from capcli.records import Candidate, Caption, Failure, Loaded
@@ -48,9 +49,13 @@ LARGEST_EDGE = (
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """What captions depend on: `generation` is the resolved GenerationConfig; `max_edge` bounds the image's longest edge."""
+    """What captions depend on: `generation` is the resolved GenerationConfig, `ends` are the ids that end a caption.
+
+    `max_edge` bounds the image's longest edge in pixels; None: no bound.
+    """
 
     generation: GenerationConfig
+    ends: frozenset[int] = frozenset()
     seed: int = 0
     prompt: str | None = None
     system: str | None = None
@@ -172,7 +177,14 @@ class GenerateCaptioner:
             raise UsageError(
                 f"{returned} captions per image need at least as many beams (--num-beams {returned}) or sampling (--do-sample)"
             )
-        return GenerateSettings(config, seed, prompt, system, max_edge, keep_prompt)
+        return GenerateSettings(config, self._ends(config), seed, prompt, system, max_edge, keep_prompt)
+
+    def _ends(self, config: GenerationConfig) -> frozenset[int]:
+        """The end tokens; BLIP's are not those of its generation_config."""
+        found = config.eos_token_id
+        if self.files.config["model_type"] in FILES:
+            found = family_of(self.files.config).generation(self.files.config, config.to_dict()).get("eos_token_id")
+        return frozenset(as_ids(found))
 
     def bound_edge(self, given: int | None) -> int | None:
         """The longest edge of images for the processor: as `given`, else LARGEST_EDGE where the processor has no bound itself.
@@ -321,10 +333,9 @@ class GenerateCaptioner:
             for n, step in enumerate(out.logits[:count])
         ]
         log_probabilities = torch.stack(picked, 1).tolist()
-        ends = end_ids(settings.generation)
         captions = []
         for ids, values in zip(tokens.tolist(), log_probabilities, strict=True):
-            length = next((n + 1 for n, token in enumerate(ids) if token in ends), count)
+            length = next((n + 1 for n, token in enumerate(ids) if token in settings.ends), count)
             captions.append((ids[:length], sum(values[:length]) / max(length, 1)))
         return captions
 
@@ -345,7 +356,7 @@ class GenerateCaptioner:
         )  # Kosmos-2's groundings
         if clean is not None:
             text = str(clean(text)[0]).strip()
-        return f"{prompt} {text}" if settings.keep_prompt and prompt else text
+        return f"{prompt} {text}".strip() if settings.keep_prompt and prompt else text
 
 
 @dataclass
@@ -383,11 +394,6 @@ class Background:
         if self._error is not None:
             raise self._error
         return self._value
-
-
-def end_ids(config: GenerationConfig) -> frozenset[int]:
-    found = config.eos_token_id
-    return frozenset(() if found is None else (found,) if isinstance(found, int) else found)
 
 
 def blank(edge: int) -> Any:
