@@ -145,7 +145,7 @@ def _digest(data: bytes) -> bytes | None:
     """A hash of the pixels; None where the file cannot be decoded."""
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-            return hashlib.blake2b(np.ascontiguousarray(image)).digest()
+            return hashlib.blake2b(np.asarray(image).tobytes()).digest()
     except Exception:  # a codec may raise anything
         return None
 

@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from capcli.errors import ImageError
+from capcli.pixels.container_data import TIFF_BYTE_ORDERS, reduced_gifs, reduced_tiffs, reduced_webps
 from capcli.pixels.guards import image_errors, pillow_limits, refuse_large
 from capcli.pixels.jpeg_data import SOI, reduced_jpegs
 from capcli.pixels.opening import MemoryFile, Stream, identify, open_image
@@ -27,6 +28,13 @@ LARGEST_KEPT = 1 << 25  # pixels of a JPEG that is left to a GPU
 LARGEST_REDUCED = 1 << 30  # bytes of a file that is read whole to remove its metadata
 SPARE = 2  # a JPEG decoded smaller keeps at least SPARE times the edges of the resized image, as input of the filter
 
+REDUCED: dict[bytes, Callable[[bytes], Iterator[bytes]]] = {
+    SIGNATURE: reduced_pngs,
+    SOI: reduced_jpegs,
+    b"RIFF": reduced_webps,
+    b"GIF8": reduced_gifs,
+    **dict.fromkeys(TIFF_BYTE_ORDERS, reduced_tiffs),
+}
 Decoded: TypeAlias = tuple[Image.Image, dict[str, str | int]]
 
 
@@ -61,8 +69,8 @@ def load_or_keep(
             if image is not None:
                 height, width = spec.resized(image.height, image.width)
                 refuse_shape(image, (width, height), cropped=spec.crop is not None)
-                found = {"format": image.format or "", "mode": image.mode, "width": image.width, "height": image.height}
-                found |= _file_facts(stream, facts)
+                found = _file_facts(stream, facts) | {"format": image.format or "", "mode": image.mode}
+                found |= {"width": image.width, "height": image.height}
                 return np.frombuffer(data, np.uint8).copy(), {name: found[name] for name in facts}
         return load(data or source, spec, max_pixels=max_pixels, facts=facts)
 
@@ -143,12 +151,13 @@ def _decode_reduced(stream: Stream, decode: Callable[[Stream], Decoded], error: 
 
 
 def _reduced_files(stream: Stream) -> Iterator[bytes]:
-    """Versions of a PNG or JPEG with less and less metadata; none of other formats."""
+    """Versions of the file with less and less metadata; none of a format without a function for it."""
     stream.seek(0)
-    head = stream.read(len(SIGNATURE))
-    if head == SIGNATURE:
-        return reduced_pngs(_content(stream))
-    return reduced_jpegs(_content(stream)) if head.startswith(SOI) else iter(())
+    head = stream.read(12)
+    for beginning, reduced in REDUCED.items():
+        if head.startswith(beginning):
+            return reduced(_content(stream))
+    return iter(())
 
 
 def _content(stream: Stream) -> bytes:
