@@ -194,6 +194,7 @@ JPEG_SEGMENTS = {
     "early end": b"\xff\xd9",
     "length beyond the end": b"\xff\xe5\xff\xffabcd",
     "length too small": b"\xff\xe5\0\3abcdefgh",
+    "length of the next three": b"\xff\xfe\0\x5fabc",
     "length of nothing": b"\xff\xe5\0\0",
     "large comment": jpeg_segment(0xFE, b"a" * 60_000),
     "damaged EXIF": jpeg_segment(0xE1, b"Exif\0\0MM\0*\xff\xff\xff\xff"),

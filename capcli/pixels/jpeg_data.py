@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Iterator
 from itertools import product
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from PIL import Image
@@ -22,6 +23,7 @@ FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF
 METADATA = {*range(0xE0, 0xF0), COM}
 ORIENTATION = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")
 COEFFICIENTS = 64
+Trust: TypeAlias = Literal["every length", "if a segment follows", "no length"]  # of segments of metadata
 FINAL_ZEROS = 3  # bytes at the end of a file that may be image data; more were reserved for it and never written
 _MARKER = re.compile(rb"\xff+([\x02-\xcf\xda-\xfe])", re.DOTALL)
 _IN_SCAN = re.compile(rb"\xff+([\x02-\xcf\xd9-\xfe])", re.DOTALL)  # a marker that ends the data of a scan
@@ -38,8 +40,8 @@ def reduced_jpegs(data: bytes) -> Iterator[bytes]:
     Segments whose length is wrong are skipped in further versions. There is none where the image data is incomplete.
     """
     tried = set()
-    for loose, oriented in product((False, True), (True, False)):
-        reduced = _reduced(data, loose=loose, oriented=oriented)
+    for trust, oriented in product(get_args(Trust), (True, False)):
+        reduced = _reduced(data, trust, oriented=oriented)
         if reduced is None or reduced in tried:
             continue
         tried.add(reduced)
@@ -48,11 +50,11 @@ def reduced_jpegs(data: bytes) -> Iterator[bytes]:
             yield complete
 
 
-def _reduced(data: bytes, *, loose: bool, oriented: bool) -> bytes | None:
+def _reduced(data: bytes, trust: Trust, *, oriented: bool) -> bytes | None:
     """The file without metadata and without bytes between segments; None where there is no image in it."""
     pieces = [SOI]
     framed = False
-    for marker, start, end in _segments(data, loose=loose):
+    for marker, start, end in _segments(data, trust):
         framed = framed or marker in FRAMES
         if marker == SOS:
             return b"".join([*pieces, data[start:]]) if framed else None
@@ -70,18 +72,18 @@ def _is_needed(marker: int, body: bytes, *, oriented: bool) -> bool:
     return oriented and marker == APP1 and body.startswith(ORIENTATION)
 
 
-def _segments(data: bytes, *, loose: bool) -> Iterator[tuple[int, int, int]]:
+def _segments(data: bytes, trust: Trust = "every length") -> Iterator[tuple[int, int, int]]:
     """Marker, start and end of each segment up to the first start of scan.
 
-    With `loose`, a segment of metadata counts only where another segment follows it. The image within metadata, a
-    thumbnail, is skipped.
+    Of a segment of metadata whose length is not trusted, only the image within it, a thumbnail, is skipped.
     """
     at = len(SOI)
     while (found := _MARKER.search(data, at)) is not None:
         marker, start = found[1][0], found.end() - 2
         end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
         known = marker in FRAMES | TABLES | METADATA | {SOS}
-        trusted = marker not in METADATA or not loose or data[end : end + 1] == b"\xff"
+        followed = data[end : end + 1] == b"\xff"
+        trusted = marker not in METADATA or trust == "every length" or (followed and trust == "if a segment follows")
         if not known or end < start + 4:
             at = start + 2
         elif trusted:
@@ -107,7 +109,7 @@ def _has_end(data: bytes) -> bool:
 
 def _scans(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Marker and content of each segment from the first start of scan on, up to the end marker."""
-    first = next((start for marker, start, _ in _segments(data, loose=False) if marker == SOS), len(data))
+    first = next((start for marker, start, _ in _segments(data) if marker == SOS), len(data))
     at = first
     while (found := _IN_SCAN.search(data, at)) is not None:
         start = found.end()
@@ -152,7 +154,7 @@ def _digest(data: bytes) -> bytes | None:
 
 def _has_every_coefficient(data: bytes) -> bool:
     """Whether the scans contain all bits of all coefficients of all components: progressive JPEGs have several scans."""
-    frame = next(data[start + 4 : end] for marker, start, end in _segments(data, loose=False) if marker in FRAMES)
+    frame = next(data[start + 4 : end] for marker, start, end in _segments(data) if marker in FRAMES)
     missing = {(frame[at], number) for at in range(6, len(frame) - 2, 3) for number in range(COEFFICIENTS)}
     for marker, body in _scans(data):
         if marker == SOS and len(body) >= 6:
