@@ -18,7 +18,8 @@ from PIL import Image
 
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 SOS, APP0, APP1, APP14, COM = 0xDA, 0xE0, 0xE1, 0xEE, 0xFE
-TABLES = {0xC4, 0xCC, 0xDB, 0xDD}  # DHT, DAC, DQT, DRI
+DHT, DQT = 0xC4, 0xDB
+TABLES = {DHT, DQT, 0xCC, 0xDD}  # the last two: DAC, DRI
 FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF
 METADATA = {*range(0xE0, 0xF0), COM}
 ORIENTATION = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")
@@ -84,13 +85,28 @@ def _segments(data: bytes, trust: Trust = "every length") -> Iterator[tuple[int,
         known = marker in FRAMES | TABLES | METADATA | {SOS}
         followed = data[end : end + 1] == b"\xff"
         trusted = marker not in METADATA or trust == "every length" or (followed and trust == "if a segment follows")
-        if not known or end < start + 4:
+        if not known or end < start + 4 or not _is_plausible(marker, data[start + 4 : end]):
             at = start + 2
         elif trusted:
             yield marker, start, end
             at = end
         else:
             at = _after_thumbnail(data, start + 4)
+
+
+def _is_plausible(marker: int, body: bytes) -> bool:
+    """Whether the length of a segment fits its content; True for metadata and unusual segments."""
+    if marker in FRAMES:
+        return len(body) > 6 and len(body) == 6 + 3 * body[5]
+    if marker == SOS:
+        return len(body) > 4 and len(body) == 4 + 2 * body[0]
+    if marker not in (DHT, DQT):
+        return True
+    at = 0
+    while at < len(body):
+        values = sum(body[at + 1 : at + 17]) + 16 if marker == DHT else 64 << (body[at] >> 4)
+        at += 1 + values
+    return at == len(body)
 
 
 def _after_thumbnail(data: bytes, at: int) -> int:

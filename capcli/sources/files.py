@@ -20,6 +20,7 @@ IMAGE_SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".pcx", ".psd", ".qoi", ".ico", ".icns", ".dds", ".sgi", ".xbm"),
 )
 
+_VISIBLE = Pattern.loose("*")
 Warn = Callable[[str], None]
 Test = Callable[[str], bool]
 Identity = tuple[int, int]
@@ -39,6 +40,10 @@ class FolderSource:
         for name in walk(self.path, self._enters, self._takes, self.warn):
             path = os.path.join(self.path, name)
             yield Entry(name if self.relative else path, path)
+
+    def searched(self) -> Iterator[str]:
+        """The names of all files in the folders that are searched, except hidden ones."""
+        return walk(self.path, self._enters, _VISIBLE.matches, lambda _: None)
 
     def _enters(self, name: str) -> bool:
         return self.recursive and self.wanted.enters(name)
@@ -70,6 +75,10 @@ class GlobSource:
         for name in walk(self.folder or os.curdir, self._enters, self._takes, self.warn):
             path = os.path.join(self.folder, name)
             yield Entry(path, path)
+
+    def searched(self) -> Iterator[str]:
+        """The names of all files that match the pattern."""
+        return walk(self.folder or os.curdir, self._enters, self.pattern.matches, lambda _: None)
 
     def _enters(self, name: str) -> bool:
         return self.pattern.may_match_below(name) and not any(pattern.matches(name) for pattern in self.wanted.exclude)
