@@ -5,8 +5,11 @@ A file whose image data is incomplete is a failure.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
+import socket
 import struct
 import tracemalloc
 import zlib
@@ -390,6 +393,29 @@ def test_a_file_that_is_cut_is_the_clean_image_or_a_failure(data: bytes, cut: in
 
 
 # The command
+
+
+def test_files_of_every_kind_are_one_row_or_one_failure(captioner: Path, tmp_path: Path) -> None:
+    photos = paint(tmp_path / "photos", "a.png", "folder.jpg/b.png")
+    failing = ["device.jpg", "empty.jpg", "gone.jpg", "loop.jpg", "pipe.jpg", "reserved.jpg", "socket.jpg"]
+    (photos / "device.jpg").symlink_to("/dev/zero")
+    (photos / "empty.jpg").touch()
+    (photos / "gone.jpg").symlink_to("nowhere.jpg")
+    (photos / "loop.jpg").symlink_to("loop.jpg")
+    os.mkfifo(photos / "pipe.jpg")
+    with (photos / "reserved.jpg").open("wb") as file:
+        file.truncate(5 << 30)
+    with contextlib.chdir(photos), socket.socket(socket.AF_UNIX) as channel:
+        channel.bind("socket.jpg")
+        Image.new("L", (1, 65_000)).save("thin.jpg")
+        Image.new("RGB", (60, 50), "red").convert("LAB").save("lab.tif")
+        Image.fromarray(np.random.default_rng(0).random((40, 50), np.float32)).save("float.tif")
+    out = tmp_path / "c.jsonl"
+    assert call("caption", photos, "-m", captioner, "-o", out, "--workers", 1).code == 3
+    rows = [json.loads(line)["file_name"] for line in out.read_text().splitlines()]
+    failures = [json.loads(line)["file_name"] for line in (tmp_path / "c.failures.jsonl").read_text().splitlines()]
+    assert rows == ["a.png", "float.tif", "folder.jpg/b.png", "lab.tif", "thin.jpg"]
+    assert failures == failing
 
 
 def test_images_with_damaged_metadata_have_the_captions_of_the_clean_ones(captioner: Path, tmp_path: Path) -> None:

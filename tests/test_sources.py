@@ -171,10 +171,11 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert "loop/in" in warnings[0]
 
 
-def test_pipes_are_left_out(tmp_path: Path) -> None:
+def test_a_pipe_is_listed_and_becomes_a_failure(tmp_path: Path) -> None:
     touch_files(tmp_path, "a.jpg")
     os.mkfifo(tmp_path / "b.jpg")
-    assert names(tmp_path) == ["a.jpg"]
+    assert names(tmp_path) == ["a.jpg", "b.jpg"]
+    assert names(tmp_path / "*.jpg") == [f"{tmp_path}/a.jpg", f"{tmp_path}/b.jpg"]
 
 
 def test_a_folder_that_cannot_be_listed_gives_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ LARGEST_ORIENTATION = 1 << 20  # bytes of a chunk from which the orientation is 
 TRANSPARENT_BYTES = {0: {2}, 2: {6}, 3: set(range(1, 257))}  # lengths of tRNS, by the colour type
 SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # per pixel, by the colour type
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+HEADER_LENGTH = 13
 RESTARTS = 100  # positions that are tried to find the next chunk after damage
 _KNOWN = re.compile(rb"IHDR|PLTE|tRNS|IDAT|IEND|eXIf|[tzi]TXt")
 _INFLATED = 1 << 16  # bytes that are inflated at a time, to at most a thousand times as many
@@ -35,7 +36,7 @@ def reduced_pngs(data: bytes) -> Iterator[bytes]:
             return
         if kind in IMAGE_CHUNKS or _has_orientation(kind, body):
             parts.append((kind, body))
-    if not parts or parts[0][0] != b"IHDR" or len(parts[0][1]) != 13:
+    if not parts or parts[0][0] != b"IHDR" or len(parts[0][1]) != HEADER_LENGTH:
         return
     colour_type = parts[0][1][9]
     transparency = TRANSPARENT_BYTES.get(colour_type, set())
@@ -100,7 +101,9 @@ def _next_intact(data: bytes, start: int) -> int | None:
 
 def has_all_rows(data: bytes) -> bool:
     """Whether the PNG's compressed data is as long as its size demands: Pillow accepts an early end, and leaves it black."""
-    header, *bodies = [body for kind, body, _ in _chunks(data) if kind in (b"IHDR", b"IDAT")]
+    header, *bodies = [body for kind, body, _ in _chunks(data) if kind in (b"IHDR", b"IDAT")] or [b""]
+    if len(header) != HEADER_LENGTH:  # a file that was too large to be read, or an unusual order of chunks
+        return True
     missing = _raw_length(header)
     inflate = zlib.decompressobj()
     for body in bodies:

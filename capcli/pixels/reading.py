@@ -25,7 +25,7 @@ from capcli.pixels.resizing import refuse_shape, resize
 from capcli.pixels.rgb import array_rgb, is_upright, keeps_shape, upright_rgb
 
 LARGEST_KEPT = 1 << 25  # pixels of a JPEG that is left to a GPU
-LARGEST_REDUCED = 1 << 30  # bytes of a file that is read whole to remove its metadata
+LARGEST_REDUCED = 1 << 29  # bytes of a file that is read whole to remove its metadata
 SPARE = 2  # a JPEG decoded smaller keeps at least SPARE times the edges of the resized image, as input of the filter
 
 REDUCED: dict[bytes, Callable[[bytes], Iterator[bytes]]] = {
@@ -151,21 +151,21 @@ def _decode_reduced(stream: Stream, decode: Callable[[Stream], Decoded], error: 
 
 
 def _reduced_files(stream: Stream) -> Iterator[bytes]:
-    """Versions of the file with less and less metadata; none of a format without a function for it."""
-    stream.seek(0)
-    head = stream.read(12)
+    """Versions of the file with less and less metadata; none of a very large file, and of formats without a function."""
+    content = _content(stream)
     for beginning, reduced in REDUCED.items():
-        if head.startswith(beginning):
-            return reduced(_content(stream))
+        if content.startswith(beginning):
+            return reduced(content)
     return iter(())
 
 
 def _content(stream: Stream) -> bytes:
-    """All bytes of the file. Raises ImageError where it is very large."""
-    if stream.seek(0, os.SEEK_END) > LARGEST_REDUCED:
-        raise ImageError("unreadable", "it cannot be decoded: it is too large for a second attempt")
+    """All bytes of the file; none of a very large one."""
+    size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
-    return stream.getvalue() if isinstance(stream, MemoryFile) else stream.read()
+    if isinstance(stream, MemoryFile):
+        return stream.getvalue()
+    return stream.read() if size <= LARGEST_REDUCED else b""
 
 
 def _ends_black(image: Image.Image) -> bool:
