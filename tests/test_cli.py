@@ -800,6 +800,21 @@ def test_a_prepared_copy_is_a_source(workers: int, captioner: Path, tmp_path: Pa
     assert (tmp_path / "texts" / "a.txt").read_text().strip() == captions[b"a.png"]
 
 
+def test_images_of_one_name_in_a_prepared_copy_both_have_rows(captioner: Path, tmp_path: Path):
+    given: list[object] = []
+    for split in ("train", "val"):
+        paint(tmp_path / split, "a.png", seed=len(given))
+        (tmp_path / split / "captions.jsonl").write_text('{"file_name": "a.png", "text": "a caption"}\n')
+        given += [f"--{split}-data".replace("train-", ""), tmp_path / split / "captions.jsonl"]
+    copy, out = tmp_path / "copy", tmp_path / "c.jsonl"
+    assert call("prepare", *given, "--out", copy, "--workers", 0).code == 0
+    assert call("caption", copy, "-m", captioner, "-o", out).code == 0
+    assert [row["file_name"] for row in lines(out)] == ["a.png", "val-0/a.png"]
+    change_json(copy / "manifest.json", {"state": "unfinished"})
+    ended = call("caption", copy, "-m", captioner, "-o", out)
+    assert (ended.code, "run the same capcli prepare command again" in ended.err) == (2, True)
+
+
 def test_options_named_in_messages_and_docstrings_exist():
     known = {flag for _, option in every_option() for flag in (*option.opts, *option.secondary_opts)}
     known |= {"--help", "--version", "--nproc-per-node"}  # the last is an option of torchrun
