@@ -32,6 +32,7 @@ from capcli.captioning.plan import (
 )
 from capcli.decoding.settings import Settings
 from capcli.decoding.shapes import Shapes
+from capcli.errors import UsageError
 from capcli.interrupts import Interrupts
 from capcli.loading import Loading, load
 from capcli.loading.gpu_jpeg import GpuJpegDecoder, GpuLoading
@@ -41,6 +42,7 @@ from capcli.progress import Progress, Report, say, warn
 from capcli.records import Caption, Entry, Failure
 from capcli.sinks import ClosedPipeError, Sink, open_sink
 from capcli.sources import Source, open_source
+from capcli.sources.dataset_images import StoredDecode
 from capcli.storage.run_file import RunFile
 from capcli.text import printable
 
@@ -56,6 +58,7 @@ def run(options: CaptionOptions) -> int:
     with open_sink(options.sink, warn) as sink:
         earlier = sink.run_file  # of the run that this one continues
         source = open_source(options.source, warn, earlier_naming(earlier))
+        refuse_sidecars_beside_rows(options, source)
         report = Report()
         wanted: Iterator[Entry] = islice(wanted_entries(source, sink, report), options.limit)
         if options.dry_run:
@@ -136,10 +139,10 @@ class CaptionRun:
         device = model.runtime.device
         start = partial(load, workers=decoder_processes(options, device), timeout=options.decode_timeout)
         arguments: dict[str, Any] = {"spec": model.spec, "max_pixels": options.max_pixels, "facts": options.sink.fields}
-        decode = partial(pixels.load, **arguments, fast=options.fast_decode)
+        decode = StoredDecode(partial(pixels.load, **arguments, fast=options.fast_decode))
         if not options.gpu_decode:
             return start(entries, decode)
-        keep_jpeg = partial(pixels.load_or_keep, **arguments)
+        keep_jpeg = StoredDecode(partial(pixels.load_or_keep, **arguments))
         return GpuLoading(entries, GpuJpegDecoder.on(device, model.spec), keep_jpeg, decode, start)
 
     def shrink(self, shapes: Shapes) -> None:
@@ -172,9 +175,7 @@ class CaptionRun:
         if self.options.quiet:
             return
         if not interrupted and not report.seen:
-            source = self.options.source
-            selected = source.include or source.exclude or self.options.limit == 0
-            left = ": --include, --exclude and --limit select none" if selected else ""
+            left = ": --limit selects none" if self.options.limit == 0 else ""
             warn(f"there is no image in {self.run_file.source}{left}")
         say(self.closing_line())
 
@@ -192,6 +193,12 @@ class CaptionRun:
         out = self.options.sink.out
         rows_shown = sys.stdout.isatty() and (out == "-" or (out is None and self.options.sink.sidecar is None))
         return not (self.options.quiet or rows_shown)
+
+
+def refuse_sidecars_beside_rows(options: CaptionOptions, source: Source) -> None:
+    """Raises UsageError for text files beside images that are rows of a prepared copy."""
+    if source.stored and options.sink.sidecar is not None and options.sink.sidecar_dir is None:
+        raise UsageError("--sidecar: a prepared copy has no image files to write beside: give --sidecar-dir")
 
 
 def wanted_entries(source: Source, sink: Sink, report: Report) -> Iterator[Entry]:

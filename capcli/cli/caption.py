@@ -116,7 +116,7 @@ output = partial(option, SinkOptions, section="Output")
 @quiet_option("Print neither progress nor summary.")
 @debug_option
 def caption(**given: Any) -> int:
-    """Caption SOURCES: image files, folders, quoted glob patterns, or - for paths on standard input.
+    """Caption SOURCES: image files, folders, quoted glob patterns, what capcli prepare wrote, or - for paths on standard input.
 
     \b
       capcli caption ./photos --out captions.jsonl

@@ -23,10 +23,10 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 class SourceOptions:
     """The images to list.
 
-    `sources` are files, folders, glob patterns, or `-` (names on standard input). A path that exists is taken literally,
-    even if it contains wildcards. `from_file` is a list of paths, one per line, or separated by NUL with `null`, which
-    applies to standard input too. Folders and patterns yield the files with an image suffix, without hidden files (those
-    with a leading dot).
+    `sources` are files, folders, glob patterns, copies that `capcli prepare` wrote, or `-` (names on standard input). A path
+    that exists is taken literally, even if it contains wildcards. `from_file` is a list of paths, one per line, or separated
+    by NUL with `null`, which applies to standard input too. Folders and patterns yield the files with an image suffix,
+    without hidden files (those with a leading dot).
 
     `include` and `exclude` are patterns over the name relative to the folder, or relative to the part of a glob before
     its first wildcard. A pattern without `/` is matched against base names at any depth: `*.tif`. A pattern with `/` is

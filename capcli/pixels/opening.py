@@ -28,7 +28,26 @@ BEGINNINGS: dict[str, bytes | tuple[bytes, ...]] = {
 }
 ZERO_TAIL = 32  # bytes; no encoder ends its image data with that many zeros
 
-Stream = io.BytesIO | io.BufferedReader
+
+class _StaysOpen:
+    """A file that only its `with` block closes: some plugins of Pillow close the file that they are given."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        super().close()  # type: ignore[misc]
+
+
+class MemoryFile(_StaysOpen, io.BytesIO):
+    """The bytes of an image file."""
+
+
+class DiskFile(_StaysOpen, io.BufferedReader):
+    """An image file that is too large to be read whole."""
+
+
+Stream = MemoryFile | DiskFile
 
 
 def open_image(source: str | bytes) -> Stream:
@@ -41,7 +60,7 @@ def open_image(source: str | bytes) -> Stream:
         return open_regular(source)
     if not source:
         raise ImageError("empty", "the file is empty")
-    return io.BytesIO(source)
+    return MemoryFile(source)
 
 
 def open_regular(path: str) -> Stream:
@@ -60,11 +79,11 @@ def open_regular(path: str) -> Stream:
     if not stat.S_ISREG(status.st_mode) or not status.st_size:
         os.close(descriptor)
         raise _not_an_image_file(status.st_mode)
-    file = os.fdopen(descriptor, "rb")
+    file = DiskFile(io.FileIO(descriptor))
     if status.st_size > IN_MEMORY:
         return file
     with file:
-        return io.BytesIO(file.read())
+        return MemoryFile(file.read(status.st_size))  # no more, if it is growing
 
 
 def _not_an_image_file(mode: int) -> ImageError:

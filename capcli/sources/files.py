@@ -20,6 +20,7 @@ IMAGE_SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".pcx", ".psd", ".qoi", ".ico", ".icns", ".dds", ".sgi", ".xbm"),
 )
 
+_VISIBLE = Pattern.loose("*")
 Warn = Callable[[str], None]
 Test = Callable[[str], bool]
 Identity = tuple[int, int]
@@ -36,9 +37,13 @@ class FolderSource:
     warn: Warn
 
     def __iter__(self) -> Iterator[Entry]:
-        for name in walk(self.path, self._enters, self._takes, self.warn):
+        for name in walk(self.path, self._enters, self._takes, self.warn, special=True):
             path = os.path.join(self.path, name)
             yield Entry(name if self.relative else path, path)
+
+    def searched(self) -> Iterator[str]:
+        """The names of all files in the folders that are searched, except hidden ones."""
+        return walk(self.path, self._enters, _VISIBLE.matches, lambda _: None)
 
     def _enters(self, name: str) -> bool:
         return self.recursive and self.wanted.enters(name)
@@ -67,9 +72,13 @@ class GlobSource:
         return cls(folder, Pattern.anchored("/".join(parts[fixed:])), wanted, warn)
 
     def __iter__(self) -> Iterator[Entry]:
-        for name in walk(self.folder or os.curdir, self._enters, self._takes, self.warn):
+        for name in walk(self.folder or os.curdir, self._enters, self._takes, self.warn, special=True):
             path = os.path.join(self.folder, name)
             yield Entry(path, path)
+
+    def searched(self) -> Iterator[str]:
+        """The names of all files that match the pattern."""
+        return walk(self.folder or os.curdir, self._enters, self.pattern.matches, lambda _: None)
 
     def _enters(self, name: str) -> bool:
         return self.pattern.may_match_below(name) and not any(pattern.matches(name) for pattern in self.wanted.exclude)
@@ -78,19 +87,19 @@ class GlobSource:
         return self.pattern.matches(name) and self.wanted.takes(name)
 
 
-def walk(root: str, enters: Test, takes: Test, warn: Warn) -> Iterator[str]:
+def walk(root: str, enters: Test, takes: Test, warn: Warn, *, special: bool = False) -> Iterator[str]:
     """Names of the files below `root` with `/` between their parts, in byte order of the whole names.
 
     Links are followed, except into a folder that contains them. Of the files that are not regular only broken links are
-    listed: opening a pipe, socket or device could block forever. `warn` is called for a folder that cannot be listed,
-    which is skipped. Memory: the wanted names of the folders on the current path.
+    listed, unless `special`: opening a pipe, socket or device could block forever. `warn` is called for a folder that
+    cannot be listed, which is skipped. Memory: the wanted names of the folders on the current path.
     """
     levels: list[_Level] = []
     folder: str | None = ""
     while True:
         if folder is not None:
             try:
-                levels.append(_list(root, folder, {level.identity for level in levels}, enters, takes))
+                levels.append(_list(root, folder, {level.identity for level in levels}, enters, takes, special))
             except _NotListedError as error:
                 warn(str(error))
         if not levels:
@@ -117,7 +126,7 @@ class _NotListedError(Exception):
     """Why a folder is skipped."""
 
 
-def _list(root: str, prefix: str, above: set[Identity], enters: Test, takes: Test) -> _Level:
+def _list(root: str, prefix: str, above: set[Identity], enters: Test, takes: Test, special: bool) -> _Level:
     """The wanted names of one folder, sorted, those of folders followed by `/`; raises _NotListedError.
 
     The `/` is part of what is sorted: that gives the walk the order of the whole names.
@@ -135,7 +144,7 @@ def _list(root: str, prefix: str, above: set[Identity], enters: Test, takes: Tes
                 if _is_folder(entry):
                     if enters(name):
                         names.append(entry.name + "/")
-                elif takes(name) and _is_file(entry):
+                elif takes(name) and (special or _is_file(entry)):
                     names.append(entry.name)
     except OSError as error:
         raise _NotListedError(f"{printable(path)}: {error.strerror or error}, folder skipped") from None

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from capcli.errors import UsageError
 from capcli.options import SourceOptions
 from capcli.records import Entry
+from capcli.sources.contents import described, refuse_empty
 from capcli.sources.files import IMAGE_SUFFIXES, FolderSource, GlobSource, Warn, is_folder
 from capcli.sources.lists import ListStream, open_list
 from capcli.sources.patterns import MAGIC, PatternFilter
+from capcli.sources.prepared import PreparedSource, is_prepared
 from capcli.text import printable
 
 
@@ -20,13 +22,15 @@ class Source:
     """The images of a run, in a fixed order: sources as given, then the list; folders in byte order of their names.
 
     `root` is the folder (a real path) that names are relative to, or None where names are paths as given. A `streaming`
-    source reads standard input or a pipe: it can be iterated once, and must not be read in advance.
+    source reads standard input or a pipe: it can be iterated once, and must not be read in advance. With `stored` some
+    images are rows of a prepared copy, which have no path.
     """
 
     parts: tuple[Iterable[Entry], ...]
     given: tuple[str, ...]
     root: str | None
     streaming: bool
+    stored: bool
 
     def __iter__(self) -> Iterator[Entry]:
         for part in self.parts:
@@ -54,7 +58,7 @@ def open_source(options: SourceOptions, warn: Callable[[str], None], earlier: Na
     Names are relative to a folder that is the only source. A run that resumes an `earlier` one names images as that run
     did, so that adding or removing a source changes no name.
 
-    Raises UsageError for no source, one that does not exist or cannot be read, a pattern that matches nothing, and
+    Raises UsageError for no source, one that does not exist or cannot be read, folders and patterns without images, and
     options without effect. The paths in a list are not checked.
     """
     lists = [source for source in options.sources if source == "-"]
@@ -71,6 +75,7 @@ def open_source(options: SourceOptions, warn: Callable[[str], None], earlier: Na
         parts.append(open_list(options.from_file, null=options.null))
     if (options.include or options.exclude) and not any(isinstance(part, FolderSource | GlobSource) for part in parts):
         raise UsageError("--include and --exclude filter folders and glob patterns: no SOURCE is one")
+    refuse_empty(parts, options, warn_once)
     given = [_described(source) for source in options.sources]
     given += [] if options.from_file is None else [_described(options.from_file, "list ")]
     relative = (part for part in parts if isinstance(part, FolderSource) and part.relative)
@@ -79,6 +84,7 @@ def open_source(options: SourceOptions, warn: Callable[[str], None], earlier: Na
         given=tuple(given),
         root=next((os.path.realpath(part.path) for part in relative), None),
         streaming=any(isinstance(part, ListStream) for part in parts),
+        stored=any(isinstance(part, PreparedSource) for part in parts),
     )
 
 
@@ -99,6 +105,8 @@ def _open(source: str, options: SourceOptions, wanted: PatternFilter, warn: Warn
             os.scandir(source).close()
         except OSError as error:
             raise UsageError(f"{printable(source)}: {error.strerror or error}") from None
+        if is_prepared(source):
+            return PreparedSource.of(source)
         return FolderSource(source, wanted, options.recursive, relative, warn)
     if os.path.lexists(source):
         return (Entry(source, source),)
@@ -108,7 +116,7 @@ def _open(source: str, options: SourceOptions, wanted: PatternFilter, warn: Warn
     # Walked up to its first match: there is no other way to find out that nothing matches.
     if next(iter(GlobSource(glob.folder, glob.pattern, glob.wanted, lambda _: None)), None) is None:
         kind = "file" if options.include else "file with an image suffix"
-        raise UsageError(f"{printable(source)}: no {kind} matches")
+        raise UsageError(f"{printable(source)}: no {kind} matches: {described(glob, options)}")
     return glob
 
 
