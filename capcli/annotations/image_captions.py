@@ -155,6 +155,8 @@ def usable(
         found = [Annotated(image.name, None, image.captions, image.split, image.tags) for image in captioned]
     else:
         found = _located(captioned, root, report, keep_missing=keep_missing)
+    if not found and not captioned and report.fault is not None:
+        raise report.fault
     if not found:
         raise _nothing_usable(images, root)
     return found

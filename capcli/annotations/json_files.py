@@ -306,10 +306,13 @@ def _objects(path: str, entries: Iterable[tuple[int, Any]], options: DataOptions
             try:
                 columns = layouts[keys] = _columns(path, keys, options)
             except CapcliError as error:
+                if {"conversations", "messages"} & entry.keys():  # a conversation without an image
+                    yield Row("", ())
+                    continue
                 without = f"{printable(path)}: line {number} names no image; it contains {_contents(entry)}"
                 yield Row.unreadable(CapcliError(without) if layouts else error)
                 continue
-        yield readable_row(entry, columns, path, strict_split=options.split_column is not None)
+        yield readable_row(entry, columns, f"{path}: line {number}", strict_split=options.split_column is not None)
     all_keys = list(dict.fromkeys(key for keys in layouts for key in keys))
     if layouts and not any(columns.captions for columns in layouts.values()):
         raise no_column(path, all_keys, options.caption_column, "caption", "--caption-column")

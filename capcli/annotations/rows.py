@@ -296,9 +296,9 @@ def _object_row(entry: Mapping[str, Any], columns: ColumnNames, path: str, *, st
     return Row(name, captions, split, tags=tags)
 
 
-def readable_row(entry: Mapping[str, Any], columns: ColumnNames, path: str, *, strict_split: bool) -> Row:
-    """An object as a row, which has a fault where it cannot be read."""
+def readable_row(entry: Mapping[str, Any], columns: ColumnNames, where: str, *, strict_split: bool) -> Row:
+    """An object as a row, which has a fault where it cannot be read; `where` is the object's file and line."""
     try:
-        return _object_row(entry, columns, path, strict_split=strict_split)
+        return _object_row(entry, columns, where, strict_split=strict_split)
     except CapcliError as error:
         return Row.unreadable(error)

@@ -165,10 +165,10 @@ class RowOfCells:
             cells = self._fitted(cells, number)
         name = cells[self.image].strip() if self.layout.separator == "|" else cells[self.image]
         if self.encoded is not None and cells[self.encoded]:
-            name = raw_name(cells[self.encoded], self.path)
+            name = raw_name(cells[self.encoded], f"{self.path}: line {number}")
         split = None
         if self.split is not None:
-            split = split_of(cells[self.split], self.path, strict=self.layout.strict_split)
+            split = split_of(cells[self.split], f"{self.path}: line {number}", strict=self.layout.strict_split)
         tags = None if self.tags is None else cells[self.tags]
         if self.rejected is not None and is_true(cells[self.rejected]):
             return Row(name, (), split, tags=tags, remark=REJECTED)

@@ -68,18 +68,18 @@ def parsed(text: str | bytes, path: str, number: int | None = None) -> Any:
     """
     if isinstance(text, bytes):
         text = decoded(text)
+    where = printable(path) if number is None else f"{printable(path)}: line {number}"
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        where = f"line {number or error.lineno}, column {error.colno}"
+        place = f"line {number or error.lineno}, column {error.colno}"
         rest = len(text.strip()) - error.pos
         cut = "; it seems to be truncated" if rest <= 0 or "Unterminated" in error.msg else ""
-        raise CapcliError(f"{printable(path)}: {where} is not JSON ({error.msg}){cut}") from None
-    except ValueError as error:  # a number of thousands of digits
-        where = "" if number is None else f": line {number}"
-        raise CapcliError(f"{printable(path)}{where} is not JSON that can be read ({error})") from None
+        raise CapcliError(f"{printable(path)}: {place} is not JSON ({error.msg}){cut}") from None
+    except ValueError:
+        raise CapcliError(f"{where} has a number with too many digits") from None
     except RecursionError:
-        raise CapcliError(f"{printable(path)} is not an annotation file: its JSON is nested too deeply") from None
+        raise CapcliError(f"{where} is not an annotation: its JSON is nested too deeply") from None
 
 
 def decoded(content: bytes) -> str:
