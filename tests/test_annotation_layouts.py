@@ -359,6 +359,26 @@ def test_conversations_give_their_first_reply(photos: Path) -> None:
     assert read(save(photos / "messages.jsonl", row)) == {"a.jpg": ["A dog."]}
 
 
+def test_a_conversation_in_a_cell_or_with_its_image_inside(photos: Path) -> None:
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "A dog."}]
+    table = "image\tconversations\na.jpg\t" + json.dumps(turns) + "\n"
+    assert read(save(photos / "t.tsv", table)) == {"a.jpg": ["A dog."]}
+    question = {"role": "user", "content": [{"type": "image", "image": "b.png"}, {"type": "text", "text": "?"}]}
+    row = {"messages": [question, {"role": "assistant", "content": "Cats."}]}
+    assert read(save(photos / "t.jsonl", row)) == {"b.png": ["Cats."]}
+
+
+def test_two_parquet_columns_of_one_name_and_captions_by_position(photos: Path) -> None:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    columns = [pyarrow.array([value]) for value in ("a.jpg", "one", "two")]
+    write_table(pyarrow.Table.from_arrays(columns, names=["image", "caption", "caption"]), photos / "t.parquet")
+    assert read(photos / "t.parquet") == {"a.jpg": ["one", "two"]}
+    rows = [{"image": "a.jpg", "captions": {"0": "one", "1": "two"}}]
+    assert read(save(photos / "t.json", rows)) == {"a.jpg": ["one", "two"]}
+
+
 def test_textcaps(tmp_path: Path) -> None:
     paint(tmp_path, "train_images/a1.jpg")
     row = {"image_id": "a1", "image_name": "a1", "image_path": "train/a1.jpg", "set_name": "train"}

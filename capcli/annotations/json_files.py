@@ -12,6 +12,7 @@ from typing import Any
 from capcli.annotations.rows import (
     BYTES_COLUMN,
     CAPTION_COLUMNS,
+    CONVERSATION_COLUMNS,
     IMAGE_COLUMNS,
     REJECTED,
     REJECTED_COLUMN,
@@ -84,7 +85,7 @@ def _is_row(entry: Object, options: DataOptions) -> bool:
     images = entry.get("images")
     if isinstance(images, list) and (not images or isinstance(images[0], dict)):
         return False
-    return pick(list(entry), options.image_column, IMAGE_COLUMNS) is not None
+    return pick(list(entry), options.image_column, IMAGE_COLUMNS + CONVERSATION_COLUMNS) is not None
 
 
 def _document(path: str, document: Any, options: DataOptions, *, damaged: bool) -> Annotations:
@@ -306,9 +307,6 @@ def _objects(path: str, entries: Iterable[tuple[int, Any]], options: DataOptions
             try:
                 columns = layouts[keys] = _columns(path, keys, options)
             except CapcliError as error:
-                if {"conversations", "messages"} & entry.keys():  # a conversation without an image
-                    yield Row("", ())
-                    continue
                 without = f"{printable(path)}: line {number} names no image; it contains {_contents(entry)}"
                 yield Row.unreadable(CapcliError(without) if layouts else error)
                 continue
@@ -323,7 +321,7 @@ def _objects(path: str, entries: Iterable[tuple[int, Any]], options: DataOptions
 
 
 def _columns(path: str, keys: Sequence[str], options: DataOptions) -> ColumnNames:
-    image = pick(keys, options.image_column, IMAGE_COLUMNS)
+    image = pick(keys, options.image_column, IMAGE_COLUMNS + CONVERSATION_COLUMNS)
     if image is None and BYTES_COLUMN not in keys:
         raise no_column(path, keys, options.image_column, "image's name", "--image-column")
     captions = caption_columns(keys, options.caption_column)

@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
 from capcli.errors import CapcliError, UsageError
@@ -25,6 +25,7 @@ CAPTION_COLUMNS = (
     *("captions", "candidates", "sentences", "caption", "text", "title", "comment", "raw"),
     *("caption_str", "conversations", "messages"),  # TextCaps'; LLaVA's and chat templates'
 )
+CONVERSATION_COLUMNS = ("conversations", "messages")  # these may also name the image
 SPLIT_COLUMNS = ("split", "set_name")  # TextCaps' is the second
 REJECTED_COLUMN = "is_rejected"  # VizWiz's, of captions that the makers of the data do not use
 BYTES_COLUMN = "file_name_bytes"  # a name that is not UTF-8, in base64, as capcli writes it
@@ -121,11 +122,13 @@ def _flat(values: Iterable[object]) -> Iterator[object]:
 
 def _inside(value: object) -> Sequence[object] | None:
     """The items of a list, a printed list or a caption that is an object; None for a single value."""
-    if isinstance(value, str):
-        return listed(value.strip())
     if isinstance(value, Mapping):
+        if value and all(str(key).isdecimal() for key in value):  # a list as an object, with its positions as keys
+            return list(value.values())
         return (next((value[key] for key in _TEXT_KEYS if key in value), None),)
-    if hasattr(value, "tolist"):  # a NumPy array
+    if isinstance(value, str):
+        value = listed(value.strip())
+    elif hasattr(value, "tolist"):  # a NumPy array
         value = value.tolist()
     if not isinstance(value, list | tuple):
         return None
@@ -135,6 +138,14 @@ def _inside(value: object) -> Sequence[object] | None:
 def _is_conversation(value: Sequence[object]) -> bool:
     """Whether these are the turns of a conversation, as LLaVA's data and chat templates have them."""
     return bool(value) and all(isinstance(turn, Mapping) and any(key in turn for key in _SPEAKERS) for turn in value)
+
+
+def _shown(turns: Sequence[Any]) -> str:
+    """The name of the only image in the parts of a conversation's turns; "" where there is none, or several."""
+    contents = (turn.get("content") for turn in turns)
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, Mapping)]
+    names = {name for part in parts if isinstance(name := part.get("image") or part.get("path"), str)}
+    return names.pop() if len(names) == 1 else ""
 
 
 def _replies(turns: Sequence[Any]) -> Sequence[object]:
@@ -201,6 +212,10 @@ class ColumnNames:
             raise no_column(path, names, options.caption_column, "caption", "--caption-column")
         split, tags = split_column(names, options, path), tags_column(names, options, path)
         return cls(image, captions, split, tags, pick(names, None, (REJECTED_COLUMN,)))
+
+    def with_captions(self, more: Iterable[str]) -> ColumnNames:
+        """These columns and `more` columns of captions."""
+        return replace(self, captions=tuple(dict.fromkeys((*self.captions, *more))))
 
 
 def caption_columns(names: Sequence[str], given: str | None) -> tuple[str, ...]:
@@ -271,9 +286,11 @@ def raw_name(encoded: object, path: str) -> str:
 
 
 def image_name(value: object) -> str:
-    """The name in a cell of an image column, which may be an object with a path; "" where there is none."""
+    """The name in a cell of an image column, which may be an object with a path or a conversation; "" for none."""
     if isinstance(value, Mapping):
         value = value.get("path") or value.get("file_name")
+    if isinstance(value, list | tuple) and _is_conversation(value):
+        return _shown(value)
     if isinstance(value, list | tuple) and len(value) == 1:
         return image_name(value[0])
     if isinstance(value, float) and value.is_integer():  # a number in a column with gaps, as pandas stores it

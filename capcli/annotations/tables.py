@@ -254,6 +254,11 @@ def _children(kind: Any) -> list[str]:
 def _parquet_rows(path: str, columns: ColumnNames, wanted: list[str], *, strict_split: bool) -> Iterator[Row]:
     with opened_parquet(path) as file:
         for batch in file.iter_batches(_BATCH, columns=wanted):
+            names = batch.schema.names
+            unlike = [name if name not in names[:n] else f"{name}\0{n}" for n, name in enumerate(names)]
+            if unlike != names:  # columns of one name, of which an entry would have the last
+                more = [other for other, name in zip(unlike, names, strict=True) if other != name in columns.captions]
+                batch, columns = batch.rename_columns(unlike), columns.with_captions(more)
             for entry in batch.to_pylist():
                 yield readable_row(entry, columns, path, strict_split=strict_split)
 
