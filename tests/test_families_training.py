@@ -92,7 +92,9 @@ def test_a_family_learns_captions(
     assert capsys.readouterr().out.strip() == CAPTIONS["b.png"]
 
 
-@pytest.mark.parametrize(("part", "more"), [("encoder", ()), ("decoder", ("--gradient-checkpointing",))])
+@pytest.mark.parametrize(
+    ("part", "more"), [("encoder", ()), ("decoder", ()), ("decoder", ("--gradient-checkpointing",))]
+)
 def test_frozen_weights_stay_and_all_others_learn(untrained: Path, part: str, more: tuple[str, ...]) -> None:
     large = copy.deepcopy(random_of_family(untrained.name)).float()  # initial weights get hardly any gradient at first
     large.save_pretrained(untrained)

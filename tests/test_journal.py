@@ -210,10 +210,11 @@ def sometimes(name: str) -> Caption | Failure:
 LISTED = ["a.jpg", "bad1", "b.jpg", "a.jpg", "\udce9.jpg", "bad2", "c.jpg", "\udcff.jpg"]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 @pytest.mark.parametrize(
-    ("suffix", "more"),
-    [("jsonl", {}), ("csv", {}), ("csv", {"sidecar": ".txt"}), ("jsonl", {"sidecar": ".txt", "existing": "append"})],
-    ids=["jsonl", "csv", "sidecars", "appended sidecars"],
+    "more",
+    [{}, {"overwrite": True}, {"sidecar": ".txt"}, {"sidecar": ".txt", "existing": "append"}],
+    ids=["rows", "overwrite", "sidecars", "appended sidecars"],
 )
 def test_after_a_kill_at_any_system_call_the_next_run_completes_all_files(
     tmp_path: Path, suffix: str, more: dict[str, Any]
