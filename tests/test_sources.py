@@ -233,6 +233,21 @@ def test_a_list_yields_all_its_paths(tmp_path: Path) -> None:
     assert not listed.streaming
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["\ufeffä.jpg\nb.jpg\n".encode("utf-16-le"), "ä.jpg\r\nb.jpg".encode("utf-16"), "ä.jpg\rb.jpg\r".encode()],
+)
+def test_a_list_as_other_systems_write_it(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "list.txt").write_bytes(content)
+    assert names(from_file=str(tmp_path / "list.txt")) == ["ä.jpg", "b.jpg"]
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    script = f"open({str(pipe)!r}, 'wb').write(open({str(tmp_path / 'list.txt')!r}, 'rb').read())"
+    writer = subprocess.Popen([sys.executable, "-c", script])
+    assert names(from_file=str(pipe)) == ["ä.jpg", "b.jpg"]
+    assert writer.wait() == 0
+
+
 @settings(deadline=None)
 @given(st.lists(st.binary(min_size=1).filter(lambda name: b"\0" not in name)))
 def test_a_list_separated_by_nul_may_have_any_name(tmp_path_factory: pytest.TempPathFactory, raw: list[bytes]) -> None:

@@ -73,11 +73,18 @@ DATA_OPTIONS = (
         metavar="PATH",
         type=PATH,
         multiple=True,
-        help="Images with captions: CSV, TSV, JSONL or Parquet, Flickr token files, COCO or Karpathy JSON, an imagefolder, "
-        "a dataset on disk, or the output of capcli prepare. Repeatable.",
+        help="Images with captions: CSV, TSV, JSONL or Parquet, Flickr token files, COCO, Karpathy or LLaVA JSON, an "
+        "imagefolder, images with .txt or .json files beside them, a dataset on disk, or the output of capcli prepare. "
+        "Repeatable.",
     ),
     data("--val-data", metavar="PATH", type=PATH, multiple=True, help="The same for validation. Repeatable."),
-    data("--image-root", metavar="FOLDER", type=PATH, help="Folder of the images. [default: that of the annotations]"),
+    data(
+        "--image-root",
+        metavar="FOLDER",
+        type=PATH,
+        help="Folder of the images. Whole paths of another machine are found in it by their last parts. "
+        "[default: that of the annotations]",
+    ),
     data("--image-column", metavar="NAME", help="Column or key of the image name. [default: the usual names]"),
     data("--caption-column", metavar="NAME", help="Column or key of the caption. [default: the usual names]"),
     data("--split-column", metavar="NAME", help="Column or key of the split: train, val or test."),
@@ -104,6 +111,11 @@ DATA_OPTIONS = (
         metavar="TEXT",
         help="Read folders of images without captions as classes. The caption is this text; {label} stands for the name of "
         "the image's folder.",
+    ),
+    data(
+        "--text-files",
+        help="How text files beside images are read: each line as a caption, or the whole file, with all of its "
+        "paragraphs, as one caption. [default: lines]",
     ),
     data("--seed", help="Seed of the random number generators."),
 )

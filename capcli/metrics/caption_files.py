@@ -154,6 +154,8 @@ def names_by_number(paths: Sequence[str]) -> dict[str, str]:
 def _numbered(document: Any) -> Iterator[tuple[str, str]]:
     images = document.get("images") if isinstance(document, dict) else None
     for image in images if isinstance(images, list) else ():
+        if not isinstance(image, dict):
+            continue
         number = image.get("id", image.get("cocoid"))
         name = image.get("file_name") or image.get("filename")
         if number is not None and name:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from capcli.records import Entry
+from capcli.sources.hidden import is_hidden, omission
 from capcli.sources.patterns import MAGIC, Pattern, PatternFilter
 from capcli.text import printable
 
@@ -46,10 +47,14 @@ class FolderSource:
         return walk(self.path, self._enters, _VISIBLE.matches, lambda _: None)
 
     def _enters(self, name: str) -> bool:
-        return self.recursive and self.wanted.enters(name)
+        if not self.recursive or self.wanted.enters(name):
+            return self.recursive
+        if (line := omission(name)) is not None and not self.wanted.excludes(name):
+            self.warn(f"{line}; --include '**/{name.rpartition('/')[2]}/**' lists them")
+        return False
 
     def _takes(self, name: str) -> bool:
-        hidden = name.rpartition("/")[2].startswith(".") and not self.wanted.include
+        hidden = is_hidden(name) and not self.wanted.include
         return not hidden and self.wanted.takes(name)
 
 
