@@ -80,7 +80,7 @@ def run(options: TrainOptions, folder: RunFolder) -> int:
         with signals as interrupts, LiveView(steps, first_step=first_step, quiet=quiet) as view:
             describe(options, view, captioner, data, trainer, frozen)
             for line in folder.passed_over:
-                view.write_line(line)
+                view.write_line(f"passed over {line}")
             schedule = ScheduleCallback(
                 options, freeze_part, validates=bool(data.val), stop=interrupts.asked, write_line=view.write_line
             )

@@ -291,9 +291,10 @@ def checkpoint_errors(folder: str) -> Iterator[None]:
     except Exception as error:  # torch, safetensors and tokenizers raise errors of their own types
         reason = reason_of(error, folder)
         shutil.rmtree(folder, ignore_errors=True)
+        before = complete(os.path.dirname(folder))
+        resumption = "continues from the checkpoint before it" if before else "starts from the beginning"
         raise CapcliError(
-            f"the checkpoint {printable(folder)} cannot be written: {reason}. Free some space; --resume "
-            "continues from the checkpoint before it"
+            f"the checkpoint {printable(folder)} cannot be written: {reason}. Free some space; --resume {resumption}"
         ) from error
 
 

@@ -112,13 +112,13 @@ def foreign(folder: str, run: str | None) -> str | None:
 
 
 def newest_whole(folder: str) -> tuple[str | None, list[str]]:
-    """The newest checkpoint that a run can resume from, and a line for each newer one with what it lacks."""
+    """The newest checkpoint that a run can resume from, and for each newer one its name and what is wrong with it."""
     passed_over: list[str] = []
     for path in reversed(find(folder).values()):
         damage = find_damage(path, resumed=True)
         if damage is None:
             return path, passed_over
-        passed_over.append(f"{os.path.basename(path)} cannot be resumed: {damage}")
+        passed_over.append(f"{os.path.basename(path)}: {damage}")
     return None, passed_over
 
 

@@ -50,7 +50,7 @@ RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 class RunFolder:
     """The folder of a run; a context in which no other run can write to it.
 
-    `checkpoint` is the one to resume from, None for a new run; `passed_over` has a line for each newer one that is damaged.
+    `checkpoint` is the one to resume from, None for a new run; `passed_over` says of each newer one what is wrong with it.
     `old` are the files of an earlier run that `begin` removes.
     """
 
