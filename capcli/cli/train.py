@@ -109,14 +109,14 @@ def train(**given: Any) -> int:
     options = train_options(given)
     from capcli.training.output.folder import RunFolder
 
-    folder = RunFolder.open(options)  # may raise an error, before torch is loaded
-    if options.unfreeze_after is not None:
-        # Distributed training looks for unused weights in every step. When all weights are trained, PyTorch's C++ code warns
-        # about that, and only this variable silences it. It is read when torch is loaded.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    with import_extra("train", "train"):
-        from capcli.training.run import run
-    return run(options, folder)
+    with RunFolder.open(options) as folder:  # may raise an error, before torch is loaded
+        if options.unfreeze_after is not None:
+            # Distributed training looks for unused weights in every step. When all weights are trained, PyTorch's C++ code
+            # warns about that, and only this variable silences it. It is read when torch is loaded.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        with import_extra("train", "train"):
+            from capcli.training.run import run
+        return run(options, folder)
 
 
 def train_options(given: dict[str, Any]) -> TrainOptions:
@@ -125,7 +125,10 @@ def train_options(given: dict[str, Any]) -> TrainOptions:
     if not out:
         raise click.MissingParameter(param_hint="--out", param_type="option")
     if given["resume"] and not given["data"] and not given["task"] and not os.path.exists(os.path.join(out, SETTINGS)):
-        raise UsageError(f"--out {out} contains no run to resume: to start one, also give --data and a model")
+        raise UsageError(
+            f"--out {out} contains no run to resume (no {SETTINGS}): restore that file, or to start a run also give "
+            "--data and a model"
+        )
     data = data_from(given)
     parts = {
         "data": data,

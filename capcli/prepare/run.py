@@ -72,13 +72,14 @@ def run(options: PrepareOptions) -> int:
             return PrepareRun(options, plan, folder, data.report.failures, plan.manifest()).store_all(new=True)
         plan.refuse_other(manifest, options.out)
         if manifest["state"] == "finished":
-            damaged = folder.damaged(manifest)
+            shards = folder.damaged_shards(plan, manifest)
+            damaged = [*map(folder.file, shards), *folder.damaged_descriptions(plan, manifest)]
             if not damaged and not (options.retry_failed and manifest["images_left_out"]):
                 folder.remove_unfinished()
                 return report_end(options, folder, manifest, PrepareReport())
             for path in damaged:
                 run.say(f"{printable(path)} is missing or damaged: it is written again")
-            folder.reopen(plan, manifest)
+            folder.reopen(plan, manifest, shards)
         if options.retry_failed and not manifest.get("again"):  # else the interrupted run was a retry already
             folder.begin_retry(manifest)
         return run.store_all(new=False)

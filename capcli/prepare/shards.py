@@ -6,7 +6,7 @@ import base64
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Any, Self
@@ -192,6 +192,11 @@ class SplitFiles:
     name: str
     files: Sequence[str]
     digest: str
+
+
+def descriptions(splits: Iterable[str]) -> list[str]:
+    """The names of the files that `describe` writes, relative to the folder."""
+    return [*(f"{split}/{name}.json" for split in splits for name in ("dataset_info", "state")), "dataset_dict.json"]
 
 
 def describe(out: str, splits: Sequence[SplitFiles], features: datasets.Features) -> None:

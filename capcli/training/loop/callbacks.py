@@ -11,12 +11,14 @@ import torch.distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from capcli.errors import CapcliError
 from capcli.options import TrainOptions
 from capcli.progress import warn
 from capcli.storage import atomic
 from capcli.text import printable
 from capcli.training.loop.freezing import Frozen, unfreeze
 from capcli.training.output.checkpoints import Select, best, prune, ranking
+from capcli.training.output.events import EventFile
 from capcli.training.output.folder import CURVES
 from capcli.training.output.history import History, Point
 from capcli.training.output.live_view import LiveView, Sample
@@ -114,7 +116,14 @@ class ScheduleCallback(TrainerCallback):
     ) -> TrainerControl:
         if state.is_world_process_zero:
             folder = str(args.output_dir)
-            prune(folder, best(folder, ranking(state.log_history, self._options.select), self._options.keep_best))
+            keep = best(folder, ranking(state.log_history, self._options.select), self._options.keep_best)
+            try:
+                prune(folder, state.global_step, keep)
+            except OSError as error:
+                raise CapcliError(
+                    f"old checkpoints in {printable(folder)} cannot be deleted: {error.strerror or error}; --resume "
+                    "continues from the last one"
+                ) from error
         return control
 
     def _unfreeze_if_due(self, state: TrainerState, model: Any) -> None:
@@ -134,14 +143,14 @@ class ScheduleCallback(TrainerCallback):
 class ReportCallback(TrainerCallback):
     """Records the log of the main process in history.csv, curves.png (in `folder`) and TensorBoard, and shows it.
 
-    `events` is TensorBoard's writer. `samples` returns the sample captions of the latest evaluation.
+    `samples` returns the sample captions of the latest evaluation.
     """
 
     def __init__(
         self,
         view: LiveView,
         history: History,
-        events: Any,
+        events: EventFile,
         folder: str,
         select: Select,
         samples: Callable[[], Sequence[Sample]],
@@ -187,7 +196,7 @@ class ReportCallback(TrainerCallback):
         samples = self._samples()
         for number, sample in enumerate(samples):
             self._events.add_text(f"captions/{number}", f"{sample.name}: {sample.caption}", state.global_step)
-        self._view.evaluated(point, samples, is_best)
+        self._view.evaluated(point, samples, self._select if is_best else None)
         self._draw()
 
     def on_train_end(
@@ -199,7 +208,6 @@ class ReportCallback(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             self._draw()
-            self._events.close()
 
     def _draw(self) -> None:
         if self._undrawn:
