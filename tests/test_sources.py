@@ -190,7 +190,9 @@ def test_a_folder_that_cannot_be_listed_gives_a_warning(tmp_path: Path, monkeypa
     assert next(walk).name == "a/1.jpg"
     (tmp_path / "c" / "3.jpg").unlink()
     (tmp_path / "c").rmdir()
-    assert list(walk) == []
+    failed = [entry.failure for entry in walk]
+    assert [(failure.name, failure.error) for failure in failed if failure] == [("b/", "unlisted"), ("c/", "unlisted")]
+    assert failed[0].message == "the folder cannot be listed: Permission denied"
     assert [entry.name for entry in listed] == ["a/1.jpg"]
     assert [warning.rpartition(": ")[2] for warning in warnings] == [
         "Permission denied, folder skipped",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from capcli.models.checkpoint import puts_spaces
 from capcli.models.families import family_of, tag_room
 from capcli.options import TaskOptions, TrainOptions
 from capcli.records import Annotated
+from capcli.storage import atomic
 from capcli.training.data.dataset import TrainingData
 from capcli.training.loop.callbacks import point_of
 from capcli.training.loop.task_validation import MASKED
@@ -64,9 +64,7 @@ def copy_captioner(checkpoint: str, folder: RunFolder) -> None:
     names = [*model_files.setting_files(files.names), *model_files.weight_files(files)]
     folder.add_facts(left=sorted({CARD, *names, *folder.facts().get("left", ())}))
     for name in names:
-        temporary = folder.path(f"{name}.tmp")
-        shutil.copyfile(os.path.join(checkpoint, name), temporary)
-        os.replace(temporary, folder.path(name))
+        atomic.copy(os.path.join(checkpoint, name), folder.path(name))
 
 
 def card_facts(

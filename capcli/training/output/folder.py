@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -68,7 +69,7 @@ class RunFolder:
         run = cls(folder, None)
         names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         if not run._is_run():
-            if names - {CHECKPOINTS, f"{FACTS}.tmp"} or _is_filled(run.checkpoints):
+            if set(itertools.filterfalse(atomic.is_temporary, names)) - {CHECKPOINTS} or _is_filled(run.checkpoints):
                 raise UsageError(f"--out {folder} is not empty and contains no training run: name another folder")
             return run
         if options.resume and (checkpoint := checkpoints.latest(run.checkpoints)):
@@ -91,6 +92,7 @@ class RunFolder:
         """Creates the folder if it does not exist. Raises CapcliError."""
         with self._writing():
             os.makedirs(self.checkpoints, exist_ok=True)
+            atomic.remove_abandoned(self.folder)
 
     def begin(self, options: TrainOptions, facts: Mapping[str, Any]) -> None:
         """Writes train.toml, and for a new run run.json after removing the files of an earlier run. Raises CapcliError.
@@ -99,11 +101,11 @@ class RunFolder:
         """
         with self._writing():
             if self.checkpoint is None:
-                draft = f"{self.path(FACTS)}.tmp"
-                os.close(atomic.write(draft, [json.dumps(dict(facts)).encode()], os.O_WRONLY))
+                draft, descriptor = atomic.write(self.path(FACTS), [json.dumps(dict(facts)).encode()])
                 for name in sorted(self.old - {FACTS}, key=lambda name: name != CHECKPOINTS):
                     remove(self.path(name), INSIDE.get(name))
                 atomic.settle(draft, self.path(FACTS))
+                os.close(descriptor)
             os.makedirs(self.checkpoints, exist_ok=True)
             atomic.replace(self.path(SETTINGS), [as_toml(options).encode()])
 
