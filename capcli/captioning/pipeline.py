@@ -43,7 +43,7 @@ from capcli.records import Caption, Entry, Failure
 from capcli.sinks import ClosedPipeError, Sink, open_sink
 from capcli.sources import Source, open_source
 from capcli.storage.run_file import RunFile
-from capcli.text import counted, printable, raw_bytes
+from capcli.text import counted, printable
 
 
 def run(options: CaptionOptions) -> int:
@@ -238,18 +238,9 @@ def list_only(wanted: Iterable[Entry], report: Report) -> int:
             warn(f"{printable(entry.name)}: {entry.failure.message}")
             continue
         count += 1
-        print_name(entry.name)
+        print(printable(entry.name))
     say(f"{count} would be captioned, {report.skipped} skipped")
     return report.exit_code
-
-
-def print_name(name: str) -> None:
-    """Print a name: its bytes for a program, without control characters on a terminal."""
-    if sys.stdout.isatty():
-        print(printable(name))
-    else:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(raw_bytes(name) + b"\n")
 
 
 def counter(source: Source, options: CaptionOptions) -> Callable[[], int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import os
 import sys
 import traceback
@@ -62,8 +63,9 @@ def main() -> None:
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
-        error.message = printable_lines(error.message)
-        error.show()
+        message = io.StringIO()
+        error.show(message)
+        click.echo(printable_lines(message.getvalue()), err=True, nl=False)
         sys.exit(error.exit_code)
     except CapcliError as error:
         if flags.get("debug"):

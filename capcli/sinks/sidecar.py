@@ -18,7 +18,7 @@ from capcli.text import printable, raw_bytes
 KIND = "sidecar"  # the error code of an image whose text file cannot be written
 STOPPING = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # with these no file can be written
 _BLANK = b"\xef\xbb\xbf \t\r\n\0"
-_SHORT = 4  # bytes of a file that may be blank: a byte order mark and a line break
+_MARK = b"\xef\xbb\xbf"  # all that some editors write into an empty file
 
 
 class Claim(Enum):
@@ -149,13 +149,13 @@ def _not_written(path: str, reason: object) -> str:
 
 
 def _has_text(path: str) -> bool:
-    """Whether it is a file with more than white space in it."""
+    """Whether it is a file that is not empty. An empty caption is a line break: its file is not empty."""
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _SHORT:
-            return stat.S_ISREG(status.st_mode)
+        if not stat.S_ISREG(status.st_mode) or status.st_size != len(_MARK):
+            return stat.S_ISREG(status.st_mode) and status.st_size > 0
         with open(path, "rb") as file:
-            return bool(file.read(_SHORT).strip(_BLANK))
+            return file.read() != _MARK
     except OSError:
         return False
 
