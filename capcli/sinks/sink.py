@@ -320,9 +320,11 @@ def _check(options: SinkOptions) -> None:
     """Raises UsageError for options that contradict each other or need a file that the run does not have."""
     _check_sidecars(options)
     if options.out is not None and options.out != "-":
-        stem = stem_beside(options.out)
-        paths = (options.out, f"{stem}.run.json", f"{stem}.images.bin", options.failures or f"{stem}.failures.jsonl")
-        if len({os.path.realpath(path) for path in paths}) < len(paths):
+        folder, stem = os.path.split(stem_beside(options.out))
+        beside = [f"{stem}.run.json", f"{stem}.images.bin", *([] if options.failures else [f"{stem}.failures.jsonl"])]
+        paths = [os.path.realpath(path) for path in (options.out, options.failures) if path]
+        paths += [os.path.join(os.path.realpath(folder), name) for name in beside]  # where links are not followed
+        if len(set(paths)) < len(paths):
             raise UsageError("--out, --failures, the run file and the record of images need different names")
         if options.refresh and options.overwrite:
             raise UsageError("--refresh continues --out, and --overwrite starts it from scratch: give one of them")
