@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from capcli.records import Caption, Failure
+from capcli.text import printable_lines
 
 PLAIN_EVERY = 30.0  # seconds between lines if standard error is not a terminal
 BAR_EVERY = 0.1  # seconds between updates of the bar
@@ -143,9 +144,9 @@ class Progress:
 
 
 def say(line: str) -> None:
-    """Prints a line on standard error. If that is closed, the run continues without messages."""
+    """Prints a line on standard error, without control characters. If that is closed, the run continues without messages."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(printable_lines(line), file=sys.stderr, flush=True)
     except OSError:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 2)  # otherwise the interpreter fails at exit, when it flushes the buffer

@@ -58,6 +58,11 @@ def printable(text: str) -> str:
     return "".join(map(_escaped, text))
 
 
+def printable_lines(text: str) -> str:
+    """`printable` for a message that may have several lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def brief(name: str) -> str:
     """The name for a message: `printable`, and shortened if it is longer than 200 characters."""
     return printable(name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from capcli.errors import UsageError
 from capcli.options import SourceOptions
+from capcli.records import Failure
 from capcli.sources import Source, open_source
 from capcli.sources.patterns import Pattern
 
@@ -178,7 +179,9 @@ def test_a_pipe_is_listed_and_becomes_a_failure(tmp_path: Path) -> None:
     assert names(tmp_path / "*.jpg") == [f"{tmp_path}/a.jpg", f"{tmp_path}/b.jpg"]
 
 
-def test_a_folder_that_cannot_be_listed_gives_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_listed_is_an_entry_that_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     touch_files(tmp_path, "a/1.jpg", "b/2.jpg", "c/3.jpg")
     scandir = os.scandir
 
@@ -188,17 +191,13 @@ def test_a_folder_that_cannot_be_listed_gives_a_warning(tmp_path: Path, monkeypa
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", failing)
-    warnings: list[str] = []
-    listed = source(tmp_path, warnings=warnings)
-    walk = iter(listed)
+    walk = iter(source(tmp_path))
     assert next(walk).name == "a/1.jpg"
     (tmp_path / "c" / "3.jpg").unlink()
     (tmp_path / "c").rmdir()
-    assert list(walk) == []
-    assert [entry.name for entry in listed] == ["a/1.jpg"]
-    assert [warning.rpartition(": ")[2] for warning in warnings] == [
-        "Permission denied, folder skipped",
-        "No such file or directory, folder skipped",
+    assert [(entry.name, entry.failure) for entry in walk] == [
+        (name, Failure(name, "unlisted", f"the folder cannot be listed: {reason}"))
+        for name, reason in (("b/", "Permission denied"), ("c/", "No such file or directory"))
     ]
 
 

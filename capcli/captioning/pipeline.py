@@ -44,7 +44,7 @@ from capcli.sinks import ClosedPipeError, Sink, open_sink
 from capcli.sources import Source, open_source
 from capcli.sources.dataset_images import StoredDecode
 from capcli.storage.run_file import RunFile
-from capcli.text import printable
+from capcli.text import counted, printable
 
 
 def run(options: CaptionOptions) -> int:
@@ -59,6 +59,8 @@ def run(options: CaptionOptions) -> int:
         earlier = sink.run_file  # of the run that this one continues
         source = open_source(options.source, warn, earlier_naming(earlier))
         refuse_sidecars_beside_rows(options, source)
+        if options.sink.prune and not source.folders:
+            raise UsageError("--prune drops the rows of images that are gone from a folder: no SOURCE is one")
         report = Report()
         wanted: Iterator[Entry] = islice(wanted_entries(source, sink, report), options.limit)
         if options.dry_run:
@@ -70,7 +72,7 @@ def run(options: CaptionOptions) -> int:
         if earlier is not None:
             earlier.refuse_other_settings(run_file, options.sink.out)
         shapes, wanted = choose_shapes(options, captioner, settings, wanted, source, earlier)
-        run = CaptionRun(options, captioner, settings, shapes, sink, report, run_file)
+        run = CaptionRun(options, captioner, settings, shapes, sink, report, run_file, source.is_gone)
         try:
             return run.caption_all(wanted, counter(source, options))
         except ClosedPipeError:
@@ -88,6 +90,7 @@ class CaptionRun:
     sink: Sink
     report: Report
     run_file: RunFile
+    is_gone: Callable[[str], bool] = lambda _: False
 
     def __post_init__(self) -> None:
         self.tags = MetadataTags(self.options.tags_field) if self.options.tags_field else None
@@ -102,8 +105,7 @@ class CaptionRun:
         self.report.began = time.monotonic()
 
         def deliver(index: int, result: Caption | Failure) -> None:
-            self.sink.write(entries.pop(index), result)
-            self.report.add(result)
+            self.report.add(self.sink.write(entries.pop(index), result))
             progress.update()
 
         with (
@@ -138,7 +140,7 @@ class CaptionRun:
         options, model = self.options, self.captioner.model
         device = model.runtime.device
         start = partial(load, workers=decoder_processes(options, device), timeout=options.decode_timeout)
-        arguments: dict[str, Any] = {"spec": model.spec, "max_pixels": options.max_pixels, "facts": options.sink.fields}
+        arguments: dict[str, Any] = {"spec": model.spec, "max_pixels": options.max_pixels, "facts": self.sink.facts}
         decode = StoredDecode(partial(pixels.load, **arguments, fast=options.fast_decode))
         if not options.gpu_decode:
             return start(entries, decode)
@@ -164,9 +166,11 @@ class CaptionRun:
     def close(self, *, interrupted: bool) -> None:
         """Write the final run file and print the closing line."""
         report, sink = self.report, self.sink
+        pruned = 0 if interrupted else self.prune()
+        sink.settle()
         report.on_record = sink.failures_on_record - report.failed
         state = "interrupted" if interrupted else "finished"
-        counts = {"captions": sink.old_captions + report.captioned, "failures": sink.failures_on_record}
+        counts = {"captions": sink.captions, "failures": sink.failures_on_record}
         last_run = {"captioned": report.captioned, "failed": report.failed, "skipped": report.skipped}
         seconds = round(report.seconds, 3)
         sink.write_run_file(self.current_run_file().ended(state, counts, {**last_run, "seconds": seconds}))
@@ -177,10 +181,23 @@ class CaptionRun:
         if not interrupted and not report.seen:
             left = ": --limit selects none" if self.options.limit == 0 else ""
             warn(f"there is no image in {self.run_file.source}{left}")
-        say(self.closing_line())
+        say(self.closing_line(pruned))
 
-    def closing_line(self) -> str:
+    def prune(self) -> int:
+        """With --prune, drop the rows and failures of images that are gone. Returns their number."""
+        if not self.options.sink.prune:
+            return 0
+        if not self.report.seen:  # a disk that is not mounted is an empty folder
+            warn(f"--prune has no effect: there is no image in {self.run_file.source}")
+            return 0
+        return self.sink.prune(self.is_gone)
+
+    def closing_line(self, pruned: int) -> str:
         line = self.report.line()
+        if self.options.sink.refresh:
+            line += f"; {counted(self.sink.changed, 'changed image')} tried again"
+        if self.options.sink.prune:
+            line += f"; {counted(pruned, 'row')} of images that are gone dropped"
         if self.report.done:
             line += f" in {self.captioner.model.dtype}"
         if self.report.failed and self.sink.failures_path:
@@ -204,8 +221,9 @@ def refuse_sidecars_beside_rows(options: CaptionOptions, source: Source) -> None
 def wanted_entries(source: Source, sink: Sink, report: Report) -> Iterator[Entry]:
     """The entries that are still to be captioned; the others are counted as skipped."""
     for entry in source:
-        if sink.wants(entry):
-            yield entry
+        wanted = sink.wanted(entry)
+        if wanted is not None:
+            yield wanted
         else:
             report.skipped += 1
 
@@ -221,10 +239,14 @@ def list_only(wanted: Iterable[Entry], report: Report) -> int:
     """A dry run: print the names of the images that would be captioned."""
     count = 0
     for entry in wanted:
+        if entry.failure is not None:
+            report.add(entry.failure)
+            warn(f"{printable(entry.name)}: {entry.failure.message}")
+            continue
         count += 1
         print(printable(entry.name))
     say(f"{count} would be captioned, {report.skipped} skipped")
-    return 0
+    return report.exit_code
 
 
 def counter(source: Source, options: CaptionOptions) -> Callable[[], int] | None:

@@ -39,7 +39,7 @@ from capcli.pixels import PixelSpec
 from capcli.progress import warn
 from capcli.records import Entry
 from capcli.sources import Naming, Source
-from capcli.storage.run_file import RunFile
+from capcli.storage.run_file import ALL_RELATIVE, RunFile
 
 COUNTED = 8  # batches: a source of fewer images is counted before the first image, so that the batch fits it
 
@@ -177,7 +177,13 @@ def earlier_shapes(earlier: RunFile | None, device: torch.device, batch_size: in
 
 def earlier_naming(earlier: RunFile | None) -> Naming | None:
     """How the earlier run named its images."""
-    return None if earlier is None else Naming(earlier.folder)
+    return None if earlier is None else Naming(earlier.folder, earlier.all_relative)
+
+
+def names_rule(source: Source, earlier: RunFile | None) -> Mapping[str, str]:
+    """The run file's entry for names that are all relative to its folder; without it they are as earlier versions gave them."""
+    relative = source.root is not None if earlier is None else earlier.all_relative
+    return {"names": ALL_RELATIVE} if relative else {}
 
 
 def new_run_file(
@@ -194,6 +200,8 @@ def new_run_file(
             "state": "running",
             "source": source.describe(),
             "folder": source.root if earlier is None else earlier.folder,
+            **names_rule(source, earlier),
+            **({"refresh": True} if options.sink.refresh or (earlier is not None and earlier.refreshing) else {}),
             "model": {"name": captioner.files.name, "revision": captioner.files.revision},
             "settings": {
                 "model": fingerprint(captioner.files.folder),

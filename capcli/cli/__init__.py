@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import os
 import sys
 import traceback
@@ -19,6 +20,7 @@ from capcli.cli.export import export
 from capcli.cli.prepare import prepare
 from capcli.cli.train import train
 from capcli.errors import CapcliError
+from capcli.text import printable_lines
 
 # Garbage collection thresholds. torch and transformers create 600,000 objects that live until the end; with Python's own
 # thresholds they would be traversed again and again while the packages are imported.
@@ -61,12 +63,14 @@ def main() -> None:
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
-        error.show()
+        message = io.StringIO()
+        error.show(message)
+        click.echo(printable_lines(message.getvalue()), err=True, nl=False)
         sys.exit(error.exit_code)
     except CapcliError as error:
         if flags.get("debug"):
             traceback.print_exc()
-        click.echo(f"capcli: {error}", err=True)
+        click.echo(f"capcli: {printable_lines(str(error))}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -79,7 +83,8 @@ def main() -> None:
     except Exception as error:
         if flags.get("debug"):
             raise
-        click.echo(f"capcli: unexpected {type(error).__name__}: {error} (--debug prints the traceback)", err=True)
+        what = printable_lines(f"{type(error).__name__}: {error}")
+        click.echo(f"capcli: unexpected {what} (--debug prints the traceback)", err=True)
         sys.exit(1)
     finally:
         gc.set_threshold(*thresholds)

@@ -85,7 +85,11 @@ output = partial(option, SinkOptions, section="Output")
     type=click.Path(allow_dash=True),
     help="File of captions. An existing file is resumed. [default: standard output]",
 )
-@output("--format", help="Format of the rows. [default: by the suffix of --out]")
+@output(
+    "--format",
+    help="Format of the rows. csv-excel: for spreadsheet programs, with a byte order mark, and without formulas. [default: by "
+    "the suffix of --out]",
+)
 @output(
     "--fields",
     metavar="NAME,...",
@@ -99,7 +103,11 @@ output = partial(option, SinkOptions, section="Output")
     type=click.Path(),
     help="Write the text files below this folder, in the same subfolders.",
 )
-@output("--existing", help="What to do with a text file that already exists.")
+@output(
+    "--existing",
+    help="What to do with a text file that has text already; append: add the caption to its first line. [default: skip]",
+)
+@output("--separator", metavar="TEXT", help="What precedes an appended caption. [default: ', ']")
 @output("--failures", metavar="PATH", type=click.Path(), help="File that lists failed images. [default: beside --out]")
 @option(
     CaptionOptions,
@@ -109,6 +117,12 @@ output = partial(option, SinkOptions, section="Output")
 )
 @output("--overwrite", help="Replace --out and start from scratch.")
 @output("--retry-failed", help="Try images again that failed in earlier runs.")
+@output(
+    "--refresh",
+    help="Caption images again whose file has changed since: by size and time, then by a hash of the content. Images that were "
+    "captioned by a version without a record of them: whose file is newer than --out.",
+)
+@output("--prune", help="Drop the rows and failures of images that no longer exist in the folders of SOURCES.")
 @workers_option(
     CaptionOptions, help="Processes that decode images. 0 decodes in the main process, without --decode-timeout."
 )

@@ -13,7 +13,7 @@ DEFAULT_MODEL = "nlpconnect/vit-gpt2-image-captioning"
 MAX_PIXELS = 178_956_970  # above this Pillow itself refuses an image as a decompression bomb
 DECODE_TIMEOUT = 60.0  # seconds
 
-Format = Literal["jsonl", "csv"]
+Format = Literal["jsonl", "csv", "csv-excel"]
 Suffix = Literal[".txt", ".caption"]
 Existing = Literal["skip", "overwrite", "append"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
@@ -55,7 +55,9 @@ class SinkOptions:
     adds all captions of an image to its row, `fields` names columns with properties of the image file. `failures` None
     is a file beside `out`; without `out`, failures are printed on standard error. `overwrite` starts the output from
     scratch, `retry_failed` tries images again that failed in earlier runs. `sidecar` is the suffix of one text file per
-    image, beside the image or below `sidecar_dir`; `existing` states what to do with a text file that already exists.
+    image, beside the image or below `sidecar_dir`; `existing` states what to do with a text file that has text already (None:
+    skip it), and `separator` what precedes an appended caption (None: a comma and a space). `refresh` captions images again
+    whose file has changed, `prune` drops the rows of images that no longer exist.
     """
 
     out: str | None = None
@@ -67,7 +69,10 @@ class SinkOptions:
     retry_failed: bool = False
     sidecar: Suffix | None = None
     sidecar_dir: str | None = None
-    existing: Existing = "skip"
+    existing: Existing | None = None
+    separator: str | None = None
+    refresh: bool = False
+    prune: bool = False
 
     def __post_init__(self) -> None:
         check_limits(self)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -35,6 +36,7 @@ from capcli.storage import atomic, locks, run_file
 from capcli.text import printable
 
 MANIFEST, FAILURES, UNFINISHED, DATASET = "manifest.json", "failures.jsonl", "unfinished", "dataset_dict.json"
+# with the temporary files that earlier versions left: `.tmp`
 OWN_NAMES = {UNFINISHED, *(f"{name}{end}" for name in (MANIFEST, FAILURES, DATASET) for end in ("", ".tmp"))}
 SHARD_FILE = re.compile(r"(train|val)/data-\d{5,}-of-\d{5,}\.arrow")
 SPLIT_FILES = tuple(f"{name}.json{end}" for name in ("state", "dataset_info") for end in ("", ".tmp"))
@@ -99,6 +101,8 @@ class PreparedFolder:
         if not locks.take(self._lock):
             os.close(self._lock)
             raise CapcliError(f"another run is writing to {printable(self.path)}: wait for it, or name another --out")
+        for folder in (self.path, self.work, *(os.path.join(self.path, split) for split in ("train", "val"))):
+            atomic.remove_abandoned(folder)
         return self
 
     def __exit__(
@@ -109,7 +113,7 @@ class PreparedFolder:
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest of an earlier run; None for an empty folder. Raises UsageError where there are other files."""
-        names = set(os.listdir(self.path))
+        names = set(itertools.filterfalse(atomic.is_temporary, os.listdir(self.path)))
         if not names:
             return None
         try:
@@ -170,8 +174,11 @@ class PreparedFolder:
 
     def begin(self, plan: ShardPlan, *, new: bool) -> None:
         """Makes the folders, writes the manifest of a `new` copy, and removes incomplete files."""
+        if os.path.islink(self.work):
+            raise UsageError(f"{printable(self.work)} is a link, which is not followed: remove it")
         if new:
             run_file.write(os.path.join(self.path, MANIFEST), plan.manifest())
+            remove_files(self.work, UNFINISHED_FILE)  # that no run of this copy wrote
         os.makedirs(self.work, exist_ok=True)
         for name in plan.splits:
             os.makedirs(os.path.join(self.path, name), exist_ok=True)

@@ -33,7 +33,7 @@ class ShardLog:
 
     def __init__(self, path: str, *, retry: bool) -> None:
         self._retry = retry
-        self._file = open(path, "a+b")  # noqa: SIM115
+        self._file = open(path, "a+b", opener=atomic.open_no_link)  # noqa: SIM115
         self._starts, end = _index(self._file, retry)
         self._file.truncate(end)
 
@@ -123,7 +123,7 @@ class ShardWriter:
         self._tagged = "tags" in features
         self._batch: list[dict[str, Any]] = []
         self._bytes = 0
-        self._file = open(path, "wb")  # noqa: SIM115
+        self._file = open(path, "wb", opener=atomic.open_no_link)  # noqa: SIM115
         self._stream = pa.ipc.new_stream(self._file, self._schema)
 
     def add(self, image: Annotated, copy: Loaded) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -21,10 +22,14 @@ class ClosedPipeError(CapcliError):
 
 
 class Stdout:
-    """Writes and flushes each row at once. `kind` None: readable lines on a terminal, JSON Lines otherwise."""
+    """Writes and flushes each row at once. `kind` None: readable lines on a terminal, JSON Lines otherwise.
+
+    Rows on a terminal have escapes in place of control characters; in JSON those of JSON.
+    """
 
     def __init__(self, kind: Format | None, fields: RowFields, warn: Callable[[str], None]) -> None:
-        self._readable = kind is None and sys.stdout.isatty()
+        self._terminal = sys.stdout.isatty()
+        self._readable = kind is None and self._terminal
         self._rows = rows_for(kind or "jsonl", fields)
         self._warn = warn
 
@@ -44,7 +49,14 @@ class Stdout:
             self._warn(
                 f"{printable(caption.name)}: CSV on standard output cannot represent this name's bytes; JSON Lines can"
             )
-        self._out(self._rows.line(caption))
+        line = self._rows.line(caption)
+        self._out(self._shown(line) if self._terminal else line)
+
+    def _shown(self, line: bytes) -> bytes:
+        text = line.decode().removesuffix("\n")
+        if isinstance(self._rows, Csv):
+            return f"{printable(text)}\n".encode()
+        return ("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text) + "\n").encode()
 
     def _out(self, data: bytes) -> None:
         try:

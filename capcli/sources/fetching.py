@@ -191,7 +191,7 @@ class Fetcher:
     async def _save(self, response: httpx2.Response, path: str) -> None:
         size = 0
         try:
-            with open(path, "wb") as file:
+            with open(path, "xb") as file:
                 async for piece in response.aiter_bytes():
                     if not size:
                         refuse_page(response.headers.get("content-type", ""), piece)

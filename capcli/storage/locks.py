@@ -19,6 +19,15 @@ def take(descriptor: int) -> bool:
     return True
 
 
+def is_free(descriptor: int) -> bool:
+    """Lock an open file or folder until it is closed; False also where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 def is_current(descriptor: int, path: str) -> bool:
     """Whether `path` still refers to the open file: another run may have replaced it before this one locked it."""
     try:

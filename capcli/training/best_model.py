@@ -23,7 +23,6 @@ from capcli.training.output import checkpoints
 from capcli.training.output.card import CardFacts, SplitFacts, shell_word, write_card
 from capcli.training.output.folder import CARD, RunFolder, sources
 
-CHUNK = 1 << 22  # bytes
 # The generation settings that a card shows.
 SEARCH_SETTINGS = {
     *("num_beams", "do_sample", "temperature", "top_k", "top_p", "max_new_tokens", "min_new_tokens", "length_penalty"),
@@ -84,13 +83,7 @@ def copy_captioner(checkpoint: str, folder: RunFolder) -> None:
     folder.add_facts(left=sorted({CARD, *names, *folder.facts().get("left", ())}))
     with folder.writing():
         for name in names:
-            copy(os.path.join(checkpoint, name), folder.path(name))
-
-
-def copy(source: str, target: str) -> None:
-    """Copies a file atomically. Raises OSError."""
-    with open(source, "rb") as file:
-        atomic.replace(target, iter(lambda: file.read(CHUNK), b""))
+            atomic.copy(os.path.join(checkpoint, name), folder.path(name))
 
 
 def card_facts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -97,7 +98,8 @@ class RunFolder:
                     f"{self.path(FACTS)} is damaged, so the training run cannot be recognised: restore the file, or name "
                     "another folder"
                 )
-            if names - {CHECKPOINTS, f"{FACTS}.tmp"} or _is_filled(self.checkpoints):
+            others = set(itertools.filterfalse(atomic.is_temporary, names)) - {CHECKPOINTS, f"{FACTS}.tmp"}
+            if others or _is_filled(self.checkpoints):
                 raise UsageError(f"--out {folder} is not empty and contains no training run: name another folder")
             return self
         if options.resume and (resumed := self._resumed()):
@@ -160,6 +162,7 @@ class RunFolder:
                     raise CapcliError(f"another run began in {self.folder}: name another folder with --out")
             if new:
                 self._take_lock(self.checkpoints)
+            atomic.remove_abandoned(self.folder)
 
     def begin(self, options: TrainOptions, facts: Mapping[str, Any]) -> None:
         """Writes train.toml, and for a new run run.json after removing the files of an earlier run. Raises CapcliError.
@@ -168,11 +171,12 @@ class RunFolder:
         """
         with self.writing():
             if self.checkpoint is None:
-                draft, facts = f"{self.path(FACTS)}.tmp", {**facts, "run": uuid.uuid4().hex}
-                os.close(atomic.write(draft, [json.dumps(facts).encode()], os.O_WRONLY))
+                facts = {**facts, "run": uuid.uuid4().hex}
+                draft, descriptor = atomic.write(self.path(FACTS), [json.dumps(facts).encode()])
                 for name in sorted(self.old - {FACTS}, key=lambda name: name != CHECKPOINTS):
                     remove(self.path(name), INSIDE.get(name))
                 atomic.settle(draft, self.path(FACTS))
+                os.close(descriptor)
             os.makedirs(self.checkpoints, exist_ok=True)
             atomic.replace(self.path(SETTINGS), [as_toml(options).encode()])
 
