@@ -19,6 +19,7 @@ from capcli.cli.export import export
 from capcli.cli.prepare import prepare
 from capcli.cli.train import train
 from capcli.errors import CapcliError
+from capcli.imports import explain_import
 
 # Garbage collection thresholds. torch and transformers create 600,000 objects that live until the end; with Python's own
 # thresholds they would be traversed again and again while the packages are imported.
@@ -79,7 +80,8 @@ def main() -> None:
     except Exception as error:
         if flags.get("debug"):
             raise
-        click.echo(f"capcli: unexpected {type(error).__name__}: {error} (--debug prints the traceback)", err=True)
+        unexplained = f"unexpected {type(error).__name__}: {error} (--debug prints the traceback)"
+        click.echo(f"capcli: {explain_import(error) or unexplained}", err=True)
         sys.exit(1)
     finally:
         gc.set_threshold(*thresholds)

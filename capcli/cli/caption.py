@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from capcli.cli.click_options import SectionedCommand, comma_separated, debug_option, fields_from, option
+from capcli.cli.click_options import (
+    SectionedCommand,
+    comma_separated,
+    debug_option,
+    do_without_broken,
+    fields_from,
+    option,
+)
 from capcli.cli.shared_options import (
     generation,
     generation_from,
@@ -19,6 +26,7 @@ from capcli.cli.shared_options import (
     set_openmp_wait_policy,
     workers_option,
 )
+from capcli.imports import UNUSED_BY_CAPTIONING
 from capcli.options import CaptionOptions, SinkOptions, SourceOptions
 from capcli.records import FACTS
 
@@ -135,6 +143,7 @@ def caption(**given: Any) -> int:
     """
     options = caption_options(given)
     set_openmp_wait_policy(options.model)
+    do_without_broken(UNUSED_BY_CAPTIONING)
     from capcli.captioning import pipeline
 
     return pipeline.run(options)

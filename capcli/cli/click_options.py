@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -11,7 +11,9 @@ import click
 from click.core import ParameterSource
 
 from capcli.errors import CapcliError
+from capcli.imports import CORE, hide_broken, importing_package, is_missing
 from capcli.options.limits import Limits, limits_of
+from capcli.progress import warn
 
 Decorator = Callable[[Any], Any]
 
@@ -125,9 +127,18 @@ def import_extra(command: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("capcli"):
+        package = (error.name or "capcli").partition(".")[0]
+        if package == "capcli" or package in CORE or not is_missing(error, package):
             raise
-        raise CapcliError(f"capcli {command} needs {error.name}: pip install 'capcli[{extra}]'") from error
+        if importing_package(error.__traceback__) is not None:  # an installed package lacks one that it needs
+            raise
+        raise CapcliError(f"capcli {command} needs {package}: pip install 'capcli[{extra}]'") from error
+
+
+def do_without_broken(names: Sequence[str]) -> None:
+    """Before the import of a command's code: hides broken packages that the command does without, with a warning for each."""
+    for line in hide_broken(names):
+        warn(line)
 
 
 def comma_separated(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...]:

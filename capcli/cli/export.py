@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from capcli.cli.click_options import (
     SectionedCommand,
     debug_option,
+    do_without_broken,
     fields_from,
     flag_option,
     import_extra,
@@ -20,6 +21,7 @@ from capcli.cli.click_options import (
 from capcli.cli.config_file import config_option
 from capcli.cli.shared_options import quiet_option
 from capcli.errors import UsageError
+from capcli.imports import UNUSED_BY_CAPTIONING
 from capcli.options import ExportOptions
 
 PLANS = "Plans (TensorRT)"
@@ -105,6 +107,7 @@ def export(**given: Any) -> int:
     options = ExportOptions(kind=engine_kind(given), **fields_from(ExportOptions, given))
     if options.kind == "onnx" and (typed := typed_option_in(PLANS)):
         raise UsageError(f"{typed} is for plans (--trt); ONNX graphs take any value: leave it out")
+    do_without_broken(UNUSED_BY_CAPTIONING)
     with import_extra("export", "onnx"):
         from capcli.export import run
     return run.run(options)

@@ -11,10 +11,10 @@ import torch.distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from capcli.imports import cause, explain_import, is_missing
 from capcli.options import TrainOptions
 from capcli.progress import warn
 from capcli.storage import atomic
-from capcli.text import printable
 from capcli.training.loop.freezing import Frozen, unfreeze
 from capcli.training.output.checkpoints import Select, best, prune, ranking
 from capcli.training.output.folder import CURVES
@@ -134,7 +134,7 @@ class ScheduleCallback(TrainerCallback):
 class ReportCallback(TrainerCallback):
     """Records the log of the main process in history.csv, curves.png (in `folder`) and TensorBoard, and shows it.
 
-    `events` is TensorBoard's writer. `samples` returns the sample captions of the latest evaluation.
+    `events` is TensorBoard's writer, or None. `samples` returns the sample captions of the latest evaluation.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class ReportCallback(TrainerCallback):
         self._history.add(point)
         self._undrawn = True
         for name, value in entry.items():
-            if isinstance(value, int | float) and name not in ("step", "epoch"):
+            if self._events and isinstance(value, int | float) and name not in ("step", "epoch"):
                 group = "validation" if name.startswith("eval_") else "training"
                 self._events.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, state.global_step)
         if point.loss is not None:
@@ -185,7 +185,7 @@ class ReportCallback(TrainerCallback):
         ranks = [rank for _, rank in ranking(state.log_history, self._select)]
         is_best = bool(ranks) and ranks.index(max(ranks)) == len(ranks) - 1
         samples = self._samples()
-        for number, sample in enumerate(samples):
+        for number, sample in enumerate(samples if self._events else ()):
             self._events.add_text(f"captions/{number}", f"{sample.name}: {sample.caption}", state.global_step)
         self._view.evaluated(point, samples, is_best)
         self._draw()
@@ -199,7 +199,8 @@ class ReportCallback(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             self._draw()
-            self._events.close()
+            if self._events:
+                self._events.close()
 
     def _draw(self) -> None:
         if self._undrawn:
@@ -218,10 +219,10 @@ def draw_curves(folder: str, points: Sequence[Point]) -> str | None:
         image = curves_png(points)
         if image:
             atomic.replace(os.path.join(folder, CURVES), [image])
-    except ImportError:
-        return f"{CURVES} is not drawn, matplotlib is missing: pip install 'capcli[train]'"
     except Exception as error:  # whatever a drawing library raises
-        return f"{CURVES} is not drawn: {type(error).__name__}: {printable(str(error))}"
+        if is_missing(error, "matplotlib"):
+            return f"{CURVES} is not drawn, matplotlib is missing: pip install 'capcli[train]'"
+        return f"{CURVES} is not drawn: {explain_import(error) or cause(error)}"
     return None
 
 
