@@ -51,6 +51,8 @@ def hide_broken(names: Iterable[str]) -> list[str]:
         try:
             import_module(name)
         except Exception as error:
+            if lacks_core(error):
+                break  # captioning fails too, with an error that names that package
             sys.modules[name] = None  # type: ignore[assignment]  # find_spec then finds nothing
             _hidden[name] = cause(error)
             warnings.append(f"doing without {name}, which cannot be imported ({_hidden[name]}): see `capcli doctor`")
@@ -77,16 +79,26 @@ def explain_import(error: BaseException) -> str | None:
     """The message for an error that the import of a package raised: its name and the fix; None for any other error."""
     while error.__cause__ is not None:  # transformers raises another error from the one of the import
         error = error.__cause__
-    importer = importing_package(error.__traceback__)
-    name = (getattr(error, "name", None) or "").partition(".")[0]
-    if importer is None and isinstance(error, ImportError) and name not in ("", "capcli"):
-        if name in _hidden:
-            return broken(name, _hidden[name])
-        if isinstance(error, ModuleNotFoundError):
-            use = ", which capcli needs" if name in CORE else ""
-            return f"the package {printable(name)} is missing{use}: pip install {distribution(name)}; {SEE_DOCTOR}"
-        importer = name
-    return None if importer is None else broken(importer, cause(error))
+    importer, name = importing_package(error.__traceback__), imported(error)
+    if name in _hidden:
+        return broken(name, _hidden[name])
+    if isinstance(error, ModuleNotFoundError) and name and (importer is None or name in CORE):
+        use = ", which capcli needs" if name in CORE else ""
+        return f"the package {printable(name)} is missing{use}: pip install {distribution(name)}; {SEE_DOCTOR}"
+    importer = importer or name
+    return broken(importer, cause(error)) if importer else None
+
+
+def imported(error: BaseException) -> str:
+    """The package that an ImportError names; empty for other errors and for capcli's own modules."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    return "" if name == "capcli" else name
+
+
+def lacks_core(error: BaseException) -> bool:
+    """Whether an import failed because one of capcli's required packages is missing or broken."""
+    missing = isinstance(error, ModuleNotFoundError) and imported(error) in CORE
+    return missing or importing_package(error.__traceback__) in CORE
 
 
 def broken(name: str, reason: str) -> str:
