@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -98,9 +99,9 @@ class Captioner:
 
         `generation` has the names of transformers' GenerationConfig: num_beams, max_new_tokens, min_new_tokens,
         length_penalty, early_stopping, no_repeat_ngram_size, repetition_penalty, do_sample, temperature, top_k, top_p,
-        num_return_sequences, seed. `prompt` is given to the decoder before the caption, or to an encoder that reads
-        questions; `keep_prompt` leaves it in the text. `tags` are for a captioner that reads tags: for each image a text
-        such as `[dog] [beach]`, or None. `batch_size` is the number of images decoded at once (None: chosen for the
+        num_return_sequences, seed, suppress_tokens, begin_suppress_tokens, bad_words_ids. `prompt` is given to the decoder
+        before the caption, or to an encoder that reads questions; `keep_prompt` leaves it in the text. `tags` are for a
+        captioner that reads tags: for each image a text such as `[dog] [beach]`, or None. `batch_size` is the number of images decoded at once (None: chosen for the
         device).
 
         Raises at once TypeError for an unknown setting, a single image, and tags that are not a list of texts;
@@ -207,6 +208,8 @@ class Captioner:
         forced = () if s.forced_bos_token_id is None else (s.forced_bos_token_id,)
         named = {"the prompt": (*s.prompt, *s.encoder_ids), "forced tokens": (*forced, *s.forced_eos_token_ids)}
         named |= {"suppressed tokens": (*s.suppress_tokens, *s.begin_suppress_tokens)}
+        named |= {"bad_words_ids": tuple(chain(*s.bad_words_ids))}
+        named |= {"the end token, with min_new_tokens": s.eos_token_ids if s.min_new_tokens else ()}
         for what, ids in named.items():
             unknown = [i for i in ids if not 0 <= i < self.model.vocabulary and i != NO_TOKEN]
             if unknown:

@@ -14,6 +14,8 @@ from capcli.cli.click_options import (
     do_without_broken,
     fields_from,
     option,
+    token_ids,
+    token_sequences,
 )
 from capcli.cli.shared_options import (
     generation,
@@ -71,6 +73,23 @@ output = partial(option, SinkOptions, section="Output")
 @model("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub.")
 @generation_options
 @generation("--seed", help="Sampling: the same seed gives the same captions. [default: 0]")
+@generation(
+    "--suppress-tokens",
+    metavar="ID,...",
+    callback=token_ids,
+    help="Tokens that never occur in a caption, by their ids.",
+)
+@generation(
+    "--begin-suppress-tokens", metavar="ID,...", callback=token_ids, help="Tokens with which no caption begins."
+)
+@generation(
+    "--bad-words-ids",
+    metavar="ID,...",
+    multiple=True,
+    default=None,
+    callback=token_sequences,
+    help="A word that never occurs in a caption, as the ids of its tokens. Repeatable.",
+)
 @option(
     CaptionOptions,
     "--prompt",

@@ -146,6 +146,23 @@ def comma_separated(_ctx: click.Context, _param: click.Parameter, value: str | N
     return tuple(part.strip() for part in (value or "").split(",") if part.strip())
 
 
+def token_ids(_ctx: click.Context, _param: click.Parameter, value: str | list[int] | None) -> Sequence[int] | None:
+    """A callback: the token ids in a comma-separated list, or of a list in a file."""
+    if not isinstance(value, str):
+        return value
+    parts = [part.strip() for part in value.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise click.BadParameter(f"{value!r} is not a list of token ids, such as 12,5")
+    return tuple(map(int, parts))
+
+
+def token_sequences(
+    ctx: click.Context, param: click.Parameter, values: Sequence[str] | None
+) -> tuple[Sequence[int], ...] | None:
+    """A callback: the token ids in each comma-separated list; None where there is none."""
+    return tuple(token_ids(ctx, param, value) or () for value in values) if values else None
+
+
 def flag_option(*flags: str, section: str, help: str) -> Decorator:  # noqa: A002
     """A flag that sets no field of a dataclass."""
     return click.option(*flags, cls=SectionedOption, section=section, is_flag=True, help=help)
