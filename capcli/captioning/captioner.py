@@ -101,8 +101,8 @@ class Captioner:
         length_penalty, early_stopping, no_repeat_ngram_size, repetition_penalty, do_sample, temperature, top_k, top_p,
         num_return_sequences, seed, suppress_tokens, begin_suppress_tokens, bad_words_ids. `prompt` is given to the decoder
         before the caption, or to an encoder that reads questions; `keep_prompt` leaves it in the text. `tags` are for a
-        captioner that reads tags: for each image a text such as `[dog] [beach]`, or None. `batch_size` is the number of images decoded at once (None: chosen for the
-        device).
+        captioner that reads tags: for each image a text such as `[dog] [beach]`, or None. `batch_size` is the number of
+        images decoded at once (None: chosen for the device).
 
         Raises at once TypeError for an unknown setting, a single image, and tags that are not a list of texts;
         UsageError for invalid values, and for tags that the captioner does not read or that are not one per image. At the
