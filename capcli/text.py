@@ -65,7 +65,7 @@ def json_list(cell: str) -> list[object] | None:
     if cell.startswith(('["', "[{")) and cell.endswith("]"):
         try:
             found: list[object] = json.loads(cell)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         return found
     return None

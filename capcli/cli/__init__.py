@@ -20,6 +20,7 @@ from capcli.cli.prepare import prepare
 from capcli.cli.train import train
 from capcli.errors import CapcliError
 from capcli.imports import explain_import
+from capcli.text import printable
 
 # Garbage collection thresholds. torch and transformers create 600,000 objects that live until the end; with Python's own
 # thresholds they would be traversed again and again while the packages are imported.
@@ -67,7 +68,7 @@ def main() -> None:
     except CapcliError as error:
         if flags.get("debug"):
             traceback.print_exc()
-        click.echo(f"capcli: {error}", err=True)
+        show_error(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -81,10 +82,15 @@ def main() -> None:
         if flags.get("debug"):
             raise
         unexplained = f"unexpected {type(error).__name__}: {error} (--debug prints the traceback)"
-        click.echo(f"capcli: {explain_import(error) or unexplained}", err=True)
+        show_error(explain_import(error) or unexplained)
         sys.exit(1)
     finally:
         gc.set_threshold(*thresholds)
+
+
+def show_error(message: str) -> None:
+    """Prints an error on standard error. What it quotes from files cannot control the terminal."""
+    click.echo("\n".join(map(printable, f"capcli: {message}".split("\n"))), err=True)
 
 
 def replace_closed_streams() -> None:

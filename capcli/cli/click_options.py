@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from capcli.errors import CapcliError
+from capcli.errors import CapcliError, UsageError
 from capcli.imports import CORE, hide_broken, importing_package, is_missing
 from capcli.options.limits import Limits, limits_of
 from capcli.progress import warn
@@ -28,6 +29,13 @@ class SectionedOption(click.Option):
 
 class SectionedCommand(click.Command):
     """Prints its options by section, in the order of their definition."""
+
+    distributed = False  # whether a launcher may start several processes of the command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if not self.distributed:
+            refuse_launcher(self.name)
+        return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -99,6 +107,23 @@ def type_settings(limits: Limits, flags: tuple[str, ...]) -> dict[str, Any]:
     if limits.kind is int:
         return {"metavar": "N", "type": int if unlimited else click.IntRange(*bounds)}
     return {"metavar": "X", "type": float if unlimited else click.FloatRange(*bounds)}
+
+
+def model_or(default: str | None) -> dict[str, Any]:
+    """The arguments of `click.option` for --model, whose default is CAPCLI_MODEL, else `default`."""
+    shown = f"CAPCLI_MODEL, else {default}" if default else "CAPCLI_MODEL"
+    return {"default": lambda: os.environ.get("CAPCLI_MODEL") or default, "show_default": shown}
+
+
+def refuse_launcher(command: str | None) -> None:
+    """Raises UsageError where a launcher of distributed training, such as torchrun, has started several processes."""
+    count = os.environ.get("WORLD_SIZE", "")
+    if "LOCAL_RANK" in os.environ and count.isdigit() and int(count) > 1:
+        raise UsageError(
+            f"capcli {command} is one process, and this launcher (torchrun) started {count}, which would all do the same: "
+            f"run capcli {command} without it. For several GPUs start one command for each, with its own "
+            "CUDA_VISIBLE_DEVICES, its own part of the images and its own --out"
+        )
 
 
 def auto_or_number(options: type, field: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from capcli.cli.click_options import (
     fields_from,
     flag_option,
     import_extra,
+    model_or,
     option,
     typed_option_in,
 )
@@ -22,7 +23,7 @@ from capcli.cli.config_file import config_option
 from capcli.cli.shared_options import quiet_option
 from capcli.errors import UsageError
 from capcli.imports import UNUSED_BY_CAPTIONING
-from capcli.options import ExportOptions
+from capcli.options import DEFAULT_MODEL, ExportOptions
 
 PLANS = "Plans (TensorRT)"
 
@@ -66,6 +67,7 @@ class Numbers(click.ParamType[Any]):
     "--model",
     metavar="ID|FOLDER",
     help="Captioner: a name on the Hugging Face Hub, or a folder. With --trt also an unfinished engine, to finish it.",
+    **model_or(DEFAULT_MODEL),
 )
 @model("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub.")
 @plans("--num-beams", help="Number of beams. [default: that of the model]")

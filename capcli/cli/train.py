@@ -52,6 +52,8 @@ class TrainCommand(SectionedCommand):
     of a file.
     """
 
+    distributed = True
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         arguments = list(args)
         rest = super().parse_args(ctx, args)
@@ -66,6 +68,9 @@ class TrainCommand(SectionedCommand):
                 for other in others:
                     if is_default(ctx, other):
                         ctx.params[other] = 0 if other == "extra_tokens" else None
+        default_model = ctx.get_parameter_source("model") == ParameterSource.DEFAULT  # of CAPCLI_MODEL
+        if default_model and any(ctx.params[part] is not None for part in ("encoder", "decoder")):
+            ctx.params["model"] = None
         return rest
 
 

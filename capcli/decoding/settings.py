@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from capcli.errors import CapcliError, UsageError
 from capcli.options import GenerationOptions
-from capcli.options.caption import is_ids, shortened
+from capcli.options.caption import LARGEST_ID, is_ids, shortened
 from capcli.text import counted, flag
 
 # Fields of a generation_config that change no caption here: caches, outputs, assistant models, bookkeeping.
@@ -208,7 +208,8 @@ def min_new_tokens(fields: Mapping[str, Any], prompt: int) -> int:
 
 def is_end(value: object) -> bool:
     """Whether a value is a token id or a list of token ids; an id below 0 is that of no token."""
-    return all(type(each) is int for each in (value if isinstance(value, list | tuple) else [value]))
+    values = value if isinstance(value, list | tuple) else [value]
+    return all(type(each) is int and abs(each) <= LARGEST_ID for each in values)
 
 
 def as_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:

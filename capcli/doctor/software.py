@@ -66,9 +66,9 @@ def packages(extra: str) -> list[str]:
 
 def modules() -> dict[str, str]:
     """The modules of all packages on this machine that commands import, by the name of the package."""
-    names = dict.fromkeys([*UNUSED, *(name for extra in USES for name in packages(extra)), *NEEDED[::-1]])
-    names = {name: MODULES.get(name, name.replace("-", "_")) for name in names if name != "torch"}  # torch is a runtime
-    return {name: module for name, module in names.items() if installed(name) or find_spec(module.partition(".")[0])}
+    names = [*UNUSED, *(name for extra in USES for name in packages(extra)), *NEEDED[::-1]]
+    found = {name: MODULES.get(name, name.replace("-", "_")) for name in names if name != "torch"}  # torch is a runtime
+    return {name: module for name, module in found.items() if installed(name) or find_spec(module.partition(".")[0])}
 
 
 def version_lines(errors: Mapping[str, str]) -> Iterator[Line]:

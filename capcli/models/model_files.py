@@ -152,7 +152,7 @@ def refuse_adapter(listing: ModelListing) -> None:
 
 def check_architecture(name: str, config: dict[str, Any]) -> None:
     """Raises CapcliError, with the supported architectures, for a config.json of another one."""
-    kind = config.get("model_type")
+    kind = model_type(config)
     if kind in CONVERTED and "auto_map" in config:
         raise CapcliError(f"{name} needs its own code, which capcli never runs. {CONVERTED[kind]}")
     if kind in WHOLE:
@@ -219,7 +219,9 @@ def fingerprint(folder: str) -> str:
 
 
 def model_type(part: Any) -> str | None:
-    return part.get("model_type") if isinstance(part, dict) else None
+    """The model type of a config or of a part of one; None for one that names none."""
+    kind = part.get("model_type") if isinstance(part, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def processor_of(listing: ModelListing, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from capcli.options.limits import NonNegativeInt, PositiveFloat, PositiveInt, Ra
 
 DEFAULT_MODEL = "nlpconnect/vit-gpt2-image-captioning"
 MAX_PIXELS = 178_956_970  # above this Pillow itself refuses an image as a decompression bomb
+LARGEST_ID = 2**31 - 1  # of a token
 DECODE_TIMEOUT = 60.0  # seconds
 
 Format = Literal["jsonl", "csv"]
@@ -115,7 +116,9 @@ class GenerationOptions:
 
 def is_ids(value: object) -> bool:
     """Whether a value is None or a list of token ids."""
-    return value is None or (isinstance(value, list | tuple) and all(type(each) is int and each >= 0 for each in value))
+    return value is None or (
+        isinstance(value, list | tuple) and all(type(each) is int and 0 <= each <= LARGEST_ID for each in value)
+    )
 
 
 def is_words(value: object) -> bool:

@@ -113,7 +113,7 @@ def _open_column(folder: str, name: str) -> _Column:
             state = json.load(file)
         files = [os.path.join(folder, entry["filename"]) for entry in state["_data_files"]]
         indices = [os.path.join(folder, entry["filename"]) for entry in state.get("_indices_files") or ()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(folder, error) from error
     return _mapped(folder, files, name, _mapped(folder, indices, "indices", None) if indices else None)
 

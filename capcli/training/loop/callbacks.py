@@ -11,6 +11,7 @@ import torch.distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from capcli.errors import CapcliError
 from capcli.imports import cause, explain_import, is_missing
 from capcli.options import TrainOptions
 from capcli.progress import warn
@@ -240,8 +241,17 @@ def point_of(entry: dict[str, Any]) -> Point | None:
 
 
 def state_at(checkpoint: str) -> TrainerState:
-    """The Trainer's state in a checkpoint."""
-    state: TrainerState = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    """The Trainer's state in a checkpoint. Raises CapcliError for a file that is damaged or missing."""
+    path = os.path.join(checkpoint, TRAINER_STATE_NAME)
+    try:
+        state: TrainerState = TrainerState.load_from_json(path)
+        [point_of(entry) for entry in state.log_history]
+        if type(state.global_step) is not int:
+            raise TypeError("global_step is not a number")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise CapcliError(
+            f"{path} is damaged ({cause(error)}): move {checkpoint} away, and --resume continues from the checkpoint before"
+        ) from error
     return state
 
 

@@ -115,9 +115,15 @@ class RunFolder:
         return self.path(CHECKPOINTS)
 
     def settings(self) -> dict[str, Any]:
-        """The settings in train.toml by name."""
-        with open(self.path(SETTINGS), "rb") as file:
-            return flat(tomllib.load(file))
+        """The settings in train.toml by name. Raises CapcliError for a file that is missing or damaged."""
+        path = self.path(SETTINGS)
+        try:
+            with open(path, "rb") as file:
+                return flat(tomllib.load(file))
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise CapcliError(
+                f"{printable(path)} cannot be read ({error}): give the run's options again, with --resume"
+            ) from error
 
     def facts(self) -> dict[str, Any]:
         """The contents of run.json. Raises OSError and ValueError."""
