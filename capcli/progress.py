@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from capcli.records import Caption, Failure
-from capcli.text import printable_lines
+from capcli.text import printable, printable_lines
 
 PLAIN_EVERY = 30.0  # seconds between lines if standard error is not a terminal
 BAR_EVERY = 0.1  # seconds between updates of the bar
@@ -155,7 +155,7 @@ def say(line: str) -> None:
 
 def warn(line: str) -> None:
     """Prints a line on standard error that starts with the name of the program."""
-    say(f"capcli: {line}")
+    say(f"capcli: {printable(line)}")
 
 
 def make_bar() -> Any:

@@ -28,6 +28,7 @@ from capcli.annotations.rows import (
 from capcli.annotations.table_records import Dialect, TableReader
 from capcli.annotations.text_files import line_fault, lines
 from capcli.errors import CapcliError
+from capcli.imports import importing
 from capcli.options import DataOptions
 from capcli.sources import IMAGE_SUFFIXES
 from capcli.text import printable
@@ -275,10 +276,9 @@ def opened_parquet(path: str) -> Iterator[Any]:
 @contextlib.contextmanager
 def arrow_errors(path: str) -> Iterator[None]:
     """A context in which errors of reading an Arrow or Parquet file, or a missing pyarrow, become CapcliError."""
-    try:
+    missing = f"{printable(path)} needs pyarrow: pip install 'capcli[train]'"
+    with importing("pyarrow", "pyarrow", missing, "pip install --force-reinstall pyarrow"):
         import pyarrow
-    except ImportError:
-        raise CapcliError(f"{printable(path)} needs pyarrow: pip install 'capcli[train]'") from None
     try:
         yield
     except (OSError, pyarrow.ArrowException) as error:

@@ -17,7 +17,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -44,10 +45,29 @@ from capcli.options import DEFAULT_MODEL, MAX_PIXELS, GenerationOptions
 from capcli.records import Candidate, Caption, Failure, Loaded
 from capcli.text import is_text, printable, tag_text
 
-ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.generic]
+ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | npt.NDArray[np.generic]
+ONE_IMAGE = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)
 # CJK ideographs, kana, CJK punctuation and full-width forms: a space between two of these comes from the tokenizer.
 WIDE = "[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]"
 UNSPACED = re.compile(f"(?<={WIDE}) (?={WIDE})")
+
+
+def file_bytes(image: object) -> bytes | None:
+    """The bytes of an image file given as bytes, or as a file that is open for reading, from its current position.
+
+    None for anything else. Raises ImageError for a file that cannot be read or is open as text.
+    """
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if isinstance(image, Image.Image) or not callable(read := getattr(image, "read", None)):
+        return None
+    try:
+        data = read()
+    except (OSError, ValueError) as error:  # ValueError: the file is closed, or its text cannot be decoded
+        raise ImageError("unreadable", f"the file cannot be read: {error}") from error
+    if not isinstance(data, bytes):
+        raise ImageError("unreadable", "the file is open as text: open it with mode 'rb'")
+    return data
 
 
 class Captioner:
@@ -89,7 +109,8 @@ class Captioner:
         max_pixels: int = MAX_PIXELS,
         **generation: Any,
     ) -> Iterator[Result]:
-        """Caption `images`: paths, PIL images of any mode, or arrays [height, width] or [height, width, 1, 3 or 4].
+        """Caption `images`: paths, the bytes of image files, files open for reading in binary mode, PIL images of any mode, or
+        arrays [height, width] or [height, width, 1, 3 or 4].
 
         Arrays are uint8, uint16, or floats from 0 to 1. Images are read only when the batch has room for them.
 
@@ -98,16 +119,16 @@ class Captioner:
 
         `generation` has the names of transformers' GenerationConfig: num_beams, max_new_tokens, min_new_tokens,
         length_penalty, early_stopping, no_repeat_ngram_size, repetition_penalty, do_sample, temperature, top_k, top_p,
-        num_return_sequences, seed. `prompt` is given to the decoder before the caption, or to an encoder that reads
-        questions; `keep_prompt` leaves it in the text. `tags` are for a captioner that reads tags: for each image a text
-        such as `[dog] [beach]`, or None. `batch_size` is the number of images decoded at once (None: chosen for the
-        device).
+        num_return_sequences, seed, suppress_tokens, begin_suppress_tokens, bad_words_ids. `prompt` is given to the decoder
+        before the caption, or to an encoder that reads questions; `keep_prompt` leaves it in the text. `tags` are for a
+        captioner that reads tags: for each image a text such as `[dog] [beach]`, or None. `batch_size` is the number of
+        images decoded at once (None: chosen for the device).
 
         Raises at once TypeError for an unknown setting, a single image, and tags that are not a list of texts;
         UsageError for invalid values, and for tags that the captioner does not read or that are not one per image. At the
         first image, raises UsageError where an engine was not built for the batch size.
         """
-        if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
+        if isinstance(images, ONE_IMAGE) or hasattr(images, "read"):
             raise TypeError("caption() takes several images: put a single one into a list")
         unknown = [name for name in generation if name not in GenerationOptions.__dataclass_fields__]
         if unknown:
@@ -207,6 +228,8 @@ class Captioner:
         forced = () if s.forced_bos_token_id is None else (s.forced_bos_token_id,)
         named = {"the prompt": (*s.prompt, *s.encoder_ids), "forced tokens": (*forced, *s.forced_eos_token_ids)}
         named |= {"suppressed tokens": (*s.suppress_tokens, *s.begin_suppress_tokens)}
+        named |= {"bad_words_ids": tuple(chain(*s.bad_words_ids))}
+        named |= {"the end token, with min_new_tokens": s.eos_token_ids if s.min_new_tokens else ()}
         for what, ids in named.items():
             unknown = [i for i in ids if not 0 <= i < self.model.vocabulary and i != NO_TOKEN]
             if unknown:
@@ -264,9 +287,15 @@ class Captioner:
         if isinstance(image, str | os.PathLike):
             path = os.fsdecode(image)
             return Loaded(path, pixels.load(path, self.model.spec, max_pixels=max_pixels)[0], encoder_ids=encoder_ids)
+        data = file_bytes(image)
+        if data is not None:
+            return Loaded(
+                str(index), pixels.load(data, self.model.spec, max_pixels=max_pixels)[0], encoder_ids=encoder_ids
+            )
         if not isinstance(image, Image.Image | np.ndarray):
             raise ImageError(
-                "unreadable", f"a {type(image).__name__} is not an image: give paths, PIL images or arrays"
+                "unreadable",
+                f"a {type(image).__name__} is not an image: give paths, bytes, binary files, PIL images or arrays",
             )
         rgb = pixels.to_rgb(image) if isinstance(image, Image.Image) else pixels.from_array(image)
         return Loaded(str(index), pixels.resize(rgb, self.model.spec), encoder_ids=encoder_ids)

@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from capcli.cli.click_options import SectionedCommand, comma_separated, debug_option, fields_from, option
+from capcli.cli.click_options import (
+    SectionedCommand,
+    comma_separated,
+    debug_option,
+    do_without_broken,
+    fields_from,
+    option,
+    token_ids,
+    token_sequences,
+)
 from capcli.cli.shared_options import (
     generation,
     generation_from,
@@ -19,6 +28,7 @@ from capcli.cli.shared_options import (
     set_openmp_wait_policy,
     workers_option,
 )
+from capcli.imports import UNUSED_BY_CAPTIONING
 from capcli.options import CaptionOptions, SinkOptions, SourceOptions
 from capcli.records import FACTS
 
@@ -63,6 +73,23 @@ output = partial(option, SinkOptions, section="Output")
 @model("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub.")
 @generation_options
 @generation("--seed", help="Sampling: the same seed gives the same captions. [default: 0]")
+@generation(
+    "--suppress-tokens",
+    metavar="ID,...",
+    callback=token_ids,
+    help="Tokens that never occur in a caption, by their ids.",
+)
+@generation(
+    "--begin-suppress-tokens", metavar="ID,...", callback=token_ids, help="Tokens with which no caption begins."
+)
+@generation(
+    "--bad-words-ids",
+    metavar="ID,...",
+    multiple=True,
+    default=None,
+    callback=token_sequences,
+    help="A word that never occurs in a caption, as the ids of its tokens. Repeatable.",
+)
 @option(
     CaptionOptions,
     "--prompt",
@@ -149,6 +176,7 @@ def caption(**given: Any) -> int:
     """
     options = caption_options(given)
     set_openmp_wait_policy(options.model)
+    do_without_broken(UNUSED_BY_CAPTIONING)
     from capcli.captioning import pipeline
 
     return pipeline.run(options)

@@ -15,9 +15,10 @@ from capcli.cli.click_options import (
     auto_or_number,
     fields_from,
     flag_option,
+    model_or,
     option,
 )
-from capcli.options import CaptionOptions, DataOptions, GenerationOptions
+from capcli.options import DEFAULT_MODEL, CaptionOptions, DataOptions, GenerationOptions
 
 PATH = click.Path()
 EARLY_STOPPING = {"true": True, "false": False, "never": "never"}
@@ -28,7 +29,11 @@ data = partial(option, DataOptions, section="Data")
 
 MODEL_OPTIONS = (
     model(
-        "-m", "--model", metavar="ID|FOLDER", help="Captioner: a name on the Hugging Face Hub, a folder, or an engine."
+        "-m",
+        "--model",
+        metavar="ID|FOLDER",
+        help="Captioner: a name on the Hugging Face Hub, a folder, or an engine.",
+        **model_or(DEFAULT_MODEL),
     ),
     model("--device", metavar="auto|cpu|cuda[:N]", help="Device of the model."),
     model(

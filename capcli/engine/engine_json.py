@@ -15,7 +15,7 @@ from capcli.decoding.settings import Settings
 from capcli.engine.packages import TENSORRT
 from capcli.errors import CapcliError, UsageError
 from capcli.models.model_files import ENGINE, ModelFiles, file_hash
-from capcli.options.export_command import finishing, in_folder, too_large_search, too_many_slots
+from capcli.options.export_command import checked_command, finishing, in_folder, too_large_search, too_many_slots
 from capcli.storage import atomic
 
 ENCODE, STEP = "encode.onnx", "step.onnx"
@@ -190,7 +190,7 @@ def read_engine(folder: str) -> Engine:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
         stored = content.pop("hash", None)
-        command = in_folder(content["command"], os.path.abspath(folder))
+        command = in_folder(checked_command(content["command"]), os.path.abspath(folder))
         if content["format"] not in READABLE:
             raise CapcliError(f"{path} is of another version of capcli: {advice} ({shlex.join(command)})")
         if stored != content_hash(content):
@@ -199,7 +199,7 @@ def read_engine(folder: str) -> Engine:
         engine: Engine = parsed(Engine, {name: value for name, value in fields.items() if name != "format"})
     except OSError as error:
         raise CapcliError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CapcliError(f"{path} is damaged ({error}): {advice}") from error
     return replace(engine, command=command)
 

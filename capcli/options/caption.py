@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -11,6 +12,7 @@ from capcli.options.limits import NonNegativeInt, PositiveFloat, PositiveInt, Ra
 
 DEFAULT_MODEL = "nlpconnect/vit-gpt2-image-captioning"
 MAX_PIXELS = 178_956_970  # above this Pillow itself refuses an image as a decompression bomb
+LARGEST_ID = 2**31 - 1  # of a token
 DECODE_TIMEOUT = 60.0  # seconds
 
 Format = Literal["jsonl", "csv", "csv-excel"]
@@ -82,7 +84,8 @@ class SinkOptions:
 class GenerationOptions:
     """Settings of the caption search, with the names and meanings of transformers' `GenerationConfig`.
 
-    None leaves a field to the checkpoint's generation_config. Raises UsageError for a value out of its limits.
+    None leaves a field to the checkpoint's generation_config. `suppress_tokens` and `begin_suppress_tokens` are token ids,
+    `bad_words_ids` sequences of them. Raises UsageError for a value out of its limits.
     """
 
     num_beams: PositiveInt | None = None
@@ -98,12 +101,42 @@ class GenerationOptions:
     top_p: Annotated[float, Range(0, 1, min_open=True)] | None = None
     num_return_sequences: PositiveInt | None = None
     seed: int | None = None
+    suppress_tokens: Sequence[int] | None = None
+    begin_suppress_tokens: Sequence[int] | None = None
+    bad_words_ids: Sequence[Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         check_limits(self, written=str)  # also used for a checkpoint's generation_config.json, where names are keys
         least, most = self.min_new_tokens, self.max_new_tokens
         if least is not None and most is not None and least > most:
             raise UsageError(f"--min-new-tokens is {least}, which is more than --max-new-tokens, {most}")
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            if not is_ids(value := getattr(self, name)):
+                raise UsageError(f"{name} is {shortened(value)}; it must be a list of token ids")
+        if not (self.bad_words_ids is None or is_words(self.bad_words_ids)):
+            raise UsageError(
+                f"bad_words_ids is {shortened(self.bad_words_ids)}; it must be a list of lists of token ids"
+            )
+
+
+def is_ids(value: object) -> bool:
+    """Whether a value is None or a list of token ids."""
+    return value is None or (
+        isinstance(value, list | tuple) and all(type(each) is int and 0 <= each <= LARGEST_ID for each in value)
+    )
+
+
+def is_words(value: object) -> bool:
+    """Whether a value is a list of lists of token ids, none of them empty."""
+    return isinstance(value, list | tuple) and all(
+        isinstance(each, list | tuple) and each and is_ids(each) for each in value
+    )
+
+
+def shortened(value: object) -> str:
+    """A value for an error message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 @dataclass(frozen=True, slots=True)

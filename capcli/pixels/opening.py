@@ -9,7 +9,8 @@ import stat
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from capcli.errors import ImageError
+from capcli.errors import CapcliError, ImageError
+from capcli.imports import importing
 
 IN_MEMORY = 64 << 20  # files up to this many bytes are read whole; of larger ones Pillow reads what it needs
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
@@ -139,10 +140,13 @@ def _is_heif(head: bytes) -> bool:
 
 
 def _open_heif(stream: Stream) -> ImageFile.ImageFile:
+    install = "pip install 'capcli[heif]'"
+    missing = f"HEIC needs an extra package: {install}"
     try:
-        from pillow_heif import HeifImageFile
-    except ImportError as error:
-        raise ImageError("no-decoder", "HEIC needs an extra package: pip install 'capcli[heif]'") from error
+        with importing("pillow_heif", "pillow-heif", missing, "pip install --force-reinstall pillow-heif"):
+            from pillow_heif import HeifImageFile
+    except CapcliError as error:
+        raise ImageError("no-decoder", str(error)) from error
     stream.seek(0)
     try:
         image: ImageFile.ImageFile = HeifImageFile(stream)  # type: ignore[no-untyped-call]

@@ -209,7 +209,7 @@ class PreparedFolder:
             with open(self.failures, "rb") as file:  # the failures of images are the last of the list
                 rows = [json.loads(line) for line in file][-count:] if count else []
             reasons = [(str(row["error"]), str(row["message"])) for row in rows]
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             reasons = []
         unknown = [("unknown", "the list of failures is damaged: --retry-failed tries the image again")]
         return reasons if len(reasons) == count else unknown * count
@@ -229,7 +229,7 @@ class PreparedFolder:
                 written = WrittenShard.from_json(json.load(file))
             whole = is_unchanged(self.file(shard), written.bytes, written.sha256, self._note(shard))
             return written if whole else None
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
 
     def file(self, shard: Shard) -> str:

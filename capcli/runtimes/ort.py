@@ -13,7 +13,7 @@ from torch import Tensor
 
 from capcli.engine.check import refuse_misfit
 from capcli.engine.engine_json import ENCODE, STEP, Engine
-from capcli.engine.packages import FUSED, ONNXRUNTIME, importing, release
+from capcli.engine.packages import FUSED, ONNXRUNTIME, importing_runtime, release
 from capcli.errors import CapcliError
 from capcli.models.dtypes import DTYPES
 from capcli.runtimes.base import SlotRuntime
@@ -49,7 +49,7 @@ def own_device(device: torch.device) -> torch.device:
 
 def import_onnxruntime(profile: str = "portable") -> Any:
     """ONNX Runtime's module. Raises CapcliError when it is missing, cannot be loaded, or lacks a profile's operators."""
-    with importing(ONNXRUNTIME):
+    with importing_runtime(ONNXRUNTIME):
         import onnxruntime
     version: str = onnxruntime.__version__
     if profile == "fused" and release(version) < FUSED:

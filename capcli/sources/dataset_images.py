@@ -144,7 +144,7 @@ def _state(folder: str) -> tuple[list[str], list[str]]:
             state = json.load(file)
         files = [os.path.join(folder, entry["filename"]) for entry in state["_data_files"]]
         return files, [os.path.join(folder, entry["filename"]) for entry in state.get("_indices_files") or ()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(folder, error) from error
 
 

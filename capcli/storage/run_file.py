@@ -154,7 +154,7 @@ def read(path: str) -> dict[str, Any] | None:
             data = json.loads(stream.read())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CapcliError(
             f"cannot read the run file {printable(path)}: {error}; start from scratch with --overwrite"
         ) from None

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 
 from capcli.errors import CapcliError
+from capcli.imports import cause, explain_import, is_missing
 from capcli.options import TrainOptions
 from capcli.progress import warn
 from capcli.storage import atomic
@@ -174,7 +175,7 @@ class ReportCallback(TrainerCallback):
         self._history.add(point)
         self._undrawn = True
         for name, value in entry.items():
-            if isinstance(value, int | float) and name not in ("step", "epoch"):
+            if self._events and isinstance(value, int | float) and name not in ("step", "epoch"):
                 group = "validation" if name.startswith("eval_") else "training"
                 self._events.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, state.global_step)
         if point.loss is not None:
@@ -226,10 +227,10 @@ def draw_curves(folder: str, points: Sequence[Point]) -> str | None:
         image = curves_png(points)
         if image:
             atomic.replace(os.path.join(folder, CURVES), [image])
-    except ImportError:
-        return f"{CURVES} is not drawn, matplotlib is missing: pip install 'capcli[train]'"
     except Exception as error:  # whatever a drawing library raises
-        return f"{CURVES} is not drawn: {type(error).__name__}: {printable(str(error))}"
+        if is_missing(error, "matplotlib"):
+            return f"{CURVES} is not drawn, matplotlib is missing: pip install 'capcli[train]'"
+        return f"{CURVES} is not drawn: {explain_import(error) or cause(error)}"
     return None
 
 
@@ -247,8 +248,17 @@ def point_of(entry: dict[str, Any]) -> Point | None:
 
 
 def state_at(checkpoint: str) -> TrainerState:
-    """The Trainer's state in a checkpoint."""
-    state: TrainerState = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    """The Trainer's state in a checkpoint. Raises CapcliError for a file that is damaged or missing."""
+    path = os.path.join(checkpoint, TRAINER_STATE_NAME)
+    try:
+        state: TrainerState = TrainerState.load_from_json(path)
+        [point_of(entry) for entry in state.log_history]
+        if type(state.global_step) is not int:
+            raise TypeError("global_step is not a number")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise CapcliError(
+            f"{path} is damaged ({cause(error)}): move {checkpoint} away, and --resume continues from the checkpoint before"
+        ) from error
     return state
 
 

@@ -188,17 +188,15 @@ class RunFolder:
         return self.path(CHECKPOINTS)
 
     def settings(self) -> dict[str, Any]:
-        """The settings in train.toml by name, in their order. Raises CapcliError if it cannot be read."""
+        """The settings in train.toml by name. Raises CapcliError for a file that is missing or damaged."""
+        path = self.path(SETTINGS)
         try:
-            with open(self.path(SETTINGS), "rb") as file:
+            with open(path, "rb") as file:
                 return flat(tomllib.load(file))
-        except FileNotFoundError:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise CapcliError(
-                f"{self.path(SETTINGS)}, the settings that the run was started with, is missing: restore it, or train "
-                "into another folder"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise CapcliError(f"{self.path(SETTINGS)} cannot be read: {error}; restore it") from error
+                f"{printable(path)} cannot be read ({error}): give the run's options again, with --resume"
+            ) from error
 
     def facts(self) -> dict[str, Any]:
         """The contents of run.json. Raises OSError and ValueError."""
