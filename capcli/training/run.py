@@ -11,11 +11,9 @@ from typing import Any
 import torch
 
 from capcli.errors import CapcliError
-from capcli.imports import cause, explain_import
 from capcli.interrupts import Interrupts
 from capcli.models.checkpoint import quiet_transformers
 from capcli.options import TrainOptions
-from capcli.progress import warn
 from capcli.text import counted
 from capcli.training.best_model import save_best_model
 from capcli.training.data.dataset import (
@@ -190,16 +188,6 @@ def tasks_never_drawn(options: TrainOptions, pairs: Pairs | TaskMixture) -> Iter
         counts = shares(len(pairs), pairs.weights)
         for name in (task.name for task, count in zip(options.task, counts, strict=True) if not count):
             yield f"task {name} is drawn 0 times in an epoch of {len(pairs):,} pairs: give it more weight"
-
-
-def open_events(folder: str, last: int) -> Any:
-    """TensorBoard's writer, whose events follow step `last`; None, with a warning, where it cannot be imported."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except Exception as error:  # a broken package may raise anything
-        warn(f"{EVENTS} is not written: {explain_import(error) or cause(error)}")
-        return None
-    return SummaryWriter(folder, purge_step=last + 1 if last else None)
 
 
 def report_callback(

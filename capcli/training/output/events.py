@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from capcli.imports import cause, explain_import
 from capcli.progress import warn as print_warning
 from capcli.text import as_text, printable
 
@@ -36,7 +37,7 @@ class EventFile:
             from torch.utils.tensorboard import summary
         except Exception as error:  # whatever a package raises that does not fit the others
             self._summary = None
-            self._warn(f"no events for TensorBoard, which cannot be imported ({error}): pip install 'capcli[train]'")
+            self._warn(f"no events for TensorBoard: {explain_import(error) or cause(error)}")
             return
         self._event, self._summary = Event, summary
         name = (
