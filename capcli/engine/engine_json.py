@@ -22,7 +22,9 @@ ENCODE, STEP = "encode.onnx", "step.onnx"
 ENGINES = "CAPCLI_ENGINES"
 FORMAT = 2
 READABLE = (1, FORMAT)
+LARGEST = 2**31  # of a number in engine.json: all are counts, sizes and versions
 Kind = Literal["onnx", "tensorrt"]
+Precision = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,8 @@ class Engine:
     kind: Kind
     profile: str
     opset: int
-    dtype: str
-    quantize: str | None
+    dtype: Precision
+    quantize: Literal["int8"] | None
     captioner: Mapping[str, Any]
     pixels: tuple[int, int]
     memory: Memory
@@ -225,11 +227,14 @@ def content_hash(content: Mapping[str, Any]) -> str:
 def parsed(kind: Any, value: Any, name: str = ENGINE) -> Any:
     """A value of JSON as the type `kind` that a dataclass field is annotated with.
 
-    Raises TypeError for a value of another type, KeyError for a key that is not a field.
+    Raises TypeError for a value of another type, KeyError for a key that is not a field, ValueError for a number that counts
+    nothing.
     """
     origin, parts = get_origin(kind), get_args(kind)
     if origin is UnionType:
         return None if value is None and NoneType in parts else parsed(parts[0], value, name)
+    if kind is int and type(value) is int and not 0 < value <= LARGEST:
+        raise ValueError(f"{name} is {value}")
     if is_dataclass(kind) and isinstance(value, dict):
         hints = get_type_hints(kind)
         return kind(**{key: parsed(hints[key], item, key) for key, item in value.items()})  # type: ignore[operator]
