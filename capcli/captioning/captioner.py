@@ -29,6 +29,7 @@ from capcli import pixels
 from capcli.captioning.feed import ArrivalFeed, Arrivals, Deliver, LocalArrivals, OrderedDelivery, Result
 from capcli.captioning.model import Model, choose_dtype, device_of, load_model
 from capcli.decoding import noise
+from capcli.decoding.activity import Activity
 from capcli.decoding.loop import Finished, Job
 from capcli.decoding.parallel import decode_in_parallel
 from capcli.decoding.search import Hypothesis
@@ -169,17 +170,19 @@ class Captioner:
         keep_prompt: bool = False,
         stop: Callable[[], bool] = lambda: False,
         on_shrink: Callable[[Shapes], None] = lambda _: None,
+        activity: Activity | None = None,
     ) -> Iterator[None]:
         """Caption all arrivals. `deliver(index, result)` is called for each, in the order of arrival if `ordered`.
 
         This is a generator that yields after every decoding step, so that the caller can show progress or end the run.
         Once `stop()` is true, no more images are taken, and those in the batch are finished. `on_shrink` is called with
-        the new shapes when device memory ran out and the run continues with fewer slots.
+        the new shapes when device memory ran out and the run continues with fewer slots. `activity` is kept up to date.
         """
         give = OrderedDelivery(deliver).put if ordered else deliver
         kept = settings.prompt[1:] if keep_prompt else ()  # without the start token
         feed = ArrivalFeed(arrivals, partial(self._job, settings), give, stop)
-        for ended in decode_in_parallel(feed, self.model.runtime.replicas(shapes.loops), settings, shapes, on_shrink):
+        runtimes = self.model.runtime.replicas(shapes.loops)
+        for ended in decode_in_parallel(feed, runtimes, settings, shapes, on_shrink, activity):
             for done in ended:
                 index, loaded = done.tag
                 give(index, self.result(loaded, done, settings, kept))

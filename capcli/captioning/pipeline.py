@@ -9,6 +9,7 @@ image that cannot be captioned is a `Failure` from there on; only an error that 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from capcli import pixels
+from capcli import console, pixels
 from capcli.annotations.tags import MetadataTags
 from capcli.captioning.captioner import Captioner
 from capcli.captioning.plan import (
@@ -30,15 +31,16 @@ from capcli.captioning.plan import (
     search_settings,
     settle_gpu_decode,
 )
+from capcli.decoding.activity import Activity
 from capcli.decoding.settings import Settings
 from capcli.decoding.shapes import Shapes
 from capcli.errors import UsageError
-from capcli.interrupts import Interrupts
+from capcli.interrupts import Interrupts, announced
 from capcli.loading import Loading, load
 from capcli.loading.gpu_jpeg import GpuJpegDecoder, GpuLoading
 from capcli.models.encoder_text import tag_ids
 from capcli.options import CaptionOptions
-from capcli.progress import Progress, Report, say, warn
+from capcli.progress import Progress, Report, duration, is_shown, say, warn
 from capcli.records import Caption, Entry, Failure
 from capcli.sinks import ClosedPipeError, Sink, open_sink
 from capcli.sources import Source, open_source
@@ -94,6 +96,7 @@ class CaptionRun:
 
     def __post_init__(self) -> None:
         self.tags = MetadataTags(self.options.tags_field) if self.options.tags_field else None
+        self.activity = Activity()
 
     def caption_all(self, wanted: Iterable[Entry], total: Callable[[], int] | None) -> int:
         """Caption the wanted entries. Returns the exit code. After a signal, images in the batch are finished first.
@@ -108,9 +111,15 @@ class CaptionRun:
             self.report.add(self.sink.write(entries.pop(index), result))
             progress.update()
 
+        progress = Progress(self.report, shown=self.shows_progress, total=total, work=self.activity)
+        interrupts = Interrupts(
+            quiet=self.options.quiet,
+            message=lambda: announced(work_in_progress(self.activity)),
+            at_once=partial(self.exit_at_once, progress),
+        )
         with (
-            Interrupts(quiet=self.options.quiet) as interrupts,
-            Progress(self.report, shown=self.shows_progress, total=total) as progress,
+            interrupts,
+            progress,
             self.pixels(numbered(self.with_tags(wanted), entries)) as images,
         ):
             for _ in self.captioner.run(
@@ -122,9 +131,10 @@ class CaptionRun:
                 keep_prompt=self.options.keep_prompt,
                 stop=interrupts.asked,
                 on_shrink=self.shrink,
+                activity=self.activity,
             ):
                 progress.update()
-        self.close(interrupted=interrupts.asked())
+        self.close(interrupted=interrupts.asked(), total=progress.total)
         return interrupts.exit_code or self.report.exit_code
 
     def with_tags(self, entries: Iterable[Entry]) -> Iterable[Entry]:
@@ -163,8 +173,17 @@ class CaptionRun:
             loops=shapes.loops, slots=shapes.slots, chunk=shapes.chunk, rows=settings.rows, pool=settings.entries
         )
 
-    def close(self, *, interrupted: bool) -> None:
-        """Write the final run file and print the closing line."""
+    def exit_at_once(self, progress: Progress, code: int) -> None:
+        """End the process in a signal handler. Rows need no clean-up, and decoder processes end with this one.
+
+        An exception would end it only after the decode loops' current chunk.
+        """
+        if not self.options.quiet:
+            console.write_last(self.interrupted_line(progress.total))
+        os._exit(code)
+
+    def close(self, *, interrupted: bool, total: int | None) -> None:
+        """Write the final run file and print the closing lines. `total` is the number of images of the source, if known."""
         report, sink = self.report, self.sink
         pruned = 0 if interrupted else self.prune()
         sink.settle()
@@ -182,6 +201,16 @@ class CaptionRun:
             left = ": --limit selects none" if self.options.limit == 0 else ""
             warn(f"there is no image in {self.run_file.source}{left}")
         say(self.closing_line(pruned))
+        if interrupted:
+            say(self.interrupted_line(total))
+
+    def interrupted_line(self, total: int | None) -> str:
+        """How far the run came, and how to go on."""
+        report, out = self.report, self.options.sink
+        done = report.captioned + max(0, report.skipped - self.sink.old_failures)
+        of = "" if total is None else f" of {total}"
+        goes_on = "; the same command goes on" if out.out not in (None, "-") or out.sidecar else ""
+        return f"interrupted: {done}{of} captioned{goes_on}"
 
     def prune(self) -> int:
         """With --prune, drop the rows and failures of images that are gone. Returns their number."""
@@ -206,10 +235,20 @@ class CaptionRun:
 
     @property
     def shows_progress(self) -> bool:
-        """False where rows are printed on a terminal: they show the progress, and a bar would overlap them."""
+        """False where rows are printed on a terminal that cannot show a status line below them: they show the progress."""
         out = self.options.sink.out
         rows_shown = sys.stdout.isatty() and (out == "-" or (out is None and self.options.sink.sidecar is None))
-        return not (self.options.quiet or rows_shown)
+        shown = is_shown(quiet=self.options.quiet, reads_stdin=self.options.source.reads_stdin)
+        return shown and (console.can_draw() or not rows_shown)
+
+
+def work_in_progress(activity: Activity) -> str:
+    """What is finished after a signal, and about how long that takes."""
+    count, seconds = activity.under_way, activity.seconds_left
+    if not count:
+        return "the work in progress"
+    what = "the image under way" if count == 1 else f"the {count} images under way"
+    return what if seconds is None else f"{what}, which takes about {duration(max(1.0, seconds))}"
 
 
 def refuse_sidecars_beside_rows(options: CaptionOptions, source: Source) -> None:
@@ -244,7 +283,8 @@ def list_only(wanted: Iterable[Entry], report: Report) -> int:
             warn(f"{printable(entry.name)}: {entry.failure.message}")
             continue
         count += 1
-        print(printable(entry.name))
+        with console.hidden(console.SILENCE):
+            print(printable(entry.name))
     say(f"{count} would be captioned, {report.skipped} skipped")
     return report.exit_code
 

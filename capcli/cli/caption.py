@@ -29,7 +29,9 @@ from capcli.cli.shared_options import (
     workers_option,
 )
 from capcli.imports import UNUSED_BY_CAPTIONING
+from capcli.interrupts import terminable
 from capcli.options import CaptionOptions, SinkOptions, SourceOptions
+from capcli.progress import is_shown, stage, warn
 from capcli.records import FACTS
 
 source = partial(option, SourceOptions, section="Source")
@@ -176,10 +178,17 @@ def caption(**given: Any) -> int:
     """
     options = caption_options(given)
     set_openmp_wait_policy(options.model)
-    do_without_broken(UNUSED_BY_CAPTIONING)
-    from capcli.captioning import pipeline
+    shown = is_shown(quiet=options.quiet, reads_stdin=options.source.reads_stdin)
+    try:
+        with terminable(), stage("loading the model", shown=shown):
+            do_without_broken(UNUSED_BY_CAPTIONING)
+            from capcli.captioning import pipeline
 
-    return pipeline.run(options)
+            return pipeline.run(options)
+    except KeyboardInterrupt:  # before the first image or after the last: in between the pipeline handles it
+        if not options.quiet:
+            warn("interrupted")
+        raise
 
 
 def caption_options(given: dict[str, Any]) -> CaptionOptions:

@@ -47,6 +47,11 @@ class SourceOptions:
     def __post_init__(self) -> None:
         check_limits(self)
 
+    @property
+    def reads_stdin(self) -> bool:
+        """Whether names come from standard input."""
+        return "-" in (*self.sources, self.from_file)
+
 
 @dataclass(frozen=True)
 class SinkOptions:

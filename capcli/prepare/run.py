@@ -19,7 +19,7 @@ from capcli.prepare.encoding import Encoder
 from capcli.prepare.folder import PreparedFolder, WrittenShard
 from capcli.prepare.shard_plan import Shard, ShardPlan, make_plan, read_data, refuse_overwriting_data
 from capcli.prepare.shards import stored_copies
-from capcli.progress import Progress, say
+from capcli.progress import OneStage, Progress, say
 from capcli.records import Annotated, Entry, Failure, Loaded
 from capcli.sources.dataset_images import address_of
 from capcli.text import brief, counted, printable
@@ -165,7 +165,9 @@ class PrepareRun:
 
     def store(self, work: Sequence[ShardWork], written: dict[Shard, WrittenShard]) -> Interrupts:
         """Writes these shards and adds them to `written`, until done or interrupted."""
-        progress = Progress(self.report, shown=not self.options.quiet, total=lambda: self.plan.count, task="preparing")
+        progress = Progress(
+            self.report, shown=not self.options.quiet, total=lambda: self.plan.count, work=OneStage("preparing")
+        )
         with (
             Interrupts(quiet=self.options.quiet) as interrupts,
             progress,
