@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ OWN_ARCHITECTURES = ("prefix", "vision_t5")  # modules of capcli.models that reg
 
 def __getattr__(name: str) -> Any:
     if name in MODULES:
+        if name == "Captioner":
+            _hide_broken_packages()
         return getattr(import_module(f"capcli.{MODULES[name]}"), name)
     raise AttributeError(f"module 'capcli' has no attribute {name!r}")
 
@@ -34,5 +37,14 @@ def register() -> None:
 
     Imports torch and transformers. The `capcli` command does not need it.
     """
+    _hide_broken_packages()
     for module in OWN_ARCHITECTURES:
         import_module(f"capcli.models.{module}")
+
+
+def _hide_broken_packages() -> None:
+    """Prevents that transformers imports optional packages that cannot be imported. Must precede its import."""
+    from capcli.imports import UNUSED_BY_CAPTIONING, hide_broken
+
+    for line in hide_broken(UNUSED_BY_CAPTIONING):
+        warnings.warn(line, stacklevel=3)

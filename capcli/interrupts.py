@@ -5,26 +5,39 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-MESSAGE = "capcli: interrupted; finishing the work in progress (interrupt again to exit at once)\n"
+from capcli import console
+
+
+def announced(work: str = "the work in progress") -> str:
+    """The line that is printed at the first signal: `work` is what is finished before the program ends."""
+    return f"capcli: interrupted; finishing {work} (interrupt again to exit at once)"
 
 
 class Interrupts:
     """A context in which the first SIGINT or SIGTERM only sets `signal`; a second one raises SystemExit.
 
-    Unless `quiet`, the first one prints a line. A launcher may send the process a signal that it has already received, so a
-    second one is ignored for `grace` seconds. Outside the main thread, where Python runs no signal handlers, the context
-    has no effect.
+    Unless `quiet`, the first one prints the line that `message` returns. The second one calls `at_once` before it raises. Both
+    are called in the signal handler: they must neither wait for a lock nor use a stream. A launcher may send the process a
+    signal that it has already received, so a second one is ignored for `grace` seconds. Outside the main thread, where
+    Python runs no signal handlers, the context has no effect.
     """
 
-    def __init__(self, *, quiet: bool, grace: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        quiet: bool,
+        grace: float = 0.0,
+        message: Callable[[], str] = announced,
+        at_once: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self.signal: int | None = None
+        self._message, self._at_once = message, at_once
         self._quiet, self._grace, self._received = quiet, grace, 0.0
         self._process = os.getpid()
         self._previous: dict[int, Any] = {}
@@ -58,12 +71,11 @@ class Interrupts:
         if self.signal is not None:
             if time.monotonic() - self._received < self._grace:
                 return
+            self._at_once(128 + number)
             raise SystemExit(128 + number)
         self.signal, self._received = number, time.monotonic()
         if not self._quiet:
-            # Not through sys.stderr: the signal may have interrupted a write to its buffer. A terminal has printed ^C.
-            with contextlib.suppress(OSError):
-                os.write(2, f"{chr(10) if sys.stderr.isatty() else ''}{MESSAGE}".encode())
+            console.notify(self._message())
 
 
 @contextlib.contextmanager

@@ -1,20 +1,30 @@
-"""Counts of a run, and their display: a progress bar on a terminal, otherwise a line from time to time, and a summary."""
+"""Counts of a run, and their display: a status line on a terminal, otherwise a line from time to time, and a summary."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
+from capcli import console
 from capcli.records import Caption, Failure
+from capcli.text import printable, printable_lines
+
+if TYPE_CHECKING:  # slow to import, and not needed without a terminal
+    from rich.console import RenderableType
 
 PLAIN_EVERY = 30.0  # seconds between lines if standard error is not a terminal
-BAR_EVERY = 0.1  # seconds between updates of the bar
+BAR_EVERY = 0.1  # seconds between two states of the moving sign
+BAR_WIDTH = 16  # columns
+STAGE_WIDTH = 10  # columns: a bar after "encoding" does not move when "captioning" follows
+SPINNER = "|/-\\"
 
 
 class Counted(Protocol):
@@ -81,71 +91,119 @@ class Report:
         return f"{done}, {self.rate:.1f} images/s" if self.done else done
 
 
+class Work(Protocol):
+    """What a run does at the moment: a `stage` in one word or two, and how many images are `under_way` in it."""
+
+    @property
+    def stage(self) -> str: ...
+
+    @property
+    def under_way(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class OneStage:
+    """The work of a run that has a single stage, in which few images are under way."""
+
+    stage: str
+    under_way: int = 0
+
+
 class Progress:
-    """A context that displays a report on standard error, if `shown`: a bar on a terminal, otherwise a line every 30 s.
+    """A context that displays a report on standard error, if `shown`: a status line on a terminal, otherwise a line every 30 s.
 
     `total` returns the number of images of the run, including skipped ones. It may be slow: it is called in a thread. None
     means that the number cannot be known.
     """
 
-    def __init__(
-        self, report: Counted, *, shown: bool, total: Callable[[], int] | None, task: str = "captioning"
-    ) -> None:
-        self._report, self._shown, self._label = report, shown, task
-        self._total: int | None = None
-        self._bar: Any = None
-        self._next = time.monotonic() + (BAR_EVERY if sys.stderr.isatty() else PLAIN_EVERY)
+    def __init__(self, report: Counted, *, shown: bool, total: Callable[[], int] | None, work: Work) -> None:
+        self._report, self._shown, self._work = report, shown, work
+        self._drawn = shown and console.can_draw()
+        self._began = time.monotonic()
+        self._next = self._began + PLAIN_EVERY
+        self._contexts = contextlib.ExitStack()
+        self.total: int | None = None
         if shown and total is not None:
             threading.Thread(target=self._count, args=(total,), name="capcli-count", daemon=True).start()
 
     def __enter__(self) -> Self:
-        if self._shown and sys.stderr.isatty():
-            self._bar = make_bar()
-            self._task = self._bar.add_task(self._label, total=None, failed=0, rate=0.0)
-            self._bar.start()
+        if self._drawn:
+            self._contexts.enter_context(console.status(self._render))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._update_bar()
-            self._bar.stop()
+        self._contexts.close()
 
     def update(self) -> None:
-        """Displays the report if enough time has passed since the last display. Cheap enough to be called per image."""
-        if not self._shown or time.monotonic() < self._next:
-            return
-        self._next = time.monotonic() + (PLAIN_EVERY if self._bar is None else BAR_EVERY)
-        if self._bar is not None:
-            self._update_bar()
-        else:
+        """Without a terminal, writes a line if enough time has passed since the last. Cheap enough to be called per image."""
+        if self._shown and not self._drawn and time.monotonic() >= self._next:
+            self._next = time.monotonic() + PLAIN_EVERY
             say(self._line())
 
+    def seconds_left(self) -> float | None:
+        """The time left in seconds; None where it cannot be estimated. An image under way counts as half done."""
+        report, images = self._report, self._images()
+        if images is None or not report.done:
+            return None
+        work = report.done + self._work.under_way / 2
+        return max(0.0, images - work) * (time.monotonic() - self._began) / work
+
     def _count(self, total: Callable[[], int]) -> None:
-        self._total = total()
+        self.total = total()
 
     def _images(self) -> int | None:
         """The number of images that this run has to do, if it is known."""
-        return None if self._total is None else max(self._report.done, self._total - self._report.skipped)
+        return None if self.total is None else max(self._report.done, self.total - self._report.skipped)
 
-    def _update_bar(self) -> None:
-        report = self._report
-        self._bar.update(
-            self._task, completed=report.done, total=self._images(), failed=report.failed, rate=report.rate
-        )
+    def _render(self) -> RenderableType:
+        report, work, images = self._report, self._work, self._images()
+        done = f"{report.done}/{'?' if images is None else images}"
+        under_way = [f"{work.under_way} under way"] if work.under_way else []
+        rate = [f"{report.rate:.1f} images/s"] if report.done else []
+        seconds = self.seconds_left()
+        left = [] if seconds is None else [f"{duration(seconds)} left"]
+        text = "  ".join([done, *under_way, f"{report.failed} failed", *rate, *left])
+        return status_row(work.stage, text, None if images is None else report.done / max(1, images))
 
     def _line(self) -> str:
-        report, images = self._report, self._images()
+        report, images, seconds = self._report, self._images(), self.seconds_left()
         of = "" if images is None else f" of {images}"
-        left = "" if images is None or not report.done else f", {duration((images - report.done) / report.rate)} left"
+        left = "" if seconds is None else f", {duration(seconds)} left"
         return f"{report.done}{of} done, {report.failed} failed, {report.rate:.1f} images/s{left}"
 
 
+def is_shown(*, quiet: bool, reads_stdin: bool) -> bool:
+    """Whether a run shows what it does: not if it is quiet, nor where the user types names on the same terminal."""
+    return not quiet and not (reads_stdin and sys.stdin.isatty())
+
+
+def stage(name: str, *, shown: bool) -> contextlib.AbstractContextManager[None]:
+    """A context in which a terminal shows the stage `name` and for how long it has been going on."""
+    began = time.monotonic()
+    return console.status(lambda: status_row(name, duration(time.monotonic() - began))) if shown else nullcontext()
+
+
+def status_row(stage: str, text: str, part: float | None = None) -> RenderableType:
+    """One row: a sign that moves, the stage, a bar with the `part` that is done if it is given, the text."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    sign = SPINNER[int(time.monotonic() / BAR_EVERY) % len(SPINNER)]
+    cells: list[RenderableType] = [f"{sign} {stage:{STAGE_WIDTH}}"]
+    if part is not None:
+        cells.append(ProgressBar(total=1.0, completed=min(1.0, part), width=BAR_WIDTH))
+    row = Table.grid(*(Column(no_wrap=True) for _ in range(len(cells) + 1)), padding=(0, 2, 0, 0))
+    row.add_row(*cells, Text(text, no_wrap=True))
+    return row
+
+
 def say(line: str) -> None:
-    """Prints a line on standard error. If that is closed, the run continues without messages."""
+    """Prints a line on standard error, without control characters. If that is closed, the run continues without messages."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(printable_lines(line), file=sys.stderr, flush=True)
     except OSError:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 2)  # otherwise the interpreter fails at exit, when it flushes the buffer
@@ -154,24 +212,7 @@ def say(line: str) -> None:
 
 def warn(line: str) -> None:
     """Prints a line on standard error that starts with the name of the program."""
-    say(f"capcli: {line}")
-
-
-def make_bar() -> Any:
-    """A rich progress bar: images done, total, failures, images per second, time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[failed]} failed"),
-        TextColumn("{task.fields[rate]:.1f} images/s"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=Console(stderr=True),
-        transient=True,
-    )
+    say(f"capcli: {printable(line)}")
 
 
 def duration(seconds: float) -> str:

@@ -15,18 +15,31 @@ Facts = Mapping[str, str | int]
 
 
 @dataclass(frozen=True, slots=True)
+class Stamp:
+    """A file before it is read: its size in bytes, its time in nanoseconds, and a hash of its content, 0 if unknown."""
+
+    size: int
+    modified: int
+    hash: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One image that a source lists.
 
     `name` is the image's name in the output, `path` the file to open. Both may contain any bytes but NUL; those that are not
     UTF-8 are lone surrogates (`os.fsdecode`). `encoder_ids` holds the token ids that the encoder reads with this image, for
     example of its tags; without any, those of the run's settings apply. `prompt` is the prompt for this image; None: the run's.
+    An entry with a `failure` is not read: it has failed
+    already, as a folder that cannot be listed, whose name ends with `/`. `stamp` is the state of its file when it was listed.
     """
 
     name: str
     path: str
     encoder_ids: tuple[int, ...] = ()
     prompt: str | None = None
+    failure: Failure | None = None
+    stamp: Stamp | None = None
 
 
 @dataclass(frozen=True, slots=True)

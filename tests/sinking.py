@@ -47,13 +47,14 @@ def run(
         waiting: list[Entry] = []
         for name in names:
             entry = Entry(name, str(folder / name) if folder else name)
-            if sink.wants(entry):
-                waiting.append(entry)
+            if (wanted := sink.wanted(entry)) is not None:
+                waiting.append(wanted)
             if len(waiting) == AHEAD:
                 first = waiting.pop(0)
-                sink.write(first, caption(first.name))
+                sink.write(first, first.failure or caption(first.name))
         for entry in waiting:
-            sink.write(entry, caption(entry.name))
+            sink.write(entry, entry.failure or caption(entry.name))
+        sink.settle()
         sink.write_run_file(RunFile({**(data or {}), "state": "finished"}))
     return sink
 

@@ -243,14 +243,6 @@ def test_a_caption_repeated_within_one_file_is_kept_twice(photos: Path) -> None:
         ("cut-pretty.json", json.dumps(COCO, indent=1)[:-30], ("line", "column", "truncated")),
         ("cut.jsonl", '{"image": "a.jpg", "text": "x', ("line 1", "truncated")),
         ("no-lines.jsonl", '{"image": \n{"image": "a.jpg\n', ("line 2", "not JSON")),
-        ("latin.csv", "image,caption\na.jpg,ok\na.jpg,caf\xe9\n".encode("latin-1"), ("line 3", "UTF-8")),
-        (
-            "latin.jsonl",
-            '{"image": "a.jpg", "text": "ok"}\n{"image": "caf\xe9"}'.encode("latin-1"),
-            ("line 2", "UTF-8"),
-        ),
-        ("latin.json", json.dumps(COCO, indent=1).replace("cats", "c\xe9ts").encode("latin-1"), ("line", "UTF-8")),
-        ("quote.csv", 'image,caption\na.jpg,A dog\na.jpg,"A dog\nb.png,A cat\n', ("line 3", "quote", "never closed")),
         ("wide.csv", "caption,image\nA dog, brown,a.jpg\n", ("line 2", "3 cells", "2 columns")),
         (
             "instances.json",
@@ -300,10 +292,40 @@ def test_a_file_that_cannot_be_read_is_one_clear_error(
         ),
         ("wide.csv", "caption,image\nx,a.jpg\nA dog, brown,b.png\n", ("1 row", "line 3", "3 cells", "2 columns")),
         ("token.txt", "a.jpg#0\tA dog\nA cat\n", ("1 row", "line 2", "'A cat'")),
+        ("latin.csv", "image,caption\na.jpg,ok\nb.png,caf\xe9\n".encode("latin-1"), ("line 3 is not UTF-8",)),
+        ("latin.txt", "a.jpg#0\tok\nb.png#0\tcaf\xe9\n".encode("latin-1"), ("line 2 is not UTF-8",)),
+        (
+            "latin.jsonl",
+            '{"image": "a.jpg", "text": "ok"}\n{"image": "caf\xe9"}'.encode("latin-1"),
+            ("line 2 is not UTF-8",),
+        ),
+        (
+            "latin.json",
+            json.dumps(COCO, indent=1).replace("cats", "c\xe9ts").encode("latin-1"),
+            ("a caption of b.png is not UTF-8",),
+        ),
+        ("cut16.csv", "image,caption\na.jpg,A dog.\nb.png,A cat".encode("utf-16")[:-1], ("line 3 is not UTF-8",)),
+        ("nul.csv", "image,caption\na.jpg,A dog\nb.png,A c\0at\n", ("line 3 has a NUL byte",)),
+        ("quote.csv", 'image,caption\nb.png,"A cat\na.jpg,"A dog"\n', ("line 2 opens a quote that is never closed",)),
+        ("quotes.csv", 'image,caption\nb.png,"A cat\na.jpg,A dog"\n', ("line 2 opens a quote",)),
+        ("quote.tsv", '"image"\t"caption"\n"b.png"\t"A cat\n"a.jpg"\t"A dog"\n', ("line 2 opens a quote",)),
+        ("name.csv", "file_name,text,file_name_bytes\na.jpg,A dog,\nx,A dog,%%%\n", ("base64",)),
+        ("name.json", [{"image": "a.jpg", "text": "x"}, {"image": "sub\0x/b.png", "text": "y"}], ("NUL byte",)),
+        ("mixed.json", [{"image": "a.jpg", "text": "x"}, 7], ("line 2 is not an object",)),
+        (
+            "coco.json",
+            {"images": COCO["images"], "annotations": [{"image_id": 7, "caption": "x"}, {"caption": "y"}]},
+            ("annotations[1] has no image_id",),
+        ),
+        (
+            "null.json",
+            {"images": [*COCO["images"], None], "annotations": [{"image_id": 7, "caption": "x"}]},
+            ("images[2] is not an object",),
+        ),
     ],
 )
 def test_a_row_that_cannot_be_read_is_reported_and_skipped(
-    photos: Path, name: str, content: str, parts: tuple[str, ...]
+    photos: Path, name: str, content: str | bytes | object, parts: tuple[str, ...]
 ) -> None:
     report = DataReport()
     path = write(photos / name, content)
@@ -487,7 +509,7 @@ def test_folder_of_images_with_text_files(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_annotations_is_an_error_with_what_was_looked_for(photos: Path) -> None:
-    with pytest.raises(CapcliError, match=r"metadata\.jsonl.*\.txt beside them$"):
+    with pytest.raises(CapcliError, match=r"metadata\.jsonl.*\.txt or \.json beside them$"):
         read(photos)
     write(photos / "captions.csv", "image,caption\na.jpg,1\n")
     with pytest.raises(CapcliError, match=r"it has captions\.csv: give that file"):

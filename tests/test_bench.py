@@ -101,8 +101,8 @@ def test_contradicting_options_are_refused(place: Path, flags: tuple[object, ...
 
 def test_no_photos_and_no_python(place: Path, tmp_path: Path) -> None:
     done = call("bench", tmp_path, "--model", place / "captioner")
-    assert done.code == 1
-    assert "there is no image in" in done.err
+    assert done.code == 2
+    assert "0 images" in done.err
     code, _, err = bench(place, "--quick", "--rounds", 1, "--against", "single", "--peer-python", tmp_path / "python")
     assert code == 1
     assert "python cannot be started: No such file" in err

@@ -759,11 +759,60 @@ def test_the_batch_is_at_most_the_number_of_images(captioner: Path, photos: Path
     assert json.loads((tmp_path / "c.run.json").read_text())["shapes"]["slots"] == 2
 
 
-def test_an_empty_folder_is_reported(captioner: Path, tmp_path: Path):
-    (tmp_path / "empty").mkdir()
-    ended = call("caption", tmp_path / "empty", "-m", captioner)
+@pytest.mark.parametrize("quiet", [[], ["--quiet"], ["--dry-run"]])
+def test_a_folder_without_images_is_wrong_usage(quiet: list[str], captioner: Path, tmp_path: Path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.CR2").touch()
+    ended = call("caption", tmp_path / "raw", "-m", captioner, "-o", tmp_path / "c.jsonl", *quiet)
+    assert (ended.code, ended.out) == (2, b"")
+    assert f"{tmp_path / 'raw'}: 0 images; 1 .CR2: name them with --include" in ended.err
+    assert not (tmp_path / "c.jsonl").exists()
+
+
+def test_an_empty_list_is_a_run_without_images(captioner: Path):
+    ended = call("caption", "-", "-m", captioner)
     assert (ended.code, ended.out) == (0, b"")
-    assert "there is no image in" in ended.err
+    assert "there is no image in standard input" in ended.err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_prepared_copy_is_a_source(workers: int, captioner: Path, tmp_path: Path):
+    odd = os.fsdecode(b"\xff.png")
+    paint(tmp_path / "photos", "a.png", "b.png", os.fsencode(odd))
+    rows = [{"file_name": name, "text": "a caption"} for name in ("a.png", "b.png")]
+    encoded = base64.b64encode(os.fsencode(odd)).decode()
+    rows.append({"file_name": "odd", "file_name_bytes": encoded, "text": "a caption"})
+    (tmp_path / "photos" / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    copy, out = tmp_path / "copy", tmp_path / "c.jsonl"
+    data = ["--data", tmp_path / "photos" / "captions.jsonl", "--val-fraction", 0.4, "--workers", 0]
+    assert call("prepare", *data, "--format", "png", "--out", copy).code == 0
+    run = ["caption", copy, "-m", captioner, "-o", out, "--workers", workers]
+    assert call(*run, "--fields", "width,format").code == 0
+    captions = {name: row["text"] for name, row in zip(names(lines(out)), lines(out), strict=True)}
+    assert captions.keys() == {b"a.png", b"b.png", b"\xff.png"}
+    assert {(row["width"] > 30, row["format"]) for row in lines(out)} == {(True, "PNG")}
+    assert "3 skipped" in call(*run, "--fields", "width,format").err
+    direct = call("caption", tmp_path / "photos", "-m", captioner)
+    assert captions == {name: row["text"] for name, row in zip(names(direct.rows), direct.rows, strict=True)}
+    refused = call("caption", copy, "-m", captioner, "--sidecar", ".txt")
+    assert (refused.code, "give --sidecar-dir" in refused.err) == (2, True)
+    assert call("caption", copy, "-m", captioner, "--sidecar", ".txt", "--sidecar-dir", tmp_path / "texts").code == 0
+    assert (tmp_path / "texts" / "a.txt").read_text().strip() == captions[b"a.png"]
+
+
+def test_images_of_one_name_in_a_prepared_copy_both_have_rows(captioner: Path, tmp_path: Path):
+    given: list[object] = []
+    for split in ("train", "val"):
+        paint(tmp_path / split, "a.png", seed=len(given))
+        (tmp_path / split / "captions.jsonl").write_text('{"file_name": "a.png", "text": "a caption"}\n')
+        given += [f"--{split}-data".replace("train-", ""), tmp_path / split / "captions.jsonl"]
+    copy, out = tmp_path / "copy", tmp_path / "c.jsonl"
+    assert call("prepare", *given, "--out", copy, "--workers", 0).code == 0
+    assert call("caption", copy, "-m", captioner, "-o", out).code == 0
+    assert [row["file_name"] for row in lines(out)] == ["a.png", "val-0/a.png"]
+    change_json(copy / "manifest.json", {"state": "unfinished"})
+    ended = call("caption", copy, "-m", captioner, "-o", out)
+    assert (ended.code, "run the same capcli prepare command again" in ended.err) == (2, True)
 
 
 def test_options_named_in_messages_and_docstrings_exist():

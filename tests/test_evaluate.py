@@ -117,7 +117,7 @@ def test_awkward_captions_are_scored_in_the_c_locale(tmp_path: Path) -> None:
     )
 
     assert done.code == 0, done.err
-    assert "images with references and no caption: 1" in done.err
+    assert json.loads(done.out)["references_without_caption"] == 1
     found = json.loads(done.out)
     assert (found["images"], found["words_min"], found["words_max"]) == (8, 0, 800)
     each = {row["file_name"]: row for row in csv.DictReader(table.read_text("utf-8").splitlines())}
@@ -163,9 +163,46 @@ def test_images_left_out_are_counted_and_reported(files: tuple[Path, Path], tmp_
     done = call("evaluate", captions, "--references", references, "--without-java", "--json")
     found = json.loads(done.out)
     assert (found["images"], found["captions_without_references"], found["references_without_caption"]) == (2, 1, 1)
-    assert "captions left out because they have no references: 1" in done.err
-    assert "images with references and no caption: 1 (left out; the scores are too high" in done.err
     assert (found["words_min"], found["words_mean"]) == (0, 1)
+    assert done.err == ""  # the captions of a part of the images are no fault
+    table = call("evaluate", captions, "--references", references, "--without-java", env={"COLUMNS": "200"})
+    assert table.err == ""
+    assert (
+        "left out 1 image with references and no caption, 1 image with a caption and no references"
+        in table.out.decode()
+    )
+    failure = {"file_name": "c.jpg", "error": "unreadable", "message": "truncated"}
+    (tmp_path / "c.failures.jsonl").write_text(json.dumps(failure) + "\n")
+    done = call("evaluate", captions, "--references", references, "--without-java", "--json")
+    assert (
+        "c.jsonl: images with references that could not be captioned: 1 (left out; the scores are too high" in done.err
+    )
+    assert json.loads(done.out)["failed"] == 1
+
+
+def test_any_number_of_files_is_compared_in_one_table(files: tuple[Path, Path], tmp_path: Path) -> None:
+    rows, references = files
+    second = save_rows(tmp_path / "second.jsonl", {"c.jpg": "a red car", "a.jpg": "the dog runs on grass"})
+    third = save_rows(tmp_path / "third.jsonl", {"a.jpg": "a horse", "b.jpg": "two men", "c.jpg": "a red car , parked"})
+    three = ("evaluate", rows, second, third, "--references", references, "--without-java", "--bootstrap")
+    done = call(*three, "--resamples", 20, "--json", "--per-image", tmp_path / "each.csv")
+    assert done.code == 0, done.err
+    assert done.err.count("because not all files have a caption of them: 1") == 2
+    found = json.loads(done.out)
+    alone = figures(rows, third, "--references", references, "--without-java")
+    assert found["images"] == 2 < alone["images"]
+    assert [Path(each["captions"]).name for each in found["files"]] == ["captions.jsonl", "second.jsonl", "third.jsonl"]
+    for file, difference in zip(found["files"][1:], found["differences"], strict=True):
+        assert difference["CIDEr"] == file["CIDEr"] - found["files"][0]["CIDEr"]
+        assert set(difference["intervals"]) == set(file["intervals"])
+    with open(tmp_path / "each.csv", newline="") as csv_file:
+        each = list(csv.DictReader(csv_file))
+    assert [row["3_text"] for row in each] == ["a horse", "a red car , parked"]
+    for row in each:
+        assert float(row["3_difference_CIDEr"]) == pytest.approx(float(row["3_CIDEr"]) - float(row["CIDEr"]), abs=2e-6)
+    table = call(*three, env={"COLUMNS": "300"}).out.decode()
+    assert all(name in table for name in ("captions.jsonl", "second.jsonl", "third.jsonl"))
+    assert "difference" not in table
 
 
 def test_references_of_several_files_are_combined(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -253,7 +290,7 @@ def test_the_table_and_its_intervals_depend_only_on_the_seed(files: tuple[Path, 
         ({"more": ["--references", "nowhere.json"]}, 2, "nowhere.json: no such file"),
         ({"more": ["--per-image", "nowhere/x.csv"]}, 2, "--per-image nowhere/x.csv"),
         ({"more": ["--per-image", os.devnull]}, 2, "is not a regular file"),
-        ({"more": ["-", "-"]}, 2, "give one, or two to compare"),
+        ({"more": ["-", "-"]}, 2, "'-' was given twice"),
     ],
 )
 def test_errors_say_what_to_do(files: tuple[Path, Path], change: dict[str, Any], code: int, message: str) -> None:

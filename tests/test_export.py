@@ -292,9 +292,10 @@ def test_temporary_folders_of_ended_exports_are_removed(tmp_path: Path, monkeypa
         folder.mkdir(parents=True)
     monkeypatch.setattr(graphs, "encode_graph", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     model = ("--model", tmp_path / "captioner", "--out", tmp_path / "engine", "--threads", 1)
-    with open(alive / "lock", "wb") as lock:
-        assert locks.take(lock.fileno())
-        assert call("export", "--onnx", *model).code == 143
+    running = os.open(alive, os.O_RDONLY)
+    assert locks.take(running)
+    assert call("export", "--onnx", *model).code == 143
+    os.close(running)
     assert {path.name for path in tmp_path.iterdir()} == {"captioner", alive.name, other.name}
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 

@@ -188,12 +188,12 @@ def test_a_full_disk_does_not_end_training(tmp_path: Path) -> None:
     history = History(tmp_path, warn=warnings.append)
     history.add(Point(1, 0.1, loss=3.0))
     (tmp_path / "history.csv").unlink()
-    (tmp_path / "history.csv.tmp").mkdir()  # the name of the temporary file
+    (tmp_path / "history.csv").mkdir()  # which no file can replace
     history.add(Point(2, 0.2, loss=2.0))
     history.add(Point(3, 0.3, loss=1.0))
     assert len(warnings) == 1
     assert "history.csv cannot be written" in warnings[0]
-    (tmp_path / "history.csv.tmp").rmdir()
+    (tmp_path / "history.csv").rmdir()
     history.add(Point(4, 0.4, loss=0.5))
     assert [point.step for point in read_history(tmp_path / "history.csv")] == [1, 2, 3, 4]
 

@@ -319,7 +319,7 @@ def test_a_csv_file_stays_as_it_is_when_the_disk_is_too_full_for_another_column(
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
     assert out.read_bytes() == before
-    assert not (tmp_path / "x.csv.tmp").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "x.run.json"]
 
 
 def test_a_second_run_is_refused_on_each_file(tmp_path: Path) -> None:

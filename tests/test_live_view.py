@@ -45,7 +45,7 @@ with LiveView(8, quiet=False) as view:
             view.evaluating(30, 100)
             time.sleep(0.12)
             view.evaluating(60, 100)
-            view.evaluated(Point(5, 1.25, val_loss=2.4, scores={"CIDEr": 0.5124}), [DOGS, CHINESE, HOSTILE], True)
+            view.evaluated(Point(5, 1.25, val_loss=2.4, scores={"CIDEr": 0.5124}), [DOGS, CHINESE, HOSTILE], "cider")
 print("over")
 """
 FAST = RUN.replace("0.12", "0.001")
@@ -300,7 +300,7 @@ def lines_of_run(
                     view.evaluating(done * 50, 500)
                     collect()
                     clock.now += pause / 10
-                view.evaluated(Point(step, step / 100, val_loss=2.5), samples, best=False)
+                view.evaluated(Point(step, step / 100, val_loss=2.5), samples, best=None)
                 collect()
     return [(clock.now - then, line) for then, line in lines]
 
@@ -341,9 +341,9 @@ def test_a_long_evaluation_writes_its_progress(capsys: pytest.CaptureFixture[str
 def test_figures_that_are_missing_or_extreme_are_written(capsys: pytest.CaptureFixture[str]) -> None:
     with LiveView(0, quiet=False) as view:
         view.write_line("")
-        view.evaluated(Point(0, 0.0), [], best=True)
+        view.evaluated(Point(0, 0.0), [], best="loss")
         view.step(Point(1, 0.1, loss=float("nan")))
-        view.evaluated(Point(1, 0.1, loss=1e9, val_loss=1e-5, images_per_second=0.31), [], best=False)
+        view.evaluated(Point(1, 0.1, loss=1e9, val_loss=1e-5, images_per_second=0.31), [], best=None)
     assert capsys.readouterr().err.splitlines() == [
         "",
         "step 0/0: best so far",

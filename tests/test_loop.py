@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from oracle import Case
 
 from capcli.decoding import loop, noise
+from capcli.decoding.activity import Activity
 from capcli.decoding.loop import IterableFeed, Job, decode
 from capcli.decoding.shapes import Shapes
 from capcli.errors import CapcliError
@@ -200,15 +201,54 @@ def test_a_partial_chunk_is_admitted_50_ms_after_its_last_image(clock):
 
 
 def test_a_partial_chunk_is_admitted_between_steps_after_50_ms(clock):
-    runtime, feed = FakeRuntime(), Trickle(jobs_of([4, 4, 4, 4, 9, 9, 9]), [4, 1, *[0] * 20])
+    runtime, feed = FakeRuntime(), Trickle(jobs_of([0, 4, 4, 4, 9, 9, 9]), [4, 1, *[0] * 20])
     runtime.before_step = lambda: setattr(clock, "now", clock.now + 0.02)
     seen = []
     for d in decode(feed, runtime, settings(most=30), Shapes(8, 4)):
         seen.append(d)
-        if len(seen) == 1:
-            assert runtime.admitted == [[4, 4, 4, 4], [9]]
+        if len(seen) == 2:
+            assert runtime.admitted == [[0, 4, 4, 4], [9]]
     assert runtime.steps > 5
-    check(seen, [4, 4, 4, 4, 9, 9, 9])
+    check(seen, [0, 4, 4, 4, 9, 9, 9])
+
+
+@pytest.mark.parametrize(("waited_for", "steps"), [(32, [0, 5, 5, 5]), (2, [0, 2, 2, 2])])
+def test_the_first_captions_come_before_the_batch_is_filled(monkeypatch, waited_for, steps):
+    monkeypatch.setattr(loop, "OPENING_STEPS", waited_for)
+    runtime, encoded_after = FakeRuntime(), []
+    encode = runtime.encode
+
+    def watched_encode(*given):
+        encoded_after.append(runtime.steps)
+        return encode(*given)
+
+    runtime.encode = watched_encode
+    check(list(decode(IterableFeed(jobs_of([4] * 8)), runtime, settings(), Shapes(8, 2))), [4] * 8)
+    assert encoded_after == steps
+
+
+def test_one_loop_opens_a_run_and_the_activity_counts_all_loops():
+    activity = Activity()
+    first, second = activity.loop(9), activity.loop(9)
+    assert (activity.stage, activity.seconds_left) == ("reading", None)
+    assert [first.encodes(4), second.encodes(3)] == [True, False]
+    assert (activity.stage, activity.under_way) == ("encoding", 7)
+    first.admitted(4)
+    first.stepped(0.5)
+    assert activity.stage == "captioning"
+    assert activity.seconds_left == 4.0  # eight more tokens
+    second.admitted(3)
+    first.finished(2, tokens=3)
+    assert (activity.stage, activity.under_way) == ("decoding", 5)
+    assert activity.seconds_left == 1.0
+
+
+def test_after_the_last_image_nothing_is_under_way():
+    activity = Activity()
+    runtime = FakeRuntime(fails=lambda call: call == 5)  # the images in progress start again
+    feed = IterableFeed(jobs_of([0, 1, 2, 3, 4]))
+    list(loop.decode_steps(feed, runtime, settings(), Shapes(4, 2), activity=activity))
+    assert (activity.encoding, activity.decoding) == (0, 0)
 
 
 def test_without_images_the_loop_waits_instead_of_polling():

@@ -103,7 +103,9 @@ def test_the_decoders_config_options_are_respected(decoder, more):
         agrees(model, pictures(5), Case({"max_new_tokens": 10, **search}))
 
 
-END = 119  # of the captioners with 120 tokens; 118 is their start, 117 their padding
+START, END = 118, 119  # of the captioners with 120 tokens; 117 is their padding
+PAIRS = [[first, second] for first in range(120) for second in range(120) if (first + second) % 3 == 0]
+TRIPLES = [[START, *pair] for pair in PAIRS[1::2]]
 
 CHECKPOINTS = {
     "max_length counts the prompt": ({"max_length": 9}, {}),
@@ -127,6 +129,18 @@ CHECKPOINTS = {
     "suppressed": ({"suppress_tokens": list(range(0, 110, 3))}, {"max_new_tokens": 10}),
     "the end suppressed": ({"suppress_tokens": [END]}, {"max_new_tokens": 6}),
     "suppressed at first": ({"begin_suppress_tokens": [*range(60), END]}, {"max_new_tokens": 10}),
+    "words of one token": ({"bad_words_ids": [[n] for n in range(0, 120, 3)]}, {"max_new_tokens": 10}),
+    "words of two tokens": ({"bad_words_ids": PAIRS}, {"max_new_tokens": 10}),
+    "words of all lengths": (
+        {"bad_words_ids": [[END], [4], [4], [START, 9], [5, END], [5, 7, 5, 8], *PAIRS[::2], *TRIPLES]},
+        {"max_new_tokens": 10},
+    ),
+    "longer words than captions": ({"bad_words_ids": [[1, 2, 3, 4, 5, 6]]}, {"max_new_tokens": 3}),
+    "words as an option": ({"bad_words_ids": [[1]]}, {"max_new_tokens": 8, "bad_words_ids": PAIRS}),
+    "tokens as options": (
+        {"suppress_tokens": [1]},
+        {"max_new_tokens": 8, "suppress_tokens": [*range(0, 110, 3)], "begin_suppress_tokens": [*range(60)]},
+    ),
     "renormalised": ({"renormalize_logits": True, "suppress_tokens": list(range(50))}, {"max_new_tokens": 10}),
     "invalid values removed": ({"remove_invalid_values": True}, {"max_new_tokens": 10, "no_repeat_ngram_size": 1}),
     "the checkpoint's own search": (

@@ -19,6 +19,7 @@ import PIL
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from image_files import WRITERS, encoded, picture, png_chunk
 from PIL import Image, ImageCms, ImageFile
 
 from capcli import pixels
@@ -29,36 +30,8 @@ MAX = 10_000_000
 SPEC = PixelSpec.from_config({"image_processor_type": "ViTImageProcessor"})
 MODES = ["1", "L", "LA", "P", "PA", "I;16", "I;16B", "I;16L", "I", "F", "RGB", "RGBA", "La", "RGBa", "RGBX", "CMYK"]
 MODES += ["YCbCr", "LAB", "HSV"]
-WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "jpeg": ("JPEG", {}),
-    "progressive": ("JPEG", {"progressive": True}),
-    "png": ("PNG", {}),
-    "webp": ("WEBP", {}),
-    "webp-lossless": ("WEBP", {"lossless": True}),
-    "gif": ("GIF", {}),
-    "bmp": ("BMP", {}),
-    "tiff": ("TIFF", {}),
-    "tiff-lzw": ("TIFF", {"compression": "tiff_lzw"}),
-    "tiff-deflate": ("TIFF", {"compression": "tiff_adobe_deflate"}),
-    "avif": ("AVIF", {"speed": 10}),
-    "jpeg2000": ("JPEG2000", {}),
-    "ico": ("ICO", {"sizes": [(48, 48)]}),
-    "icns": ("ICNS", {}),
-    "ppm": ("PPM", {}),
-    "qoi": ("QOI", {}),
-    "tga": ("TGA", {"compression": "tga_rle"}),
-    "sgi": ("SGI", {}),
-    "pcx": ("PCX", {}),
-    "dds": ("DDS", {}),
-}
 OLD_PILLOW = int(PIL.__version__.split(".")[0]) < 13
 UNREADABLE = {("icns", "P")} | ({("tiff", "YCbCr"), ("tga", "1")} if OLD_PILLOW else set())  # as Pillow writes them
-
-
-def picture(width: int = 64, height: int = 48) -> Image.Image:
-    """Smooth colours, so that lossy formats change little; no symmetry, so that every orientation differs."""
-    y, x = np.mgrid[0:height, 0:width] / np.array([height, width]).reshape(2, 1, 1)
-    return Image.fromarray((np.stack([x, y, x * y], axis=-1) * 255).astype(np.uint8))
 
 
 def in_mode(mode: str) -> Image.Image:
@@ -70,13 +43,6 @@ def in_mode(mode: str) -> Image.Image:
     for step in [*steps, mode]:
         image = image.convert(step)
     return image
-
-
-def encoded(image: Image.Image, name: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    writer, defaults = WRITERS.get(name, (name.upper(), {}))
-    image.save(file, writer, **defaults, **options)
-    return file.getvalue()
 
 
 def read(data: bytes, folder: Path, name: str = "image", max_pixels: int = MAX) -> np.ndarray:
@@ -105,10 +71,6 @@ def assert_readable(error: ImageError) -> None:
     assert 0 < len(message) < 400
     assert error.kind
     assert " " not in error.kind
-
-
-def png_chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def png_claiming(width: int, height: int) -> bytes:
@@ -210,6 +172,15 @@ def test_tiffs_of_12_bits_and_of_white_zeros(tmp_path: Path) -> None:
     assert read(twelve, tmp_path)[0, :, 0].tolist() == [0x8F, 0xF8, 0x8F, 0xF8]
 
 
+@pytest.mark.parametrize("depth", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("name", ["png", "tiff"])
+def test_a_smaller_depth_in_sixteen_bits_is_not_black(name: str, depth: int, tmp_path: Path) -> None:
+    ramp = np.linspace(0, 2**depth - 1, 256, dtype=np.uint16).reshape(16, 16)
+    found = read(encoded(Image.fromarray(ramp), name), tmp_path)
+    assert np.array_equal(found[..., 0], ramp >> (depth - 8))
+    assert np.array_equal(found, np.asarray(pixels.from_array(ramp)))
+
+
 def test_sixteen_bit_colour_and_grey_agree(tmp_path: Path) -> None:
     ramp = np.arange(65536, dtype=">u2").reshape(256, 256)
     rows = np.repeat(ramp[..., None], 3, axis=-1)
@@ -236,6 +207,7 @@ def test_sixteen_bit_grey_with_a_transparent_value(tmp_path: Path) -> None:
     [
         ([0, 128, 255], [0, 128, 255]),  # up to 255: bytes
         ([0, 256, 65535], [0, 1, 255]),  # up to 65535: 16 bits
+        ([0, 2048, 4095], [0, 128, 255]),  # up to 4095: 12 bits
         ([0, 65536, 131072], [0, 128, 255]),  # wider or negative: stretched
         ([-10, 0, 10], [0, 128, 255]),
         ([-(2**31), 0, 2**31 - 1], [0, 128, 255]),

@@ -378,6 +378,53 @@ def test_a_missing_shard_of_a_finished_copy_is_written_again(tmp_path: Path) -> 
     assert [path.stat().st_ino == inode for path, inode in zip(arrows(out), inodes, strict=True)] == [True, False, True]
 
 
+@pytest.mark.parametrize(
+    ("damaged", "change"),
+    [
+        ("train/data-00000-of-00002.arrow", "byte"),
+        ("train/state.json", "missing"),
+        ("train/dataset_info.json", "byte"),
+        ("dataset_dict.json", "missing"),
+        ("dataset_dict.json", "empty"),
+    ],
+)
+@pytest.mark.parametrize("version", ["this", "earlier"])
+def test_a_file_of_a_finished_copy_that_was_changed_is_written_again(
+    damaged: str, change: str, version: str, tmp_path: Path
+) -> None:
+    data, out = photos(tmp_path / "in", 4), tmp_path / "out"
+    prepare(data, out, "--shard-size", 2)
+    whole, path = tree(out), out / damaged
+    del whole["manifest.json"]
+    if version == "earlier":  # which recorded no hashes of the JSON files
+        values = manifest(out)
+        del values["descriptions"]
+        (out / "manifest.json").write_text(json.dumps(values))
+    if change == "missing":
+        path.unlink()
+    else:
+        content = bytearray(path.read_bytes() if change == "byte" else b"")
+        content[-100:-99] = b"~"
+        path.write_bytes(content)
+    ran = prepare(data, out, "--shard-size", 2)
+    assert ran.code == 0, ran.err
+    if (version, change) == ("earlier", "byte") and damaged.endswith("json"):
+        return  # only its syntax is checked
+    assert f"{damaged} is missing or damaged" in ran.err
+    assert {name: digest for name, digest in tree(out).items() if name in whole} == whole
+    assert "already complete" in prepare(data, out, "--shard-size", 2).err
+
+
+def test_shards_of_a_complete_copy_are_not_read_again(tmp_path: Path) -> None:
+    data, out = photos(tmp_path / "in", 4), tmp_path / "out"
+    prepare(data, out, "--shard-size", 2)
+    for path in arrows(out):  # at equal time and size a change is not noticed
+        before = path.stat()
+        path.write_bytes(bytes(before.st_size))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "already complete" in prepare(data, out, "--shard-size", 2).err
+
+
 # Retrying
 
 

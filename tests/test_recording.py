@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from capcli.decoding.activity import Activity
 from capcli.decoding.loop import Batch, IterableFeed, Job, decode
 from capcli.decoding.settings import Settings, resolve
 from capcli.decoding.shapes import Shapes
@@ -75,7 +76,9 @@ def test_no_operation_of_a_step_waits_for_the_device(decoder: str, given: dict[s
     runtime = Eager(encode, step, torch.device("meta"))
     jobs = [Job(n, picture) for n, picture in enumerate(pictures(4))]
     runtime.allocate(Shapes(4, 2), settings)
-    batch = Batch(IterableFeed(jobs), runtime, settings, Shapes(4, 2), waiting=deque())
+    batch = Batch(
+        IterableFeed(jobs), runtime, settings, Shapes(4, 2), deque(), Activity().loop(settings.max_new_tokens)
+    )
     with torch.inference_mode():
         batch.fetch(wait=0)
         batch.fill()

@@ -9,13 +9,19 @@ import selectors
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pytest
 from running import COMMAND, PATIENCE, ended, environment, execute, paint, shell, spawn
 
+from capcli.records import Candidate, Caption
+from capcli.sinks.row_formats import RowFields
+from capcli.sinks.stdout import readable
+
 CLOSING = re.compile(r"\d+ captioned, \d+ skipped, \d+ failed, [\d.]+ images/s in (float32|bfloat16)\n")
 COUNT = 42
+ERASE = "\r\x1b[2K"
 
 
 @pytest.fixture(scope="module")
@@ -83,33 +89,51 @@ def test_a_full_standard_output_is_an_error(captioner: Path, photos: Path):
     assert (done.code, done.err) == (1, "capcli: cannot write to standard output: No space left on device\n")
 
 
-def on_terminal(*arguments: object) -> tuple[int, str]:
-    """Run the command with all its streams on a terminal. Returns the exit code and the output."""
+def start_on_terminal(*arguments: object, columns: int = 160, **env: str) -> pexpect.spawn:
+    """Start the command with all its streams on a terminal."""
     command = [*COMMAND[1:], *map(str, arguments)]
-    child = pexpect.spawn(
-        COMMAND[0], command, env=environment(TERM="xterm"), encoding="utf-8", timeout=PATIENCE, dimensions=(50, 160)
+    return pexpect.spawn(
+        COMMAND[0],
+        command,
+        env=environment(**{"TERM": "xterm", **env}),
+        encoding="utf-8",
+        timeout=PATIENCE,
+        dimensions=(50, columns),
     )
+
+
+def on_terminal(*arguments: object, **options: Any) -> tuple[int, str]:
+    """Run the command with all its streams on a terminal. Returns the exit code and the output."""
+    child = start_on_terminal(*arguments, **options)
     child.expect(pexpect.EOF)
     child.close()
     return child.exitstatus, str(child.before)
 
 
+def kept(shown: str) -> list[str]:
+    """The lines that stay on the terminal: the status line is erased before anything else is written."""
+    return [line.rpartition(ERASE)[2] for line in shown.removesuffix("\r\n").split("\r\n")]
+
+
 def test_a_terminal_shows_readable_lines_without_control_characters(captioner: Path, photos: Path):
-    code, shown = on_terminal("caption", photos, "-m", captioner)
+    code, shown = on_terminal("caption", photos, "-m", captioner, "--fields", "width")
     assert code == 0
-    *rows, closing = shown.splitlines()
+    assert re.search(r"loading the model  \d s", shown)
+    *rows, closing = kept(shown)
     assert re.fullmatch(CLOSING, f"{closing}\n")
     assert len(rows) == COUNT
     assert rows[0].startswith("\\x1b[31mred.png  ")
-    assert all(re.match(r"(\d\d\d|000\\nnew line|\\x1b\[31mred)\.png  ", row) for row in rows)
-    assert "\x1b" not in shown
+    row = re.compile(r"(\d\d\d|000\\nnew line|\\x1b\[31mred)\.png  .*  \(score -\d+\.\d\d, width \d+\)")
+    assert all(row.fullmatch(line) for line in rows)
+    assert "\x1b" not in "".join(rows)
 
 
 def test_a_terminal_shows_progress_while_rows_go_to_a_file(captioner: Path, photos: Path, tmp_path: Path):
     out = tmp_path / "c.jsonl"
     code, shown = on_terminal("caption", photos, "-m", captioner, "-o", out, "--batch-size", 2)
     assert code == 0
-    assert re.search(rf"captioning.*\d+/{COUNT}.*0 failed.*images/s", shown)
+    assert "loading the model" in shown
+    assert re.search(rf"(captioning|encoding|decoding) .*\d+/{COUNT}.*under way  0 failed", shown)
     assert re.search(r"images/s in \w+$", shown.rstrip().splitlines()[-1])
     assert out.read_bytes().count(b"\n") == COUNT
     code, shown = on_terminal("caption", photos, "-m", captioner, "-o", out, "--overwrite", "--quiet")
@@ -117,6 +141,51 @@ def test_a_terminal_shows_progress_while_rows_go_to_a_file(captioner: Path, phot
     done = execute("caption", photos, "-m", captioner, "-o", out, "--overwrite")
     assert (done.code, done.out) == (0, b"")
     assert CLOSING.fullmatch(done.err)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_terminal_says_how_far_an_interrupted_run_came(captioner: Path, photos: Path, tmp_path: Path, twice: bool):
+    out = tmp_path / "c.jsonl"
+    slow = ("--batch-size", 4, "--max-new-tokens", 60, "--min-new-tokens", 60)
+    child = start_on_terminal("caption", photos, "-m", captioner, *slow, "-o", out)
+    child.expect(rf"\r\x1b\[2K. \w+ +[^\r]*[1-9]\d*/{COUNT} ")
+    child.sendintr()
+    child.expect(r"capcli: interrupted; finishing .*interrupt again to exit at once")
+    if twice:
+        child.sendintr()
+    child.expect(rf"interrupted: (\d+) of {COUNT} captioned; the same command goes on\r\n")
+    assert int(child.match[1]) >= 1
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 130
+    assert on_terminal("caption", photos, "-m", captioner, *slow, "-o", out)[0] == 0
+    assert out.read_bytes().count(b"\n") == COUNT
+
+
+def test_a_narrow_terminal_gets_one_row_that_never_fills_it_and_a_dumb_one_none(captioner: Path, photos: Path):
+    code, shown = on_terminal("caption", photos, "-m", captioner, columns=30, NO_COLOR="1")
+    assert code == 0
+    drawn = re.findall(r"\r\x1b\[2K([^\r\n]*)", shown)
+    assert all(len(line) < 30 for line in drawn if line[:1] in "|/-\\")
+    assert re.search(r"\x1b\[[0-9;]*m", shown) is None
+    assert all(len(row) <= 30 for row in kept(shown)[:-1])
+    code, shown = on_terminal("caption", photos, "-m", captioner, TERM="dumb")
+    assert code == 0
+    assert "\x1b" not in shown
+    assert "loading" not in shown
+
+
+def test_rows_on_a_terminal_break_between_words():
+    best, other = Candidate("two dogs run along a beach", -0.4123), Candidate("狗" * 20, -1.5)
+    caption = Caption("beach.jpg", (best, other), {"width": 640})
+    assert readable(caption, RowFields(True, ("width", "mode")), 40) == (
+        "beach.jpg  two dogs run along a\n"
+        "    beach  (score -0.41, width 640, mode\n"
+        "    unknown)\n"
+        "beach.jpg\n"
+        f"    {'狗' * 18}\n"
+        f"    {'狗' * 2}  (score -1.50)\n"
+    )
 
 
 def resident(process: subprocess.Popen[bytes]) -> int:

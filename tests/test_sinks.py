@@ -77,8 +77,8 @@ def test_names_and_texts_are_read_back_as_written(suffix: str, pairs: list[tuple
             assert ["file_name_bytes" in row for row in read] == [not is_text(os.fsdecode(raw)) for raw, _ in pairs]
         with open_sink(SinkOptions(str(out)), print) as sink:
             assert sink.old_captions == len(pairs)
-            assert not any(sink.wants(Entry(name, name)) for name in texts)
-            assert sink.wants(Entry("another name", ""))
+            assert not any(sink.wanted(Entry(name, name)) for name in texts)
+            assert sink.wanted(Entry("another name", ""))
 
 
 def test_names_that_print_alike_are_different_images(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_outputs_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch:
         (SinkOptions("file/x.csv"), "is not a folder"),
         (SinkOptions("/dev/null", format="csv"), "not a regular file"),
         (SinkOptions("captions.parquet"), "name it .jsonl or .csv"),
-        (SinkOptions("x.jsonl", failures="x.jsonl"), "three different names"),
+        (SinkOptions("x.jsonl", failures="x.jsonl"), "different names"),
         (SinkOptions(sidecar_dir="x"), "--sidecar-dir"),
     ]:
         with pytest.raises(UsageError, match=message):
@@ -248,11 +248,19 @@ def test_rows_without_a_run_file_are_refused(tmp_path: Path) -> None:
     assert [row["file_name"] for row in rows(out)] == ["c"]
 
 
-def test_two_outputs_of_the_same_stem_do_not_share_a_run_file(tmp_path: Path) -> None:
-    run(["a"], SinkOptions(str(tmp_path / "captions.jsonl")))
-    for overwrite in (False, True):
-        with pytest.raises(UsageError, match=r"belongs to captions\.jsonl"):
-            open_sink(SinkOptions(str(tmp_path / "captions.csv"), overwrite=overwrite), print)
+def test_two_outputs_of_the_same_stem_have_files_of_their_own(tmp_path: Path) -> None:
+    for _ in range(2):
+        for version, name in enumerate(("captions.jsonl", "captions.csv")):
+            data = {"settings": {"v": version}}
+            sink = run(["a", "bad"], SinkOptions(str(tmp_path / name)), caption=broken, data=data)
+            assert sink.run_file is None or sink.run_file.settings == data["settings"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("captions.csv", "captions.csv.failures.jsonl", "captions.csv.run.json"),
+        *("captions.failures.jsonl", "captions.jsonl", "captions.run.json"),
+    ]
+    (tmp_path / "captions.jsonl").unlink()
+    (tmp_path / "captions.run.json").unlink()
+    assert run(["a", "b"], SinkOptions(str(tmp_path / "captions.csv"))).captions == 2
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
@@ -274,7 +282,7 @@ def test_sidecars_are_written_beside_images(tmp_path: Path) -> None:
         return Caption(name, (Candidate(f"a\n{name}", -1.0),))
 
     run(["a.jpg", "b.jpg", "a.png", "c", "d.txt"], options, caption=caption, folder=tmp_path)
-    assert captioned == ["a.jpg", "c", "d.txt"]
+    assert captioned == ["a.jpg", "c", "d.txt"]  # a.png has failed already
     left = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert left == {"a.txt": "a a.jpg\n", "b.txt": "by hand", "c.txt": "a c\n", "d.txt.txt": "a d.txt\n"}
     run(["a.jpg", "c"], options, caption=caption, folder=tmp_path)
@@ -287,9 +295,8 @@ def test_existing_sidecars_are_overwritten_or_appended_to(tmp_path: Path) -> Non
     options = SinkOptions(sidecar=".caption", existing="append", candidates=True)
     for _ in range(2):
         run(["a.jpg", "a.png"], options, caption=lambda n: caption_of(n, count=2), folder=tmp_path, warnings=warnings)
-    added = "a picture of a.jpg\na picture of a.jpg again\n"
-    assert (tmp_path / "a.caption").read_text() == f"by hand\n{added}"
-    assert warnings[0].startswith("a.png: no sidecar written")
+    assert (tmp_path / "a.caption").read_text() == "by hand, a picture of a.jpg, a picture of a.jpg again\n"
+    assert warnings[0].startswith("a.png: no text file written")
     assert len(warnings) == 2
     run(["a.jpg"], SinkOptions(sidecar=".caption", existing="overwrite"), folder=tmp_path)
     assert (tmp_path / "a.caption").read_text() == "a picture of a.jpg\n"
@@ -314,24 +321,7 @@ def test_an_image_without_a_sidecar_of_its_own_gives_a_warning(tmp_path: Path) -
     warnings: list[str] = []
     run(["a.jpg", "a.png"], SinkOptions(sidecar=".txt"), warnings=warnings, folder=tmp_path)
     assert len(warnings) == 1
-    assert warnings[0].startswith("a.png: no sidecar written")
-
-
-def test_a_sidecar_that_a_kill_prevented_is_written_from_its_row(tmp_path: Path) -> None:
-    options = SinkOptions(str(tmp_path / "captions.csv"), sidecar=".txt", candidates=True)
-    run(["a.jpg", "b.jpg"], options, caption=lambda name: caption_of(name, "of\n{}", 2), folder=tmp_path)
-    sidecar = tmp_path / "b.txt"
-    sidecar.unlink()
-    with open_sink(options, print) as sink:
-        assert not sink.wants(Entry("b.jpg", str(tmp_path / "b.jpg")))
-        assert not sidecar.exists()
-        sink.begin(RunFile({}))
-    assert sidecar.read_text() == "of b.jpg\nof b.jpg again\n"
-    sidecar.unlink()
-    with open_sink(options, print) as sink:
-        sink.begin(RunFile({}))
-        assert not sink.wants(Entry("b.jpg", str(tmp_path / "b.jpg")))
-    assert sidecar.exists()
+    assert warnings[0].startswith("a.png: no text file written")
 
 
 def test_rows_go_to_standard_output_and_failures_to_warnings(capfdbinary: pytest.CaptureFixture[bytes]) -> None:

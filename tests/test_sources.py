@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from capcli.errors import UsageError
 from capcli.options import SourceOptions
+from capcli.records import Failure
 from capcli.sources import Source, open_source
 from capcli.sources.patterns import Pattern
 
@@ -57,7 +58,10 @@ def test_several_sources_keep_their_paths_and_order(tmp_path: Path, monkeypatch:
 
 @settings(deadline=None)
 @given(
-    st.sets(st.lists(st.sampled_from(["a", "a-b", "a.b", "B", "é", "\udcff", "￿"]), min_size=1, max_size=3).map(tuple))
+    st.sets(
+        st.lists(st.sampled_from(["a", "a-b", "a.b", "B", "é", "\udcff", "￿"]), min_size=1, max_size=3).map(tuple),
+        min_size=1,
+    )
 )
 def test_the_walk_is_in_byte_order_of_whole_names(
     tmp_path_factory: pytest.TempPathFactory, parts: set[tuple[str, ...]]
@@ -168,13 +172,16 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert "loop/in" in warnings[0]
 
 
-def test_pipes_are_left_out(tmp_path: Path) -> None:
+def test_a_pipe_is_listed_and_becomes_a_failure(tmp_path: Path) -> None:
     touch_files(tmp_path, "a.jpg")
     os.mkfifo(tmp_path / "b.jpg")
-    assert names(tmp_path) == ["a.jpg"]
+    assert names(tmp_path) == ["a.jpg", "b.jpg"]
+    assert names(tmp_path / "*.jpg") == [f"{tmp_path}/a.jpg", f"{tmp_path}/b.jpg"]
 
 
-def test_a_folder_that_cannot_be_listed_gives_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_listed_is_an_entry_that_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     touch_files(tmp_path, "a/1.jpg", "b/2.jpg", "c/3.jpg")
     scandir = os.scandir
 
@@ -184,17 +191,13 @@ def test_a_folder_that_cannot_be_listed_gives_a_warning(tmp_path: Path, monkeypa
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", failing)
-    warnings: list[str] = []
-    listed = source(tmp_path, warnings=warnings)
-    walk = iter(listed)
+    walk = iter(source(tmp_path))
     assert next(walk).name == "a/1.jpg"
     (tmp_path / "c" / "3.jpg").unlink()
     (tmp_path / "c").rmdir()
-    assert list(walk) == []
-    assert [entry.name for entry in listed] == ["a/1.jpg"]
-    assert [warning.rpartition(": ")[2] for warning in warnings] == [
-        "Permission denied, folder skipped",
-        "No such file or directory, folder skipped",
+    assert [(entry.name, entry.failure) for entry in walk] == [
+        (name, Failure(name, "unlisted", f"the folder cannot be listed: {reason}"))
+        for name, reason in (("b/", "Permission denied"), ("c/", "No such file or directory"))
     ]
 
 
@@ -227,6 +230,21 @@ def test_a_list_yields_all_its_paths(tmp_path: Path) -> None:
     assert [entry.path for entry in listed] == expected
     assert listed.describe() == f"list {listing}"
     assert not listed.streaming
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["\ufeffä.jpg\nb.jpg\n".encode("utf-16-le"), "ä.jpg\r\nb.jpg".encode("utf-16"), "ä.jpg\rb.jpg\r".encode()],
+)
+def test_a_list_as_other_systems_write_it(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "list.txt").write_bytes(content)
+    assert names(from_file=str(tmp_path / "list.txt")) == ["ä.jpg", "b.jpg"]
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    script = f"open({str(pipe)!r}, 'wb').write(open({str(tmp_path / 'list.txt')!r}, 'rb').read())"
+    writer = subprocess.Popen([sys.executable, "-c", script])
+    assert names(from_file=str(pipe)) == ["ä.jpg", "b.jpg"]
+    assert writer.wait() == 0
 
 
 @settings(deadline=None)
@@ -304,6 +322,54 @@ def test_wrong_usage_is_an_error_before_anything_starts(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=message):
         source(*sources, **options)
+
+
+EMPTY_FOLDERS: list[tuple[list[str], dict[str, object], str]] = [
+    ([], {}, "0 images, and no other file"),
+    ([".hidden.jpg", ".git/a.jpg"], {}, "0 images, and no other file"),
+    (
+        ["1.CR2", "x/2.CR2", "3.tar", "LICENSE", "a.sentence like this one"],
+        {},
+        "0 images; 2 .CR2, 2 without suffix, 1 .tar: name them with --include",
+    ),
+    ([f"{n}.{'abcdefg'[n]}" for n in range(7)], {}, "1 .e, 2 others: name them with --include"),
+    (["1.jpg", "2.PNG", "3.nef"], {"exclude": ("*.*",)}, "0 images; --exclude leaves out 2 images; 1 .nef: name them"),
+    (["1.jpg", "2.jpg"], {"include": ("*.png",)}, "--include *.png takes none of 2 files: 2 .jpg"),
+    (["x/1.jpg"], {"recursive": False}, "0 images, and no other file; its subfolders are not searched"),
+]
+
+
+@pytest.mark.parametrize(("files", "options", "message"), EMPTY_FOLDERS)
+def test_a_folder_without_images_is_an_error_that_says_what_is_in_it(
+    files: list[str], options: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    touch_files(tmp_path, *files)
+    with pytest.raises(UsageError) as caught:
+        source(tmp_path, **options)
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+    assert message in str(caught.value)
+
+
+def test_a_pattern_without_images_says_what_it_matches(tmp_path: Path) -> None:
+    touch_files(tmp_path, "a.CR2", "b.CR2", "c.jpg")
+    with pytest.raises(UsageError, match=r"no file with an image suffix matches: 0 images; 2 \.CR2: name them with"):
+        source(tmp_path / "*.CR2")
+    with pytest.raises(UsageError, match=r"no file matches: --include \*.png takes none of 3 files: 2 .CR2, 1 .jpg"):
+        source(tmp_path / "*", include=("*.png",))
+
+
+def test_one_folder_without_images_among_other_sources_is_a_warning(tmp_path: Path) -> None:
+    touch_files(tmp_path, "empty/a.txt", "full/b.jpg")
+    warnings: list[str] = []
+    assert len(list(source(tmp_path / "empty", tmp_path / "full", warnings=warnings))) == 1
+    assert warnings == [f"{tmp_path}/empty: 0 images; 1 .txt: name them with --include"]
+    with pytest.raises(UsageError, match=r"empty: 0 images.*; .*empty/: 0 images"):
+        source(tmp_path / "empty", f"{tmp_path}/empty/")
+
+
+def test_an_empty_list_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "list").touch()
+    assert names(from_file=str(tmp_path / "list")) == []
 
 
 def test_standard_input_is_described_and_streams() -> None:

@@ -22,7 +22,8 @@ class DataReport:
     """Counts of images and captions that can be used, and a failure for each one left out.
 
     A failure's `error` is `missing` (no such file), `empty-caption` (one per caption), `no-caption` (the annotations list
-    the image without a caption), `unreadable-row` (its `name` is the annotation file), or why the image cannot be decoded.
+    the image without a caption), `unreadable-row` (its `name` is the annotation file, or the image whose text file cannot be
+    read), or why the image cannot be decoded.
     `notes` are warnings to show, such as names in a list that the data lack. `fault` is the error of the first row that
     cannot be read, `written` the path of the failures once they are written.
     """

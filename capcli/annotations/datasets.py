@@ -13,11 +13,12 @@ from typing import Any
 
 from capcli.annotations.rows import (
     BYTES_COLUMN,
-    CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     Annotations,
     Row,
+    caption_columns,
     captions_of,
+    filled,
     image_name,
     no_column,
     pick,
@@ -82,7 +83,7 @@ class DatasetLayout:
     """The columns of a split that are read: `image` contains the images themselves, `name` their names."""
 
     names: tuple[str, ...]
-    caption: str
+    captions: tuple[str, ...]
     image: str | None
     name: str | None
     split: str | None
@@ -93,8 +94,8 @@ class DatasetLayout:
 def _layout(folder: str, options: DataOptions) -> DatasetLayout:
     schema = _table(folder).schema
     names = tuple(schema.names)
-    caption = pick(names, options.caption_column, CAPTION_COLUMNS)
-    if caption is None:
+    captions = caption_columns(names, options.caption_column)
+    if not captions:
         raise no_column(folder, names, options.caption_column, "caption", "--caption-column")
     files = [name for name in names if is_bytes(schema.field(name).type)]
     usual = pick(files, options.image_column, IMAGE_COLUMNS)
@@ -103,14 +104,14 @@ def _layout(folder: str, options: DataOptions) -> DatasetLayout:
     if options.image_column is not None and given is None:
         raise no_column(folder, names, options.image_column, "image", "--image-column")
     image = given if given in pictures else pick(pictures, None, IMAGE_COLUMNS) or next(iter(pictures), None)
-    plain = [name for name in names if name not in (*pictures, *files, caption)]
+    plain = [name for name in names if name not in (*pictures, *files, *captions)]
     name = given if given in plain else pick(plain, None, IMAGE_COLUMNS)
     if image is None and name is None and len(files) == 1:
         image = files[0]
     if image is None and name is None:
         raise no_column(folder, names, options.image_column, "image", "--image-column")
     split, tags = split_column(names, options, folder), tags_column(names, options, folder)
-    return DatasetLayout(names, caption, image, name, split, tags, options.split_column is not None)
+    return DatasetLayout(names, captions, image, name, split, tags, options.split_column is not None)
 
 
 def _is_prepared(path: str) -> bool:
@@ -154,7 +155,7 @@ def _indices(folder: str) -> Any:
 def _rows(folder: str, split: str | None, layout: DatasetLayout) -> Iterator[Row]:
     """The rows of one split, a batch at a time."""
     table, indices = _table(folder), _indices(folder)
-    wanted = (layout.caption, layout.name, layout.split, layout.tags, BYTES_COLUMN)
+    wanted = (*layout.captions, layout.name, layout.split, layout.tags, BYTES_COLUMN)
     plain = table.select([name for name in layout.names if name in wanted])
     pictures = None if layout.image is None else _Pictures(folder, table.column(layout.image), layout.image)
     if pictures is not None and layout.name is None:
@@ -165,7 +166,7 @@ def _rows(folder: str, split: str | None, layout: DatasetLayout) -> Iterator[Row
         chosen = range(start, start + count) if indices is None else indices.slice(start, count)
         batch = plain.slice(start, count) if indices is None else plain.take(chosen)
         columns = batch.to_pydict()
-        captions = map(captions_of, columns[layout.caption])
+        captions = _captions([columns[name] for name in layout.captions])
         cells = columns[layout.split] if layout.split else [None] * count
         splits = [split_of(cell, folder, strict=layout.strict_split) or split for cell in cells]
         names = _names(folder, columns, layout.name) if layout.name else [""] * count
@@ -177,6 +178,13 @@ def _rows(folder: str, split: str | None, layout: DatasetLayout) -> Iterator[Row
             yield from rows
         else:
             yield from (row._replace(tags=tags) for row, tags in zip(rows, columns[layout.tags], strict=True))
+
+
+def _captions(columns: Sequence[list[Any]]) -> Iterator[Sequence[object]]:
+    """The captions of each row."""
+    if len(columns) == 1:
+        return map(captions_of, columns[0])
+    return map(filled, zip(*columns, strict=True))
 
 
 def _names(folder: str, columns: dict[str, list[Any]], name: str) -> list[str]:

@@ -1,30 +1,28 @@
-"""Recognises the format of a file or folder of annotations; reads imagefolders, images with text files, class folders."""
+"""Recognises the format of a file or folder of annotations; reads imagefolders."""
 
 from __future__ import annotations
 
-import codecs
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 from capcli.annotations.datasets import is_dataset, stored_annotations
+from capcli.annotations.image_folders import SIDECARS, captioned_folder, class_folders, split_folder
 from capcli.annotations.json_files import json_file
-from capcli.annotations.rows import SPLITS, Annotations, Row
+from capcli.annotations.rows import Annotations, Row
 from capcli.annotations.tables import parquet_table, text_table, token_file
-from capcli.annotations.text_files import head, lines
+from capcli.annotations.text_files import UNDECODED, decoded, head, lines
 from capcli.errors import CapcliError, UsageError
 from capcli.options import DataOptions
-from capcli.sources import IMAGE_SUFFIXES
-from capcli.sources.files import walk
+from capcli.sources.hidden import is_hidden
+from capcli.sources.lists import UTF16_MARKS
 from capcli.text import printable
 
 KNOWN = (
     "a table with a header (CSV, TSV, Parquet), a Flickr token file (name.jpg#0<tab>caption), COCO or Karpathy JSON, "
-    "JSON lines, a folder with metadata.jsonl, one of images with .txt beside them, or a dataset saved by save_to_disk"
+    "JSON lines, a folder with metadata.jsonl, one of images with .txt or .json beside them, or a dataset saved by save_to_disk"
 )
 METADATA = tuple(f"metadata.{suffix}" for suffix in ("jsonl", "csv", "parquet"))  # Hugging Face imagefolder's
-_SIDECARS = (".caption", ".txt")  # kohya's; where both exist the first is read
 _PACKED = {
     b"\x1f\x8b": "compressed with gzip",
     b"PK\x03\x04": "a zip archive",
@@ -74,11 +72,12 @@ def _refuse_binary(path: str, beginning: bytes) -> None:
     for magic, what in _PACKED.items():
         if beginning.startswith(magic):
             raise CapcliError(f"{printable(path)} is {what}: unpack it and give the unpacked file")
-    if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    if beginning.startswith(UTF16_MARKS):
         return
     if beginning.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         raise CapcliError(f"{printable(path)} is a file of a dataset on disk: give the folder it is in")
-    if b"\0" in beginning:
+    first = beginning.lstrip().partition(b"\n")[0]
+    if b"\0" in first or (b"\0" in beginning and UNDECODED.search(decoded(first))):
         line = beginning[: beginning.index(b"\0")].count(b"\n") + 1
         raise CapcliError(f"{printable(path)} is binary data: line {line} has a NUL byte. Known formats: {KNOWN}")
 
@@ -94,18 +93,16 @@ def folder_annotations(path: str, options: DataOptions) -> list[Annotations]:
     if metadata:
         return metadata
     if options.label_template is not None:
-        rows = partial(_class_rows, path, options.label_template)
-        if next(rows(), None) is None:
-            raise CapcliError(f"{printable(path)} has no folders of images, whose names would be labels")
-        return [Annotations(path, "folders of images, one per class", rows, path)]
-    if next(_sidecar_rows(path, only_captioned=True), None) is not None:
-        return [Annotations(path, "folder of images with text files beside them", partial(_sidecar_rows, path), path)]
-    raise _nothing_known(path)
+        return [class_folders(path, options.label_template)]
+    found = captioned_folder(path, whole=options.text_files == "whole")
+    if found is None:
+        raise _nothing_known(path)
+    return [found]
 
 
 def _metadata(path: str) -> list[str]:
     """The metadata files of the folder and of the splits' folders in it, at most one of each folder."""
-    folders = [path, *sorted(entry.path for entry in _entries(path) if entry.is_dir() and _split(entry.name))]
+    folders = [path, *sorted(entry.path for entry in _entries(path) if entry.is_dir() and split_folder(entry.name))]
     files = (
         next(filter(os.path.isfile, (os.path.join(folder, name) for name in METADATA)), None) for folder in folders
     )
@@ -120,10 +117,6 @@ def _entries(path: str) -> list[os.DirEntry[str]]:
         raise CapcliError(f"{printable(path)}: {error.strerror or error}") from None
 
 
-def _split(folder: str) -> str | None:
-    return SPLITS.get(folder.casefold())
-
-
 def _imagefolder(path: str, metadata: Annotations) -> Annotations:
     """The metadata with names relative to the folder at `path`, and with splits from the first folder of each name."""
     below = os.path.relpath(metadata.home or os.curdir, path or os.curdir)
@@ -135,62 +128,18 @@ def _imagefolder(path: str, metadata: Annotations) -> Annotations:
                 continue
             name = row.name if below == os.curdir or os.path.isabs(row.name) else f"{below}/{row.name}"
             first, slash, _ = os.path.normpath(name).partition("/")
-            yield row._replace(name=name, split=row.split or (_split(first) if slash else None))
+            yield row._replace(name=name, split=row.split or (split_folder(first) if slash else None))
 
     return replace(metadata, format=f"imagefolder ({metadata.format})", rows=rows, home=path)
-
-
-def _sidecar_rows(path: str, *, only_captioned: bool = False) -> Iterator[Row]:
-    """Images below the folder, in the order of their names, with the lines of the text file beside each."""
-    names_here: list[str] = []  # the walk yields one folder's names together
-    folder = ""
-    names = walk(path, lambda _: True, lambda name: _suffix(name) in (*IMAGE_SUFFIXES, *_SIDECARS), lambda _: None)
-    for name in names:
-        here = os.path.dirname(name)
-        if here != folder:
-            yield from _captioned(path, folder, names_here, only_captioned=only_captioned)
-            folder, names_here = here, []
-        names_here.append(os.path.basename(name))
-    yield from _captioned(path, folder, names_here, only_captioned=only_captioned)
-
-
-def _captioned(path: str, folder: str, names: list[str], *, only_captioned: bool) -> Iterator[Row]:
-    """The rows of one folder; with `only_captioned` without those of images that have no text file."""
-    sidecars = {name for name in names if _suffix(name) in _SIDECARS}
-    split = _split(folder.partition("/")[0])
-    for name in names:
-        if name in sidecars:
-            continue
-        stem = os.path.splitext(name)[0]
-        sidecar = next((stem + suffix for suffix in _SIDECARS if stem + suffix in sidecars), None)
-        if sidecar is not None:
-            with lines(os.path.join(path, folder, sidecar)) as stream:
-                captions = [line for line in stream if line.strip()] or [""]
-            yield Row(f"{folder}/{name}" if folder else name, captions, split)
-        elif not only_captioned:
-            yield Row(f"{folder}/{name}" if folder else name, (), split)
-
-
-def _class_rows(path: str, template: str) -> Iterator[Row]:
-    """Images in folders, each with the label of its folder as caption; a folder of a split is not a label."""
-    for name in walk(path, lambda _: True, lambda name: _suffix(name) in IMAGE_SUFFIXES, lambda _: None):
-        first, *_ = folders = name.split("/")[:-1] or [""]
-        split = _split(first)
-        if label := folders[-1] if len(folders) > (split is not None) else "":
-            yield Row(name, (template.replace("{label}", label),), split)
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
 
 
 def _nothing_known(path: str) -> CapcliError:
     files = sorted(entry.name for entry in _entries(path) if entry.is_file())
     suffixes = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".token", ".parquet")
-    likely = [name for name in files if _suffix(name) in suffixes]
+    likely = [name for name in files if os.path.splitext(name)[1].lower() in suffixes and not is_hidden(name)]
     hint = f"; it has {', '.join(map(printable, likely[:5]))}: give that file" if likely else ""
     return CapcliError(
         f"{printable(path)} has no annotations: looked for a dataset on disk (dataset_dict.json, state.json), "
-        f"{', '.join(METADATA)} here or in train/, validation/ or similar folders, and images with {' or '.join(_SIDECARS)} "
-        f"beside them{hint}"
+        f"{', '.join(METADATA)} here or in train/, validation/ or similar folders, and images with {', '.join(SIDECARS[:-1])} or "
+        f"{SIDECARS[-1]} beside them{hint}"
     )

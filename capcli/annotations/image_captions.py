@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from capcli.annotations.data_report import EMPTY, MISSING, UNREAD, WITHOUT, DataReport
-from capcli.annotations.image_files import SAMPLE, ImageFinder, Listings
+from capcli.annotations.image_files import SAMPLE, FoundImage, ImageFinder, Listings
+from capcli.annotations.name_matching import composed
 from capcli.annotations.rows import Annotations, Row, texts
 from capcli.errors import CapcliError
 from capcli.records import Annotated, Stored
@@ -49,19 +50,26 @@ def gather(files: Iterable[Annotations], report: DataReport, *, by_file: bool) -
     """
     gathered: dict[str | None, dict[Hashable, GatheredImage]] = {}
     in_several: set[str] = set()
+    files_of: dict[Hashable, set[Annotations]] = {}  # of names that another Unicode form may be equal to
     for file in files:
         images = gathered.setdefault(os.path.realpath(file.path) if by_file else None, {})
         faults: list[CapcliError] = []
+        remarks: dict[str, set[str]] = {}
         nameless = named = 0
         for row in file.rows():
+            row = _checked(row, file)
             if row.fault is not None:
                 faults.append(row.fault)
-                report.add(file.path, UNREAD, str(row.fault).removeprefix(f"{printable(file.path)}: "))
+                report.add(row.name or file.path, UNREAD, str(row.fault).removeprefix(f"{printable(file.path)}: "))
             elif not row.name:
                 nameless += 1
             else:
                 named += 1
                 _add_row(row, file, images, in_several)
+                if not row.name.isascii():
+                    files_of.setdefault(_key(row), set()).add(file)
+                if row.remark:
+                    remarks.setdefault(row.remark, set()).add(row.name)
         if faults and not named + nameless:
             raise faults[0]
         if faults:
@@ -71,15 +79,48 @@ def gather(files: Iterable[Annotations], report: DataReport, *, by_file: bool) -
         if nameless:
             rows = f"{counted(nameless, 'row')} of {printable(file.path)}"
             report.notes.append(f"{rows} without an image's name: skipped")
+        report.notes += [f"{counted(len(names), 'image')} {remark}" for remark, names in remarks.items()]
+        report.notes += file.notes
+    if not by_file:
+        _merge_spellings(gathered.get(None, {}), files_of)
     note_several_splits(in_several, report)
     return [image for images in gathered.values() for image in images.values()]
 
 
+def _checked(row: Row, file: Annotations) -> Row:
+    """The row; one whose name no file can have has a fault."""
+    if "\0" not in row.name:
+        return row
+    return Row.unreadable(CapcliError(f"{printable(file.path)}: the name {brief(row.name)} has a NUL byte"))
+
+
+def _key(row: Row) -> Hashable:
+    """What identifies the image of a row."""
+    return row.identity or normal(row.name.strip() if "://" in row.name else row.name)
+
+
+def _merge_spellings(images: dict[Hashable, GatheredImage], files_of: Mapping[Hashable, set[Annotations]]) -> None:
+    """Makes one image of those whose names differ in their Unicode form alone, unless one file lists both."""
+    spellings: dict[str, list[Hashable]] = {}
+    for key in files_of:
+        spellings.setdefault(composed(images[key].name), []).append(key)
+    for first, *others in spellings.values():
+        files = [file for key in (first, *others) for file in files_of[key]]
+        if len(set(files)) < len(files):
+            continue
+        for other in map(images.pop, others):
+            image = images[first]
+            image.captions += tuple(text for text in other.captions if text not in image.captions)
+            image.empty += other.empty
+            image.split = max(image.split, other.split, key=_RANK.__getitem__)
+            image.tags = image.tags or other.tags
+
+
 def _add_row(row: Row, file: Annotations, images: dict[Hashable, GatheredImage], in_several: set[str]) -> None:
-    name = row.name.strip() if "://" in row.name else row.name
-    key = row.identity or normal(name)
+    key = _key(row)
     image = images.get(key)
     if image is None:
+        name = row.name.strip() if "://" in row.name else row.name
         image = images[key] = GatheredImage(name, file, row.split, row.folder, row.image)
     elif row.split != image.split:
         if row.split and image.split:
@@ -114,6 +155,8 @@ def usable(
         found = [Annotated(image.name, None, image.captions, image.split, image.tags) for image in captioned]
     else:
         found = _located(captioned, root, report, keep_missing=keep_missing)
+    if not found and not captioned and report.fault is not None:
+        raise report.fault
     if not found:
         raise _nothing_usable(images, root)
     return found
@@ -132,6 +175,12 @@ def _located(
 ) -> list[Annotated]:
     listings = Listings()
     finders = _finders(images, root, listings)
+    found = {
+        id(image): finders[image.file].find(image.name, image.folder, image.split)
+        for image in images
+        if image.stored is None
+    }
+    shared = _shared_by_ends(images, found)
     positions: dict[str, int] = {}  # in the result, by file
     in_several: set[str] = set()
     missing = 0
@@ -140,15 +189,14 @@ def _located(
         if image.stored is not None:
             result.append(Annotated(image.name, image.stored, image.captions, image.split, image.tags))
             continue
-        finder = finders[image.file]
-        path = finder.find(image.name, image.folder, image.split)
+        finder, place = finders[image.file], found[id(image)]
+        path = None if place is None or place.path in shared else place.path
         if path is None and keep_missing:
             path = os.path.join(finder.root, image.name)
             missing += listings.identity(path) not in positions
         if path is None:
-            is_folder = os.path.isdir(os.path.join(finder.root, image.name))
-            what = "it is a folder" if is_folder else "there is no such file"
-            report.add(image.name, MISSING, f"{what} in {printable(finder.root or os.curdir)}")
+            reason = f"the names of several images end in {brief(os.path.basename(place.path))}" if place else None
+            report.add(image.name, MISSING, reason or _why_missing(image.name, finder.root))
             continue
         position = positions.setdefault(listings.identity(path), len(result))
         item = Annotated(image.name, path, image.captions, image.split, image.tags)
@@ -160,6 +208,21 @@ def _located(
             result[position] = _merged(result[position], item)
     note_several_splits(in_several, report)
     return result if len(result) > missing else []
+
+
+def _shared_by_ends(images: Iterable[GatheredImage], found: Mapping[int, FoundImage | None]) -> set[str]:
+    """The paths that were found by the ends of several names: which of them is meant is not known."""
+    names: dict[str, set[str]] = {}
+    for image in images:
+        place = found.get(id(image))
+        if place is not None and place.by_end:
+            names.setdefault(place.path, set()).add(composed(image.name))
+    return {path for path, of_path in names.items() if len(of_path) > 1}
+
+
+def _why_missing(name: str, root: str) -> str:
+    what = "it is a folder" if os.path.isdir(os.path.join(root, name)) else "there is no such file"
+    return f"{what} in {printable(root or os.curdir)}"
 
 
 def _merged(first: Annotated, second: Annotated) -> Annotated:
@@ -189,7 +252,7 @@ def _nothing_usable(images: Sequence[GatheredImage], root: str | None) -> Capcli
     if not first.captions:
         columns = f" (columns: {', '.join(map(printable, file.columns[:20]))})" if file.columns else ""
         return CapcliError(f"no image has a caption; the first is {brief(first.name)} in {read}{columns}")
-    if "://" in first.name:
+    if "://" in first.name and not first.name.startswith("file:"):
         url = brief(first.name)
         return CapcliError(f"{read}, names URLs such as {url}: capcli prepare --url-column downloads them")
     candidates = ImageFinder(file, root, Listings()).candidates

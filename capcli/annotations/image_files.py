@@ -6,12 +6,15 @@ import contextlib
 import json
 import os
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import NamedTuple
+from urllib.parse import unquote
 
+from capcli.annotations.name_matching import NameIndex
 from capcli.annotations.rows import SPLITS, Annotations
 from capcli.sources import IMAGE_SUFFIXES
+from capcli.sources.hidden import is_hidden
 
 # Only folders with such names are tried beside the annotations' own: another data set may have images of the same names.
 _LIKELY = re.compile(
@@ -19,7 +22,16 @@ _LIKELY = re.compile(
     re.IGNORECASE,
 )
 _COCO_NAME = re.compile(r"COCO_((?:train|val|test)\d{4})_")
+_DRIVE = re.compile(r"[A-Za-z]:(?=[\\/])")  # of a Windows name
+_FILE_URL = "file://"
 SAMPLE = 64  # names by which the folder is chosen
+
+
+class FoundImage(NamedTuple):
+    """The file of an image. `by_end`: only the end of the name leads to it, as the name is a whole path elsewhere."""
+
+    path: str
+    by_end: bool = False
 
 
 class Listings:
@@ -27,8 +39,10 @@ class Listings:
 
     def __init__(self) -> None:
         self._files: dict[str, frozenset[str] | None] = {}
+        self._indexes: dict[str, NameIndex] = {}
         self._stems: dict[str, dict[str, str]] = {}
         self._real: dict[str, str] = {}
+        self._other_folder = cache(self._search_other_folder)
 
     def files(self, folder: str) -> frozenset[str] | None:
         """The names in the folder, without those of folders; None where it cannot be listed."""
@@ -39,6 +53,32 @@ class Listings:
     def has(self, path: str) -> bool:
         folder, name = os.path.split(path)
         return name in (self.files(folder) or ())
+
+    def in_other_form(self, path: str) -> str | None:
+        """The file whose name, and whose folders' names, differ from those of `path` in their Unicode form alone."""
+        folder, name = os.path.split(path)
+        if self.files(folder) is None and folder not in ("", path):
+            other = self._other_folder(folder)
+            return None if other in (None, folder) else self.in_other_form(os.path.join(str(other), name))
+        if folder not in self._indexes:
+            self._indexes[folder] = NameIndex(self.files(folder) or ())
+        found = self._indexes[folder].find(name)
+        return None if found is None else os.path.join(folder, found)
+
+    def _search_other_folder(self, folder: str) -> str | None:
+        """The folder whose name differs from `folder` in the Unicode form of its parts alone."""
+        above, name = os.path.split(folder)
+        if above == folder:
+            return None
+        if above and not os.path.isdir(above):
+            other = self._other_folder(above)
+            if other is None:
+                return None
+            above = other
+        with contextlib.suppress(OSError, ValueError), os.scandir(above or os.curdir) as found:
+            same = NameIndex(entry.name for entry in found if entry.is_dir()).find(name)
+            return None if same is None else os.path.join(above, same)
+        return None
 
     def by_stem(self, path: str) -> str | None:
         """The image whose name is that of `path` plus a suffix, or None."""
@@ -74,22 +114,48 @@ class ImageFinder:
     def __init__(self, annotations: Annotations, root: str | None, listings: Listings) -> None:
         self.candidates = tuple(_candidates(annotations, root))
         self._listings = listings
+        self._given = root is not None
         self.root = self.candidates[0]
         self._below = cache(self._subfolders)
 
     def choose(self, sample: Sequence[tuple[str, str, str | None]]) -> None:
         """Sets `root` by some images, each given as its name, its row's folder ("" if none) and its split."""
-        relative = [image for image in sample if not os.path.isabs(image[0])]
-        hits = [sum(self._find(root, *image) is not None for image in relative) for root in self.candidates]
+        hits = [sum(self._hit(root, *image) for image in sample) for root in self.candidates]
         self.root = self.candidates[hits.index(max(hits))]
 
-    def find(self, name: str, folder: str, split: str | None) -> str | None:
-        """The path of the image, or None."""
-        return self._find(self.root, name, folder, split)
+    def _hit(self, root: str, name: str, folder: str, split: str | None) -> bool:
+        """Whether the folder `root` has the image; an absolute name that exists speaks for no folder."""
+        if _is_whole(name):
+            return self._by_end(root, name, folder, split) is not None
+        return self._find(root, name, folder, split) is not None
+
+    def find(self, name: str, folder: str, split: str | None) -> FoundImage | None:
+        """The file of the image, or None.
+
+        A whole path of another machine is found by its end: by as many of its last parts as lead to a file, where the
+        folder of the images was given.
+        """
+        if not _is_whole(name):
+            path = self._find(self.root, name, folder, split)
+            return None if path is None else FoundImage(path)
+        name = name.removeprefix(_FILE_URL)
+        path = self._existing(name)
+        if path is not None:
+            return FoundImage(path)
+        return self._by_end(self.root, name, folder, split)
+
+    def _by_end(self, root: str, name: str, folder: str, split: str | None) -> FoundImage | None:
+        if not self._given:
+            return None
+        name = name.removeprefix(_FILE_URL)
+        parts = [part for part in _DRIVE.sub("", name, count=1).replace("\\", "/").split("/") if part]
+        for start in range(len(parts)):
+            path = self._find(root, "/".join(parts[start:]), folder, split)
+            if path is not None:
+                return FoundImage(path, by_end=True)
+        return None
 
     def _find(self, root: str, name: str, folder: str, split: str | None) -> str | None:
-        if os.path.isabs(name):
-            return name if self._listings.has(name) else None
         found = _COCO_NAME.match(name)
         for below in self._below(root, folder, split, found[1] if found else ""):
             path = self._existing(os.path.join(below, name))
@@ -107,19 +173,32 @@ class ImageFinder:
         """The path, or another spelling of it for which there is a file."""
         if self._listings.has(path):
             return path
-        folder, name = os.path.split(path)
-        stem, suffix = os.path.splitext(path)
-        spellings = [
-            path.replace("\\", "/"),
-            os.path.join(folder, name.strip()),
-            stem + suffix.lower(),
-            stem + suffix.upper(),
-        ]
-        spellings += [unicodedata.normalize(form, path) for form in ("NFC", "NFD")] if not path.isascii() else []
-        for spelling in spellings:
+        for spelling in _spellings(path):
             if spelling != path and self._listings.has(spelling):
                 return spelling
-        return None if suffix.lower() in IMAGE_SUFFIXES else self._listings.by_stem(path)
+        found = None if path.isascii() else self._listings.in_other_form(path)
+        if found is None and os.path.splitext(path)[1].lower() not in IMAGE_SUFFIXES:
+            found = self._listings.by_stem(path)
+        return found
+
+
+def _is_whole(name: str) -> bool:
+    """Whether a name is a whole path, here or on another machine, and not relative to a folder."""
+    return os.path.isabs(name) or name.startswith(("\\\\", _FILE_URL)) or _DRIVE.match(name) is not None
+
+
+def _spellings(path: str) -> Iterator[str]:
+    """Spellings of a path that other programs write."""
+    folder, name = os.path.split(path)
+    stem, suffix = os.path.splitext(path)
+    yield path.replace("\\", "/")
+    yield os.path.join(folder, name.strip())
+    yield stem + suffix.lower()
+    yield stem + suffix.upper()
+    if "%" in path:
+        yield unquote(path)
+    if suffix == ".0" and os.path.basename(stem).isdecimal():  # a number in a column with gaps, as pandas writes it
+        yield from (stem + each for each in IMAGE_SUFFIXES)
 
 
 def _candidates(annotations: Annotations, root: str | None) -> Iterator[str]:
@@ -146,7 +225,7 @@ def _below(folder: str, stem: str, *, likely: bool) -> list[str]:
     """The folders in `folder`, or those with a name usual for images; first those that are part of the annotations' name."""
     try:
         with os.scandir(folder or os.curdir) as found:
-            names = [entry.name for entry in found if entry.is_dir() and not entry.name.startswith(".")]
+            names = [entry.name for entry in found if entry.is_dir() and not is_hidden(entry.name)]
     except (OSError, ValueError):
         return []
     order = {name: (name.casefold() not in stem.casefold(), not _LIKELY.fullmatch(name), name) for name in names}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
@@ -12,6 +12,7 @@ import numpy as np
 from capcli.annotations.data_report import DataReport
 from capcli.annotations.image_captions import GatheredImage, normal
 from capcli.annotations.image_files import Listings
+from capcli.annotations.name_matching import NameIndex, base, composed, stem
 from capcli.errors import CapcliError
 from capcli.options import DataOptions
 from capcli.records import Annotated, Stored
@@ -64,7 +65,8 @@ def validation_images(images: Sequence[GatheredImage]) -> list[GatheredImage]:
 
 
 def matched(images: Sequence[GatheredImage], path: str, report: DataReport) -> set[int]:
-    """The positions of the images in the list at `path`, by name, or by file name or stem where only one image has it.
+    """The positions of the images in the list at `path`, by name, or by another form of it that only one image has: in
+    Unicode's composed form, without folders, or without the suffix too.
 
     Raises CapcliError where no name matches, and UsageError where the file is not a list. A note in the report counts
     names without an image.
@@ -72,18 +74,19 @@ def matched(images: Sequence[GatheredImage], path: str, report: DataReport) -> s
     names = [entry.name for entry in open_list(path, null=False)]
     if not names:
         raise CapcliError(f"{printable(path)} lists no image")
-    exact: dict[str, list[int]] = {}
+    positions: dict[str, list[int]] = {}
     for position, image in enumerate(images):
-        exact.setdefault(normal(image.name), []).append(position)
+        positions.setdefault(normal(image.name), []).append(position)
+    index = NameIndex(positions, (composed, base, stem))
     found: set[int] = set()
     unknown: list[str] = []
-    for name in names:
-        positions = exact.get(normal(name)) or exact.get(normal(name.strip()))
-        found.update(positions or ())
-        if not positions and name.strip():
+    for name in filter(str.strip, names):
+        given = normal(name)
+        match = index.find(given if given in index else normal(name.strip()))
+        if match is None:
             unknown.append(name)
-    if unknown:
-        unknown = _match_loosely(unknown, exact, found)
+        else:
+            found.update(positions[match])
     if not found:
         example = brief(images[0].name) if images else "no image"
         raise CapcliError(
@@ -94,36 +97,6 @@ def matched(images: Sequence[GatheredImage], path: str, report: DataReport) -> s
         some = f"{len(unknown):,} of {counted(len(names), 'name')} in {printable(path)}"
         report.notes.append(f"{some} not found in the data, such as {brief(unknown[0])}")
     return found
-
-
-def _match_loosely(names: Sequence[str], exact: Mapping[str, Sequence[int]], found: set[int]) -> list[str]:
-    """Adds to `found` the images that match a name without its folders, or also without its suffix; returns the rest."""
-    unique = [_of_one_image((shorten(name), positions) for name, positions in exact.items()) for shorten in _SHORTER]
-    remaining = []
-    for name in names:
-        whole = normal(name.strip())
-        matches = (images.get(shorten(whole)) for shorten, images in zip(_SHORTER, unique, strict=True))
-        position = next((position for position in matches if position is not None), None)
-        if position is None:
-            remaining.append(name)
-        else:
-            found.add(position)
-    return remaining
-
-
-def _stem(name: str) -> str:
-    return os.path.splitext(os.path.basename(name))[0]
-
-
-_SHORTER: tuple[Callable[[str], str], ...] = (os.path.basename, _stem)
-
-
-def _of_one_image(pairs: Iterable[tuple[str, Sequence[int]]]) -> dict[str, int]:
-    """The keys that belong to one image only, with its position."""
-    positions_of: dict[str, int | None] = {}
-    for key, positions in pairs:
-        positions_of[key] = None if key in positions_of or len(positions) > 1 else positions[0]
-    return {key: position for key, position in positions_of.items() if position is not None}
 
 
 def without(images: Sequence[Annotated], others: Sequence[Annotated], report: DataReport) -> list[Annotated]:

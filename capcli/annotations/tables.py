@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -14,23 +13,27 @@ from typing import Any
 
 from capcli.annotations.rows import (
     BYTES_COLUMN,
+    REJECTED,
     Annotations,
     ColumnNames,
     Row,
-    object_row,
+    filled,
+    folded,
+    is_image,
+    is_true,
     raw_name,
+    readable_row,
     split_of,
 )
-from capcli.annotations.text_files import lines
+from capcli.annotations.table_records import Dialect, TableReader
+from capcli.annotations.text_files import line_fault, lines
 from capcli.errors import CapcliError
+from capcli.imports import importing
 from capcli.options import DataOptions
 from capcli.sources import IMAGE_SUFFIXES
-from capcli.text import json_list, printable
+from capcli.text import printable
 
 _SEPARATORS = ("\t", ",", "|", ";")
-# Characters. The csv module's limit applies to the whole process; a larger one does not affect other readers.
-csv.field_size_limit(1 << 30)
-_LONGEST = 50  # lines of one quoted cell; more mean that the quote was never closed
 _BATCH = 1 << 14  # rows of a Parquet file in memory at a time
 _SUFFIX = "(?i:" + "|".join(map(re.escape, IMAGE_SUFFIXES)) + ")"
 _NUMBER = r"(?:#[A-Za-z]+)?#\d+"  # #0, or #zhc#0: the language, then the caption's number
@@ -50,16 +53,15 @@ _TOKEN_LINES = tuple(
 class TableLayout:
     """How lines are split into cells: `names` are the columns, `header` whether the file begins with them."""
 
-    separator: str
+    dialect: Dialect
     names: tuple[str, ...]
     header: bool
     columns: ColumnNames
-    strict_split: bool
+    strict_split: bool = False
 
     @property
-    def spaced(self) -> bool:
-        """Whether a blank follows each separator; a quoted cell then begins after the blank."""
-        return any(name.startswith(" ") for name in self.names[1:])
+    def separator(self) -> str:
+        return self.dialect.separator
 
 
 def text_table(path: str, first: str, options: DataOptions) -> Annotations | None:
@@ -75,25 +77,21 @@ def text_table(path: str, first: str, options: DataOptions) -> Annotations | Non
     return Annotations(path, kind, rows, os.path.dirname(path), layout.names if layout.header else ())
 
 
-def _cells(line: str, separator: str) -> list[str]:
-    spaced = f"{separator} " in line
-    return next(csv.reader([line], delimiter=separator, skipinitialspace=spaced), [])
-
-
 def _with_header(path: str, first: str, options: DataOptions) -> TableLayout | None:
-    tried: list[tuple[str, list[str]]] = []
+    tried: list[list[str]] = []
     for separator in _SEPARATORS:
-        names = next(csv.reader([first], delimiter=separator), [])
+        dialect = Dialect.of(first, separator)
+        names = dialect.split(first).all
         if len(names) < 2:
             continue
-        tried.append((separator, names))
+        tried.append(names)
         try:
             columns = ColumnNames.among(names, options, path)
         except CapcliError:
             continue
-        return TableLayout(separator, tuple(names), True, columns, options.split_column is not None)
+        return TableLayout(dialect, tuple(names), True, columns, options.split_column is not None)
     if tried:  # raises the error for the separator that gives most columns
-        ColumnNames.among(max((names for _, names in tried), key=len), options, path)
+        ColumnNames.among(max(tried, key=len), options, path)
     return None
 
 
@@ -101,110 +99,106 @@ def _without_header(first: str, options: DataOptions) -> TableLayout | None:
     """The layout of a table without a header: columns are given by number, from 1, or the first line is an image's name
     and a text."""
     numbers = (options.image_column, options.caption_column)
-    if all(number is not None and number.isdecimal() and number != "0" for number in numbers):
-        image, caption = (int(str(number)) for number in numbers)
-        for separator in _SEPARATORS:
-            width = len(_cells(first, separator))
-            if width >= max(image, caption):
-                names = tuple(map(str, range(1, width + 1)))
-                return TableLayout(
-                    separator, names, False, ColumnNames(names[image - 1], names[caption - 1], None), False
-                )
-    if numbers == (None, None):
-        for separator in _SEPARATORS:
-            cells = _cells(first, separator)
-            if len(cells) > 1 and _is_image(cells[0]) and not _is_image(cells[1]) and cells[1].strip():
-                return TableLayout(separator, ("1", "2"), False, ColumnNames("1", "2", None), False)
+    by_number = all(number is not None and number.isdecimal() and number != "0" for number in numbers)
+    if not by_number and numbers != (None, None):
+        return None
+    for separator in _SEPARATORS:
+        dialect = Dialect.of(first, separator)
+        cells = dialect.split(first).all
+        names = tuple(map(str, range(1, len(cells) + 1)))
+        if by_number:
+            image, caption = (int(str(number)) for number in numbers)
+            if len(cells) >= max(image, caption):
+                return TableLayout(dialect, names, False, ColumnNames(names[image - 1], (names[caption - 1],)))
+        elif len(cells) > 1 and is_image(cells[0]) and not is_image(cells[1]) and cells[1].strip():
+            return TableLayout(dialect, ("1", "2"), False, ColumnNames("1", ("2",)))
     return None
 
 
-def _is_image(cell: str) -> bool:
-    return os.path.splitext(cell.strip())[1].lower() in IMAGE_SUFFIXES
-
-
 def _text_rows(path: str, layout: TableLayout) -> Iterator[Row]:
-    columns, names = layout.columns, layout.names
-    image = names.index(columns.image)
-    captions = [n for n, name in enumerate(names) if _folded(name) == _folded(columns.caption)]  # two may have one name
-    split = None if columns.split is None else names.index(columns.split)
-    tags = None if columns.tags is None else names.index(columns.tags)
-    encoded = names.index(BYTES_COLUMN) if BYTES_COLUMN in names else None
+    row_of = RowOfCells.by(layout, path)
     with lines(path) as stream:
-        records = _records(stream, layout, path)
+        records = TableReader(path, layout.dialect, row_of.is_row).records(stream)
         for number, cells in islice(records, int(layout.header), None):
-            if len(cells) != len(names):
-                try:
-                    cells = _fitted(cells, layout, captions[-1], path, number)
-                except CapcliError as error:
-                    yield Row.unreadable(error)
-                    continue
-            name = cells[image].strip() if layout.separator == "|" else cells[image]
-            if encoded is not None and cells[encoded]:
-                name = raw_name(cells[encoded], path)
-            row_split = None if split is None else split_of(cells[split], path, strict=layout.strict_split)
-            texts = [text for caption in captions for text in cell_captions(cells[caption])]
-            yield Row(name, texts, row_split, tags=None if tags is None else cells[tags])
+            try:
+                yield row_of(cells, number)
+            except CapcliError as error:
+                yield Row.unreadable(error)
 
 
-def _folded(name: str) -> str:
-    return name.strip().casefold()
+@dataclass(frozen=True)
+class RowOfCells:
+    """Makes rows from the cells of records; the fields are the positions of the columns that are read."""
 
+    path: str
+    layout: TableLayout
+    image: int
+    captions: tuple[int, ...]
+    split: int | None
+    tags: int | None
+    encoded: int | None  # the name in base64
+    rejected: int | None
 
-def _records(stream: Iterable[str], layout: TableLayout, path: str) -> Iterator[tuple[int, list[str]]]:
-    """The cells of each record that is not blank, with the number of its first line."""
-    record: list[str] = []
+    @classmethod
+    def by(cls, layout: TableLayout, path: str) -> RowOfCells:
+        columns, names = layout.columns, layout.names
+        of_captions = {folded(name) for name in columns.captions}
 
-    def recorded() -> Iterator[str]:
-        for line in stream:
-            record.append(line)
-            if len(record) > _LONGEST:
-                break
-            yield line
+        def position(name: str | None) -> int | None:
+            return names.index(name) if name in names else None
 
-    number = 1
-    reader = csv.reader(recorded(), delimiter=layout.separator, skipinitialspace=layout.spaced)
-    try:
-        for cells in reader:
-            _refuse_unclosed(record, layout, path, number)
-            if any(cell.strip() for cell in cells):
-                yield number, cells
-            number += len(record)
-            record.clear()
-    except csv.Error as error:
-        raise CapcliError(f"{printable(path)}: line {number} is not a row of a table: {error}") from None
+        return cls(
+            path,
+            layout,
+            names.index(columns.image),
+            tuple(n for n, name in enumerate(names) if folded(name) in of_captions),  # two may have one name
+            position(columns.split),
+            position(columns.tags),
+            position(BYTES_COLUMN),
+            position(columns.rejected),
+        )
 
+    def __call__(self, cells: list[str] | CapcliError, number: int) -> Row:
+        """The row of a record. Raises CapcliError if it cannot be read."""
+        if isinstance(cells, CapcliError):
+            raise cells
+        if len(cells) != len(self.layout.names):
+            cells = self._fitted(cells, number)
+        name = cells[self.image].strip() if self.layout.separator == "|" else cells[self.image]
+        if self.encoded is not None and cells[self.encoded]:
+            name = raw_name(cells[self.encoded], f"{self.path}: line {number}")
+        split = None
+        if self.split is not None:
+            split = split_of(cells[self.split], f"{self.path}: line {number}", strict=self.layout.strict_split)
+        tags = None if self.tags is None else cells[self.tags]
+        if self.rejected is not None and is_true(cells[self.rejected]):
+            return Row(name, (), split, tags=tags, remark=REJECTED)
+        captions = [cells[caption] for caption in self.captions]
+        return Row(name, filled(captions) if len(captions) > 1 else captions, split, tags=tags)
 
-def _refuse_unclosed(record: Sequence[str], layout: TableLayout, path: str, number: int) -> None:
-    """Raises CapcliError for a record with a quote that is never closed: it would include the rows after it."""
-    if len(record) == 1 and record[0].count('"') % 2 == 0:
-        return
-    try:
-        for _ in csv.reader(record, delimiter=layout.separator, skipinitialspace=layout.spaced, strict=True):
-            pass
-    except csv.Error as error:
-        if "unexpected end" in str(error):
-            raise CapcliError(f"{printable(path)}: line {number} opens a quote that is never closed") from None
+    def is_row(self, cells: list[str]) -> bool:
+        """Whether a line within an open quote looks like a row itself, so that the quote is not the beginning of a cell.
 
+        It has as many cells as the header and begins with the name of an image or, in a table that is usually not quoted,
+        has anything in the image's column.
+        """
+        if len(cells) != len(self.layout.names):
+            return False
+        return is_image(cells[self.image]) or (self.layout.dialect.plain and bool(cells[self.image].strip()))
 
-def _fitted(cells: list[str], layout: TableLayout, caption: int, path: str, number: int) -> list[str]:
-    """The record with as many cells as the header. Surplus cells are joined to the caption, if it is the last column: it
-    contains separators and is not quoted."""
-    width = len(layout.names)
-    rest = cells[width:]
-    if not any(cell.strip() for cell in rest):
-        return cells[:width] + [""] * (width - len(cells))
-    if caption == width - 1:
-        return [*cells[:caption], layout.separator.join(cells[caption:])]
-    raise CapcliError(
-        f"{printable(path)}: line {number} has {len(cells)} cells where the header has {width} columns; "
-        "quote the cells that contain a separator"
-    )
-
-
-def cell_captions(cell: str) -> Sequence[object]:
-    """The captions in a cell: one, or those of a list in JSON."""
-    listed = json_list(cell)
-    return (cell,) if listed is None else listed
+    def _fitted(self, cells: list[str], number: int) -> list[str]:
+        """The record with as many cells as the header. Surplus cells are joined to the caption, if it is the last column:
+        it contains separators and is not quoted."""
+        layout, width = self.layout, len(self.layout.names)
+        rest = cells[width:]
+        if not any(cell.strip() for cell in rest):
+            return cells[:width] + [""] * (width - len(cells))
+        if self.captions[-1] == width - 1:
+            return [*cells[: width - 1], layout.separator.join(cells[width - 1 :])]
+        raise CapcliError(
+            f"{printable(self.path)}: line {number} has {len(cells)} cells where the header has {width} columns; "
+            "quote the cells that contain a separator"
+        )
 
 
 def token_file(path: str, first: str) -> Annotations | None:
@@ -222,7 +216,9 @@ def _token_rows(path: str) -> Iterator[Row]:
     with lines(path) as stream:
         for number, line in enumerate(stream, 1):
             match = _token_match(line.rstrip("\r\n"))
-            if match:
+            if (fault := line_fault(line, path, number)) is not None:
+                yield Row.unreadable(fault)
+            elif match:
                 yield Row(match[1], (match[2],))
             elif line.strip():
                 wrong = f"line {number} is not like the others, 'name.jpg#0<tab>caption': {line.strip()[:60]!r}"
@@ -238,8 +234,8 @@ def parquet_table(path: str, options: DataOptions) -> Annotations:
     path_inside = "path" in _children(kind)
     images_inside = path_inside or is_bytes(kind)
     note = " with the images inside (to use them, save it with save_to_disk of datasets)" if images_inside else ""
-    wanted = [f"{columns.image}.path" if path_inside else columns.image, columns.caption]
-    more = (columns.split, columns.tags, BYTES_COLUMN)
+    wanted = [f"{columns.image}.path" if path_inside else columns.image, *columns.captions]
+    more = (columns.split, columns.tags, columns.rejected, BYTES_COLUMN)
     wanted += [name for name in more if name in schema.names and name is not None and name not in wanted]
     rows = partial(_parquet_rows, path, columns, wanted, strict_split=options.split_column is not None)
     return Annotations(path, f"Parquet{note}", rows, os.path.dirname(path), tuple(schema.names))
@@ -259,8 +255,13 @@ def _children(kind: Any) -> list[str]:
 def _parquet_rows(path: str, columns: ColumnNames, wanted: list[str], *, strict_split: bool) -> Iterator[Row]:
     with opened_parquet(path) as file:
         for batch in file.iter_batches(_BATCH, columns=wanted):
+            names = batch.schema.names
+            unlike = [name if name not in names[:n] else f"{name}\0{n}" for n, name in enumerate(names)]
+            if unlike != names:  # columns of one name, of which an entry would have the last
+                more = [other for other, name in zip(unlike, names, strict=True) if other != name in columns.captions]
+                batch, columns = batch.rename_columns(unlike), columns.with_captions(more)
             for entry in batch.to_pylist():
-                yield object_row(entry, columns, path, strict_split=strict_split)
+                yield readable_row(entry, columns, path, strict_split=strict_split)
 
 
 @contextlib.contextmanager
@@ -275,10 +276,9 @@ def opened_parquet(path: str) -> Iterator[Any]:
 @contextlib.contextmanager
 def arrow_errors(path: str) -> Iterator[None]:
     """A context in which errors of reading an Arrow or Parquet file, or a missing pyarrow, become CapcliError."""
-    try:
+    missing = f"{printable(path)} needs pyarrow: pip install 'capcli[train]'"
+    with importing("pyarrow", "pyarrow", missing, "pip install --force-reinstall pyarrow"):
         import pyarrow
-    except ImportError:
-        raise CapcliError(f"{printable(path)} needs pyarrow: pip install 'capcli[train]'") from None
     try:
         yield
     except (OSError, pyarrow.ArrowException) as error:

@@ -87,9 +87,8 @@ def decodable(paths: Iterable[str], bad: list[str]) -> Iterator[str]:
     """The paths that can be decoded; the others are added to `bad`."""
     for path in paths:
         try:
-            with open(path, "rb") as file:
-                pixels.read(file.read(), max_pixels=MAX_PIXELS)
-        except (ImageError, OSError):
+            pixels.read(path, max_pixels=MAX_PIXELS)
+        except ImageError:
             bad.append(path)
         else:
             yield path

@@ -18,6 +18,7 @@ import torch
 
 from capcli import pixels
 from capcli.captioning.slot_captioner import SlotCaptioner
+from capcli.decoding.activity import Activity
 from capcli.decoding.loop import Batch, Finished, IterableFeed, Job
 from capcli.decoding.settings import Settings
 from capcli.errors import CapcliError, ImageError
@@ -101,7 +102,8 @@ def _decoded(
             name: value for name, value in stages.each.items() if name not in ("copy", "encode", "step", "search")
         }
         runtime.allocate(shapes, settings)
-        batch = Batch(IterableFeed(jobs), TimedRuntime(runtime, stages, count), settings, shapes, deque())
+        timed, activity = TimedRuntime(runtime, stages, count), Activity().loop(settings.max_new_tokens)
+        batch = Batch(IterableFeed(jobs), timed, settings, shapes, deque(), activity)
         began = time.perf_counter()
         done = [each for ended in batch.captions() for each in ended]
         total = (time.perf_counter() - began) / count

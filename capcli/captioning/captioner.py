@@ -27,6 +27,8 @@ from capcli.models.dtypes import choose_device
 from capcli.models.model_files import has_family
 from capcli.options import DEFAULT_MODEL, MAX_PIXELS, GenerationOptions
 
+ONE_IMAGE = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)
+
 
 class Core(Protocol):
     """What a captioner consists of: a model on one of the backends."""
@@ -88,7 +90,8 @@ class Captioner:
         max_pixels: int = MAX_PIXELS,
         **generation: Any,
     ) -> Iterator[Result]:
-        """Caption `images`: paths, PIL images of any mode, or arrays [height, width] or [height, width, 1, 3 or 4].
+        """Caption `images`: paths, the bytes of image files, files open for reading in binary mode, PIL images of any mode, or
+        arrays [height, width] or [height, width, 1, 3 or 4].
 
         Arrays are uint8, uint16, or floats from 0 to 1. Images are read only when the batch has room for them.
 
@@ -97,16 +100,16 @@ class Captioner:
 
         `generation` has the names of transformers' GenerationConfig: num_beams, max_new_tokens, min_new_tokens,
         length_penalty, early_stopping, no_repeat_ngram_size, repetition_penalty, do_sample, temperature, top_k, top_p,
-        num_return_sequences, seed. `prompt` is given to the decoder before the caption, or to an encoder that reads
-        questions; `keep_prompt` leaves it in the text. `tags` are for a captioner that reads tags: for each image a text
-        such as `[dog] [beach]`, or None. `batch_size` is the number of images decoded at once (None: chosen for the
-        device).
+        num_return_sequences, seed, suppress_tokens, begin_suppress_tokens, bad_words_ids. `prompt` is given to the decoder
+        before the caption, or to an encoder that reads questions; `keep_prompt` leaves it in the text. `tags` are for a
+        captioner that reads tags: for each image a text such as `[dog] [beach]`, or None. `batch_size` is the number of
+        images decoded at once (None: chosen for the device).
 
         Raises at once TypeError for an unknown setting, a single image, and tags that are not a list of texts;
         UsageError for invalid values, and for tags that the captioner does not read or that are not one per image. At the
         first image, raises UsageError where an engine was not built for the batch size.
         """
-        if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
+        if isinstance(images, ONE_IMAGE) or hasattr(images, "read"):
             raise TypeError("caption() takes several images: put a single one into a list")
         unknown = [name for name in generation if name not in GenerationOptions.__dataclass_fields__]
         if unknown:

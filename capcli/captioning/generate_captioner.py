@@ -23,6 +23,7 @@ from capcli import pixels
 from capcli.captioning.feed import POLL_SECONDS, Arrivals, Deliver, LocalArrivals, OrderedDelivery, Result
 from capcli.captioning.slot_captioner import ImageLike, caption_text, load_image
 from capcli.decoding import noise
+from capcli.decoding.activity import Activity
 from capcli.decoding.settings import as_ids
 from capcli.decoding.shapes import free_memory
 from capcli.errors import CapcliError, UsageError
@@ -169,7 +170,7 @@ class GenerateCaptioner:
         given = {name: value for name, value in asdict(options).items() if value is not None}
         seed = given.pop("seed", 0)
         generation = self.auto.generation
-        config = GenerationConfig(**{**generation.to_dict(), **given})
+        config = new_config({**generation.to_dict(), **given})
         if config.max_new_tokens is None and self.files.config["model_type"] not in FILES:
             config.max_new_tokens = MAX_NEW_TOKENS
         returned, beams = config.num_return_sequences or 1, config.num_beams or 1
@@ -219,13 +220,16 @@ class GenerateCaptioner:
         ordered: bool = True,
         stop: Callable[[], bool] = lambda: False,
         on_shrink: Callable[[int], None] = lambda _: None,
+        activity: Activity | None = None,
     ) -> Iterator[None]:
         """Caption all arrivals; `deliver(index, result)` is called for each, in the order of arrival if `ordered`.
 
         Yields at least every POLL_SECONDS. Once `stop()` is true the batch under way is finished, and images that wait for
-        a batch are left without a result. `on_shrink` is called with the new batch size when memory ran out.
+        a batch are left without a result. `on_shrink` is called with the new batch size when memory ran out. `activity` is
+        kept up to date.
         """
         give = OrderedDelivery(deliver).put if ordered else deliver
+        activity = activity or Activity()
         waiting, indices = Waiting(), iter(range(2**62))
 
         def fill(wait: float) -> None:
@@ -247,10 +251,13 @@ class GenerateCaptioner:
                 yield
             if stop() or not waiting.count:
                 break
-            work = Background(partial(self._generate, waiting.take(batch), settings))
+            items = waiting.take(batch)
+            activity.change(decoding=len(items))
+            work = Background(partial(self._generate, items, settings))
             while not work.wait(POLL_SECONDS):
                 fill(0)
                 yield
+            activity.change(decoding=-len(items))
             outcome = work.result()
             if outcome.batch is not None and outcome.batch < batch:
                 batch = outcome.batch
@@ -394,6 +401,11 @@ class Background:
         if self._error is not None:
             raise self._error
         return self._value
+
+
+def new_config(fields: Mapping[str, Any]) -> Any:
+    loader: Any = GenerationConfig
+    return loader(**fields)
 
 
 def blank(edge: int) -> Any:

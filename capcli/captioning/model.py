@@ -34,6 +34,8 @@ from capcli.progress import warn
 from capcli.runtimes.base import SlotRuntime
 from capcli.runtimes.eager import Eager
 
+KNOWN = 0.9  # fraction of the vocabulary; decoders pad it by fewer tokens
+
 
 @dataclass(frozen=True)
 class Model:
@@ -59,6 +61,11 @@ class Model:
     @classmethod
     def of(cls, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, **parts: Any) -> Model:
         """Build a model with this config.json; `parts` are the fields that do not follow from config and tokenizer."""
+        if len(tokenizer) < KNOWN * parts["vocabulary"]:
+            warn(
+                f"the tokenizer has {len(tokenizer):,} tokens and the decoder {parts['vocabulary']:,}: tokens that only the "
+                "decoder has give no text, and captions may be empty. The tokenizer may belong to another model"
+            )
         return cls(
             tokenizer=tokenizer,
             encoder_prompt=encoder_prompt_of(config),

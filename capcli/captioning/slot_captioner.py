@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from capcli import pixels
 from capcli.captioning.feed import ArrivalFeed, Arrivals, Deliver, LocalArrivals, OrderedDelivery, Result
 from capcli.captioning.model import Model
 from capcli.decoding import noise
+from capcli.decoding.activity import Activity
 from capcli.decoding.loop import Finished, Job
 from capcli.decoding.parallel import decode_in_parallel
 from capcli.decoding.search import Hypothesis
@@ -33,7 +35,7 @@ from capcli.options import MAX_PIXELS, GenerationOptions
 from capcli.records import Candidate, Caption, Failure, Loaded
 from capcli.text import is_text, printable, tag_text
 
-ImageLike = str | os.PathLike[str] | Image.Image | npt.NDArray[np.generic]
+ImageLike = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | npt.NDArray[np.generic]
 # CJK ideographs, kana, CJK punctuation and full-width forms: a space between two of these comes from the tokenizer.
 WIDE = "[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]"
 UNSPACED = re.compile(f"(?<={WIDE}) (?={WIDE})")
@@ -91,17 +93,19 @@ class SlotCaptioner:
         keep_prompt: bool = False,
         stop: Callable[[], bool] = lambda: False,
         on_shrink: Callable[[Shapes], None] = lambda _: None,
+        activity: Activity | None = None,
     ) -> Iterator[None]:
         """Caption all arrivals. `deliver(index, result)` is called for each, in the order of arrival if `ordered`.
 
         This is a generator that yields after every decoding step, so that the caller can show progress or end the run.
         Once `stop()` is true, no more images are taken, and those in the batch are finished. `on_shrink` is called with
-        the new shapes when device memory ran out and the run continues with fewer slots.
+        the new shapes when device memory ran out and the run continues with fewer slots. `activity` is kept up to date.
         """
         give = OrderedDelivery(deliver).put if ordered else deliver
         kept = settings.prompt[1:] if keep_prompt else ()  # without the start token
         feed = ArrivalFeed(arrivals, partial(self._job, settings), give, stop)
-        for ended in decode_in_parallel(feed, self.model.runtime.replicas(shapes.loops), settings, shapes, on_shrink):
+        runtimes = self.model.runtime.replicas(shapes.loops)
+        for ended in decode_in_parallel(feed, runtimes, settings, shapes, on_shrink, activity):
             for done in ended:
                 index, loaded = done.tag
                 give(index, self.result(loaded, done, settings, kept))
@@ -150,6 +154,8 @@ class SlotCaptioner:
         forced = () if s.forced_bos_token_id is None else (s.forced_bos_token_id,)
         named = {"the prompt": (*s.prompt, *s.encoder_ids), "forced tokens": (*forced, *s.forced_eos_token_ids)}
         named |= {"suppressed tokens": (*s.suppress_tokens, *s.begin_suppress_tokens)}
+        named |= {"bad_words_ids": tuple(chain(*s.bad_words_ids))}
+        named |= {"the end token, with min_new_tokens": s.eos_token_ids if s.min_new_tokens else ()}
         for what, ids in named.items():
             unknown = [i for i in ids if not 0 <= i < self.model.vocabulary and i != NO_TOKEN]
             if unknown:
@@ -247,14 +253,40 @@ def load_image(
     index: int,
     image: ImageLike,
     *,
-    read: Callable[[str], npt.NDArray[np.uint8]],
+    read: Callable[[str | bytes], npt.NDArray[np.uint8]],
     resize: Callable[[Image.Image], npt.NDArray[np.uint8]],
 ) -> Loaded:
-    """An image given to the Python API: `read` loads a path, `resize` an upright RGB image. Raises ImageError."""
+    """An image given to the Python API: `read` loads a path or a file's bytes, `resize` an upright RGB image.
+
+    Raises ImageError.
+    """
     if isinstance(image, str | os.PathLike):
         path = os.fsdecode(image)
         return Loaded(path, read(path))
+    if (data := file_bytes(image)) is not None:
+        return Loaded(str(index), read(data))
     if not isinstance(image, Image.Image | np.ndarray):
-        raise ImageError("unreadable", f"a {type(image).__name__} is not an image: give paths, PIL images or arrays")
+        raise ImageError(
+            "unreadable",
+            f"a {type(image).__name__} is not an image: give paths, bytes, binary files, PIL images or arrays",
+        )
     rgb = pixels.to_rgb(image) if isinstance(image, Image.Image) else pixels.from_array(image)
     return Loaded(str(index), resize(rgb))
+
+
+def file_bytes(image: object) -> bytes | None:
+    """The bytes of an image file given as bytes, or as a file that is open for reading, from its current position.
+
+    None for anything else. Raises ImageError for a file that cannot be read or is open as text.
+    """
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if isinstance(image, Image.Image) or not callable(read := getattr(image, "read", None)):
+        return None
+    try:
+        data = read()
+    except (OSError, ValueError) as error:  # ValueError: the file is closed, or its text cannot be decoded
+        raise ImageError("unreadable", f"the file cannot be read: {error}") from error
+    if not isinstance(data, bytes):
+        raise ImageError("unreadable", "the file is open as text: open it with mode 'rb'")
+    return data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import os
 import sys
 import traceback
@@ -19,6 +20,8 @@ from capcli.cli.export import export
 from capcli.cli.prepare import prepare
 from capcli.cli.train import train
 from capcli.errors import CapcliError
+from capcli.imports import explain_import
+from capcli.text import printable_lines
 
 # Garbage collection thresholds. torch and transformers create 600,000 objects that live until the end; with Python's own
 # thresholds they would be traversed again and again while the packages are imported.
@@ -61,12 +64,14 @@ def main() -> None:
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
-        error.show()
+        message = io.StringIO()
+        error.show(message)
+        click.echo(printable_lines(message.getvalue()), err=True, nl=False)
         sys.exit(error.exit_code)
     except CapcliError as error:
         if flags.get("debug"):
             traceback.print_exc()
-        click.echo(f"capcli: {error}", err=True)
+        show_error(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -79,10 +84,16 @@ def main() -> None:
     except Exception as error:
         if flags.get("debug"):
             raise
-        click.echo(f"capcli: unexpected {type(error).__name__}: {error} (--debug prints the traceback)", err=True)
+        unexplained = f"unexpected {type(error).__name__}: {error} (--debug prints the traceback)"
+        show_error(explain_import(error) or unexplained)
         sys.exit(1)
     finally:
         gc.set_threshold(*thresholds)
+
+
+def show_error(message: str) -> None:
+    """Prints an error on standard error. What it quotes from files cannot control the terminal."""
+    click.echo(printable_lines(f"capcli: {message}"), err=True)
 
 
 def replace_closed_streams() -> None:

@@ -7,8 +7,16 @@ from typing import Any
 
 import click
 
-from capcli.cli.click_options import SectionedCommand, comma_separated, debug_option, fields_from, option
+from capcli.cli.click_options import (
+    SectionedCommand,
+    comma_separated,
+    debug_option,
+    do_without_broken,
+    fields_from,
+    option,
+)
 from capcli.cli.shared_options import generation_from, generation_options, model_options, set_openmp_wait_policy
+from capcli.imports import UNUSED_BY_CAPTIONING
 from capcli.options import BenchOptions
 from capcli.options.bench import BASELINES
 
@@ -60,6 +68,7 @@ def bench(**given: Any) -> int:
     """
     options = BenchOptions(generation=generation_from(given), **fields_from(BenchOptions, given))
     set_openmp_wait_policy(options.model)
+    do_without_broken(UNUSED_BY_CAPTIONING)
     from capcli.bench.run import run
 
     return run(options)

@@ -13,8 +13,11 @@ from capcli.cli.click_options import (
     auto_or_number,
     comma_separated,
     debug_option,
+    do_without_broken,
     fields_from,
     option,
+    token_ids,
+    token_sequences,
     typed_option_in,
 )
 from capcli.cli.shared_options import (
@@ -29,7 +32,10 @@ from capcli.cli.shared_options import (
     workers_option,
 )
 from capcli.errors import UsageError
+from capcli.imports import UNUSED_BY_CAPTIONING
+from capcli.interrupts import terminable
 from capcli.options import MAX_IMAGE_EDGE, CaptionOptions, EndpointOptions, SinkOptions, SourceOptions
+from capcli.progress import is_shown, stage, warn
 from capcli.records import FACTS
 
 source = partial(option, SourceOptions, section="Source")
@@ -116,6 +122,23 @@ server = partial(option, EndpointOptions, section="Server")
 @server("--insecure", help="Allow http addresses of other machines: images and the API key are sent unencrypted.")
 @generation_options
 @generation("--seed", help="Sampling: the same seed gives the same captions. [default: 0]")
+@generation(
+    "--suppress-tokens",
+    metavar="ID,...",
+    callback=token_ids,
+    help="Tokens that never occur in a caption, by their ids.",
+)
+@generation(
+    "--begin-suppress-tokens", metavar="ID,...", callback=token_ids, help="Tokens with which no caption begins."
+)
+@generation(
+    "--bad-words-ids",
+    metavar="ID,...",
+    multiple=True,
+    default=None,
+    callback=token_sequences,
+    help="A word that never occurs in a caption, as the ids of its tokens. Repeatable.",
+)
 @option(
     CaptionOptions,
     "--prompt",
@@ -161,7 +184,11 @@ server = partial(option, EndpointOptions, section="Server")
     type=click.Path(allow_dash=True),
     help="File of captions. An existing file is resumed. [default: standard output]",
 )
-@output("--format", help="Format of the rows. [default: by the suffix of --out]")
+@output(
+    "--format",
+    help="Format of the rows. csv-excel: for spreadsheet programs, with a byte order mark, and without formulas. [default: by "
+    "the suffix of --out]",
+)
 @output(
     "--fields",
     metavar="NAME,...",
@@ -175,7 +202,11 @@ server = partial(option, EndpointOptions, section="Server")
     type=click.Path(),
     help="Write the text files below this folder, in the same subfolders.",
 )
-@output("--existing", help="What to do with a text file that already exists.")
+@output(
+    "--existing",
+    help="What to do with a text file that has text already; append: add the caption to its first line. [default: skip]",
+)
+@output("--separator", metavar="TEXT", help="What precedes an appended caption. [default: ', ']")
 @output("--failures", metavar="PATH", type=click.Path(), help="File that lists failed images. [default: beside --out]")
 @option(
     CaptionOptions,
@@ -185,6 +216,12 @@ server = partial(option, EndpointOptions, section="Server")
 )
 @output("--overwrite", help="Replace --out and start from scratch.")
 @output("--retry-failed", help="Try images again that failed in earlier runs.")
+@output(
+    "--refresh",
+    help="Caption images again whose file has changed since: by size and time, then by a hash of the content. Images that were "
+    "captioned by a version without a record of them: whose file is newer than --out.",
+)
+@output("--prune", help="Drop the rows and failures of images that no longer exist in the folders of SOURCES.")
 @workers_option(
     CaptionOptions, help="Processes that decode images. 0 decodes in the main process, without --decode-timeout."
 )
@@ -192,7 +229,7 @@ server = partial(option, EndpointOptions, section="Server")
 @quiet_option("Print neither progress nor summary.")
 @debug_option
 def caption(**given: Any) -> int:
-    """Caption SOURCES: image files, folders, quoted glob patterns, or - for paths on standard input.
+    """Caption SOURCES: image files, folders, quoted glob patterns, what capcli prepare wrote, or - for paths on standard input.
 
     \b
       capcli caption ./photos --out captions.jsonl
@@ -212,9 +249,17 @@ def caption(**given: Any) -> int:
     """
     options = caption_options(given)
     set_openmp_wait_policy(options.model)
-    from capcli.captioning import pipeline
+    shown = is_shown(quiet=options.quiet, reads_stdin=options.source.reads_stdin)
+    try:
+        with terminable(), stage("loading the model", shown=shown):
+            do_without_broken(UNUSED_BY_CAPTIONING)
+            from capcli.captioning import pipeline
 
-    return pipeline.run(options)
+            return pipeline.run(options)
+    except KeyboardInterrupt:  # before the first image or after the last: in between the pipeline handles it
+        if not options.quiet:
+            warn("interrupted")
+        raise
 
 
 def caption_options(given: dict[str, Any]) -> CaptionOptions:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from capcli.errors import CapcliError
+from capcli.errors import CapcliError, UsageError
+from capcli.imports import CORE, hide_broken, importing_package, is_missing
 from capcli.options.limits import Limits, limits_of
+from capcli.progress import warn
 
 Decorator = Callable[[Any], Any]
 
@@ -26,6 +29,13 @@ class SectionedOption(click.Option):
 
 class SectionedCommand(click.Command):
     """Prints its options by section, in the order of their definition."""
+
+    distributed = False  # whether a launcher may start several processes of the command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if not self.distributed:
+            refuse_launcher(self.name)
+        return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -99,6 +109,23 @@ def type_settings(limits: Limits, flags: tuple[str, ...]) -> dict[str, Any]:
     return {"metavar": "X", "type": float if unlimited else click.FloatRange(*bounds)}
 
 
+def model_or(default: str | None) -> dict[str, Any]:
+    """The arguments of `click.option` for --model, whose default is CAPCLI_MODEL, else `default`."""
+    shown = f"CAPCLI_MODEL, else {default}" if default else "CAPCLI_MODEL"
+    return {"default": lambda: os.environ.get("CAPCLI_MODEL") or default, "show_default": shown}
+
+
+def refuse_launcher(command: str | None) -> None:
+    """Raises UsageError where a launcher of distributed training, such as torchrun, has started several processes."""
+    count = os.environ.get("WORLD_SIZE", "")
+    if "LOCAL_RANK" in os.environ and count.isdigit() and int(count) > 1:
+        raise UsageError(
+            f"capcli {command} is one process, and this launcher (torchrun) started {count}, which would all do the same: "
+            f"run capcli {command} without it. For several GPUs start one command for each, with its own "
+            "CUDA_VISIBLE_DEVICES, its own part of the images and its own --out"
+        )
+
+
 def auto_or_number(options: type, field: str) -> dict[str, Any]:
     """The arguments of `click.option` for a number that may be None, which the command line calls `auto`."""
     return {"type": KeywordOrNumber("auto", limits_of(options)[field]), "default": "auto", "show_default": True}
@@ -125,14 +152,40 @@ def import_extra(command: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("capcli"):
+        package = (error.name or "capcli").partition(".")[0]
+        if package == "capcli" or package in CORE or not is_missing(error, package):
             raise
-        raise CapcliError(f"capcli {command} needs {error.name}: pip install 'capcli[{extra}]'") from error
+        if importing_package(error.__traceback__) is not None:  # an installed package lacks one that it needs
+            raise
+        raise CapcliError(f"capcli {command} needs {package}: pip install 'capcli[{extra}]'") from error
+
+
+def do_without_broken(names: Sequence[str]) -> None:
+    """Before the import of a command's code: hides broken packages that the command does without, with a warning for each."""
+    for line in hide_broken(names):
+        warn(line)
 
 
 def comma_separated(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...]:
     """A callback: the names in a comma-separated list."""
     return tuple(part.strip() for part in (value or "").split(",") if part.strip())
+
+
+def token_ids(_ctx: click.Context, _param: click.Parameter, value: str | list[int] | None) -> Sequence[int] | None:
+    """A callback: the token ids in a comma-separated list, or of a list in a file."""
+    if not isinstance(value, str):
+        return value
+    parts = [part.strip() for part in value.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise click.BadParameter(f"{value!r} is not a list of token ids, such as 12,5")
+    return tuple(map(int, parts))
+
+
+def token_sequences(
+    ctx: click.Context, param: click.Parameter, values: Sequence[str] | None
+) -> tuple[Sequence[int], ...] | None:
+    """A callback: the token ids in each comma-separated list; None where there is none."""
+    return tuple(token_ids(ctx, param, value) or () for value in values) if values else None
 
 
 def flag_option(*flags: str, section: str, help: str) -> Decorator:  # noqa: A002

@@ -56,10 +56,12 @@ def evaluate(**given: Any) -> int:
     \b
       capcli evaluate captions.jsonl --references captions.txt
       capcli evaluate before.jsonl after.jsonl --references annotations.json --bootstrap --json
+      capcli evaluate greedy.jsonl beams.jsonl samples.jsonl --references annotations.json
 
-    The metrics are those of pycocoevalcap (pip install 'capcli[metrics]'; METEOR also needs a Java runtime). Two files are
-    scored on the images that both contain; the difference is the second minus the first. Images are matched by name,
-    then by name without folders, without suffix, and by COCO's image number. Empty captions are scored.
+    The metrics are those of pycocoevalcap (pip install 'capcli[metrics]'; METEOR also needs a Java runtime). Several files
+    are scored on the images that all of them contain, and compared with the first: a difference is another file minus the
+    first. Images are matched by name, then by name without folders, without suffix, and by COCO's image number. Empty
+    captions are scored. Captions may be of a part of the images with references.
 
     \b
     Exit codes:

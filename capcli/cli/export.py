@@ -11,16 +11,19 @@ from click.core import ParameterSource
 from capcli.cli.click_options import (
     SectionedCommand,
     debug_option,
+    do_without_broken,
     fields_from,
     flag_option,
     import_extra,
+    model_or,
     option,
     typed_option_in,
 )
 from capcli.cli.config_file import config_option
 from capcli.cli.shared_options import quiet_option
 from capcli.errors import UsageError
-from capcli.options import ExportOptions
+from capcli.imports import UNUSED_BY_CAPTIONING
+from capcli.options import DEFAULT_MODEL, ExportOptions
 
 PLANS = "Plans (TensorRT)"
 
@@ -64,6 +67,7 @@ class Numbers(click.ParamType[Any]):
     "--model",
     metavar="ID|FOLDER",
     help="Captioner: a name on the Hugging Face Hub, or a folder. With --trt also an unfinished engine, to finish it.",
+    **model_or(DEFAULT_MODEL),
 )
 @model("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub.")
 @plans("--num-beams", help="Number of beams. [default: that of the model]")
@@ -105,6 +109,7 @@ def export(**given: Any) -> int:
     options = ExportOptions(kind=engine_kind(given), **fields_from(ExportOptions, given))
     if options.kind == "onnx" and (typed := typed_option_in(PLANS)):
         raise UsageError(f"{typed} is for plans (--trt); ONNX graphs take any value: leave it out")
+    do_without_broken(UNUSED_BY_CAPTIONING)
     with import_extra("export", "onnx"):
         from capcli.export import run
     return run.run(options)

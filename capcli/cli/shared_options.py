@@ -15,9 +15,10 @@ from capcli.cli.click_options import (
     auto_or_number,
     fields_from,
     flag_option,
+    model_or,
     option,
 )
-from capcli.options import CaptionOptions, DataOptions, GenerationOptions
+from capcli.options import DEFAULT_MODEL, CaptionOptions, DataOptions, GenerationOptions
 
 PATH = click.Path()
 EARLY_STOPPING = {"true": True, "false": False, "never": "never"}
@@ -28,7 +29,11 @@ data = partial(option, DataOptions, section="Data")
 
 MODEL_OPTIONS = (
     model(
-        "-m", "--model", metavar="ID|FOLDER", help="Captioner: a name on the Hugging Face Hub, a folder, or an engine."
+        "-m",
+        "--model",
+        metavar="ID|FOLDER",
+        help="Captioner: a name on the Hugging Face Hub, a folder, or an engine.",
+        **model_or(DEFAULT_MODEL),
     ),
     model("--device", metavar="auto|cpu|cuda[:N]|mps", help="Device of the model. mps (Apple): only by generate()."),
     model(
@@ -73,11 +78,18 @@ DATA_OPTIONS = (
         metavar="PATH",
         type=PATH,
         multiple=True,
-        help="Images with captions: CSV, TSV, JSONL or Parquet, Flickr token files, COCO or Karpathy JSON, an imagefolder, "
-        "a dataset on disk, or the output of capcli prepare. Repeatable.",
+        help="Images with captions: CSV, TSV, JSONL or Parquet, Flickr token files, COCO, Karpathy or LLaVA JSON, an "
+        "imagefolder, images with .txt or .json files beside them, a dataset on disk, or the output of capcli prepare. "
+        "Repeatable.",
     ),
     data("--val-data", metavar="PATH", type=PATH, multiple=True, help="The same for validation. Repeatable."),
-    data("--image-root", metavar="FOLDER", type=PATH, help="Folder of the images. [default: that of the annotations]"),
+    data(
+        "--image-root",
+        metavar="FOLDER",
+        type=PATH,
+        help="Folder of the images. Whole paths of another machine are found in it by their last parts. "
+        "[default: that of the annotations]",
+    ),
     data("--image-column", metavar="NAME", help="Column or key of the image name. [default: the usual names]"),
     data("--caption-column", metavar="NAME", help="Column or key of the caption. [default: the usual names]"),
     data("--split-column", metavar="NAME", help="Column or key of the split: train, val or test."),
@@ -104,6 +116,11 @@ DATA_OPTIONS = (
         metavar="TEXT",
         help="Read folders of images without captions as classes. The caption is this text; {label} stands for the name of "
         "the image's folder.",
+    ),
+    data(
+        "--text-files",
+        help="How text files beside images are read: each line as a caption, or the whole file, with all of its "
+        "paragraphs, as one caption. [default: lines]",
     ),
     data("--seed", help="Seed of the random number generators."),
 )

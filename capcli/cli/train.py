@@ -9,7 +9,14 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from capcli.cli.click_options import SectionedCommand, debug_option, fields_from, import_extra, option
+from capcli.cli.click_options import (
+    SectionedCommand,
+    debug_option,
+    do_without_broken,
+    fields_from,
+    import_extra,
+    option,
+)
 from capcli.cli.config_file import config_option, read_toml, settings_for
 from capcli.cli.shared_options import (
     data_from,
@@ -22,6 +29,7 @@ from capcli.cli.shared_options import (
 )
 from capcli.cli.train_options import evaluation_options, optimization_options, part_options
 from capcli.errors import UsageError
+from capcli.imports import UNUSED_BY_TRAINING
 from capcli.options import ModelOptions, TrainOptions, task_of
 from capcli.options.train import PARTS
 
@@ -44,6 +52,8 @@ class TrainCommand(SectionedCommand):
     of a file.
     """
 
+    distributed = True
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         arguments = list(args)
         rest = super().parse_args(ctx, args)
@@ -58,6 +68,9 @@ class TrainCommand(SectionedCommand):
                 for other in others:
                     if is_default(ctx, other):
                         ctx.params[other] = 0 if other == "extra_tokens" else None
+        default_model = ctx.get_parameter_source("model") == ParameterSource.DEFAULT  # of CAPCLI_MODEL
+        if default_model and any(ctx.params[part] is not None for part in ("encoder", "decoder")):
+            ctx.params["model"] = None
         return rest
 
 
@@ -109,14 +122,15 @@ def train(**given: Any) -> int:
     options = train_options(given)
     from capcli.training.output.folder import RunFolder
 
-    folder = RunFolder.open(options)  # may raise an error, before torch is loaded
-    if options.unfreeze_after is not None:
-        # Distributed training looks for unused weights in every step. When all weights are trained, PyTorch's C++ code warns
-        # about that, and only this variable silences it. It is read when torch is loaded.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    with import_extra("train", "train"):
-        from capcli.training.run import run
-    return run(options, folder)
+    with RunFolder.open(options) as folder:  # may raise an error, before torch is loaded
+        if options.unfreeze_after is not None:
+            # Distributed training looks for unused weights in every step. When all weights are trained, PyTorch's C++ code
+            # warns about that, and only this variable silences it. It is read when torch is loaded.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        do_without_broken(UNUSED_BY_TRAINING)
+        with import_extra("train", "train"):
+            from capcli.training.run import run
+        return run(options, folder)
 
 
 def train_options(given: dict[str, Any]) -> TrainOptions:
@@ -125,7 +139,10 @@ def train_options(given: dict[str, Any]) -> TrainOptions:
     if not out:
         raise click.MissingParameter(param_hint="--out", param_type="option")
     if given["resume"] and not given["data"] and not given["task"] and not os.path.exists(os.path.join(out, SETTINGS)):
-        raise UsageError(f"--out {out} contains no run to resume: to start one, also give --data and a model")
+        raise UsageError(
+            f"--out {out} contains no run to resume (no {SETTINGS}): restore that file, or to start a run also give "
+            "--data and a model"
+        )
     data = data_from(given)
     parts = {
         "data": data,

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from capcli.cli.click_options import SectionedOption, apply, option
+from capcli.cli.click_options import SectionedOption, apply, model_or, option
 from capcli.options import ModelOptions, TrainOptions
 from capcli.options.train import DEFAULT_LENGTH, IMAGE_TOKENS, PREFIX_ENCODER, TAG_TOKENS
 
@@ -65,7 +65,12 @@ PART_OPTIONS = (
     model(
         "--question-encoder", type=PartType(), help="T5 decoder: another T5, whose encoder encodes the question first."
     ),
-    model("--model", metavar="ID|FOLDER", help="Continue from this captioner instead of an encoder and a decoder."),
+    model(
+        "--model",
+        metavar="ID|FOLDER",
+        help="Continue from this captioner instead of an encoder and a decoder.",
+        **model_or(None),
+    ),
     model(
         "--tokenizer",
         metavar="new|ID|FOLDER",

@@ -7,8 +7,9 @@ length. `scores` is [S, R, V], float32 except for the functions in BANS, which t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -46,6 +47,9 @@ def shaping(settings: Settings, device: torch.device | str) -> Iterator[Constrai
         yield partial(repetition_penalty, penalty=s.repetition_penalty)
     if s.no_repeat_ngram_size:
         yield partial(no_repeat_ngram, size=s.no_repeat_ngram_size)
+    for words in by_length(s.bad_words_ids):
+        table = ids(words)
+        yield partial(ban_words, starts=table[:, :-1], ends=table[:, -1])
     if s.min_new_tokens and s.eos_token_ids:
         yield partial(suppress, ids=ids(s.eos_token_ids), where=lambda n: n < prompt + s.min_new_tokens)
     if s.forced_bos_token_id is not None:
@@ -96,6 +100,24 @@ def no_repeat_ngram(scores: Tensor, sequence: Tensor, length: Tensor, size: int)
     return scores.scatter_reduce(2, windows[..., -1], value, "amin", include_self=True)
 
 
+def by_length(words: Iterable[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """The token sequences in groups of equal length."""
+    for _, group in groupby(sorted(words, key=len), key=len):
+        yield list(group)
+
+
+def ban_words(scores: Tensor, sequence: Tensor, length: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    """Bans the last token of each word, `ends` [W], after all its other tokens, `starts` [W, n - 1]."""
+    count = starts.shape[1]
+    if count > sequence.shape[2]:
+        return scores  # no sequence becomes so long
+    at = (length[:, None] - count + torch.arange(count, device=scores.device)).clamp_min(0)  # [S, n - 1]
+    suffix = sequence.gather(2, at[:, None].expand(-1, sequence.shape[1], -1))  # [S, R, n - 1]
+    banned = (suffix[:, :, None] == starts).all(-1) & (length >= count)[:, None, None]  # [S, R, W]
+    value = torch.where(banned, -torch.inf, torch.inf).to(scores.dtype)
+    return scores.scatter_reduce(2, ends.expand(banned.shape), value, "amin", include_self=True)
+
+
 def suppress(scores: Tensor, _sequence: Tensor, length: Tensor, ids: Tensor, where: Where) -> Tensor:
     out = scores.clone()
     out[:, :, ids] = out[:, :, ids].masked_fill(where(length)[:, None, None], -torch.inf)
@@ -108,7 +130,7 @@ def force(scores: Tensor, _sequence: Tensor, length: Tensor, ids: Tensor, where:
     return torch.where(where(length)[:, None, None], only, scores)
 
 
-BANS = (no_repeat_ngram, suppress)
+BANS = (no_repeat_ngram, ban_words, suppress)
 
 
 def top_k(scores: Tensor, *_: Tensor, k: int) -> Tensor:

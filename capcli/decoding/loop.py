@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from capcli.decoding.activity import Activity, LoopActivity
 from capcli.decoding.search import Hypothesis, make_search
 from capcli.decoding.settings import Settings
 from capcli.decoding.shapes import Shapes
@@ -24,6 +25,7 @@ from capcli.decoding.slots import Slots
 from capcli.errors import CapcliError
 
 LINGER = 0.05  # seconds without a new image after which a chunk that is not full is encoded
+OPENING_STEPS = 32  # longer captions are not waited for before the batch is filled
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,20 +132,26 @@ def decode(
 
 
 def decode_steps(
-    feed: Feed, runtime: Runtime, settings: Settings, shapes: Shapes, shrunk: Callable[[Shapes], None] = lambda _: None
+    feed: Feed,
+    runtime: Runtime,
+    settings: Settings,
+    shapes: Shapes,
+    shrunk: Callable[[Shapes], None] = lambda _: None,
+    activity: Activity | None = None,
 ) -> Iterator[list[Finished]]:
-    """`decode` step by step: yields the jobs that finished with each step, often none.
+    """`decode` step by step: yields the jobs that finished with each step, often none. `activity` is kept up to date.
 
     It also yields an empty list where the feed returned without a job. When the device runs out of memory, the jobs in
     progress start again with half the slots, and `shrunk` is called with the new shapes. Raises CapcliError when not even the
     smallest shapes fit.
     """
     waiting: deque[Job] = deque()
+    loop = (activity or Activity()).loop(settings.max_new_tokens)
     while True:
         run = None
         try:
             runtime.allocate(shapes, settings)
-            run = Batch(feed, runtime, settings, shapes, waiting)
+            run = Batch(feed, runtime, settings, shapes, waiting, loop)
             yield from run.captions()
             return
         except (RuntimeError, MemoryError) as error:
@@ -155,6 +163,7 @@ def decode_steps(
                 raise CapcliError(f"not even {least} into the device's memory: {error}") from error
             if run is not None:
                 waiting.extendleft(reversed([*run.slots.items, *run.encoding]))
+                loop.dropped(encoding=len(run.encoding), decoding=len(run.slots.items))
             shapes = fewer
         shrunk(shapes)
 
@@ -168,10 +177,23 @@ def out_of_memory(error: Exception) -> bool:
 
 
 class Batch:
-    """The running batch of fixed shapes. `waiting` are the jobs that have been taken from the feed and not yet encoded."""
+    """The running batch of fixed shapes. `waiting` are the jobs that have been taken from the feed and not yet encoded.
 
-    def __init__(self, feed: Feed, runtime: Runtime, settings: Settings, shapes: Shapes, waiting: deque[Job]) -> None:
+    Where encoding blocks the steps, one batch of a run, the `opening` one, decodes its first chunk to the first caption before
+    it encodes another: otherwise no caption would come before all slots of all loops are filled.
+    """
+
+    def __init__(
+        self,
+        feed: Feed,
+        runtime: Runtime,
+        settings: Settings,
+        shapes: Shapes,
+        waiting: deque[Job],
+        activity: LoopActivity,
+    ) -> None:
         self.feed, self.runtime, self.shapes, self.waiting = feed, runtime, shapes, waiting
+        self.activity, self.opening = activity, False
         self.encoding: list[Job] = []  # the jobs of the chunk that is encoded but not admitted yet
         self.encoded: EncodedImages | None = None
         self.encoder_ids = settings.encoder_ids
@@ -189,15 +211,18 @@ class Batch:
             with torch.inference_mode():  # not across the yield: the caller may be training
                 if self.slots.busy or self.encoding or self.waiting or self.fetch(wait=None):
                     self.fill()
+                    began = time.monotonic()
                     self.step()
                     done = self.retire()
+                    self.activity.stepped(time.monotonic() - began)
                 elif self.feed.ended:
                     return
             yield done
 
     def fill(self) -> None:
         """Admits the jobs that arrived. Afterwards at least one slot is occupied, as a job waited or was in a slot before."""
-        while True:
+        self.opening = self.opening and self.slots.now < OPENING_STEPS
+        while not (self.opening and self.slots.busy):
             if not self.encoding and (self.slots.free or self.runtime.ahead) and self.fetch(wait=0):
                 self.begin_encoding()
             room = self.slots.free >= len(self.encoding)
@@ -220,6 +245,7 @@ class Batch:
             self.encoding = [self.waiting.popleft() for _ in range(count)]
             full = [*self.encoding, *[self.encoding[0]] * (self.shapes.chunk - count)]
             encoder_ids = [job.encoder_ids or self.encoder_ids for job in full]
+            self.opening = self.activity.encodes(count) and not self.runtime.ahead
             self.encoded = self.runtime.encode(np.stack([job.pixels for job in full]), encoder_ids)
 
     def fetch(self, wait: float | None) -> bool:
@@ -237,6 +263,7 @@ class Batch:
         jobs, self.encoding, self.encoded = self.encoding, [], None
         slots = self.slots.admit(jobs)
         finite = self.runtime.admit(encoded, slots)
+        self.activity.admitted(len(jobs))
         self.search.admit(slots, [job.key for job in jobs])
         at = torch.tensor(slots, device=self.runtime.device)
         self.broken[at] = ~finite
@@ -272,8 +299,11 @@ class Batch:
         slots = self.slots.finished(ended.tolist(), step)
         if not slots:
             return []
+        self.opening = False
+        hypotheses = self.search.hypotheses(slots)
+        self.activity.finished(len(slots), max((len(h.tokens) for found in hypotheses for h in found), default=0))
         done = []
-        for slot, found in zip(slots, self.search.hypotheses(slots), strict=True):
+        for slot, found in zip(slots, hypotheses, strict=True):
             sound = not broken[slot] and all(math.isfinite(h.score) for h in found)
             done.append(Finished(self.slots.release(slot).tag, found if sound else []))
         return done

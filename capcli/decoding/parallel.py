@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 
+from capcli.decoding.activity import Activity
 from capcli.decoding.loop import LINGER, Feed, Finished, Job, Runtime, decode_steps
 from capcli.decoding.settings import Settings
 from capcli.decoding.shapes import Shapes
@@ -27,6 +28,7 @@ def decode_in_parallel(
     settings: Settings,
     shapes: Shapes,
     shrunk: Callable[[Shapes], None] = lambda _: None,
+    activity: Activity | None = None,
 ) -> Iterator[list[Finished]]:
     """`decode_steps` in one loop per runtime; the loops share the feed and PyTorch's threads.
 
@@ -34,10 +36,10 @@ def decode_in_parallel(
     loops have stopped.
     """
     if len(runtimes) == 1:
-        yield from decode_steps(feed, runtimes[0], settings, shapes, shrunk)
+        yield from decode_steps(feed, runtimes[0], settings, shapes, shrunk, activity)
         return
     jobs = SharedFeed(shapes.chunk)
-    with Loops(jobs, runtimes, settings, shapes) as loops:
+    with Loops(jobs, runtimes, settings, shapes, activity or Activity()) as loops:
         while loops.running:
             taking = jobs.room > 0 and not feed.ended
             if taking:
@@ -54,8 +56,15 @@ class Loops:
     use every core slow each other down.
     """
 
-    def __init__(self, jobs: SharedFeed, runtimes: Sequence[Runtime], settings: Settings, shapes: Shapes) -> None:
-        self._jobs, self._settings, self._shapes = jobs, settings, shapes
+    def __init__(
+        self,
+        jobs: SharedFeed,
+        runtimes: Sequence[Runtime],
+        settings: Settings,
+        shapes: Shapes,
+        activity: Activity,
+    ) -> None:
+        self._jobs, self._settings, self._shapes, self._activity = jobs, settings, shapes, activity
         self._messages: SimpleQueue[Message] = SimpleQueue()
         self._stopped = threading.Event()
         self._threads_before = torch.get_num_threads()
@@ -99,7 +108,8 @@ class Loops:
     def _loop(self, runtime: Runtime) -> None:
         torch.set_num_threads(self._threads)  # the number is per thread
         try:
-            for finished in decode_steps(self._jobs, runtime, self._settings, self._shapes, self._messages.put):
+            run = (self._jobs, runtime, self._settings, self._shapes, self._messages.put, self._activity)
+            for finished in decode_steps(*run):
                 if self._stopped.is_set():
                     break
                 self._messages.put(finished)

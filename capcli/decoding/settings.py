@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from capcli.errors import CapcliError, UsageError
 from capcli.options import GenerationOptions
+from capcli.options.caption import LARGEST_ID, is_ids, shortened
 from capcli.text import counted, flag
 
 # Fields of a generation_config that change no caption here: caches, outputs, assistant models, bookkeeping.
@@ -62,6 +63,7 @@ SUPPORTED = frozenset(
         "remove_invalid_values",
         "suppress_tokens",
         "begin_suppress_tokens",
+        "bad_words_ids",
         "num_return_sequences",
         "pad_token_id",
         "bos_token_id",
@@ -80,6 +82,15 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "token_healing": (False,),
     "use_mtp": (False,),
 }
+# What fields must be that are no options, or that have another type there: a test of the value, and the words for it.
+CHECKS: Sequence[tuple[tuple[str, ...], Callable[[Any], bool], str]] = (
+    (("bos_token_id", "decoder_start_token_id", "forced_bos_token_id"), lambda x: is_ids([x]), "a token id"),
+    (("eos_token_id", "forced_eos_token_id"), lambda x: is_end(x), "a token id or a list of token ids"),
+    (("max_length", "min_length"), lambda x: type(x) is int, "a whole number"),
+    (("min_p",), lambda x: type(x) in (int, float) and 0 <= x <= 1, "a number from 0 to 1"),
+    (("renormalize_logits", "remove_invalid_values"), lambda x: isinstance(x, bool), "true or false"),
+)
+UNUSABLE = "the model's generation_config cannot be used"
 NO_TOKEN = -1  # in encoder_ids: no token at this position
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")  # without effect unless do_sample
 BEAM_SEARCH = ("length_penalty", "early_stopping")  # without effect with one beam
@@ -117,6 +128,7 @@ class Settings:
     forced_eos_token_ids: tuple[int, ...] = ()
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
     seed: int = 0
     encoder_ids: tuple[int, ...] = ()
 
@@ -145,7 +157,7 @@ class Settings:
     def in_run_file(self) -> dict[str, Any]:
         """The settings that have an effect, as stored in the run file."""
         idle = (*(() if self.do_sample else SAMPLING), *(() if self.num_beams > 1 else BEAM_SEARCH))
-        idle += () if self.encoder_ids else ("encoder_ids",)
+        idle += tuple(name for name in ("encoder_ids", "bad_words_ids") if not getattr(self, name))
         shown = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in idle}
         return {RUN_FILE_NAMES.get(name, name): value for name, value in shown.items()}
 
@@ -163,15 +175,17 @@ def resolve(config: Mapping[str, Any], given: GenerationOptions, prompt: Iterabl
     start = fields.get("decoder_start_token_id", fields.get("bos_token_id"))
     if start is None:
         raise CapcliError("the model's generation_config has neither decoder_start_token_id nor bos_token_id")
+    end = as_ids(fields.get("eos_token_id"))
     ids = tuple(prompt)
     ids = ids if ids[:1] == (start,) else (start, *ids)
     taken = {name: fields[name] for name in Settings.__dataclass_fields__ if name in fields}
     taken |= {
         "prompt": ids,
-        "eos_token_ids": as_ids(fields.get("eos_token_id")),
+        "eos_token_ids": end,
         "forced_eos_token_ids": as_ids(fields.get("forced_eos_token_id")),
         "suppress_tokens": as_ids(fields.get("suppress_tokens")),
         "begin_suppress_tokens": as_ids(fields.get("begin_suppress_tokens")),
+        "bad_words_ids": bad_words(fields.get("bad_words_ids", ()), end),
         "max_new_tokens": max_new_tokens(fields, len(ids)),
         "min_new_tokens": min_new_tokens(fields, len(ids)),
     }
@@ -192,10 +206,21 @@ def min_new_tokens(fields: Mapping[str, Any], prompt: int) -> int:
     return max(int(fields.get("min_length", 0)) - prompt, 0)
 
 
+def is_end(value: object) -> bool:
+    """Whether a value is a token id or a list of token ids; an id below 0 is that of no token."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return all(type(each) is int and abs(each) <= LARGEST_ID for each in values)
+
+
 def as_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
+
+
+def bad_words(words: Iterable[Sequence[int]], end: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The different token sequences among `words`; as in generate(), an end token alone is none."""
+    return tuple(word for word in dict.fromkeys(map(tuple, words)) if not (len(word) == 1 and word[0] in end))
 
 
 def refuse_unknown(config: Mapping[str, Any]) -> None:
@@ -220,7 +245,11 @@ def refuse_impossible(config: Mapping[str, Any]) -> None:
             if config.get(name) is not None:
                 GenerationOptions(**{name: config[name]})
     except UsageError as error:
-        raise CapcliError(f"the model's generation_config cannot be used: {error}") from None
+        raise CapcliError(f"{UNUSABLE}: {error}") from None
+    for names, is_valid, wanted in CHECKS:
+        for name in names:
+            if (value := config.get(name)) is not None and not is_valid(value):
+                raise CapcliError(f"{UNUSABLE}: {name} is {shortened(value)}; it must be {wanted}")
 
 
 def idle(given: GenerationOptions, settings: Settings) -> list[str]:

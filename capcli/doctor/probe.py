@@ -1,6 +1,7 @@
-"""Examines one runtime in a process of its own: a library that crashes, hangs or prints affects nothing else.
+"""Examines runtimes and packages in other processes: a library that crashes, hangs or prints affects nothing else.
 
-`probe_all` starts `python -m capcli.doctor.probe NAME` for each runtime; the process prints one JSON object.
+`probe_all` starts `python -m capcli.doctor.probe NAME` for each runtime; the process prints one JSON object. `import_errors`
+starts one process that imports all packages, and a further one after each that crashes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from capcli.doctor.output import error_text
+from capcli.imports import CORE, cause
 
 TIMEOUT = 120.0  # seconds for all probes; importing PyTorch from a slow disk takes long
 
@@ -34,10 +36,47 @@ def probe_all(names: Sequence[str], timeout: float = TIMEOUT) -> dict[str, Answe
     return {name: _answer(process, end, timeout) for name, process in processes.items()}
 
 
-def _start(name: str) -> subprocess.Popen[bytes]:
+def import_errors(modules: Mapping[str, str], timeout: float = TIMEOUT) -> dict[str, str]:
+    """Why packages cannot be imported, by name; those that work are left out. `modules` are the modules to import."""
+    end = time.monotonic() + timeout
+    errors, left = {}, list(modules)
+    while left and time.monotonic() < end:
+        try:
+            process = _start("packages", *(modules[name] for name in left))
+        except OSError:  # no memory, or too many processes
+            break
+        lines, failure = _lines(process, end, timeout)
+        errors.update({name: line for name, line in zip(left, lines, strict=False) if line})
+        if failure and len(lines) < len(left):
+            errors[left[len(lines)]] = failure
+        left = left[len(lines) + 1 :]
+    return errors
+
+
+def _lines(process: subprocess.Popen[bytes], end: float, timeout: float) -> tuple[list[str], str | None]:
+    """The lines that the process has printed, and how it ended if not with exit code 0."""
+    failure = None
+    try:
+        out, _ = process.communicate(timeout=max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, _ = process.communicate()
+        failure = f"it hangs: no response in {timeout:.0f} s"
+    except BaseException:
+        process.kill()
+        raise
+    code = process.returncode
+    if code < 0 and failure is None:
+        failure = f"it crashes (signal {-code}: {signal.strsignal(-code)})"
+    elif code and failure is None:
+        failure = f"it ends with code {code}"
+    return out.decode("utf-8", "replace").splitlines(), failure
+
+
+def _start(*arguments: str) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)  # the child imports what this process can
     return subprocess.Popen(
-        [sys.executable, "-m", "capcli.doctor.probe", name],
+        [sys.executable, "-m", "capcli.doctor.probe", *arguments],
         env={**os.environ, "PYTHONPATH": path},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -75,14 +114,30 @@ IDENTITY = (
 )
 
 
-def main(name: str) -> None:
+def main(name: str, *modules: str) -> None:
     answer_fd = os.dup(1)
     os.dup2(2, 1)  # output of libraries must not mix with the JSON
+    if name == "packages":
+        for module in modules:
+            os.write(answer_fd, f"{import_error(module) or ''}\n".encode())
+        return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         answer = probe(name)
     answer["warnings"] = [" ".join(str(each.message).split()) for each in caught if "CUDA" in str(each.message)]
     os.write(answer_fd, json.dumps(answer).encode())
+
+
+def import_error(module: str) -> str | None:
+    """Why a module cannot be imported. As in a command, a broken package then counts as missing for the others."""
+    package = module.partition(".")[0]
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        if package not in CORE:
+            sys.modules[package] = None  # type: ignore[assignment]
+        return cause(error)
+    return None
 
 
 def probe(name: str) -> dict[str, Any]:
@@ -158,4 +213,4 @@ def probe_tensorrt(_: Any) -> dict[str, Any]:
 PROBES = {"torch": probe_torch, "onnxruntime": probe_onnxruntime, "tensorrt": probe_tensorrt}
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -7,11 +7,13 @@ import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 
 from capcli import __version__
 from capcli.doctor.output import Line
 from capcli.doctor.probe import Answer
 from capcli.engine.packages import FUSED, KEEPS, ONNXRUNTIME, TENSORRT, release
+from capcli.imports import UNUSED
 
 NEEDED = ("torch", "transformers", "pillow", "numpy", "huggingface_hub", "safetensors", "click", "rich")
 USES = {
@@ -21,6 +23,22 @@ USES = {
     "onnx": "capcli export, and engines in ONNX Runtime",
     "train": "capcli prepare and capcli train",
 }
+# The modules that capcli's commands import from a package, where it is not the one of the package's name. transformers is the
+# last, as it imports others.
+MODULES = {
+    "pillow": "PIL.Image",
+    "rich": "rich.progress",
+    "safetensors": "safetensors.torch",
+    "accelerate": "accelerate.utils",
+    "matplotlib": "matplotlib.figure",
+    "pyarrow": "pyarrow.parquet",
+    "pycocoevalcap": "pycocoevalcap.cider.cider",
+    "sentencepiece": "sentencepiece.sentencepiece_model_pb2",
+    "tensorboard": "torch.utils.tensorboard",
+    "torchvision": "torchvision.io",
+    "transformers": "transformers.modeling_utils",
+}
+ON_GPU = ("gpu-decode",)  # extras that need an NVIDIA GPU
 OTHER_BUILDS = {"onnxruntime": ("onnxruntime-gpu",), "tensorrt": ("tensorrt-cu13", "tensorrt-cu12")}
 JAVA_TIMEOUT = 30.0  # seconds
 
@@ -46,8 +64,18 @@ def packages(extra: str) -> list[str]:
     return [match[1] for match in found if match and match[2] == extra]
 
 
-def version_lines() -> Iterator[Line]:
-    """One line with all versions, and one for each required package that is missing."""
+def modules() -> dict[str, str]:
+    """The modules of all packages on this machine that commands import, by the name of the package."""
+    names = [*UNUSED, *(name for extra in USES for name in packages(extra)), *NEEDED[::-1]]
+    found = {name: MODULES.get(name, name.replace("-", "_")) for name in names if name != "torch"}  # torch is a runtime
+    return {name: module for name, module in found.items() if installed(name) or find_spec(module.partition(".")[0])}
+
+
+def version_lines(errors: Mapping[str, str]) -> Iterator[Line]:
+    """One line with all versions, and one for each required package that is missing or broken.
+
+    `errors` are the reasons why packages cannot be imported.
+    """
     python = platform.python_version()
     found = {name: installed(name) for name in (*NEEDED, *OTHER_BUILDS)}
     text = ", ".join(
@@ -58,15 +86,38 @@ def version_lines() -> Iterator[Line]:
     for name in NEEDED:
         if found[name] is None:
             yield Line(name, "missing", "capcli needs it", fix=f"pip install {name}")
+        elif name in errors:
+            text = f"capcli needs it, and it cannot be imported: {errors[name]}"
+            yield Line(name, "broken", text, fix=f"pip install --force-reinstall {name}")
 
 
-def extra_lines() -> Iterator[Line]:
-    for extra, use in USES.items():
-        lacks = [name for name in packages(extra) if installed(name) is None]
-        fix = f"pip install 'capcli[{extra}]'" if lacks else None
-        text = f"{use}: lacks {', '.join(lacks)}" if lacks else use
-        yield Line(extra, "missing" if lacks else "ok", text, fix, {"lacks": lacks})
+def extra_lines(errors: Mapping[str, str], gpus: int) -> Iterator[Line]:
+    """One line per extra and one for Java. `errors` are the reasons why packages cannot be imported."""
+    for extra in USES:
+        yield extra_line(extra, errors, gpus)
+    named = {*NEEDED, *(name for extra in USES for name in packages(extra))}
+    for name in errors.keys() - named:
+        text = f"cannot be imported, and capcli does without it: {errors[name]}"
+        yield Line(name, "broken", text, f"pip uninstall -y {name}")
     yield java_line()
+
+
+def extra_line(extra: str, errors: Mapping[str, str], gpus: int) -> Line:
+    use, needed = USES[extra], packages(extra)
+    lacks = [name for name in needed if installed(name) is None]
+    broken = {name: errors[name] for name in needed if name in errors}
+    facts = {"lacks": lacks, "broken": broken}
+    useless = extra in ON_GPU and not gpus
+    if broken:
+        text = "; ".join(f"{name} cannot be imported: {reason}" for name, reason in broken.items())
+        fix = "pip uninstall -y" if useless else "pip install --force-reinstall"
+        return Line(extra, "broken", f"{use}: {text}", f"{fix} {' '.join(broken)}", facts)
+    if useless:
+        text = "this machine has no NVIDIA GPU"
+        return Line(extra, "none", f"{use}; {text}", facts=facts)
+    if lacks:
+        return Line(extra, "missing", f"{use}: lacks {', '.join(lacks)}", f"pip install 'capcli[{extra}]'", facts)
+    return Line(extra, "ok", use, facts=facts)
 
 
 def java_line() -> Line:

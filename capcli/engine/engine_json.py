@@ -15,14 +15,16 @@ from capcli.decoding.settings import Settings
 from capcli.engine.packages import TENSORRT
 from capcli.errors import CapcliError, UsageError
 from capcli.models.model_files import ENGINE, ModelFiles, file_hash
-from capcli.options.export_command import finishing, in_folder, too_large_search, too_many_slots
+from capcli.options.export_command import checked_command, finishing, in_folder, too_large_search, too_many_slots
 from capcli.storage import atomic
 
 ENCODE, STEP = "encode.onnx", "step.onnx"
 ENGINES = "CAPCLI_ENGINES"
 FORMAT = 2
 READABLE = (1, FORMAT)
+LARGEST = 2**31  # of a number in engine.json: all are counts, sizes and versions
 Kind = Literal["onnx", "tensorrt"]
+Precision = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,8 @@ class Engine:
     kind: Kind
     profile: str
     opset: int
-    dtype: str
-    quantize: str | None
+    dtype: Precision
+    quantize: Literal["int8"] | None
     captioner: Mapping[str, Any]
     pixels: tuple[int, int]
     memory: Memory
@@ -190,7 +192,7 @@ def read_engine(folder: str) -> Engine:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
         stored = content.pop("hash", None)
-        command = in_folder(content["command"], os.path.abspath(folder))
+        command = in_folder(checked_command(content["command"]), os.path.abspath(folder))
         if content["format"] not in READABLE:
             raise CapcliError(f"{path} is of another version of capcli: {advice} ({shlex.join(command)})")
         if stored != content_hash(content):
@@ -199,7 +201,7 @@ def read_engine(folder: str) -> Engine:
         engine: Engine = parsed(Engine, {name: value for name, value in fields.items() if name != "format"})
     except OSError as error:
         raise CapcliError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CapcliError(f"{path} is damaged ({error}): {advice}") from error
     return replace(engine, command=command)
 
@@ -225,11 +227,14 @@ def content_hash(content: Mapping[str, Any]) -> str:
 def parsed(kind: Any, value: Any, name: str = ENGINE) -> Any:
     """A value of JSON as the type `kind` that a dataclass field is annotated with.
 
-    Raises TypeError for a value of another type, KeyError for a key that is not a field.
+    Raises TypeError for a value of another type, KeyError for a key that is not a field, ValueError for a number that counts
+    nothing.
     """
     origin, parts = get_origin(kind), get_args(kind)
     if origin is UnionType:
         return None if value is None and NoneType in parts else parsed(parts[0], value, name)
+    if kind is int and type(value) is int and not 0 < value <= LARGEST:
+        raise ValueError(f"{name} is {value}")
     if is_dataclass(kind) and isinstance(value, dict):
         hints = get_type_hints(kind)
         return kind(**{key: parsed(hints[key], item, key) for key, item in value.items()})  # type: ignore[operator]

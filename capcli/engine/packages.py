@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from capcli.errors import CapcliError
+from capcli.imports import importing
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +32,7 @@ def release(version: str, numbers: int = 2) -> tuple[int, ...]:
     return tuple(int(part) for part in parts if part.isdigit())
 
 
-@contextmanager
-def importing(package: Package) -> Iterator[None]:
+def importing_runtime(package: Package) -> AbstractContextManager[None]:
     """A context for the import of the package. Raises CapcliError, which distinguishes a missing from a broken package."""
-    try:
-        yield
-    except (ImportError, OSError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == package.name:
-            raise CapcliError(f"{package.title} is missing: {package.install}") from error
-        raise CapcliError(
-            f"{package.title} is installed but cannot be loaded ({error}): {package.install} --force-reinstall"
-        ) from error
+    missing = f"{package.title} is missing: {package.install}"
+    return importing(package.name, package.title, missing, f"{package.install} --force-reinstall")

@@ -16,8 +16,6 @@ from capcli.models.model_files import ENGINE, GENERATION, is_engine
 from capcli.options import ExportOptions
 from capcli.storage import locks
 
-LOCK = "lock"
-
 
 def target_folder(options: ExportOptions) -> str:
     """The absolute path of the engine's folder. Raises UsageError where it contains what an export must not replace."""
@@ -84,7 +82,7 @@ def build_folder(out: str) -> Iterator[str]:
             remove_abandoned(os.path.join(parent, prefix))
             site = tempfile.mkdtemp(prefix=prefix, dir=parent)
             leaving.callback(shutil.rmtree, site, ignore_errors=True)
-            locks.take(leaving.enter_context(open(os.path.join(site, LOCK), "wb")).fileno())
+            locks.take(open_folder(site, leaving))
             folder = os.path.join(site, name)
             os.mkdir(folder)
         yield folder
@@ -93,9 +91,16 @@ def build_folder(out: str) -> Iterator[str]:
 def remove_abandoned(prefix: str) -> None:
     """Removes the temporary folders of this prefix whose lock is free: their export was killed."""
     for site in glob.glob(f"{glob.escape(prefix)}????????"):
-        with suppress(OSError), open(os.path.join(site, LOCK), "ab") as lock:
-            if locks.take(lock.fileno()):
+        with suppress(OSError), ExitStack() as leaving:
+            if locks.is_free(open_folder(site, leaving)):
                 shutil.rmtree(site, ignore_errors=True)
+
+
+def open_folder(path: str, leaving: ExitStack) -> int:
+    """A descriptor of a folder, not of a link to one, that is closed with `leaving`. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    leaving.callback(os.close, descriptor)
+    return descriptor
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import onnx
 
 from capcli.errors import CapcliError
 from capcli.runtimes.trt_plan import make_log
+from capcli.storage import atomic
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -42,9 +43,7 @@ def build_plan(tensorrt: Any, graph: str, sizes: Mapping[str, int], timing_cache
     timings: trt.IHostMemory = config.get_timing_cache().serialize()
     with suppress(OSError):  # without the file the next build only takes longer
         os.makedirs(os.path.dirname(os.path.abspath(timing_cache)), exist_ok=True)
-        with open(f"{timing_cache}.tmp", "wb") as file:
-            file.write(memoryview(timings))
-        os.replace(f"{timing_cache}.tmp", timing_cache)
+        atomic.replace(timing_cache, [bytes(memoryview(timings))])
     return bytes(memoryview(plan))
 
 

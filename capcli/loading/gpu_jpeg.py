@@ -23,6 +23,7 @@ from torch import Tensor
 
 from capcli import pixels
 from capcli.errors import CapcliError, UsageError
+from capcli.imports import importing
 from capcli.interrupts import Interrupts
 from capcli.loading import Decode, Loading
 from capcli.options import MAX_PIXELS
@@ -54,12 +55,11 @@ def refuse_gpu_decode(spec: PixelSpec, device: torch.device) -> None:
         raise UsageError(
             f"--gpu-decode resizes bilinear or bicubic, and this model's processor uses {name}: leave it out"
         )
-    try:
+    missing = "--gpu-decode needs torchvision: pip install 'capcli[gpu-decode]', or leave it out"
+    with importing(
+        "torchvision", "torchvision", missing, "pip install --force-reinstall torchvision, or leave out --gpu-decode"
+    ):
         import torchvision.io  # noqa: F401
-    except (ImportError, RuntimeError, OSError) as error:  # a build for another PyTorch may raise any of these
-        raise CapcliError(
-            f"--gpu-decode needs torchvision ({error}): pip install 'capcli[gpu-decode]', or leave it out"
-        ) from error
 
 
 def nvjpeg(device: torch.device) -> Decoder:

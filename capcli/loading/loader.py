@@ -36,7 +36,8 @@ def load(
     `entries` is read in a separate thread, which it may block, and at most `window` (default 4 * workers + 16) ahead of
     the results taken. `decode` returns facts, and pixels uint8 [height, width, 3] or the bytes of a file that it encoded,
     uint8 [n]. It must pickle, and be importable from a module other than `__main__`. What it raises becomes a failure: an
-    ImageError with its own kind, any other exception as `unreadable`. `timeout` is in seconds per image. `memory` is how
+    ImageError with its own kind, any other exception as `unreadable`. An entry with a failure is not decoded.
+    `timeout` is in seconds per image. `memory` is how
     many bytes a worker may grow by (None: no limit); an image that needs more is a failure `out-of-memory`. A process that
     dies gives a failure `crash`. `workers=0` decodes in this process when a result is taken, without limits of time and
     memory.

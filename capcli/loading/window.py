@@ -68,6 +68,9 @@ class Window:
     def _add(self, task: Task) -> None:
         with self._lock:
             self._tasks.append(task)
+            if task.entry.failure is not None:
+                self.finish(task, task.entry.failure)
+                return
             self._to_start.append(task)
             self._wake_if_startable()
 
@@ -85,7 +88,7 @@ class Window:
         with self._lock:
             self._wants_task = not self._may_start()
             if self._wants_task and timeout != 0:
-                self._changed.wait_for(lambda: self._may_start() or self._over(), timeout)
+                self._changed.wait_for(lambda: self._may_start() or self._first_is_ready() or self._over(), timeout)
             return self._to_start.popleft() if self._may_start() else None
 
     def put_back(self, task: Task) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -28,13 +29,14 @@ class Captions:
     """A captioner's captions by image name. An empty caption counts; of several in one row the first is taken.
 
     `several` is the number of images with further captions in a table or annotation file. `numbered`: the names are COCO's
-    image numbers.
+    image numbers. `failed` are the images that `capcli caption` could not caption.
     """
 
     path: str
     texts: dict[str, str] = field(default_factory=dict)
     several: int = 0
     numbered: bool = False
+    failed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,21 @@ def read_captions(path: str, named: NamedColumns) -> Captions:
     Raises CapcliError where no image has a caption, or an image has two different rows in a captioner's output.
     """
     with as_file(path) as file:
-        return named.read_with(partial(_captions, "standard input" if path == "-" else path, file))
+        captions = named.read_with(partial(_captions, "standard input" if path == "-" else path, file))
+    captions.failed = tuple(name for name in failed_images(path) if name not in captions.texts)
+    return captions
+
+
+def failed_images(path: str) -> Iterator[str]:
+    """The names in the list of failures that `capcli caption` writes beside a file of captions; none without such a list."""
+    try:
+        with open(f"{os.path.splitext(path)[0]}.failures.jsonl", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+    except (OSError, ValueError):
+        return
+    for row in rows:
+        if isinstance(row, dict) and isinstance(row.get("file_name"), str):
+            yield row["file_name"]
 
 
 def _captions(title: str, file: str, options: DataOptions) -> Captions:
@@ -154,6 +170,8 @@ def names_by_number(paths: Sequence[str]) -> dict[str, str]:
 def _numbered(document: Any) -> Iterator[tuple[str, str]]:
     images = document.get("images") if isinstance(document, dict) else None
     for image in images if isinstance(images, list) else ():
+        if not isinstance(image, dict):
+            continue
         number = image.get("id", image.get("cocoid"))
         name = image.get("file_name") or image.get("filename")
         if number is not None and name:

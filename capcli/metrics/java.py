@@ -26,7 +26,15 @@ GET_JAVA = (
     "--without-java"
 )
 # Before version 18 Java's default encoding depends on the locale; captions are always UTF-8.
-OPTIONS = ("-Dfile.encoding=UTF-8", "-Duser.language=en")
+# METEOR reads and writes numbers in the format of the default locale, whose decimal separator may be a comma.
+OPTIONS = (
+    "-Dfile.encoding=UTF-8",
+    "-Duser.language=en",
+    "-Duser.country=US",
+    "-Duser.language.format=en",
+    "-Duser.country.format=US",
+)
+OVERRIDES = "_JAVA_OPTIONS"  # a variable whose options take precedence over those of the command line
 
 
 def java() -> str:
@@ -58,7 +66,9 @@ class Java:
         # An interrupt between the fork and the next line would leave a Java process behind.
         with Interrupts(quiet=True, grace=math.inf) as interrupts:
             try:
-                self.process = subprocess.Popen(program, cwd=folder, stdin=pipe, stdout=pipe, stderr=self.errors)
+                self.process = subprocess.Popen(
+                    program, cwd=folder, env=environment(), stdin=pipe, stdout=pipe, stderr=self.errors
+                )
             except OSError as error:
                 self.errors.close()
                 raise CapcliError(f"Java cannot be started: {error.strerror or error}. {GET_JAVA}") from error
@@ -76,6 +86,12 @@ class Java:
     ) -> None:
         end(self.process, self.errors)
         self._end.detach()
+
+
+def environment() -> dict[str, str]:
+    """The environment of Java: the user's, in which no variable overrides OPTIONS."""
+    overrides = os.environ.get(OVERRIDES)
+    return {**os.environ, **({OVERRIDES: " ".join((overrides, *OPTIONS))} if overrides else {})}
 
 
 def tokenize(texts: Sequence[str]) -> list[str]:

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+
+from capcli.annotations.name_matching import Key, base, composed, stem, unambiguous
 
 # COCO's numbers: alone, padded with zeros, or after the name of a split.
 _NUMBER = re.compile(r"(?:COCO_[a-z]+\d{4}_)?0*(\d+)", re.IGNORECASE)
-
-
-def whole(name: str) -> str:
-    """The normalized name: without `./`, with slashes for backslashes, and in Unicode's composed form."""
-    return os.path.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
-
-
-def base(name: str) -> str:
-    return os.path.basename(whole(name))
-
-
-def stem(name: str) -> str:
-    return os.path.splitext(base(name))[0]
 
 
 def number(name: str) -> str | None:
@@ -30,7 +17,7 @@ def number(name: str) -> str | None:
     return found[1] if found else None
 
 
-KEYS: tuple[Callable[[str], str | None], ...] = (whole, base, stem, number)
+KEYS: tuple[Key, ...] = (composed, base, stem, number)
 
 
 def match(captioned: Iterable[str], referenced: Iterable[str]) -> dict[str, str]:
@@ -55,14 +42,3 @@ def match(captioned: Iterable[str], referenced: Iterable[str]) -> dict[str, str]
 def _rest(names: dict[str, None], taken: Iterable[str]) -> dict[str, None]:
     removed = set(taken)
     return {name: None for name in names if name not in removed}
-
-
-def unambiguous(names: Iterable[str], key: Callable[[str], str | None]) -> dict[str, str]:
-    """Names by their key, without keys that several names share."""
-    found: dict[str, str] = {}
-    several: set[str] = set()
-    for name in names:
-        shared = key(name)
-        if shared is not None and found.setdefault(shared, name) != name:
-            several.add(shared)
-    return {shared: name for shared, name in found.items() if shared not in several}

@@ -1,4 +1,4 @@
-"""What `capcli evaluate` measures: matched captions, the scores of each file, and the comparison of two files."""
+"""What `capcli evaluate` measures: matched captions, the scores of each file, and the comparison of several files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ MEASURES = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr"
 class Matched:
     """One file's captions of images that have references, by the name in the references.
 
-    `file_names` are the names in the file itself. The counts are of images left out on either side.
+    `file_names` are the names in the file itself. The counts are of images left out on either side; `failed` of those with
+    references that could not be captioned.
     """
 
     path: str
@@ -23,6 +24,7 @@ class Matched:
     file_names: Mapping[str, str]
     captions_without_references: int
     references_without_caption: int
+    failed: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +38,20 @@ class FileScores:
 
 
 @dataclass(frozen=True, eq=False)
+class Difference:
+    """The figures of a file minus those of the first, by name."""
+
+    figures: Mapping[str, float]
+    intervals: Mapping[str, Interval] | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Result:
-    """The measured files, the settings, and second minus first where there are two files."""
+    """The measured files, the settings, and the `differences` of the second and each further file to the first."""
 
     measured: Sequence[FileScores]
     tokenize: str
     tokenizer: str
     resamples: int | None
     seed: int
-    difference: Mapping[str, float] | None = None
-    difference_intervals: Mapping[str, Interval] | None = None
+    differences: Sequence[Difference] = ()

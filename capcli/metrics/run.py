@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from capcli.errors import CapcliError, UsageError
 from capcli.interrupts import terminable
@@ -19,7 +20,7 @@ from capcli.metrics.caption_files import (
 )
 from capcli.metrics.diversity import diversity
 from capcli.metrics.matching import match
-from capcli.metrics.results import MEASURES, FileScores, Matched, Result
+from capcli.metrics.results import MEASURES, Difference, FileScores, Matched, Result
 from capcli.metrics.scorer import Scorer
 from capcli.options import EvaluateOptions
 from capcli.progress import warn
@@ -73,7 +74,7 @@ def evaluate(options: EvaluateOptions, meteor: java.Meteor | None) -> Result:
     if len(matched) > 1:
         matched = on_the_same_images(matched)
     for each in matched:
-        warn_of_omissions(each)
+        warn_of_failures(each)
 
     tokenize = options.tokenize or tokenization.choose_tokenizer(
         text for texts in references.texts.values() for text in texts
@@ -126,6 +127,7 @@ def matched_captions(captions: Captions, references: References) -> Matched:
         file_names,
         len(captions.texts) - len(found),
         len(references.texts) - len(found),
+        len(match(captions.failed, (name for name in references.texts if name not in file_names))),
     )
 
 
@@ -134,32 +136,22 @@ def on_the_same_images(matched: Sequence[Matched]) -> list[Matched]:
     names = [name for name in matched[0].texts if all(name in each.texts for each in matched)]
     if not names:
         raise CapcliError(
-            f"{' and '.join(printable(each.path) for each in matched)} have no captions of the same image"
+            f"{', '.join(printable(each.path) for each in matched)}: there is no image of which all have a caption"
         )
     for each in matched:
         if len(each.texts) > len(names):
             left_out = len(each.texts) - len(names)
-            warn(f"{printable(each.path)}: images left out because the other file has no caption of them: {left_out:,}")
-    return [
-        Matched(
-            each.path,
-            {name: each.texts[name] for name in names},
-            each.file_names,
-            each.captions_without_references,
-            each.references_without_caption,
-        )
-        for each in matched
-    ]
+            why = "the other file has no caption" if len(matched) == 2 else "not all files have a caption"
+            warn(f"{printable(each.path)}: images left out because {why} of them: {left_out:,}")
+    return [replace(each, texts={name: each.texts[name] for name in names}) for each in matched]
 
 
-def warn_of_omissions(matched: Matched) -> None:
-    path = printable(matched.path)
-    if matched.captions_without_references:
-        warn(f"{path}: captions left out because they have no references: {matched.captions_without_references:,}")
-    if matched.references_without_caption:
+def warn_of_failures(matched: Matched) -> None:
+    """A warning where images are left out because the captioner failed: the captions of a part of the images are no fault."""
+    if matched.failed:
         warn(
-            f"{path}: images with references and no caption: {matched.references_without_caption:,} (left out; the "
-            "scores are too high if the captioner failed on them)"
+            f"{printable(matched.path)}: images with references that could not be captioned: {matched.failed:,} (left out; "
+            "the scores are too high, as these images are likely the difficult ones)"
         )
 
 
@@ -170,21 +162,17 @@ def measure(matched: Matched, scorer: Scorer, meteor: java.Meteor | None) -> Fil
 
 
 def compared(result: Result, meteor: java.Meteor | None) -> Result:
-    """The result with the difference of two files and with intervals, if wanted."""
+    """The result with the differences to the first file, and with intervals if wanted."""
     measured = list(result.measured)
-    difference = difference_intervals = None
-    if len(measured) > 1:
-        first, second = (each.figures for each in measured)
-        difference = {name: second[name] - first[name] for name in first}
+    first = measured[0].figures
+    differences = [Difference({name: each.figures[name] - first[name] for name in first}) for each in measured[1:]]
     if result.resamples is not None:
-        scores = [each.scores for each in measured]
-        drawn = bootstrap.resample(scores, meteor, result.resamples, result.seed)
+        drawn = bootstrap.resample([each.scores for each in measured], meteor, result.resamples, result.seed)
         measured = [
-            FileScores(each.matched, each.scores, each.figures, bootstrap.intervals(values))
-            for each, values in zip(measured, drawn, strict=True)
+            replace(each, intervals=bootstrap.intervals(values)) for each, values in zip(measured, drawn, strict=True)
         ]
-        if len(drawn) > 1:
-            difference_intervals = bootstrap.intervals({name: drawn[1][name] - drawn[0][name] for name in drawn[0]})
-    return Result(
-        measured, result.tokenize, result.tokenizer, result.resamples, result.seed, difference, difference_intervals
-    )
+        differences = [
+            replace(each, intervals=bootstrap.intervals({name: values[name] - drawn[0][name] for name in values}))
+            for each, values in zip(differences, drawn[1:], strict=True)
+        ]
+    return replace(result, measured=measured, differences=differences)

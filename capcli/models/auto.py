@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TO_TEXT
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 from capcli.errors import CapcliError
 from capcli.models.checkpoint import explained, load_tokenizer, quiet_transformers, refuse_missing
@@ -112,11 +112,13 @@ def load_processor(files: ModelFiles) -> tuple[Any, Any]:
     """The processor and the tokenizer of a folder; for a family of capcli.models the image processor alone."""
     arguments: dict[str, Any] = {"local_files_only": True, "backend": "pil"}
     if files.config["model_type"] in FILES:
-        return transformers.AutoImageProcessor.from_pretrained(files.folder, **arguments), load_tokenizer(files)
+        loader: Any = transformers.AutoImageProcessor
+        return loader.from_pretrained(files.folder, **arguments), load_tokenizer(files)
     config = transformers.AutoConfig.from_pretrained(files.folder, local_files_only=True)
-    kind = PROCESSOR_MAPPING.get(type(config), None)
-    kind = transformers.AutoProcessor if kind is None else without_video(kind)
-    processor = kind.from_pretrained(files.folder, **arguments)
+    kind: Any = PROCESSOR_MAPPING.get(type(config), None)
+    processor = (transformers.AutoProcessor if kind is None else without_video(kind)).from_pretrained(
+        files.folder, **arguments
+    )
     if not hasattr(processor, "tokenizer"):
         raise CapcliError(f"{files.name} has no processor for images and text: download or save its files again")
     return processor, processor.tokenizer
@@ -191,7 +193,7 @@ def collect_any(name: str, listing: ModelListing, revision: str | None) -> Model
     if absent := [file for file in weights if file not in listing.names]:
         raise IncompleteError(f"{listing.title} lacks {absent[0]}, which {weights[0]} names.")
     paths = [listing.fetch(file) for file in (*text_files(listing.names), *weights)]
-    return ModelFiles(name, os.path.dirname(paths[0]), revision, config, processor_of(listing))
+    return ModelFiles(name, os.path.dirname(paths[0]), revision, config, processor_of(listing, config))
 
 
 def text_files(names: frozenset[str]) -> list[str]:

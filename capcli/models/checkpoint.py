@@ -54,7 +54,7 @@ def own_generation(files: ModelFiles) -> dict[str, Any] | None:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CapcliError(f"Cannot read {path}: {error}.") from error
     if not isinstance(content, dict):
         raise CapcliError(f"{path} is not a JSON object: replace the file.")

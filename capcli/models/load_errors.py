@@ -8,6 +8,7 @@ import pickle
 from typing import BinaryIO
 
 from capcli.errors import CapcliError
+from capcli.imports import explain_import
 from capcli.models.model_files import ModelFiles, list_model, weight_files
 
 LFS_POINTER = b"version https://git-lfs"
@@ -39,6 +40,8 @@ def explain_load_error(error: Exception, files: ModelFiles) -> CapcliError:
         )
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
         return CapcliError(f"Not enough memory to load {files.name}: free some memory, or use a smaller model.")
+    if package := explain_import(error):
+        return CapcliError(f"Cannot load {files.name}: {package}")
     if isinstance(error, ImportError):
         return CapcliError(f"{files.name} needs a Python package that is not installed: {first_line(error)}")
     return CapcliError(f"Cannot load {files.name} from {files.folder}: {first_line(error)}")
@@ -84,7 +87,7 @@ def safetensors_size(file: BinaryIO, size: int) -> int | None:
     try:
         header = json.loads(file.read(length))
         ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError):
         return None
     return 8 + length + max(ends, default=0)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from capcli.errors import CapcliError
+from capcli.text import printable
 
 ENCODERS = ("vit", "deit", "beit", "swin", "swinv2")
 DECODERS = ("gpt2", "bert")
@@ -26,9 +27,23 @@ CONVERTED = {
     "florence2": "florence-community has the same weights in the format of transformers, as Florence-2-base and so on."
 }
 
+# transformers' image processors by model_type, for settings that name none, as those of the first ViT checkpoints.
+PROCESSORS = {
+    "beit": "BeitImageProcessor",
+    "blip": "BlipImageProcessor",
+    "deit": "DeiTImageProcessor",
+    "florence2": "CLIPImageProcessor",
+    "git": "CLIPImageProcessor",
+    "resnet": "ConvNextImageProcessor",
+    "swin": "ViTImageProcessor",
+    "swinv2": "ViTImageProcessor",
+    "vit": "ViTImageProcessor",
+}
+
 CONFIG = "config.json"
 ENGINE = "engine.json"  # of folders that `capcli export` writes
 GENERATION = "generation_config.json"
+ADAPTER = "adapter_config.json"  # of peft
 PROCESSOR = "preprocessor_config.json"
 PROCESSOR_NESTED = "processor_config.json"
 SETTINGS = (CONFIG, GENERATION, PROCESSOR, PROCESSOR_NESTED)
@@ -106,13 +121,16 @@ def collect_files(name: str, listing: ModelListing, revision: str | None) -> Mod
     weights are fetched.
     """
     if CONFIG not in listing.names:
+        refuse_adapter(listing)
         raise IncompleteError(f"{listing.title} has no {CONFIG}, so it is not a model in the format of transformers.")
     config = listing.read_json(CONFIG)
     check_architecture(name, config)
     settings = setting_files(listing.names)
-    processor = processor_of(listing)
+    processor = processor_of(listing, config)
     weights = weight_files(listing)
     missing = missing_files(listing, settings, processor, weights)
+    if not weights:
+        refuse_adapter(listing)
     if missing:
         raise IncompleteError(f"{listing.title} lacks {' and '.join(missing)}.")
     paths = [listing.fetch(file) for file in (*settings, *weights)]
@@ -131,9 +149,22 @@ def has_family(config: Mapping[str, Any]) -> bool:
     return encoder in encoders and decoder in decoders
 
 
+def refuse_adapter(listing: ModelListing) -> None:
+    """Raises CapcliError for the folder of a LoRA adapter, with its base model and how to merge the two."""
+    if ADAPTER not in listing.names:
+        return
+    base = listing.read_json(ADAPTER).get("base_model_name_or_path")
+    named = f"of the model {printable(base)}" if isinstance(base, str) and base else "of a model that it does not name"
+    raise CapcliError(
+        f"{listing.title} is an adapter (LoRA) {named}, not a whole model: merge the two with the peft package, "
+        "PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(FOLDER), save the model's tokenizer and "
+        "image processor to FOLDER as well, and give --model FOLDER"
+    )
+
+
 def check_architecture(name: str, config: dict[str, Any]) -> None:
     """Raises CapcliError, with the supported architectures, for a config.json of another one."""
-    kind = config.get("model_type")
+    kind = model_type(config)
     if kind in CONVERTED and "auto_map" in config:
         raise CapcliError(f"{name} needs its own code, which capcli never runs. {CONVERTED[kind]}")
     if has_family(config):
@@ -199,11 +230,28 @@ def fingerprint(folder: str, settings: Callable[[frozenset[str]], Iterable[str]]
 
 
 def model_type(part: Any) -> str | None:
-    return part.get("model_type") if isinstance(part, dict) else None
+    """The model type of a config or of a part of one; None for one that names none."""
+    kind = part.get("model_type") if isinstance(part, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
-def processor_of(listing: ModelListing) -> dict[str, Any]:
-    """The image processor's settings, from the file that transformers prefers; empty when there are none."""
+def processor_of(listing: ModelListing, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The image processor's settings, from the file that transformers prefers; empty when there are none.
+
+    Where they name no class, that of the model type in `config` is added, as by transformers' AutoImageProcessor.
+    """
+    settings = processor_settings(listing)
+    if not settings or settings.get("image_processor_type") or settings.get("feature_extractor_type"):
+        return settings
+    encoder, _ = JOINED.get(str(config.get("model_type")), ((None, None),))[0]
+    named = (
+        config.get("image_processor_type"),
+        PROCESSORS.get(str(model_type(config.get(encoder) if encoder else config))),
+    )
+    return {**settings, "image_processor_type": next(filter(None, named), None)}
+
+
+def processor_settings(listing: ModelListing) -> dict[str, Any]:
     if PROCESSOR_NESTED in listing.names:
         nested = listing.read_json(PROCESSOR_NESTED).get("image_processor")
         if isinstance(nested, dict):

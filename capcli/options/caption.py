@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -12,10 +13,11 @@ from capcli.options.server import EndpointOptions
 
 DEFAULT_MODEL = "nlpconnect/vit-gpt2-image-captioning"
 MAX_PIXELS = 178_956_970  # above this Pillow itself refuses an image as a decompression bomb
+LARGEST_ID = 2**31 - 1  # of a token
 DECODE_TIMEOUT = 60.0  # seconds
 MAX_IMAGE_EDGE = 1024  # pixels of the longest edge of an image for the generate and endpoint backends, unless given
 
-Format = Literal["jsonl", "csv"]
+Format = Literal["jsonl", "csv", "csv-excel"]
 Suffix = Literal[".txt", ".caption"]
 Existing = Literal["skip", "overwrite", "append"]
 BackendName = Literal["auto", "slots", "generate"]
@@ -27,10 +29,10 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 class SourceOptions:
     """The images to list.
 
-    `sources` are files, folders, glob patterns, or `-` (names on standard input). A path that exists is taken literally,
-    even if it contains wildcards. `from_file` is a list of paths, one per line, or separated by NUL with `null`, which
-    applies to standard input too. Folders and patterns yield the files with an image suffix, without hidden files (those
-    with a leading dot).
+    `sources` are files, folders, glob patterns, copies that `capcli prepare` wrote, or `-` (names on standard input). A path
+    that exists is taken literally, even if it contains wildcards. `from_file` is a list of paths, one per line, or separated
+    by NUL with `null`, which applies to standard input too. Folders and patterns yield the files with an image suffix,
+    without hidden files (those with a leading dot).
 
     `include` and `exclude` are patterns over the name relative to the folder, or relative to the part of a glob before
     its first wildcard. A pattern without `/` is matched against base names at any depth: `*.tif`. A pattern with `/` is
@@ -49,6 +51,11 @@ class SourceOptions:
     def __post_init__(self) -> None:
         check_limits(self)
 
+    @property
+    def reads_stdin(self) -> bool:
+        """Whether names come from standard input."""
+        return "-" in (*self.sources, self.from_file)
+
 
 @dataclass(frozen=True)
 class SinkOptions:
@@ -59,7 +66,9 @@ class SinkOptions:
     adds all captions of an image to its row, `fields` names columns with properties of the image file. `failures` None
     is a file beside `out`; without `out`, failures are printed on standard error. `overwrite` starts the output from
     scratch, `retry_failed` tries images again that failed in earlier runs. `sidecar` is the suffix of one text file per
-    image, beside the image or below `sidecar_dir`; `existing` states what to do with a text file that already exists.
+    image, beside the image or below `sidecar_dir`; `existing` states what to do with a text file that has text already (None:
+    skip it), and `separator` what precedes an appended caption (None: a comma and a space). `refresh` captions images again
+    whose file has changed, `prune` drops the rows of images that no longer exist.
     """
 
     out: str | None = None
@@ -71,7 +80,10 @@ class SinkOptions:
     retry_failed: bool = False
     sidecar: Suffix | None = None
     sidecar_dir: str | None = None
-    existing: Existing = "skip"
+    existing: Existing | None = None
+    separator: str | None = None
+    refresh: bool = False
+    prune: bool = False
 
     def __post_init__(self) -> None:
         check_limits(self)
@@ -81,7 +93,8 @@ class SinkOptions:
 class GenerationOptions:
     """Settings of the caption search, with the names and meanings of transformers' `GenerationConfig`.
 
-    None leaves a field to the checkpoint's generation_config. Raises UsageError for a value out of its limits.
+    None leaves a field to the checkpoint's generation_config. `suppress_tokens` and `begin_suppress_tokens` are token ids,
+    `bad_words_ids` sequences of them. Raises UsageError for a value out of its limits.
     """
 
     num_beams: PositiveInt | None = None
@@ -97,12 +110,42 @@ class GenerationOptions:
     top_p: Annotated[float, Range(0, 1, min_open=True)] | None = None
     num_return_sequences: PositiveInt | None = None
     seed: int | None = None
+    suppress_tokens: Sequence[int] | None = None
+    begin_suppress_tokens: Sequence[int] | None = None
+    bad_words_ids: Sequence[Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         check_limits(self, written=str)  # also used for a checkpoint's generation_config.json, where names are keys
         least, most = self.min_new_tokens, self.max_new_tokens
         if least is not None and most is not None and least > most:
             raise UsageError(f"--min-new-tokens is {least}, which is more than --max-new-tokens, {most}")
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            if not is_ids(value := getattr(self, name)):
+                raise UsageError(f"{name} is {shortened(value)}; it must be a list of token ids")
+        if not (self.bad_words_ids is None or is_words(self.bad_words_ids)):
+            raise UsageError(
+                f"bad_words_ids is {shortened(self.bad_words_ids)}; it must be a list of lists of token ids"
+            )
+
+
+def is_ids(value: object) -> bool:
+    """Whether a value is None or a list of token ids."""
+    return value is None or (
+        isinstance(value, list | tuple) and all(type(each) is int and 0 <= each <= LARGEST_ID for each in value)
+    )
+
+
+def is_words(value: object) -> bool:
+    """Whether a value is a list of lists of token ids, none of them empty."""
+    return isinstance(value, list | tuple) and all(
+        isinstance(each, list | tuple) and each and is_ids(each) for each in value
+    )
+
+
+def shortened(value: object) -> str:
+    """A value for an error message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,8 @@ class DataOptions:
     of these. `val_fraction` validates on that fraction of the images, drawn with `seed`. `val_limit` and `train_limit`
     keep that many images of a split (or below 1 that fraction of them), drawn with `seed`. With `label_template`, folders
     of images without annotations are read as classes: the caption of an image is the template with {label} replaced by
-    the name of its folder.
+    the name of its folder. `text_files` states how text files beside images are read: each line as a caption (None means
+    the same), or the whole file as one caption.
     """
 
     data: tuple[str, ...] = ()
@@ -43,6 +44,7 @@ class DataOptions:
     val_limit: PositiveFloat | None = None
     train_limit: PositiveFloat | None = None
     label_template: str | None = None
+    text_files: Literal["lines", "whole"] | None = None
     seed: int = 42
 
     def __post_init__(self) -> None:

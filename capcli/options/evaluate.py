@@ -11,7 +11,7 @@ from capcli.options.limits import NonNegativeInt, PositiveInt, check_limits
 
 @dataclass(frozen=True, slots=True)
 class EvaluateOptions:
-    """Compare one or two files of `captions` (`-` is standard input) with `references`, which are merged.
+    """Compare any number of files of `captions` (`-` is standard input) with `references`, which are merged.
 
     `image_column` and `caption_column` name columns of the references, the captions, or both. `split` takes the
     references of one split only. `tokenize` None is chosen by the script of the references. `without_java` omits METEOR
@@ -34,9 +34,9 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         check_limits(self)
-        if not 1 <= len(self.captions) <= 2:
-            raise UsageError(f"{len(self.captions)} caption files were given: give one, or two to compare them")
-        if self.captions == ("-", "-"):
+        if not self.captions:
+            raise UsageError("no captions were given: name a file of captions")
+        if self.captions.count("-") > 1:
             raise UsageError("standard input can be read only once: '-' was given twice")
         if not self.references:
             raise UsageError("no references were given: name a file of reference captions with --references")

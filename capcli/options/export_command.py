@@ -8,12 +8,26 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 
 from capcli.options.export import ExportOptions
 from capcli.text import counted
 
+# The options that take a value, and the values that an export may write.
+VALUES = {
+    "--model": ".+",
+    "--out": ".+",
+    "--revision": r"[\w./-]+",
+    "--dtype": r"\w+",
+    "--profile": r"\w+",
+    "--quantize": r"\w+",
+    "--num-beams": r"\d+",
+    "--max-new-tokens": r"\d+",
+    "--batch-sizes": r"[\d,]+",
+    "--device": r"(auto|cpu|cuda)(:\d+)?",
+}
 OUT, BEAMS, LENGTH, BATCHES = "--out", "--num-beams", "--max-new-tokens", "--batch-sizes"
 
 
@@ -35,6 +49,26 @@ def export_command(options: ExportOptions, out: str) -> tuple[str, ...]:
     words = [word for name, value in values if value is not None for word in (name, str(value))]
     words += ["--force"] * options.force
     return ("capcli", "export", "--onnx" if options.kind == "onnx" else "--trt", *words, "--overwrite")
+
+
+def checked_command(command: Sequence[str]) -> tuple[str, ...]:
+    """The export that `command` describes, built from its options one by one. `command` may have any author.
+
+    Raises ValueError for anything but an export, and for values that no export writes.
+    """
+    options, flags = list(command[3:]), {"--force", "--overwrite"}
+    if tuple(command[:2]) != ("capcli", "export") or command[2] not in ("--onnx", "--trt"):
+        raise ValueError("its command is not an export")
+    words: list[str] = []
+    while options:
+        name = options.pop(0)
+        if name in flags:
+            words.append(name)
+        elif name in VALUES and options and re.fullmatch(VALUES[name], options[0]) and options[0].isprintable():
+            words += [name, options.pop(0)]
+        else:
+            raise ValueError("its command is not an export")
+    return (*command[:3], *words)
 
 
 def with_options(command: Sequence[str], options: Mapping[str, object]) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ import stat
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from capcli.errors import ImageError
+from capcli.errors import CapcliError, ImageError
+from capcli.imports import importing
 
 IN_MEMORY = 64 << 20  # files up to this many bytes are read whole; of larger ones Pillow reads what it needs
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
@@ -28,7 +29,26 @@ BEGINNINGS: dict[str, bytes | tuple[bytes, ...]] = {
 }
 ZERO_TAIL = 32  # bytes; no encoder ends its image data with that many zeros
 
-Stream = io.BytesIO | io.BufferedReader
+
+class _StaysOpen:
+    """A file that only its `with` block closes: some plugins of Pillow close the file that they are given."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        super().close()  # type: ignore[misc]
+
+
+class MemoryFile(_StaysOpen, io.BytesIO):
+    """The bytes of an image file."""
+
+
+class DiskFile(_StaysOpen, io.BufferedReader):
+    """An image file that is too large to be read whole."""
+
+
+Stream = MemoryFile | DiskFile
 
 
 def open_image(source: str | bytes) -> Stream:
@@ -41,7 +61,7 @@ def open_image(source: str | bytes) -> Stream:
         return open_regular(source)
     if not source:
         raise ImageError("empty", "the file is empty")
-    return io.BytesIO(source)
+    return MemoryFile(source)
 
 
 def open_regular(path: str) -> Stream:
@@ -60,11 +80,11 @@ def open_regular(path: str) -> Stream:
     if not stat.S_ISREG(status.st_mode) or not status.st_size:
         os.close(descriptor)
         raise _not_an_image_file(status.st_mode)
-    file = os.fdopen(descriptor, "rb")
+    file = DiskFile(io.FileIO(descriptor))
     if status.st_size > IN_MEMORY:
         return file
     with file:
-        return io.BytesIO(file.read())
+        return MemoryFile(file.read(status.st_size))  # no more, if it is growing
 
 
 def _not_an_image_file(mode: int) -> ImageError:
@@ -120,10 +140,13 @@ def _is_heif(head: bytes) -> bool:
 
 
 def _open_heif(stream: Stream) -> ImageFile.ImageFile:
+    install = "pip install 'capcli[heif]'"
+    missing = f"HEIC needs an extra package: {install}"
     try:
-        from pillow_heif import HeifImageFile
-    except ImportError as error:
-        raise ImageError("no-decoder", "HEIC needs an extra package: pip install 'capcli[heif]'") from error
+        with importing("pillow_heif", "pillow-heif", missing, "pip install --force-reinstall pillow-heif"):
+            from pillow_heif import HeifImageFile
+    except CapcliError as error:
+        raise ImageError("no-decoder", str(error)) from error
     stream.seek(0)
     try:
         image: ImageFile.ImageFile = HeifImageFile(stream)  # type: ignore[no-untyped-call]

@@ -165,7 +165,10 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults of the class, updated from the config; only ConvNext has and reads "crop_pct"."""
     name = config.get("image_processor_type") or config.get("feature_extractor_type")
     if not isinstance(name, str):
-        raise CapcliError("The preprocessor config names no image processor (image_processor_type is missing).")
+        raise CapcliError(
+            "The preprocessor config names no image processor, and the model's type has none that is known: add "
+            "image_processor_type to preprocessor_config.json"
+        )
     base = name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if base not in CLASSES:
         raise CapcliError(f"image_processor_type={name!r} is not supported; these are: {', '.join(sorted(CLASSES))}.")

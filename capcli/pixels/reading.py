@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,14 +15,27 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from capcli.errors import ImageError
+from capcli.pixels.container_data import TIFF_BYTE_ORDERS, reduced_gifs, reduced_tiffs, reduced_webps
 from capcli.pixels.guards import image_errors, pillow_limits, refuse_large
-from capcli.pixels.opening import Stream, identify, open_image
+from capcli.pixels.jpeg_data import SOI, reduced_jpegs
+from capcli.pixels.opening import MemoryFile, Stream, identify, open_image
+from capcli.pixels.png_data import SIGNATURE, has_all_rows, reduced_pngs
 from capcli.pixels.processor import PixelSpec
 from capcli.pixels.resizing import refuse_shape, resize
 from capcli.pixels.rgb import array_rgb, is_upright, keeps_shape, upright_rgb
 
 LARGEST_KEPT = 1 << 25  # pixels of a JPEG that is left to a GPU
+LARGEST_REDUCED = 1 << 29  # bytes of a file that is read whole to remove its metadata
 SPARE = 2  # a JPEG decoded smaller keeps at least SPARE times the edges of the resized image, as input of the filter
+
+REDUCED: dict[bytes, Callable[[bytes], Iterator[bytes]]] = {
+    SIGNATURE: reduced_pngs,
+    SOI: reduced_jpegs,
+    b"RIFF": reduced_webps,
+    b"GIF8": reduced_gifs,
+    **dict.fromkeys(TIFF_BYTE_ORDERS, reduced_tiffs),
+}
+Decoded: TypeAlias = tuple[Image.Image, dict[str, str | int]]
 
 
 def load(
@@ -70,16 +85,26 @@ def load_or_keep(
         ImageError: as `load`. Of a plain JPEG only the header is checked.
     """
     with image_errors():
-        with open_image(source) as stream, pillow_limits(max_pixels):
-            image = identify(stream)
-            data = stream.getvalue() if isinstance(stream, io.BytesIO) else b""
-            if is_plain_jpeg(image, data):
-                refuse_large(image.size, max_pixels)
+        with open_image(source) as stream:
+            data = stream.getvalue() if isinstance(stream, MemoryFile) else b""
+            image = _plain_jpeg(data, max_pixels)
+            if image is not None:
                 height, width = spec.resized(image.height, image.width)
                 refuse_shape(image, (width, height), cropped=spec.crop is not None)
-                found = _file_facts(stream, image, facts) | {"width": image.width, "height": image.height}
+                found = _file_facts(stream, facts) | {"format": image.format or "", "mode": image.mode}
+                found |= {"width": image.width, "height": image.height}
                 return np.frombuffer(data, np.uint8).copy(), {name: found[name] for name in facts}
         return load(data or source, spec, max_pixels=max_pixels, facts=facts)
+
+
+def _plain_jpeg(data: bytes, max_pixels: int) -> Image.Image | None:
+    """The image, not decoded, where `is_plain_jpeg`; None for other and for damaged files, and for one too large."""
+    with contextlib.suppress(ImageError), image_errors(), pillow_limits(max_pixels):
+        image = identify(MemoryFile(data))
+        refuse_large(image.size, max_pixels)
+        if is_plain_jpeg(image, data):
+            return image
+    return None
 
 
 def is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
@@ -111,27 +136,72 @@ def read(
     Raises:
         ImageError: it is not a regular file or not an image, is truncated or too large, or cannot be decoded.
     """
-    with image_errors(), open_image(source) as stream, pillow_limits(max_pixels):
-        image = identify(stream)
-        refuse_large(image.size, max_pixels)
-        found = _file_facts(stream, image, facts)
-        whole = None if shrink_for is None else shrink(image, shrink_for)
-        rgb = upright_rgb(image)
-        refuse_large(rgb.size, max_pixels)  # in some containers the header gives another size
-        width, height = whole or rgb.size
-        found |= {"width": width, "height": height}
+    with image_errors(), open_image(source) as stream:
+        decode = partial(_decode, max_pixels=max_pixels, shrink_for=shrink_for)
+        try:
+            rgb, found = decode(stream)
+        except ImageError as error:
+            if error.kind != "unreadable":
+                raise
+            rgb, found = _decode_reduced(stream, decode, error, max_pixels)
+        found |= _file_facts(stream, facts)
         return rgb, {name: found[name] for name in facts}
 
 
-def _file_facts(stream: Stream, image: Image.Image, facts: Collection[str]) -> dict[str, str | int]:
-    """The facts known before decoding; the position of `stream` is unchanged."""
-    found: dict[str, str | int] = {"format": image.format or "", "mode": image.mode}
-    before = stream.tell()
+def _decode(stream: Stream, *, max_pixels: int, shrink_for: PixelSpec | None) -> Decoded:
+    """The upright RGB image, and format, mode, width and height. Raises ImageError."""
+    with image_errors(), pillow_limits(max_pixels):
+        image = identify(stream)
+        refuse_large(image.size, max_pixels)
+        found: dict[str, str | int] = {"format": image.format or "", "mode": image.mode}
+        whole = None if shrink_for is None else shrink(image, shrink_for)
+        rgb = upright_rgb(image)
+        refuse_large(rgb.size, max_pixels)  # in some containers the header gives another size
+        if image.format == "PNG" and _ends_black(image) and not has_all_rows(_content(stream)):
+            raise ImageError("unreadable", "it cannot be decoded: its last rows are missing")
+        width, height = whole or rgb.size
+        return rgb, found | {"width": width, "height": height}
+
+
+def _decode_reduced(stream: Stream, decode: Callable[[Stream], Decoded], error: ImageError, max_pixels: int) -> Decoded:
+    """Decode the image data without the metadata around it; raises `error`, that of the whole file, where that fails."""
+    with pillow_limits(max_pixels):
+        for data in _reduced_files(stream):
+            with contextlib.suppress(ImageError):
+                return decode(MemoryFile(data))
+    raise error
+
+
+def _reduced_files(stream: Stream) -> Iterator[bytes]:
+    """Versions of the file with less and less metadata; none of a very large file, and of formats without a function."""
+    content = _content(stream)
+    for beginning, reduced in REDUCED.items():
+        if content.startswith(beginning):
+            return reduced(content)
+    return iter(())
+
+
+def _content(stream: Stream) -> bytes:
+    """All bytes of the file; none of a very large one."""
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    if isinstance(stream, MemoryFile):
+        return stream.getvalue()
+    return stream.read() if size <= LARGEST_REDUCED else b""
+
+
+def _ends_black(image: Image.Image) -> bool:
+    """Whether one of the last two rows is black or transparent: in an interlaced image the last may be complete."""
+    rows = (image.crop((0, row, image.width, row + 1)) for row in range(max(0, image.height - 2), image.height))
+    return any(row.getbbox(alpha_only=False) is None for row in rows)
+
+
+def _file_facts(stream: Stream, facts: Collection[str]) -> dict[str, str | int]:
+    """The requested facts of the file itself: `bytes` and `sha256`."""
+    found: dict[str, str | int] = {"bytes": stream.seek(0, os.SEEK_END)}
     if "sha256" in facts:
         stream.seek(0)
         found["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
-    found["bytes"] = stream.seek(0, os.SEEK_END)
-    stream.seek(before)
     return found
 
 

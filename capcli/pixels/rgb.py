@@ -25,6 +25,7 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+DEPTHS = (8, 10, 12, 14, 16)  # bits of sensors and scanners, whose values are stored in 16 bits as they are
 PHOTOMETRIC, BITS_PER_SAMPLE, WHITE_IS_ZERO = 262, 258, 0  # TIFF tags, and a value of the first
 
 
@@ -65,7 +66,7 @@ def _silent_libtiff() -> Iterator[None]:
 def array_rgb(array: Array) -> Image.Image:
     """RGB from an array [height, width] or [height, width, 1 | 3 | 4], where a fourth channel is alpha.
 
-    uint8 is kept, uint16 is reduced to its high byte, bool is black and white, floats are from 0 to 1.
+    uint8 is kept, uint16 is reduced to the high bits of its depth, bool is black and white, floats are from 0 to 1.
 
     Raises:
         ImageError: another shape or dtype, an empty array, or floats outside 0 to 1.
@@ -85,7 +86,7 @@ def _eight_bits(array: Array) -> Bytes:
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
     if array.dtype.newbyteorder("=") == np.uint16:
-        return (array >> 8).astype(np.uint8)
+        return (array >> _surplus_bits(array)).astype(np.uint8)
     if np.issubdtype(array.dtype, np.floating):
         floats = array.astype(np.float32, copy=False)
         if not (floats.min() >= 0 and floats.max() <= 1):  # NaN fails as well
@@ -140,10 +141,10 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
-    """The high bytes, as Pillow reduces 16-bit colour: grey and colour versions of one picture agree."""
+    """The high bits of the depth: of 16 bits the high byte, as Pillow reduces colour, so that grey and colour agree."""
     array = np.asarray(image)  # uint16 [height, width], in the byte order of its mode
     tags = getattr(image, "tag_v2", {})
-    shift = 4 if tags.get(BITS_PER_SAMPLE) == (12,) else 8
+    shift = 4 if tags.get(BITS_PER_SAMPLE) == (12,) else _surplus_bits(array)
     grey = (array >> shift).astype(np.uint8)
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         grey = np.uint8(255) - grey
@@ -153,8 +154,18 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.stack([grey, np.where(array == transparent, 0, 255).astype(np.uint8)], axis=-1))
 
 
+def _surplus_bits(array: Array) -> int:
+    """The low bits to drop from values of up to 16 bits to keep 8.
+
+    The file does not say how many bits are used, and 12 bits read as 16 would be black. So the depth is the smallest of
+    `DEPTHS` that holds the largest value.
+    """
+    bits = int(array.max()).bit_length()
+    return next(depth for depth in DEPTHS if bits <= depth) - 8
+
+
 def _from_integers(image: Image.Image) -> Image.Image:
-    """32-bit integers have no known scale: up to 255 they are 8 bits, up to 65535 16 bits, and others are stretched.
+    """32-bit integers have no known scale: those of up to 16 bits are read as such, and others are stretched.
 
     A portable graymap is the exception: Pillow has scaled it to 16 bits already.
     """
@@ -162,7 +173,7 @@ def _from_integers(image: Image.Image) -> Image.Image:
     low, high = int(array.min()), int(array.max())
     if low < 0 or high > 65535:
         return Image.fromarray(_stretched(array))
-    shift = 8 if high > 255 or image.format == "PPM" else 0
+    shift = 8 if image.format == "PPM" else _surplus_bits(array)
     return Image.fromarray((array >> shift).astype(np.uint8))
 
 

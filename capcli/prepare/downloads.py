@@ -104,7 +104,9 @@ class Downloads:
 
 
 def remove_files(folder: str, names: re.Pattern[str]) -> None:
-    """Removes the files with such names from a folder, if it exists."""
+    """Removes the files with such names from a folder, if it exists and is not a link to one."""
+    if os.path.islink(folder):
+        return
     with contextlib.suppress(FileNotFoundError):
         for name in filter(names.fullmatch, os.listdir(folder)):
             os.unlink(os.path.join(folder, name))

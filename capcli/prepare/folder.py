@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -20,13 +21,22 @@ from capcli.annotations.data_report import EMPTY, UNREAD
 from capcli.errors import CapcliError, UsageError
 from capcli.prepare.downloads import remove_files
 from capcli.prepare.shard_plan import Shard, ShardPlan
-from capcli.prepare.shards import ShardLog, ShardWriter, SplitFiles, describe, features_of, logged_positions
+from capcli.prepare.shards import (
+    ShardLog,
+    ShardWriter,
+    SplitFiles,
+    describe,
+    descriptions,
+    features_of,
+    logged_positions,
+)
 from capcli.records import Failure
 from capcli.sinks.row_formats import failure_line
 from capcli.storage import atomic, locks, run_file
 from capcli.text import printable
 
 MANIFEST, FAILURES, UNFINISHED, DATASET = "manifest.json", "failures.jsonl", "unfinished", "dataset_dict.json"
+# with the temporary files that earlier versions left: `.tmp`
 OWN_NAMES = {UNFINISHED, *(f"{name}{end}" for name in (MANIFEST, FAILURES, DATASET) for end in ("", ".tmp"))}
 SHARD_FILE = re.compile(r"(train|val)/data-\d{5,}-of-\d{5,}\.arrow")
 SPLIT_FILES = tuple(f"{name}.json{end}" for name in ("state", "dataset_info") for end in ("", ".tmp"))
@@ -91,6 +101,8 @@ class PreparedFolder:
         if not locks.take(self._lock):
             os.close(self._lock)
             raise CapcliError(f"another run is writing to {printable(self.path)}: wait for it, or name another --out")
+        for folder in (self.path, self.work, *(os.path.join(self.path, split) for split in ("train", "val"))):
+            atomic.remove_abandoned(folder)
         return self
 
     def __exit__(
@@ -101,7 +113,7 @@ class PreparedFolder:
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest of an earlier run; None for an empty folder. Raises UsageError where there are other files."""
-        names = set(os.listdir(self.path))
+        names = set(itertools.filterfalse(atomic.is_temporary, os.listdir(self.path)))
         if not names:
             return None
         try:
@@ -122,11 +134,24 @@ class PreparedFolder:
             ) from None
         return manifest
 
-    def damaged(self, manifest: Mapping[str, Any]) -> list[str]:
-        """The shards of a finished copy that are missing or do not have the size in its manifest."""
-        shards = (shard for split in manifest["splits"].values() for shard in split["shards"])
-        paths = ((os.path.join(self.path, shard["file"]), shard["bytes"]) for shard in shards)
-        return [path for path, size in paths if not os.path.isfile(path) or os.path.getsize(path) != size]
+    def damaged_shards(self, plan: ShardPlan, manifest: Mapping[str, Any]) -> list[Shard]:
+        """The shards of a finished copy that are missing or do not have the content in its manifest."""
+        record = os.path.join(self.path, MANIFEST)
+        return [
+            shard
+            for name, shards in plan.splits.items()
+            for shard, entry in zip(shards, manifest["splits"][name]["shards"], strict=True)
+            if not is_unchanged(self.file(shard), entry["bytes"], entry["sha256"], record)
+        ]
+
+    def damaged_descriptions(self, plan: ShardPlan, manifest: Mapping[str, Any]) -> list[str]:
+        """The paths of the JSON files of a finished copy that are missing or damaged."""
+        digests = manifest.get("descriptions", {})  # earlier versions did not write them
+        return [
+            path
+            for name in descriptions(plan.splits)
+            if not is_description(path := os.path.join(self.path, name), digests.get(name))
+        ]
 
     def written_files(self, manifest: Mapping[str, Any]) -> list[str]:
         """The files that earlier runs may have written, without those in `work`; the manifest is the last."""
@@ -149,21 +174,30 @@ class PreparedFolder:
 
     def begin(self, plan: ShardPlan, *, new: bool) -> None:
         """Makes the folders, writes the manifest of a `new` copy, and removes incomplete files."""
+        if os.path.islink(self.work):
+            raise UsageError(f"{printable(self.work)} is a link, which is not followed: remove it")
         if new:
             run_file.write(os.path.join(self.path, MANIFEST), plan.manifest())
+            remove_files(self.work, UNFINISHED_FILE)  # that no run of this copy wrote
         os.makedirs(self.work, exist_ok=True)
         for name in plan.splits:
             os.makedirs(os.path.join(self.path, name), exist_ok=True)
         remove_files(self.work, INCOMPLETE_FILE)
 
-    def reopen(self, plan: ShardPlan, manifest: dict[str, Any]) -> None:
-        """Turns a finished copy into an unfinished one with a note for each of its shards. It stays readable."""
+    def reopen(self, plan: ShardPlan, manifest: dict[str, Any], damaged: Sequence[Shard]) -> None:
+        """Turns a finished copy into an unfinished one, with a note for each shard except those that are `damaged`.
+
+        The other shards stay readable.
+        """
         os.makedirs(self.work, exist_ok=True)
         reasons = iter(self._reasons(manifest))
         for name, shards in plan.splits.items():
             for shard, entry in zip(shards, manifest["splits"][name]["shards"], strict=True):
                 failed = tuple(map(int, entry["failed"].split()))
                 failures = tuple(Failure(shard.images[position].name, *next(reasons)) for position in failed)
+                if shard in damaged:
+                    self.forget([shard])
+                    continue
                 values = {key: entry[key] for key in ("rows", "captions", "bytes", "sha256")}
                 self._write_note(shard, WrittenShard(**values, failures=failures, failed=failed))
         self._update_manifest(manifest, {"state": "unfinished"})
@@ -175,7 +209,7 @@ class PreparedFolder:
             with open(self.failures, "rb") as file:  # the failures of images are the last of the list
                 rows = [json.loads(line) for line in file][-count:] if count else []
             reasons = [(str(row["error"]), str(row["message"])) for row in rows]
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             reasons = []
         unknown = [("unknown", "the list of failures is damaged: --retry-failed tries the image again")]
         return reasons if len(reasons) == count else unknown * count
@@ -193,8 +227,9 @@ class PreparedFolder:
         try:
             with open(self._note(shard), "rb") as file:
                 written = WrittenShard.from_json(json.load(file))
-            return written if os.path.getsize(self.file(shard)) == written.bytes else None
-        except (OSError, ValueError, TypeError, KeyError):
+            whole = is_unchanged(self.file(shard), written.bytes, written.sha256, self._note(shard))
+            return written if whole else None
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
 
     def file(self, shard: Shard) -> str:
@@ -227,9 +262,8 @@ class PreparedFolder:
     ) -> WrittenShard:
         """Moves a written shard to its place. Its note comes first: it counts only for a file of the size it gives."""
         temporary = self._temporary(shard)
-        with open(temporary, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         size, failed = os.path.getsize(temporary), tuple(failures)
+        digest = _digest(temporary)
         written = WrittenShard(writer.rows, writer.captions, size, digest, tuple(failures.values()), failed, retried)
         self._write_note(shard, written)
         atomic.settle(temporary, self.file(shard))
@@ -254,6 +288,7 @@ class PreparedFolder:
             for entry, shard in zip(split["shards"], shards, strict=True):
                 entry |= {key: getattr(written[shard], key) for key in ("rows", "captions", "bytes", "sha256")}
                 entry |= {"failed": " ".join(map(str, written[shard].failed))}  # a JSON list takes a line per number
+        manifest["descriptions"] = {name: _digest(os.path.join(self.path, name)) for name in descriptions(plan.splits)}
         manifest.pop("again", None)
         empty, unread = (sum(failure.error == kind for failure in failures) for kind in (EMPTY, UNREAD))
         left_out = {"images_left_out": len(failures) - empty - unread, "empty_captions": empty, "unread_rows": unread}
@@ -284,3 +319,33 @@ class PreparedFolder:
             for path in (self._note(shard), self.file(shard)):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
+
+
+def is_unchanged(path: str, size: int, sha256: str, record: str) -> bool:
+    """Whether a file still has this size and content; `record` is the file that was written after it.
+
+    A file that was not modified since then is not read.
+    """
+    try:
+        status = os.stat(path)
+        if status.st_size != size:
+            return False
+        return status.st_mtime_ns < os.stat(record).st_mtime_ns or _digest(path) == sha256
+    except OSError:
+        return False
+
+
+def is_description(path: str, sha256: str | None) -> bool:
+    """Whether a JSON file has this content; None where it is not known."""
+    try:
+        if sha256 is not None:
+            return _digest(path) == sha256
+        with open(path, "rb") as file:
+            return isinstance(json.load(file), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

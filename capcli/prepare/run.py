@@ -19,7 +19,7 @@ from capcli.prepare.encoding import Encoder
 from capcli.prepare.folder import PreparedFolder, WrittenShard
 from capcli.prepare.shard_plan import Shard, ShardPlan, make_plan, read_data, refuse_overwriting_data
 from capcli.prepare.shards import stored_copies
-from capcli.progress import Progress, say
+from capcli.progress import OneStage, Progress, say
 from capcli.records import Annotated, Entry, Failure, Loaded
 from capcli.sources.dataset_images import address_of
 from capcli.text import brief, counted, printable
@@ -72,13 +72,14 @@ def run(options: PrepareOptions) -> int:
             return PrepareRun(options, plan, folder, data.report.failures, plan.manifest()).store_all(new=True)
         plan.refuse_other(manifest, options.out)
         if manifest["state"] == "finished":
-            damaged = folder.damaged(manifest)
+            shards = folder.damaged_shards(plan, manifest)
+            damaged = [*map(folder.file, shards), *folder.damaged_descriptions(plan, manifest)]
             if not damaged and not (options.retry_failed and manifest["images_left_out"]):
                 folder.remove_unfinished()
                 return report_end(options, folder, manifest, PrepareReport())
             for path in damaged:
                 run.say(f"{printable(path)} is missing or damaged: it is written again")
-            folder.reopen(plan, manifest)
+            folder.reopen(plan, manifest, shards)
         if options.retry_failed and not manifest.get("again"):  # else the interrupted run was a retry already
             folder.begin_retry(manifest)
         return run.store_all(new=False)
@@ -164,7 +165,9 @@ class PrepareRun:
 
     def store(self, work: Sequence[ShardWork], written: dict[Shard, WrittenShard]) -> Interrupts:
         """Writes these shards and adds them to `written`, until done or interrupted."""
-        progress = Progress(self.report, shown=not self.options.quiet, total=lambda: self.plan.count, task="preparing")
+        progress = Progress(
+            self.report, shown=not self.options.quiet, total=lambda: self.plan.count, work=OneStage("preparing")
+        )
         with (
             Interrupts(quiet=self.options.quiet) as interrupts,
             progress,

@@ -6,7 +6,7 @@ import base64
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Any, Self
@@ -33,7 +33,7 @@ class ShardLog:
 
     def __init__(self, path: str, *, retry: bool) -> None:
         self._retry = retry
-        self._file = open(path, "a+b")  # noqa: SIM115
+        self._file = open(path, "a+b", opener=atomic.open_no_link)  # noqa: SIM115
         self._starts, end = _index(self._file, retry)
         self._file.truncate(end)
 
@@ -123,7 +123,7 @@ class ShardWriter:
         self._tagged = "tags" in features
         self._batch: list[dict[str, Any]] = []
         self._bytes = 0
-        self._file = open(path, "wb")  # noqa: SIM115
+        self._file = open(path, "wb", opener=atomic.open_no_link)  # noqa: SIM115
         self._stream = pa.ipc.new_stream(self._file, self._schema)
 
     def add(self, image: Annotated, copy: Loaded) -> None:
@@ -192,6 +192,11 @@ class SplitFiles:
     name: str
     files: Sequence[str]
     digest: str
+
+
+def descriptions(splits: Iterable[str]) -> list[str]:
+    """The names of the files that `describe` writes, relative to the folder."""
+    return [*(f"{split}/{name}.json" for split in splits for name in ("dataset_info", "state")), "dataset_dict.json"]
 
 
 def describe(out: str, splits: Sequence[SplitFiles], features: datasets.Features) -> None:

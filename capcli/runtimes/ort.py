@@ -13,9 +13,10 @@ from torch import Tensor
 
 from capcli.engine.check import refuse_misfit
 from capcli.engine.engine_json import ENCODE, STEP, Engine
-from capcli.engine.packages import FUSED, ONNXRUNTIME, importing, release
+from capcli.engine.packages import FUSED, ONNXRUNTIME, importing_runtime, release
 from capcli.errors import CapcliError
 from capcli.models.dtypes import DTYPES
+from capcli.models.model_files import ENGINE
 from capcli.runtimes.base import SlotRuntime
 
 # The element types of the graphs' inputs and outputs (TensorProto.DataType in onnx.proto).
@@ -49,7 +50,7 @@ def own_device(device: torch.device) -> torch.device:
 
 def import_onnxruntime(profile: str = "portable") -> Any:
     """ONNX Runtime's module. Raises CapcliError when it is missing, cannot be loaded, or lacks a profile's operators."""
-    with importing(ONNXRUNTIME):
+    with importing_runtime(ONNXRUNTIME):
         import onnxruntime
     version: str = onnxruntime.__version__
     if profile == "fused" and release(version) < FUSED:
@@ -145,11 +146,17 @@ def session(path: str, device: torch.device) -> Any:
 
 
 def bind(session: Any, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Any:
-    """Binds contiguous tensors without a copy; a tensor that is both input and output is written in place."""
+    """Binds contiguous tensors without a copy; a tensor that is both input and output is written in place.
+
+    Raises CapcliError for a tensor that the graph does not have.
+    """
     assert all(x.is_contiguous() for x in (*inputs.values(), *outputs.values()))
     binding = session.io_binding()
-    for name, x in inputs.items():
-        binding.bind_input(name, x.device.type, x.device.index or 0, NUMBER[x.dtype], tuple(x.shape), x.data_ptr())
-    for name, x in outputs.items():
-        binding.bind_output(name, x.device.type, x.device.index or 0, NUMBER[x.dtype], tuple(x.shape), x.data_ptr())
+    try:
+        for name, x in inputs.items():
+            binding.bind_input(name, x.device.type, x.device.index or 0, NUMBER[x.dtype], tuple(x.shape), x.data_ptr())
+        for name, x in outputs.items():
+            binding.bind_output(name, x.device.type, x.device.index or 0, NUMBER[x.dtype], tuple(x.shape), x.data_ptr())
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
+        raise CapcliError(f"the engine's graphs do not fit its {ENGINE} ({error}): export it again") from error
     return binding

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from capcli.engine.packages import KEEPS, TENSORRT, importing, release
+from capcli.engine.packages import KEEPS, TENSORRT, importing_runtime, release
 from capcli.errors import CapcliError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def import_tensorrt() -> Any:
     """TensorRT's module. Raises CapcliError when it is missing, cannot be imported, or is older than KEEPS."""
-    with importing(TENSORRT):
+    with importing_runtime(TENSORRT):
         import tensorrt
     version: str = tensorrt.__version__
     if release(version) < KEEPS:

@@ -10,32 +10,34 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 from capcli.errors import CapcliError, UsageError
-from capcli.sinks.keys import key
 from capcli.sinks.row_formats import LONGEST, ForeignRowError, Rows
 from capcli.storage import atomic, locks
 from capcli.text import printable
 
 _SYNC_SECONDS = 5.0
+_CHECK_SECONDS = 1.0
 _BLOCK = 1 << 18
 
 
 class Journal:
     """One file of records. The order of calls is open, keys, begin, append or replace, close.
 
-    Nothing on disk changes before `begin`. `option` is the option that named the file, for messages. Every method
-    raises CapcliError where the file cannot be read or written; the records on disk are complete even then.
+    Nothing on disk changes before `begin`. `option` is the option that named the file, for messages. A link is followed if the
+    user `named` it, otherwise it is replaced by a file. Every method raises CapcliError where the file cannot be read or
+    written, or was removed meanwhile; the records on disk are complete even then.
     """
 
-    def __init__(self, path: str, option: str) -> None:
+    def __init__(self, path: str, option: str, *, named: bool = True) -> None:
         self.path = path
         self._shown = printable(path)
         self._option = option
-        self._real = os.path.realpath(path)  # a symbolic link stays one when the file is replaced
+        folder, name = os.path.split(path)
+        # A link that the user named stays one when the file is replaced.
+        self._real = os.path.realpath(path) if named else os.path.join(os.path.realpath(folder), name)
         self._descriptor: int | None = None
         self._end = 0  # bytes of complete records
-        self._last = 0  # where the last of them begins
         self._unsynced = False
-        self._synced = time.monotonic()
+        self._synced = self._checked = time.monotonic()
 
     @property
     def empty(self) -> bool:
@@ -49,13 +51,13 @@ class Journal:
         """Lock the file if it exists. Raises UsageError where it cannot be an output of capcli."""
         if not os.path.basename(self.path) or os.path.isdir(self._real):
             raise UsageError(f"{self._option} {self._shown} is a folder: name a file in it")
-        if not os.path.exists(self._real):
+        if os.path.islink(self._real) or not os.path.exists(self._real):
             self._check_folder()
             return
         if not os.path.isfile(self._real):
             raise UsageError(f"{self._option} {self._shown} is not a regular file; - writes to standard output")
         try:
-            self._descriptor = os.open(self._real, os.O_RDWR)
+            self._descriptor = os.open(self._real, os.O_RDWR | os.O_NOFOLLOW)
         except OSError as error:
             raise UsageError(f"{self._option} {self._shown} cannot be written: {error.strerror}") from None
         self._lock(self._descriptor)
@@ -69,19 +71,19 @@ class Journal:
         with self._reader() as stream:
             return stream.read(len(head)) == head
 
-    def keys(self, rows: Rows) -> Iterator[int]:
-        """The keys of all names in the file, in order. Also finds where a torn record begins.
+    def names(self, rows: Rows) -> Iterator[bytes]:
+        """All names in the file, raw, in order. Also finds where a torn record begins.
 
         Raises UsageError for a file that capcli did not write, CapcliError for damage other than a torn record.
         """
         if self._descriptor is None:
             return
-        self._end = self._last = 0
+        self._end = 0
         try:
             with self._faults("read"), self._reader() as stream:
-                for name, self._last, self._end in _complete_records(stream, rows):
+                for name, self._end in _complete_records(stream, rows):
                     if name is not None:
-                        yield key(name)
+                        yield name
         except ForeignFileError as error:
             raise UsageError(
                 f"{self._shown} has other rows than this command writes: {error}; {self._ways_out()}"
@@ -95,13 +97,10 @@ class Journal:
             stream.seek(len(rows.header))
             yield from rows.records(_lines(stream, self._end - len(rows.header)))
 
-    def last_record(self) -> bytes:
-        """The last complete record, raw; empty where there is none."""
-        if self._last == self._end or self._descriptor is None:
-            return b""
-        with self._reader() as stream:
-            stream.seek(self._last)
-            return stream.read(self._end - self._last)
+    def record(self, start: int, size: int) -> bytes:
+        """The complete record at this place, raw."""
+        with self._faults("read"):
+            return os.pread(self._fd, size, start)
 
     def begin(self, *, overwrite: bool = False) -> int:
         """Create the file, cut off a torn record, or with `overwrite` everything. Returns the number of bytes cut off."""
@@ -132,15 +131,26 @@ class Journal:
                 raise
             self._end += len(record)
             self._unsynced = True
-            if time.monotonic() - self._synced > _SYNC_SECONDS:
+            now = time.monotonic()
+            if now - self._synced > _SYNC_SECONDS:
                 self._sync()
+        if now - self._checked > _CHECK_SECONDS:
+            self.check()
+
+    def sync(self) -> None:
+        """Sync all records to disk."""
+        with self._faults():
+            self._sync()
 
     def replace(self, chunks: Iterable[bytes]) -> None:
         """Replace the whole file atomically. It stays locked throughout."""
-        temporary = f"{self._real}.tmp"
         with self._faults():
-            new = atomic.write(temporary, chunks, os.O_RDWR, self._take_over)
-            atomic.settle(temporary, self._real)
+            temporary, new = atomic.write(self._real, chunks, self._copy_mode)
+            try:
+                atomic.settle(temporary, self._real)
+            except OSError:
+                os.close(new)
+                raise
             os.close(self._fd)
             self._descriptor = new
             self._end = os.fstat(new).st_size
@@ -150,18 +160,28 @@ class Journal:
         if self._descriptor is None:
             return
         with self._faults():
-            os.unlink(self._real)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._real)
             os.close(self._descriptor)
-        self._descriptor, self._end, self._last, self._unsynced = None, 0, 0, False
+        self._descriptor, self._end, self._unsynced = None, 0, False
         atomic.sync_folder(os.path.dirname(self._real))
+
+    def check(self) -> None:
+        """Raises CapcliError where the file was removed or replaced: what is written would be lost."""
+        self._checked = time.monotonic()
+        if self._descriptor is not None and not locks.is_current(self._descriptor, self._real):
+            raise CapcliError(
+                f"{self._shown} was removed or replaced while this run wrote to it, and the rows since are lost: run the "
+                "same command again"
+            )
 
     def close(self) -> None:
         """Sync all records to disk, unlock and close the file."""
         if self._descriptor is None:
             return
         try:
-            with self._faults():
-                self._sync()
+            self.sync()
+            self.check()
         finally:
             os.close(self._descriptor)
             self._descriptor = None
@@ -186,6 +206,8 @@ class Journal:
         folder = os.path.dirname(self._real)
         with self._faults():
             os.makedirs(folder, exist_ok=True)
+            if os.path.islink(self._real):
+                os.unlink(self._real)
             try:
                 self._descriptor = os.open(self._real, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             except FileExistsError:  # another run has created it since `open`
@@ -197,9 +219,8 @@ class Journal:
         if not locks.take(descriptor):
             raise self._in_use()
 
-    def _take_over(self, new: int) -> None:
-        """Lock the file that is going to replace this one, and copy the permissions."""
-        self._lock(new)
+    def _copy_mode(self, new: int) -> None:
+        """Give the file that is going to replace this one the same permissions."""
         os.fchmod(new, os.fstat(self._fd).st_mode & 0o7777)
 
     def _sync(self) -> None:
@@ -240,8 +261,8 @@ class DamageError(Exception):
     """A damaged record with others after it: not the result of a kill."""
 
 
-def _complete_records(stream: BinaryIO, rows: Rows) -> Iterator[tuple[bytes | None, int, int]]:
-    """For the header (name None) and each complete record: the raw name, and the bytes where it begins and ends.
+def _complete_records(stream: BinaryIO, rows: Rows) -> Iterator[tuple[bytes | None, int]]:
+    """For the header (name None) and each complete record: the raw name, and the byte where it ends.
 
     Raises ForeignFileError and DamageError.
     A kill leaves a last record that is incomplete; a power failure also leaves NULs where data was not yet on disk.
@@ -251,7 +272,7 @@ def _complete_records(stream: BinaryIO, rows: Rows) -> Iterator[tuple[bytes | No
         return
     end, line = len(rows.header), 1 + rows.header.count(b"\n")
     if end:
-        yield None, end, end
+        yield None, end
     records = rows.records(_lines(stream, size - end))
     for record in records:
         try:
@@ -263,8 +284,8 @@ def _complete_records(stream: BinaryIO, rows: Rows) -> Iterator[tuple[bytes | No
             if end == 0:
                 raise ForeignFileError(f"line 1: {error}") from None
             raise DamageError(f"line {line} is damaged: {error}") from None
-        yield name, end, end + len(record)
         end += len(record)
+        yield name, end
         line += record.count(b"\n")
 
 

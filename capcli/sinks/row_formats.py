@@ -1,10 +1,8 @@
-"""Rows as bytes: JSON Lines and CSV. They are written in full, and read back as far as a later run needs them."""
+"""Rows as bytes: JSON Lines, and CSV, plain or for spreadsheets. A later run reads the names in them."""
 
 from __future__ import annotations
 
 import base64
-import csv
-import io
 import json
 import math
 import re
@@ -16,7 +14,11 @@ from capcli.options import Format
 from capcli.records import Caption, Facts, Failure
 from capcli.text import as_text, is_text, raw_bytes
 
-LONGEST = 1 << 22  # bytes; capcli writes no longer row
+LONGEST = 1 << 26  # bytes; capcli writes no longer row
+_BOM = b"\xef\xbb\xbf"  # from which spreadsheet programs know that the file is UTF-8
+# The beginnings of cells that spreadsheet programs compute as formulas, after any apostrophes. One more apostrophe makes them
+# text, and removing it gives the cell again.
+_FORMULA = re.compile("'*[-=+@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 _BARE = rb'"[^"\\\x00-\x1f]*"'  # a JSON string without escapes
 _FLAT = rb"(?:%s|-?(?:0|[1-9]\d*)(?:\.\d+)?|null)" % _BARE
 
@@ -77,7 +79,7 @@ def _rounded(score: float) -> float | None:
 
 
 def rows_for(kind: Format, fields: RowFields) -> JsonCaptions | Csv:
-    return Csv(fields, wide=False) if kind == "csv" else JsonCaptions(fields)
+    return JsonCaptions(fields) if kind == "jsonl" else Csv(fields, wide=False, excel=kind == "csv-excel")
 
 
 def failure_line(failure: Failure) -> bytes:
@@ -131,10 +133,6 @@ class JsonLines:
         encoded = row.get("file_name_bytes")
         return base64.b64decode(encoded) if isinstance(encoded, str) else raw_bytes(row["file_name"])
 
-    def texts(self, record: bytes) -> list[str]:
-        row = self._parsed(record)
-        return [candidate["text"] for candidate in row.get("candidates", ())] or [row["text"]]
-
     def may_be_torn(self, record: bytes) -> bool:
         return record.count(b"\n") < 2  # records are lines, so a damaged one never contains a whole row
 
@@ -171,20 +169,25 @@ _CELL = rb"(%s|%s)" % (_PLAIN, _QUOTED)
 
 
 class Csv:
-    """One record per image under a header. A `wide` file has a last column with the bytes of names that are not UTF-8."""
+    """One record per image under a header. A `wide` file has a last column with the bytes of names that are not UTF-8.
 
-    def __init__(self, fields: RowFields, *, wide: bool) -> None:
+    For `excel` the file begins with a byte order mark, and no text is a formula.
+    """
+
+    def __init__(self, fields: RowFields, *, wide: bool, excel: bool = False) -> None:
         names = fields.names
         self.fields = fields
         self.wide = wide
-        self.headers: tuple[bytes, ...] = (csv_line(names), csv_line((*names, "file_name_bytes")))
+        self._excel = excel
+        start = _BOM if excel else b""
+        self.headers: tuple[bytes, ...] = (start + csv_line(names), start + csv_line((*names, "file_name_bytes")))
         self.header = self.first_bytes = self.headers[wide]
         self._cells = len(names) + wide
         between = rb",(?:%s|%s)" % (_PLAIN, _QUOTED) * (self._cells - 2)
         self._record = re.compile(_CELL + between + b"," + _CELL + rb"\n")
 
     def widened(self) -> Csv:
-        return Csv(self.fields, wide=True)
+        return Csv(self.fields, wide=True, excel=self._excel)
 
     @staticmethod
     def widen(record: bytes) -> bytes:
@@ -212,13 +215,8 @@ class Csv:
         if self.wide and found[2]:
             return base64.b64decode(found[2], validate=True)
         name = found[1]
-        return name[1:-1].replace(b'""', b'"') if name.startswith(b'"') else name
-
-    def texts(self, record: bytes) -> list[str]:
-        cells = next(csv.reader(io.StringIO(record.decode(), newline="")))
-        if self.fields.candidates:
-            return [candidate["text"] for candidate in json.loads(cells[3])]
-        return [cells[1]]
+        name = name[1:-1].replace(b'""', b'"') if name.startswith(b'"') else name
+        return name.decode().removeprefix("'").encode() if self._excel and _is_formula(name) else name
 
     def may_be_torn(self, record: bytes) -> bool:
         """False where the record contains a whole row: an unclosed quote includes it, which does not occur in a torn row."""
@@ -233,10 +231,21 @@ class Csv:
         values = self.fields.values(caption)
         if self.fields.candidates:
             values["candidates"] = json.dumps(values["candidates"], ensure_ascii=False)
+        if self._excel:
+            values = {name: _harmless(value) if isinstance(value, str) else value for name, value in values.items()}
         cells = ["" if value is None else str(value) for value in values.values()]
         if self.wide:
             cells.append("" if is_text(caption.name) else _base64(caption.name))
         return csv_line(cells)
+
+
+def _is_formula(name: bytes) -> bool:
+    return _FORMULA.match(name.decode()) is not None
+
+
+def _harmless(cell: str) -> str:
+    """The cell as text for a spreadsheet program, with an apostrophe before what would be a formula."""
+    return f"'{cell}" if _FORMULA.match(cell) else cell
 
 
 def csv_line(cells: Iterable[str]) -> bytes:

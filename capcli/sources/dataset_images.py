@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -74,6 +74,31 @@ class StoredImages:
         return {"_columns": {}}
 
 
+@dataclass(frozen=True)
+class StoredDecode:
+    """`decode`, which takes a path or the bytes of a file, for the addresses of `address_of`."""
+
+    decode: Callable[[str | bytes], Any]
+    _images: StoredImages = field(default_factory=StoredImages)
+
+    def __call__(self, address: str) -> Any:
+        return self.decode(self._images.find(address))
+
+
+def stored_columns(folder: str, names: Collection[str]) -> Iterator[dict[str, Any]]:
+    """The cells of those of these columns that the dataset in `folder` has, row by row. Raises CapcliError."""
+    arrow = _arrow()
+    for path in _state(folder)[0]:
+        try:
+            reader = open_arrow(path)
+            present = [name for name in names if name in reader.schema.names]
+            batches = reader.read_all().select(present).to_batches()
+        except (OSError, arrow.ArrowException) as error:
+            raise _unreadable(folder, error) from error
+        for batch in batches:
+            yield from batch.to_pylist()
+
+
 @dataclass(frozen=True, slots=True)
 class _Column:
     """One column of a dataset on disk, in chunks; `indices`, if any, maps rows of the dataset to rows on disk."""
@@ -108,14 +133,27 @@ def _file_bytes(value: Any) -> bytes:
 
 
 def _open_column(folder: str, name: str) -> _Column:
+    files, indices = _state(folder)
+    return _mapped(folder, files, name, _mapped(folder, indices, "indices", None) if indices else None)
+
+
+def _state(folder: str) -> tuple[list[str], list[str]]:
+    """The Arrow files of a dataset, and those with the order of its rows. Raises CapcliError."""
     try:
         with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
             state = json.load(file)
         files = [os.path.join(folder, entry["filename"]) for entry in state["_data_files"]]
-        indices = [os.path.join(folder, entry["filename"]) for entry in state.get("_indices_files") or ()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return files, [os.path.join(folder, entry["filename"]) for entry in state.get("_indices_files") or ()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(folder, error) from error
-    return _mapped(folder, files, name, _mapped(folder, indices, "indices", None) if indices else None)
+
+
+def _arrow() -> Any:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise CapcliError(f"datasets on disk need pyarrow ({error}): pip install 'capcli[train]'") from error
+    return pyarrow
 
 
 def _mapped(folder: str, files: Sequence[str], name: str, indices: _Column | None) -> _Column:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from capcli import __version__
-from capcli.errors import CapcliError, ImageError
+from capcli.errors import ImageError
+from capcli.imports import importing
 from capcli.options import DownloadOptions
 from capcli.text import printable
 
@@ -70,10 +71,9 @@ class Fetcher:
     """
 
     def __init__(self, options: DownloadOptions) -> None:
-        try:
+        missing = "downloading images needs httpx2: pip install 'capcli[train]'"
+        with importing("httpx2", "httpx2", missing, "pip install --force-reinstall httpx2"):
             import httpx2
-        except ModuleNotFoundError:
-            raise CapcliError("downloading images needs httpx2: pip install 'capcli[train]'") from None
         self.lost: str | None = None
         self._options = options
         self._hosts: dict[str, Host] = {}
@@ -191,7 +191,7 @@ class Fetcher:
     async def _save(self, response: httpx2.Response, path: str) -> None:
         size = 0
         try:
-            with open(path, "wb") as file:
+            with open(path, "xb") as file:
                 async for piece in response.aiter_bytes():
                     if not size:
                         refuse_page(response.headers.get("content-type", ""), piece)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from capcli.text import printable
 
 _CHUNK = 1 << 16
 _LONGEST = 1 << 16  # bytes; no system supports paths of nearly this length, so the file is not a list of paths
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it at the start of UTF-8
+_BYTE_ORDER_MARK = codecs.BOM_UTF8  # some editors write it at the start of UTF-8
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # PowerShell's > and Windows' editors write UTF-16
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +56,22 @@ def open_list(path: str, *, null: bool) -> ListFile | ListStream:
     if not os.path.isfile(path):  # a pipe such as <(find ...) can be read once, so it is opened once
         return ListStream(stream, path, null)
     with stream:
-        _reject(stream.read(_CHUNK), path, null=null)
+        beginning = stream.read(_CHUNK)
+    if null or not beginning.startswith(UTF16_MARKS):
+        _reject(beginning, path, null=null)
     return ListFile(path, null)
 
 
 def read_list(stream: IO[bytes], path: str, *, null: bool) -> Iterator[Entry]:
-    """Entries for the names in `stream`, each as soon as its separator has been read; raises UsageError."""
+    """Entries for the names in `stream`, each as soon as its separator has been read; raises UsageError.
+
+    Lines end with LF or CR LF, or with CR alone where the first part that arrives has no LF, as old Mac files do.
+    """
     separator = b"\0" if null else b"\n"
     rest, first = b"", True
-    while chunk := _read(stream, path):
+    for chunk in _chunks(stream, path, null=null):
+        if first and not null and b"\r" in chunk.rstrip(b"\r") and b"\n" not in chunk:
+            separator = b"\r"
         *whole, rest = (rest + chunk).split(separator)
         if len(rest) > _LONGEST:
             raise UsageError(f"{printable(path)} is not a list of paths: one is longer than {_LONGEST} bytes")
@@ -70,6 +79,18 @@ def read_list(stream: IO[bytes], path: str, *, null: bool) -> Iterator[Entry]:
             yield from _entry(name, path, null=null, first=first)
             first = False
     yield from _entry(rest, path, null=null, first=first)
+
+
+def _chunks(stream: IO[bytes], path: str, *, null: bool) -> Iterator[bytes]:
+    """The bytes of the stream as they arrive; lines in UTF-16, which its byte order mark shows, as UTF-8."""
+    chunk = _read(stream, path)
+    while len(chunk) == 1 and (more := _read(stream, path)):
+        chunk += more
+    is_utf16 = chunk.startswith(UTF16_MARKS) and not null
+    decoder = codecs.getincrementaldecoder("utf-16")("replace") if is_utf16 else None
+    while chunk:
+        yield chunk if decoder is None else decoder.decode(chunk).encode()
+        chunk = _read(stream, path)
 
 
 def _entry(name: bytes, path: str, *, null: bool, first: bool) -> Iterator[Entry]:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from capcli.sources.hidden import HIDDEN_PATTERN, is_hidden
+
 MAGIC = re.compile(r"[*?[]")
 
 
@@ -15,7 +17,7 @@ class Pattern:
     """One pattern over relative names.
 
     `*`, `?` and `[abc]` (`[!abc]`) match within one part of the name; `**` as a whole part matches any number of folders,
-    and at the end everything below. Case matters. Unless `hidden`, wildcards do not match a leading dot, as in a shell:
+    and at the end everything below. Case matters. Unless `hidden`, wildcards match no hidden name, as in a shell:
     `.cache/*.jpg` finds what `*/*.jpg` does not.
     """
 
@@ -53,7 +55,7 @@ class Pattern:
                     continue
                 step = self.parts[position]
                 if step is None:
-                    if self.hidden or not part.startswith("."):
+                    if self.hidden or not is_hidden(part):
                         after.add(position)
                 elif step.match(part):
                     after.add(position + 1)
@@ -70,7 +72,7 @@ class Pattern:
 
 
 def _part(text: str, *, hidden: bool) -> re.Pattern[str]:
-    guard = r"(?!\.)" if not hidden and MAGIC.match(text) else ""
+    guard = f"(?!{HIDDEN_PATTERN})" if not hidden and MAGIC.match(text) else ""
     return re.compile(guard + fnmatch.translate(text))
 
 
@@ -92,15 +94,18 @@ class PatternFilter:
 
     def takes(self, name: str) -> bool:
         """Whether a file is wanted: by its suffix where there is no include pattern."""
-        if any(pattern.matches(name) for pattern in self.exclude):
+        if self.excludes(name):
             return False
         if self.include:
             return any(pattern.matches(name) for pattern in self.include)
         return name.lower().endswith(self.suffixes)
 
+    def excludes(self, name: str) -> bool:
+        """Whether an exclude pattern matches the name of a file or folder."""
+        return any(pattern.matches(name) for pattern in self.exclude)
+
     def enters(self, folder: str) -> bool:
-        """Whether a folder is walked; a hidden one only where an include pattern has its dot."""
-        if any(pattern.matches(folder) for pattern in self.exclude):
+        """Whether a folder is walked; a hidden one only where an include pattern names it."""
+        if self.excludes(folder):
             return False
-        hidden = folder.rpartition("/")[2].startswith(".")
-        return not hidden or any(pattern.may_match_below(folder) for pattern in self.include)
+        return not is_hidden(folder) or any(pattern.may_match_below(folder) for pattern in self.include)

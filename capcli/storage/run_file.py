@@ -5,8 +5,10 @@ A later run with the same output reads it, and continues only where its own sett
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,11 @@ from capcli.errors import CapcliError, UsageError
 from capcli.storage import atomic
 from capcli.text import printable
 
+_SUFFIX = ".run.json"
 _UNSET = object()
+
+
+ALL_RELATIVE = "relative to folder"
 
 
 @dataclass(frozen=True)
@@ -32,28 +38,20 @@ class RunFile:
     def beside(cls, out: str, *, overwrite: bool = False) -> RunFile | None:
         """The run file of the captions file `out`; None where there is none, and with `overwrite` where it is unreadable.
 
-        Raises CapcliError where it cannot be read, and UsageError where it belongs to another captions file that differs
-        only in its suffix.
+        Raises CapcliError where it cannot be read, unless it is a link, which is going to be replaced.
         """
+        path = f"{stem_beside(out)}{_SUFFIX}"
         try:
-            data = read(path_beside(out))
+            data = read(path)
         except CapcliError:
-            if overwrite:
+            if overwrite or os.path.islink(path):
                 return None
             raise
-        if data is None:
-            return None
-        name = os.path.basename(out)
-        owner = str(data.get("output", name))
-        if owner != name and os.path.exists(os.path.join(os.path.dirname(out), owner)):
-            raise UsageError(
-                f"the run file {printable(path_beside(out))} belongs to {printable(owner)}: choose another --out"
-            )
-        return cls(data)
+        return None if data is None else cls(data)
 
-    def write_beside(self, out: str) -> None:
-        """Write the run file of the captions file `out`, atomically. Raises CapcliError."""
-        write(path_beside(out), {**self.data, "output": os.path.basename(out)})
+    def write(self, path: str, out: str) -> None:
+        """Write the run file of the captions file `out` to `path`, atomically. Raises CapcliError."""
+        write(path, {**self.data, "output": os.path.basename(out)})
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -76,6 +74,16 @@ class RunFile:
     @property
     def source(self) -> str:
         return str(self.data.get("source", ""))
+
+    @property
+    def all_relative(self) -> bool:
+        """Whether the names of all images are relative to `folder`, also those of images outside it."""
+        return self.data.get("names") == ALL_RELATIVE
+
+    @property
+    def refreshing(self) -> bool:
+        """Whether a run that captions changed images again did not get to the end: they may have two rows."""
+        return bool(self.data.get("refresh"))
 
     @property
     def device(self) -> str:
@@ -111,7 +119,8 @@ class RunFile:
 
     def ended(self, state: str, counts: Mapping[str, int], last_run: Mapping[str, float]) -> RunFile:
         """A copy for the end of a run: `counts` of all rows on disk, and the figures of the `last_run`."""
-        return RunFile({**self.data, "state": state, "counts": dict(counts), "last_run": dict(last_run)})
+        data = {name: value for name, value in self.data.items() if name != "refresh"}
+        return RunFile({**data, "state": state, "counts": dict(counts), "last_run": dict(last_run)})
 
     def refuse_other_settings(self, new: RunFile, out: str | None) -> None:
         """Raises UsageError, naming the differences, unless `new` gives the same captions as this run."""
@@ -122,25 +131,45 @@ class RunFile:
             )
 
 
-def path_beside(out: str) -> str:
-    """The path of the run file of the captions file `out`."""
-    return f"{os.path.splitext(out)[0]}.run.json"
+def stem_beside(out: str) -> str:
+    """What the names of the files beside the captions file `out` begin with: `captions` for `captions.jsonl`.
+
+    It is the whole name, `captions.csv`, where another captions file, `captions.jsonl`, has the files of that stem.
+    """
+    folder, name = os.path.split(out)
+    stem = os.path.splitext(out)[0]
+    if os.path.lexists(f"{out}{_SUFFIX}"):
+        return out
+    try:
+        owner = str((read(f"{stem}{_SUFFIX}") or {}).get("output", name))
+    except CapcliError:
+        return stem
+    return out if owner != name and os.path.exists(os.path.join(folder, owner)) else stem
 
 
 def read(path: str) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is no file. Raises CapcliError where it cannot be read."""
     try:
-        with open(path, "rb") as stream:
+        with open(path, "rb", opener=_open_regular) as stream:
             data = json.loads(stream.read())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CapcliError(
             f"cannot read the run file {printable(path)}: {error}; start from scratch with --overwrite"
         ) from None
     if not isinstance(data, dict):
         raise CapcliError(f"{printable(path)} is not a run file of capcli; choose another --out")
     return data
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """An opener for `open` that refuses pipes and devices, whose content may never end. Raises OSError."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is not a regular file")
 
 
 def write(path: str, data: Mapping[str, Any]) -> None:

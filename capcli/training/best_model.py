@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from capcli.errors import CapcliError
 from capcli.models import model_files
 from capcli.models.checkpoint import puts_spaces
 from capcli.models.families import family_of, tag_room
 from capcli.options import TaskOptions, TrainOptions
 from capcli.records import Annotated
+from capcli.storage import atomic
 from capcli.training.data.dataset import TrainingData
 from capcli.training.loop.callbacks import point_of
 from capcli.training.loop.task_validation import MASKED
@@ -41,13 +42,14 @@ def save_best_model(
 ) -> str:
     """Copies the best checkpoint into the folder and writes the model card.
 
-    Returns a line with its step, its scores and the command that captions with it.
+    Returns a line with its step, its scores and the command that captions with it, and before it a line for each better
+    checkpoint that is damaged. Raises CapcliError where no checkpoint is left, and where the folder cannot be written.
     """
     log = trainer.state.log_history
-    existing = checkpoints.complete(folder.checkpoints)
-    ranked = checkpoints.best(folder.checkpoints, checkpoints.ranking(log, options.select), 1)
-    step = ranked[0] if ranked else max(existing)
-    copy_captioner(existing[step], folder)
+    step, passed_over = best_whole(
+        folder.checkpoints, checkpoints.ranking(log, options.select), trainer.state.global_step
+    )
+    copy_captioner(checkpoints.complete(folder.checkpoints)[step], folder)
     point = next((point_of(entry) for entry in log if entry["step"] == step and "eval_loss" in entry), None)
     scores = dict(point.scores) if point else {}
     loss = point.val_loss if point else None
@@ -55,7 +57,23 @@ def save_best_model(
     measured = "" if loss is None else f", validation loss {loss:.3f}"
     if loss is not None and "CIDEr" in scores:
         measured += f", CIDEr {scores['CIDEr']:.3f}"
-    return f"step {step}{measured}: capcli caption FOLDER --model {shell_word(folder.folder)}"
+    line = f"step {step}{measured}: capcli caption FOLDER --model {shell_word(folder.folder)}"
+    return "\n".join([*passed_over, line])
+
+
+def best_whole(folder: str, ranked: Sequence[tuple[int, checkpoints.Rank]], last: int) -> tuple[int, list[str]]:
+    """The step of the best checkpoint up to step `last` whose captioner is whole, and a line for each better one."""
+    existing = {step: path for step, path in checkpoints.complete(folder).items() if step <= last}
+    best = [step for step in checkpoints.best(folder, ranked, len(existing) + 1) if step in existing]
+    passed_over: list[str] = []
+    for step in dict.fromkeys((*best, *sorted(existing, reverse=True))):
+        damage = checkpoints.find_damage(existing[step], resumed=False)
+        if damage is None:
+            return step, passed_over
+        passed_over.append(f"{os.path.basename(existing[step])} is passed over: {damage}")
+    raise CapcliError(
+        f"no whole checkpoint is left in {folder}, so there is no model: {'; '.join(passed_over) or 'none'}"
+    )
 
 
 def copy_captioner(checkpoint: str, folder: RunFolder) -> None:
@@ -63,10 +81,9 @@ def copy_captioner(checkpoint: str, folder: RunFolder) -> None:
     files = model_files.list_model(checkpoint)
     names = [*model_files.setting_files(files.names), *model_files.weight_files(files)]
     folder.add_facts(left=sorted({CARD, *names, *folder.facts().get("left", ())}))
-    for name in names:
-        temporary = folder.path(f"{name}.tmp")
-        shutil.copyfile(os.path.join(checkpoint, name), temporary)
-        os.replace(temporary, folder.path(name))
+    with folder.writing():
+        for name in names:
+            atomic.copy(os.path.join(checkpoint, name), folder.path(name))
 
 
 def card_facts(

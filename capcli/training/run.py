@@ -32,6 +32,7 @@ from capcli.training.loop.freezing import Frozen, freeze, refuse_freezing
 from capcli.training.loop.trainer import CaptionTrainer
 from capcli.training.model.assembly import AssembledCaptioner
 from capcli.training.model.pretrained import KINDS, refuse_configs
+from capcli.training.output.events import EventFile
 from capcli.training.output.folder import EVENTS, LEFT_OUT, RunFolder
 from capcli.training.output.history import History
 from capcli.training.output.live_view import LiveView, Sample
@@ -71,11 +72,15 @@ def run(options: TrainOptions, folder: RunFolder) -> int:
         finished = state is not None and is_finished(state, options, steps)
         if main and not finished:  # resuming a finished run changes none of its files
             folder.begin(options, {**facts, "new": sorted(new)})
+            trainer.run = folder.facts().get("run")
             if folder.checkpoint is None:
-                data.report.write(folder.path(LEFT_OUT))
+                with folder.writing():
+                    data.report.write(folder.path(LEFT_OUT))
         signals = Interrupts(quiet=quiet, grace=LAUNCHER_GRACE if arguments.world_size > 1 else 0.0)
         with signals as interrupts, LiveView(steps, first_step=first_step, quiet=quiet) as view:
             describe(options, view, captioner, data, trainer, frozen)
+            for line in folder.passed_over:
+                view.write_line(f"passed over {line}")
             schedule = ScheduleCallback(
                 options, freeze_part, validates=bool(data.val), stop=interrupts.asked, write_line=view.write_line
             )
@@ -189,12 +194,10 @@ def report_callback(
     trainer: CaptionTrainer, options: TrainOptions, folder: RunFolder, data: TrainingData, view: LiveView
 ) -> ReportCallback:
     """The callback that records the run, after what was recorded up to the checkpoint of a resumed run."""
-    from torch.utils.tensorboard import SummaryWriter
-
     log = state_at(folder.checkpoint).log_history if folder.checkpoint else []
     points = [point for entry in log if (point := point_of(entry)) is not None]
     last = points[-1].step if points else 0
-    events = SummaryWriter(folder.path(EVENTS), purge_step=last + 1 if last else None)
+    events = EventFile(folder.path(EVENTS), after=last or None)
     trainer.evaluating, trainer.failed = view.evaluating, LostImages(folder, data.report, view.write_line)
 
     def samples() -> Sequence[Sample]:

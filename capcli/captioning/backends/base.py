@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from capcli.captioning.feed import Arrivals, Deliver
+from capcli.decoding.activity import Activity
 from capcli.records import Entry
 from capcli.sources import Source
 
@@ -33,13 +34,19 @@ class Backend(Protocol):
     def prepared(self, entries: Iterable[Entry]) -> Iterable[Entry]:
         """The entries with what the model reads beside the pixels, such as tags or a prompt from metadata files."""
 
-    def load(self, entries: Iterable[Entry]) -> AbstractContextManager[Arrivals]:
-        """Start the processes that read and decode images. The context ends them."""
+    def load(self, entries: Iterable[Entry], facts: Collection[str]) -> AbstractContextManager[Arrivals]:
+        """Start the processes that read and decode images, with these `facts` of each file. The context ends them."""
 
     def caption(
-        self, arrivals: Arrivals, deliver: Deliver, *, stop: Callable[[], bool], changed: Callable[[], None]
+        self,
+        arrivals: Arrivals,
+        deliver: Deliver,
+        *,
+        stop: Callable[[], bool],
+        changed: Callable[[], None],
+        activity: Activity,
     ) -> Iterator[None]:
-        """Caption all arrivals; `deliver(index, result)` is called for each.
+        """Caption all arrivals; `deliver(index, result)` is called for each, and `activity` is kept up to date.
 
         A generator that yields often, so that the caller can show progress. Once `stop()` is true no more images are
         taken, and those under way are finished. `changed()` is called when `facts` have changed.

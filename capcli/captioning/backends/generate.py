@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -15,6 +15,7 @@ from capcli import pixels
 from capcli.captioning.feed import Arrivals, Deliver
 from capcli.captioning.generate_captioner import GenerateCaptioner, GenerateSettings, load_generate
 from capcli.captioning.model import choose_dtype
+from capcli.decoding.activity import Activity
 from capcli.errors import UsageError
 from capcli.loading import Loading, default_workers, load, usable_cpus
 from capcli.models.auto import text_files
@@ -24,6 +25,7 @@ from capcli.options import CaptionOptions
 from capcli.progress import warn
 from capcli.records import Entry
 from capcli.sources import Source
+from capcli.sources.dataset_images import StoredDecode
 from capcli.storage.run_file import RunFile
 
 NOT_SETTINGS = ("transformers_version", "return_dict_in_generate", "output_logits", "output_scores")
@@ -98,7 +100,7 @@ class GenerateBackend:
     def prepared(self, entries: Iterable[Entry]) -> Iterable[Entry]:
         return entries
 
-    def load(self, entries: Iterable[Entry]) -> Loading:
+    def load(self, entries: Iterable[Entry], facts: Collection[str]) -> Loading:
         """Start the decoder processes, which send whole RGB images."""
         options = self.options
         workers = options.workers
@@ -107,13 +109,19 @@ class GenerateBackend:
         decode = partial(
             pixels.load_whole,
             max_pixels=options.max_pixels,
-            facts=options.sink.fields,
+            facts=facts,
             max_edge=self.search.max_edge,
         )
-        return load(entries, decode, workers=workers, timeout=options.decode_timeout)
+        return load(entries, StoredDecode(decode), workers=workers, timeout=options.decode_timeout)
 
     def caption(
-        self, arrivals: Arrivals, deliver: Deliver, *, stop: Callable[[], bool], changed: Callable[[], None]
+        self,
+        arrivals: Arrivals,
+        deliver: Deliver,
+        *,
+        stop: Callable[[], bool],
+        changed: Callable[[], None],
+        activity: Activity,
     ) -> Iterator[None]:
         """Generate captions batch by batch. After a stop the batch under way is finished."""
 
@@ -124,7 +132,7 @@ class GenerateBackend:
 
         ordered = self.options.order == "source"
         yield from self.captioner.run(
-            arrivals, self.search, self.batch, deliver, ordered=ordered, stop=stop, on_shrink=shrink
+            arrivals, self.search, self.batch, deliver, ordered=ordered, stop=stop, on_shrink=shrink, activity=activity
         )
 
     def notes(self) -> Iterable[str]:

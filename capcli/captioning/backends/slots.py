@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from capcli.captioning.backends.slots_plan import (
 )
 from capcli.captioning.feed import Arrivals, Deliver
 from capcli.captioning.slot_captioner import SlotCaptioner
+from capcli.decoding.activity import Activity
 from capcli.decoding.settings import Settings
 from capcli.decoding.shapes import Shapes
 from capcli.loading import Loading, load
@@ -31,6 +32,7 @@ from capcli.options import CaptionOptions
 from capcli.progress import warn
 from capcli.records import Entry
 from capcli.sources import Source
+from capcli.sources.dataset_images import StoredDecode
 from capcli.storage.run_file import RunFile
 
 
@@ -106,20 +108,26 @@ class SlotsBackend:
         ids = partial(tag_ids, model.tokenizer, count=model.tag_tokens)
         return (replace(entry, encoder_ids=ids([tags.of(entry.path)])[0]) for entry in entries)
 
-    def load(self, entries: Iterable[Entry]) -> Loading | GpuLoading:
+    def load(self, entries: Iterable[Entry], facts: Collection[str]) -> Loading | GpuLoading:
         """Start the decoder processes, and the GPU's JPEG decoder where it is used."""
         options, model = self.options, self.captioner.model
         device = model.runtime.device
         start = partial(load, workers=decoder_processes(options, device), timeout=options.decode_timeout)
-        arguments: dict[str, Any] = {"spec": model.spec, "max_pixels": options.max_pixels, "facts": options.sink.fields}
-        decode = partial(pixels.load, **arguments, fast=options.fast_decode)
+        arguments: dict[str, Any] = {"spec": model.spec, "max_pixels": options.max_pixels, "facts": facts}
+        decode = StoredDecode(partial(pixels.load, **arguments, fast=options.fast_decode))
         if not options.gpu_decode:
             return start(entries, decode)
-        keep_jpeg = partial(pixels.load_or_keep, **arguments)
+        keep_jpeg = StoredDecode(partial(pixels.load_or_keep, **arguments))
         return GpuLoading(entries, GpuJpegDecoder.on(device, model.spec), keep_jpeg, decode, start)
 
     def caption(
-        self, arrivals: Arrivals, deliver: Deliver, *, stop: Callable[[], bool], changed: Callable[[], None]
+        self,
+        arrivals: Arrivals,
+        deliver: Deliver,
+        *,
+        stop: Callable[[], bool],
+        changed: Callable[[], None],
+        activity: Activity,
     ) -> Iterator[None]:
         """Run the decode loops over all arrivals; yields after every step. After a stop, images in slots are finished."""
         if self.shapes is None:
@@ -143,6 +151,7 @@ class SlotsBackend:
             keep_prompt=self.options.keep_prompt,
             stop=stop,
             on_shrink=shrink,
+            activity=activity,
         )
 
     def notes(self) -> Iterable[str]:

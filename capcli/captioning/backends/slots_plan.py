@@ -84,7 +84,7 @@ def configured_sequences(model: str) -> int:
     try:
         with open(os.path.join(os.path.expanduser(model), "generation_config.json"), encoding="utf-8") as file:
             count = json.load(file).get("num_return_sequences")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return 1
     return count if isinstance(count, int) else 1
 

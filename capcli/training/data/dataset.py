@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from capcli.annotations import DataReport, Split, check_images, read_split
 from capcli.errors import CapcliError, UsageError
 from capcli.options import TrainOptions
-from capcli.progress import Progress
+from capcli.progress import OneStage, Progress
 from capcli.records import Annotated, Failure
 from capcli.text import counted
 from capcli.training.output.folder import LEFT_OUT, RunFolder, digest, sources
@@ -118,7 +118,9 @@ def _check(options: TrainOptions, data: TrainingData) -> tuple[TrainingData, Fac
     checked = CheckedImages()
     images = [*data.train, *data.val]
     failures_before = len(data.report.failures)
-    with Progress(checked, shown=not options.quiet, total=lambda: len(images), task="checking the images") as bar:
+    with Progress(
+        checked, shown=not options.quiet, total=lambda: len(images), work=OneStage("checking the images")
+    ) as bar:
 
         def progress(done: int, _total: int) -> None:
             checked.done = done

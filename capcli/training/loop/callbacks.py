@@ -11,12 +11,15 @@ import torch.distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from capcli.errors import CapcliError
+from capcli.imports import cause, explain_import, is_missing
 from capcli.options import TrainOptions
 from capcli.progress import warn
 from capcli.storage import atomic
 from capcli.text import printable
 from capcli.training.loop.freezing import Frozen, unfreeze
 from capcli.training.output.checkpoints import Select, best, prune, ranking
+from capcli.training.output.events import EventFile
 from capcli.training.output.folder import CURVES
 from capcli.training.output.history import History, Point
 from capcli.training.output.live_view import LiveView, Sample
@@ -114,7 +117,14 @@ class ScheduleCallback(TrainerCallback):
     ) -> TrainerControl:
         if state.is_world_process_zero:
             folder = str(args.output_dir)
-            prune(folder, best(folder, ranking(state.log_history, self._options.select), self._options.keep_best))
+            keep = best(folder, ranking(state.log_history, self._options.select), self._options.keep_best)
+            try:
+                prune(folder, state.global_step, keep)
+            except OSError as error:
+                raise CapcliError(
+                    f"old checkpoints in {printable(folder)} cannot be deleted: {error.strerror or error}; --resume "
+                    "continues from the last one"
+                ) from error
         return control
 
     def _unfreeze_if_due(self, state: TrainerState, model: Any) -> None:
@@ -134,14 +144,14 @@ class ScheduleCallback(TrainerCallback):
 class ReportCallback(TrainerCallback):
     """Records the log of the main process in history.csv, curves.png (in `folder`) and TensorBoard, and shows it.
 
-    `events` is TensorBoard's writer. `samples` returns the sample captions of the latest evaluation.
+    `samples` returns the sample captions of the latest evaluation.
     """
 
     def __init__(
         self,
         view: LiveView,
         history: History,
-        events: Any,
+        events: EventFile,
         folder: str,
         select: Select,
         samples: Callable[[], Sequence[Sample]],
@@ -165,7 +175,7 @@ class ReportCallback(TrainerCallback):
         self._history.add(point)
         self._undrawn = True
         for name, value in entry.items():
-            if isinstance(value, int | float) and name not in ("step", "epoch"):
+            if self._events and isinstance(value, int | float) and name not in ("step", "epoch"):
                 group = "validation" if name.startswith("eval_") else "training"
                 self._events.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, state.global_step)
         if point.loss is not None:
@@ -187,7 +197,7 @@ class ReportCallback(TrainerCallback):
         samples = self._samples()
         for number, sample in enumerate(samples):
             self._events.add_text(f"captions/{number}", f"{sample.name}: {sample.caption}", state.global_step)
-        self._view.evaluated(point, samples, is_best)
+        self._view.evaluated(point, samples, self._select if is_best else None)
         self._draw()
 
     def on_train_end(
@@ -199,7 +209,6 @@ class ReportCallback(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             self._draw()
-            self._events.close()
 
     def _draw(self) -> None:
         if self._undrawn:
@@ -218,10 +227,10 @@ def draw_curves(folder: str, points: Sequence[Point]) -> str | None:
         image = curves_png(points)
         if image:
             atomic.replace(os.path.join(folder, CURVES), [image])
-    except ImportError:
-        return f"{CURVES} is not drawn, matplotlib is missing: pip install 'capcli[train]'"
     except Exception as error:  # whatever a drawing library raises
-        return f"{CURVES} is not drawn: {type(error).__name__}: {printable(str(error))}"
+        if is_missing(error, "matplotlib"):
+            return f"{CURVES} is not drawn, matplotlib is missing: pip install 'capcli[train]'"
+        return f"{CURVES} is not drawn: {explain_import(error) or cause(error)}"
     return None
 
 
@@ -239,8 +248,17 @@ def point_of(entry: dict[str, Any]) -> Point | None:
 
 
 def state_at(checkpoint: str) -> TrainerState:
-    """The Trainer's state in a checkpoint."""
-    state: TrainerState = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    """The Trainer's state in a checkpoint. Raises CapcliError for a file that is damaged or missing."""
+    path = os.path.join(checkpoint, TRAINER_STATE_NAME)
+    try:
+        state: TrainerState = TrainerState.load_from_json(path)
+        [point_of(entry) for entry in state.log_history]
+        if type(state.global_step) is not int:
+            raise TypeError("global_step is not a number")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise CapcliError(
+            f"{path} is damaged ({cause(error)}): move {checkpoint} away, and --resume continues from the checkpoint before"
+        ) from error
     return state
 
 

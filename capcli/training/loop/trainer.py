@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,8 +34,9 @@ from capcli.training.loop.loss import token_loss
 from capcli.training.loop.task_validation import Validations
 from capcli.training.loop.validation import Validation, captioner_of
 from capcli.training.model.assembly import AssembledCaptioner
-from capcli.training.output.checkpoints import COMPLETE
+from capcli.training.output.checkpoints import Manifest, complete
 
+FULL = 1 << 20  # bytes that are free on a disk that counts as full
 DEFAULT_PATCH = 16  # pixels, for encoders without patches
 
 
@@ -104,6 +107,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.failed: Callable[[Failure], None] = lambda _: None
         self.meter = Meter()
         self.captions: dict[str, str] = {}
+        self.run: str | None = None  # in the manifests of checkpoints
         encode = assembled.encode.to(assembled.model.device)  # its mean and deviation are not part of the model
         self._normalise, self._encoder_config = encode.normalise, encode.encoder.config
         self._family = family_of(assembled.model.config.to_dict())
@@ -154,12 +158,18 @@ class CaptionTrainer(Seq2SeqTrainer):
             self._report_lost()
             logs = {**logs, **self._measured()}
             self.meter.reset(self.state.global_step)
-            if not math.isfinite(logs["loss"]):
-                raise CapcliError(
-                    f"the loss became {logs['loss']} before step {self.state.global_step}: lower --learning-rate, lengthen "
-                    "--warmup, or try another --dtype; --resume continues from the last checkpoint"
-                )
+            self._refuse_infinite("loss", logs["loss"])
         super().log(logs, start_time)
+
+    def _refuse_infinite(self, what: str, value: float) -> None:
+        """Raises CapcliError for a value that is not finite."""
+        if not math.isfinite(value):
+            last = list(complete(str(self.args.output_dir)).values())[-1:]
+            start = f"; --model {printable(last[0])} takes the weights of the last checkpoint" if last else ""
+            raise CapcliError(
+                f"the {what} became {value} before step {self.state.global_step}, and would again with --resume: start "
+                f"another run with a lower --learning-rate, a longer --warmup or another --dtype{start}"
+            )
 
     def _report_lost(self) -> None:
         lost = gather_object(self.meter.lost)
@@ -208,31 +218,45 @@ class CaptionTrainer(Seq2SeqTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
         if self.args.should_save:  # newer versions of transformers call this in every process
             folder, assembled = str(output_dir or self.args.output_dir), self.assembled
-            save_captioner(folder, self.model, assembled.tokenizer, assembled.processor)
+            write_captioner(folder, self.model, assembled.tokenizer, assembled.processor)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes a checkpoint; one that cannot be written is removed, with what earlier attempts have left of it.
+
+        Weights that are not finite are not saved: the checkpoint before them must remain.
+        """
         began = time.monotonic()
+        self._refuse_infinite("loss", self._mean(self.meter.loss))
+        self._refuse_infinite("weights", largest(self.model.parameters()))
         folder = os.path.join(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
         with checkpoint_errors(folder):
+            if self.args.should_save and os.path.isdir(folder):
+                shutil.rmtree(folder)
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
-        report = {"since": self.meter.since, "loss": gather_object([float(self.meter.loss)])}
+        losses = gather_object([float(self.meter.loss)])
         if self.args.should_save:
-            mark = {"step": self.state.global_step, "processes": self.args.world_size, "report": report}
+            manifest = Manifest(self.state.global_step, self.args.world_size, self.meter.since, tuple(losses), self.run)
             with checkpoint_errors(folder):
-                atomic.replace(os.path.join(folder, COMPLETE), [json.dumps(mark).encode()])
+                manifest.write(folder)
         self.meter.pause(time.monotonic() - began)
 
     def restore_meter(self, checkpoint: str) -> None:
         """Restores the sums since the last report. Raises CapcliError for a checkpoint of another number of processes."""
-        with open(os.path.join(checkpoint, COMPLETE), encoding="utf-8") as file:
-            mark = json.load(file)
-        if mark["processes"] != self.args.world_size:
+        manifest = Manifest.read(checkpoint)
+        if manifest.processes != self.args.world_size:
             raise CapcliError(
-                f"{checkpoint} was written by {mark['processes']} processes and this run has {self.args.world_size}, "
+                f"{checkpoint} was written by {manifest.processes} processes and this run has {self.args.world_size}, "
                 "which would get other batches: start the same number"
             )
-        self.meter.reset(mark["report"]["since"], mark["report"]["loss"][self.args.process_index])
+        self.meter.reset(manifest.since, manifest.losses[self.args.process_index])
+
+
+def largest(parameters: Iterable[Tensor]) -> float:
+    """The largest absolute value of the parameters; NaN if any of them is NaN."""
+    norms = [torch.linalg.vector_norm(each.detach(), math.inf) for each in parameters if each.numel()]
+    return float(torch.stack(norms).max()) if norms else 0.0
 
 
 def save_captioner(folder: str | os.PathLike[str], model: Any, tokenizer: Any, processor: Mapping[str, Any]) -> None:
@@ -244,28 +268,42 @@ def save_captioner(folder: str | os.PathLike[str], model: Any, tokenizer: Any, p
     if not is_text(path):
         raise CapcliError(f"The model cannot be written to {printable(path)}: its name is not UTF-8; choose another.")
     try:
-        os.makedirs(path, exist_ok=True)
-        with quiet_transformers():
-            model.save_pretrained(path)
-            tokenizer.save_pretrained(path)
-        text = json.dumps(dict(processor), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        atomic.replace(os.path.join(path, PROCESSOR), [text.encode()])
-    except Exception as error:  # safetensors and tokenizers raise errors of their own types
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CapcliError(f"Cannot write the model to {path}: {reason}.") from error
+        write_captioner(path, model, tokenizer, processor)
+    except Exception as error:
+        raise CapcliError(f"Cannot write the model to {path}: {reason_of(error, path)}.") from error
+
+
+def write_captioner(folder: str, model: Any, tokenizer: Any, processor: Mapping[str, Any]) -> None:
+    """Writes the files of `save_captioner`. Raises OSError, and errors of the types of safetensors and tokenizers."""
+    os.makedirs(folder, exist_ok=True)
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    text = json.dumps(dict(processor), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    atomic.replace(os.path.join(folder, PROCESSOR), [text.encode()])
 
 
 @contextmanager
 def checkpoint_errors(folder: str) -> Iterator[None]:
-    """A context for writing a checkpoint: raises CapcliError when that fails, for example on a full disk."""
+    """A context for writing a checkpoint: removes it and raises CapcliError when that fails, for example on a full disk."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when it cannot write
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    except Exception as error:  # torch, safetensors and tokenizers raise errors of their own types
+        reason = reason_of(error, folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        before = complete(os.path.dirname(folder))
+        resumption = "continues from the checkpoint before it" if before else "starts from the beginning"
         raise CapcliError(
-            f"the checkpoint {printable(folder)} cannot be written: {reason}. Free some space; --resume continues "
-            "from the checkpoint before it"
+            f"the checkpoint {printable(folder)} cannot be written: {reason}. Free some space; --resume {resumption}"
         ) from error
+
+
+def reason_of(error: Exception, folder: str) -> str:
+    """Why a file in `folder` cannot be written, in one line. torch's errors do not say that the disk is full."""
+    with suppress(OSError):
+        if not isinstance(error, OSError) and shutil.disk_usage(os.path.dirname(folder) or os.curdir).free < FULL:
+            return os.strerror(errno.ENOSPC)
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0]
 
 
 def hide_patches(pixels: Tensor, size: int, share: float) -> Tensor:

@@ -28,6 +28,7 @@ from capcli.models.model_files import (
     ModelFiles,
     ModelListing,
     processor_of,
+    refuse_adapter,
     setting_files,
     weight_files,
 )
@@ -241,6 +242,7 @@ def _unused_keys(title: str, kind: str, values: Collection[str]) -> str | None:
 def _fetch_part(role: str, name: str, listing: ModelListing, revision: str | None) -> ModelFiles:
     """Fetches the files of a part, the weights last; processor and tokenizer only where they exist."""
     if CONFIG not in listing.names:
+        refuse_adapter(listing)
         raise IncompleteError(f"{listing.title} has no {CONFIG}, so it is not a transformers model.")
     config = listing.read_json(CONFIG)
     _kind(role, name, config)
@@ -249,7 +251,7 @@ def _fetch_part(role: str, name: str, listing: ModelListing, revision: str | Non
     if missing or not weights:
         raise IncompleteError(f"{listing.title} lacks its weights ({missing[0] if missing else 'model.safetensors'}).")
     settings = setting_files(listing.names)
-    processor = processor_of(listing)
+    processor = processor_of(listing, config)
     paths = [listing.fetch(file) for file in (*settings, *weights)]
     return ModelFiles(name, os.path.dirname(paths[0]), revision, config, processor)
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import tomllib
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from types import TracebackType
+from typing import Any, Self
 
 from capcli.errors import CapcliError, UsageError
 from capcli.models import model_files
@@ -20,13 +23,14 @@ from capcli.options import DataOptions, TrainOptions, table_of
 from capcli.options.train import NEW
 from capcli.records import Annotated
 from capcli.storage import atomic
+from capcli.storage.locks import FolderLock
 from capcli.text import is_text, printable
 from capcli.training.output import checkpoints
 
 SETTINGS, FACTS, CARD = "train.toml", "run.json", "README.md"
 HISTORY, CURVES, EVENTS = "history.csv", "curves.png", "tensorboard"
 LEFT_OUT, CHECKPOINTS = "data.failures.jsonl", "checkpoints"
-REQUIRED_FACTS = {"broken", "left_out", "data", "new"}  # keys that run.json has from the start of a run
+REQUIRED_FACTS = {"broken", "left_out", "data", "new"}  # lists that run.json has from the start of a run
 # The files that a run writes while it trains and, if run.json lists them as "left", when it ends.
 EARLY = {SETTINGS, FACTS, LEFT_OUT, CHECKPOINTS, EVENTS, HISTORY, CURVES}
 LATE = {CARD, *model_files.SETTINGS, *model_files.TOKENIZER, *model_files.WEIGHTS}
@@ -39,71 +43,140 @@ CHANGEABLE = {
     *("epochs", "max_steps", "log_every", "evaluate_every", "save_every", "keep_best", "select", "patience"),
 }
 UNSAVED = ("out", "resume", "overwrite", "quiet", "data", "model", "generation", "task")
+# The number of a training process, as the launchers that accelerate knows set it.
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run.
+    """The folder of a run; a context in which no other run can write to it.
 
-    `checkpoint` is the one to resume from, None for a new run. `old` are the files of an earlier run that `begin` removes.
+    `checkpoint` is the one to resume from, None for a new run; `passed_over` says of each newer one what is wrong with it.
+    `old` are the files of an earlier run that `begin` removes.
     """
 
     folder: str
     checkpoint: str | None
     old: frozenset[str] = frozenset()
+    passed_over: tuple[str, ...] = ()
+    lock: FolderLock = field(default_factory=FolderLock)
 
     @classmethod
     def open(cls, options: TrainOptions) -> RunFolder:
-        """Checks the folder without changing anything.
+        """Checks the folder without changing anything, and locks it if it exists.
 
         Raises UsageError when it contains files of the user or a run that this command neither resumes nor overwrites,
-        when the settings of a resumed run differ, and when overwriting would remove what the new run reads.
+        when the settings of a resumed run differ, and when overwriting would remove what the new run reads. Raises
+        CapcliError when another run is training in it, and when the run to resume has no whole checkpoint left.
         """
-        folder = options.out
+        run = cls(options.out, None)
+        try:
+            return run._opened(options)
+        except BaseException:
+            run.lock.release()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.lock.release()
+
+    def _opened(self, options: TrainOptions) -> RunFolder:
+        folder = self.folder
         for path in (folder, *(path for data in sources(options) for path in (*data.data, *data.val_data))):
             if not is_text(path):
                 raise UsageError(f"{printable(path)} is not UTF-8, which train.toml needs: rename or link it")
         if os.path.exists(folder) and not os.path.isdir(folder):
             raise UsageError(f"--out {folder} is a file; name a folder")
-        run = cls(folder, None)
-        names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if not run._is_run():
-            if names - {CHECKPOINTS, f"{FACTS}.tmp"} or _is_filled(run.checkpoints):
+        names = self._locked_names()
+        if not self._is_run():
+            if FACTS in names:
+                raise UsageError(
+                    f"{self.path(FACTS)} is damaged, so the training run cannot be recognised: restore the file, or name "
+                    "another folder"
+                )
+            others = set(itertools.filterfalse(atomic.is_temporary, names)) - {CHECKPOINTS, f"{FACTS}.tmp"}
+            if others or _is_filled(self.checkpoints):
                 raise UsageError(f"--out {folder} is not empty and contains no training run: name another folder")
-            return run
-        if options.resume and (checkpoint := checkpoints.latest(run.checkpoints)):
-            run = cls(folder, checkpoint)
-            run._refuse_other_settings(options)
-            return run
-        left = set(run.facts().get("left", ()))
-        if (names & left or checkpoints.latest(run.checkpoints)) and not options.overwrite:
+            return self
+        if options.resume and (resumed := self._resumed()):
+            self._refuse_other_settings(options)
+            return resumed
+        left = set(self.facts().get("left", ()))
+        if (names & left or checkpoints.complete(self.checkpoints)) and not options.overwrite:
             problem = "it has no checkpoint to resume from" if options.resume else "--resume continues it"
             raise UsageError(f"--out {folder} contains a training run: {problem}, --overwrite deletes it")
         if foreign := names & LATE - left:
             raise UsageError(
                 f"--out {folder} contains {min(foreign)}, which no training run wrote: name another folder"
             )
-        run = cls(folder, None, frozenset(names & (EARLY | left)))
-        run._refuse_removing_inputs(options)
-        return run
+        old = frozenset(names & (EARLY | left))
+        self._refuse_removing_inputs(options, old)
+        passed_over = checkpoints.newest_whole(self.checkpoints)[1] if options.resume else ()
+        return replace(self, old=old, passed_over=tuple(passed_over))
+
+    def _locked_names(self) -> set[str]:
+        """The names in the folder, after it is locked; none if it does not exist. Raises CapcliError."""
+        if not os.path.isdir(self.folder):
+            return set()
+        with self.writing():
+            self._take_lock(self.folder)
+            if os.path.isdir(self.checkpoints):  # may be a link, to a folder that another run uses
+                self._take_lock(self.checkpoints)
+            return set(os.listdir(self.folder))
+
+    def _take_lock(self, folder: str) -> None:
+        """Locks a folder, in the first of several processes of a run only. Raises CapcliError if it is locked."""
+        if next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0" and not self.lock.take(folder):
+            raise CapcliError(f"another run is training in {folder}: wait for it, or name another folder with --out")
+
+    def _resumed(self) -> RunFolder | None:
+        """The run in the folder at its newest whole checkpoint; None if no checkpoint was ever completed.
+
+        Raises UsageError for a checkpoint of another run, and CapcliError when all checkpoints are damaged.
+        """
+        if foreign := checkpoints.foreign(self.checkpoints, self.facts().get("run")):
+            raise UsageError(f"{foreign} was written by another run: move it out of this folder")
+        checkpoint, passed_over = checkpoints.newest_whole(self.checkpoints)
+        if checkpoint is not None:
+            return replace(self, checkpoint=checkpoint, passed_over=tuple(passed_over))
+        if not (existing := checkpoints.complete(self.checkpoints)):
+            return None
+        weights = [path for path in existing.values() if checkpoints.find_damage(path, resumed=False) is None]
+        advice = f"start another run from --model {weights[-1]}" if weights else "delete the run with --overwrite"
+        raise CapcliError(
+            f"the run in {self.folder} cannot be resumed: {'; '.join(passed_over)}. Restore the files, or {advice}"
+        )
 
     def make(self) -> None:
-        """Creates the folder if it does not exist. Raises CapcliError."""
-        with self._writing():
+        """Creates the folder if it does not exist, and locks it. Raises CapcliError."""
+        with self.writing():
+            new = not os.path.isdir(self.checkpoints)
             os.makedirs(self.checkpoints, exist_ok=True)
+            if not self.lock.held:
+                self._take_lock(self.folder)
+                if self._is_run():
+                    raise CapcliError(f"another run began in {self.folder}: name another folder with --out")
+            if new:
+                self._take_lock(self.checkpoints)
+            atomic.remove_abandoned(self.folder)
 
     def begin(self, options: TrainOptions, facts: Mapping[str, Any]) -> None:
         """Writes train.toml, and for a new run run.json after removing the files of an earlier run. Raises CapcliError.
 
         A kill at any moment leaves a run.json, without which the folder would no longer be recognised as that of a run.
         """
-        with self._writing():
+        with self.writing():
             if self.checkpoint is None:
-                draft = f"{self.path(FACTS)}.tmp"
-                os.close(atomic.write(draft, [json.dumps(dict(facts)).encode()], os.O_WRONLY))
+                facts = {**facts, "run": uuid.uuid4().hex}
+                draft, descriptor = atomic.write(self.path(FACTS), [json.dumps(facts).encode()])
                 for name in sorted(self.old - {FACTS}, key=lambda name: name != CHECKPOINTS):
                     remove(self.path(name), INSIDE.get(name))
                 atomic.settle(draft, self.path(FACTS))
+                os.close(descriptor)
             os.makedirs(self.checkpoints, exist_ok=True)
             atomic.replace(self.path(SETTINGS), [as_toml(options).encode()])
 
@@ -115,9 +188,15 @@ class RunFolder:
         return self.path(CHECKPOINTS)
 
     def settings(self) -> dict[str, Any]:
-        """The settings in train.toml by name."""
-        with open(self.path(SETTINGS), "rb") as file:
-            return flat(tomllib.load(file))
+        """The settings in train.toml by name. Raises CapcliError for a file that is missing or damaged."""
+        path = self.path(SETTINGS)
+        try:
+            with open(path, "rb") as file:
+                return flat(tomllib.load(file))
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise CapcliError(
+                f"{printable(path)} cannot be read ({error}): give the run's options again, with --resume"
+            ) from error
 
     def facts(self) -> dict[str, Any]:
         """The contents of run.json. Raises OSError and ValueError."""
@@ -126,15 +205,16 @@ class RunFolder:
         return facts
 
     def add_facts(self, **facts: Any) -> None:
-        """Adds entries to run.json for later parts of the run."""
-        atomic.replace(self.path(FACTS), [json.dumps(self.facts() | facts).encode()])
+        """Adds entries to run.json for later parts of the run. Raises CapcliError."""
+        with self.writing():
+            atomic.replace(self.path(FACTS), [json.dumps(self.facts() | facts).encode()])
 
     def _is_run(self) -> bool:
         try:
             facts: Any = self.facts()
         except (OSError, ValueError):
             return False
-        return isinstance(facts, dict) and facts.keys() >= REQUIRED_FACTS
+        return isinstance(facts, dict) and all(isinstance(facts.get(name), list) for name in REQUIRED_FACTS)
 
     def _refuse_other_settings(self, options: TrainOptions) -> None:
         before, now = self.settings(), flat(tomllib.loads(as_toml(options)))
@@ -147,18 +227,19 @@ class RunFolder:
                     "keep the old value, or train into another folder"
                 )
 
-    def _refuse_removing_inputs(self, options: TrainOptions) -> None:
-        folder, old = os.path.realpath(self.folder), {os.path.realpath(self.path(name)) for name in self.old}
+    def _refuse_removing_inputs(self, options: TrainOptions, names: frozenset[str]) -> None:
+        folder, old = os.path.realpath(self.folder), {os.path.realpath(self.path(name)) for name in names}
         for name, path, is_model in inputs(options):
             real = os.path.realpath(os.path.expanduser(path))
-            if {real, *parents(real)} & old or (is_model and real == folder and self.old & LATE):
+            if {real, *parents(real)} & old or (is_model and real == folder and names & LATE):
                 raise UsageError(
                     f"--{name} {path} is among the files that --overwrite would remove from --out {self.folder}: "
                     "name another folder"
                 )
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
+        """A context for writing to the folder: raises CapcliError when that fails, for example on a full disk."""
         try:
             yield
         except OSError as error:
@@ -239,6 +320,8 @@ def as_toml(options: TrainOptions) -> str:
 
 
 def flat(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of all sections by name; a list of tables, as of tasks, is one setting."""
-    tables = {name: values for name, values in sections.items() if isinstance(values, list)}
-    return {k: v for name in sections.keys() - tables.keys() for k, v in sections[name].items()} | tables
+    """The settings of all sections by name, in their order; a list of tables, as of tasks, is one setting."""
+    settings: dict[str, Any] = {}
+    for name, values in sections.items():
+        settings |= values if isinstance(values, Mapping) else {name: values}
+    return settings

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from capcli.progress import BAR_EVERY, PLAIN_EVERY, duration, say
 from capcli.text import counted, printable
+from capcli.training.output.checkpoints import Select
 from capcli.training.output.history import Point
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -121,12 +122,15 @@ class LiveView:
         self._evaluating = (done, total)
         self._refresh(self._line([f"evaluated {done} of {counted(total, 'image')}"]))
 
-    def evaluated(self, point: Point, samples: Sequence[Sample], best: bool) -> None:
-        """Writes the result of an evaluation with its sample captions. `best`: no earlier evaluation was better."""
+    def evaluated(self, point: Point, samples: Sequence[Sample], best: Select | None) -> None:
+        """Writes the result of an evaluation with its sample captions.
+
+        `best` is the measure by which no earlier evaluation was better, None where one was.
+        """
         if self._quiet:
             return
         self._update(point)
-        self._best = point.step if best else self._best
+        self._best = self._best if best is None else point.step
         shown = [Sample(printable(s.name), printable(s.caption), printable(s.reference)) for s in samples]
         speed = [] if self._drawn else self._speed()
         self._write(self._line([*self._loss(), *self._results(point, best), *speed]), style="bold")
@@ -168,16 +172,16 @@ class LiveView:
     def _loss(self) -> list[str]:
         return [] if self._latest.loss is None else [f"loss {short(self._latest.loss)}"]
 
-    def _results(self, point: Point, best: bool) -> list[str]:
-        measured = [] if point.val_loss is None else [f"validation loss {short(point.val_loss)}"]
-        measured += [
-            f"{name} {value:.3f}"
+    def _results(self, point: Point, best: Select | None) -> list[str]:
+        measured = {} if point.val_loss is None else {"loss": f"validation loss {short(point.val_loss)}"}
+        measured |= {
+            name.lower() if name == "CIDEr" else name: f"{name} {value:.3f}"
             for name, value in sorted(point.scores.items(), key=lambda score: score[0] != "CIDEr")
             if name == "CIDEr" or name.endswith(TASK_SCORES)
-        ]
-        if best:
-            measured[-1:] = [f"{measured[-1]} (best so far)"] if measured else ["best so far"]
-        return measured or ["evaluated"]
+        }
+        if best is not None:
+            measured[best] = f"{measured[best]} (best so far)" if best in measured else "best so far"
+        return list(measured.values()) or ["evaluated"]
 
     def _speed(self) -> list[str]:
         """Images per second and the time left, where they are known."""
