@@ -38,6 +38,7 @@ from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.models.checkpoint import quiet_transformers
 from capcli.models.dtypes import choose_device
 from capcli.models.encoder_text import gap_names, tag_ids, with_gaps
+from capcli.models.families import with_start
 from capcli.models.hub import find_model
 from capcli.models.model_files import ModelFiles
 from capcli.options import DEFAULT_MODEL, MAX_PIXELS, GenerationOptions
@@ -172,7 +173,10 @@ class Captioner:
         """
         model = self.model
         ids = self._prompt_ids(prompt)
-        settings = resolve(model.generation, options, () if model.encoder_prompt else ids)
+        if model.encoder_prompt:
+            settings = resolve(model.generation, options)
+        else:
+            settings = resolve(with_start(self.files.config, model.generation, ids), options, ids)
         if model.encoder_prompt:
             settings = replace(settings, encoder_ids=tuple(ids))
         elif model.tag_tokens:  # for images without tags

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 WAVES = 10_000.0  # ratio of the longest wavelength to the shortest
+# Encoders that accept images of another size than the config's: DINOv2 interpolates its positions, the others have none.
+ANY_SIZE = ("resnet", "swin", "swinv2", "donut-swin", "dinov2", "dinov2_with_registers")
 USUAL_SIZE = 224  # image size of encoders that accept any size and whose config has none
 
 

@@ -28,9 +28,10 @@ FILES = {
 class Family(Protocol):
     """The interface of a family's module.
 
-    Two functions are optional. A family whose encoder, not its decoder, reads the prompt has
+    Three functions are optional. A family whose encoder, not its decoder, reads the prompt has
     `encoder_prompt(config, tokenizer, prompt)`, which returns the prompt's token ids. `refuse_prompt(prompt)` raises
-    UsageError for a prompt that the family cannot use, before any weights are read.
+    UsageError for a prompt that the family cannot use, before any weights are read. `prompt_has_start(config)` is whether
+    a prompt for the decoder begins with a start token of its own, in place of the model's.
     """
 
     LOADER: str  # the name of transformers' class that loads the weights
@@ -67,6 +68,13 @@ def encoder_prompt_of(config: Mapping[str, Any]) -> Callable[[Any, str | None], 
     """
     ids = getattr(family_of(config), "encoder_prompt", None)
     return None if ids is None else partial(ids, config)
+
+
+def with_start(config: Mapping[str, Any], generation: Mapping[str, Any], prompt: Sequence[int]) -> dict[str, Any]:
+    """`generation` for a prompt's ids: their first is the start token where prompts begin with their own."""
+    has_start = getattr(family_of(config), "prompt_has_start", None)
+    own = {"decoder_start_token_id": prompt[0]} if prompt and has_start is not None and has_start(config) else {}
+    return {**generation, **own}
 
 
 def tag_room(config: Mapping[str, Any]) -> int:

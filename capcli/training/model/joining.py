@@ -11,8 +11,9 @@ from tokenizers import AddedToken
 from transformers import PreTrainedModel, VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
 from capcli.errors import UsageError
-from capcli.models import vision_encoder_decoder, vision_t5
+from capcli.models import cross_decoders, vision_t5
 from capcli.models.checkpoint import quiet_transformers
+from capcli.models.encoders import ANY_SIZE
 from capcli.models.model_files import JOINED
 from capcli.models.prefix import PrefixCaptioner, PrefixConfig
 from capcli.models.vision_t5 import VisionT5, VisionT5Config
@@ -90,11 +91,10 @@ class CrossAttentionJoin(Join):
     FAMILY = "vision-encoder-decoder"
 
     def any_size(self, encoder: PartConfig) -> bool:
-        return encoder.kind in vision_encoder_decoder.ANY_SIZE
+        return encoder.kind in ANY_SIZE
 
     def max_tokens(self, decoder: PartConfig, options: ModelOptions) -> int:  # noqa: ARG002
-        positions: int = config_of(decoder).max_position_embeddings
-        return positions
+        return cross_decoders.length(config_of(decoder))
 
     def join(self, inputs: JoinInputs) -> Joined:
         encoder, decoder, new = _encoder_and_decoder(inputs, cross_attention=True)
@@ -143,7 +143,7 @@ class T5Join(Join):
     has_question = True
 
     def any_size(self, encoder: PartConfig) -> bool:
-        return encoder.kind in vision_t5.ANY_SIZE
+        return encoder.kind in ANY_SIZE
 
     def max_tokens(self, decoder: PartConfig, options: ModelOptions) -> int:  # noqa: ARG002
         return vision_t5.POSITIONS
