@@ -36,6 +36,7 @@ from capcli.decoding.shapes import Shapes, fitting_slots, useful_slots
 from capcli.engine.engine_json import engine_of
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.models.checkpoint import quiet_transformers
+from capcli.models.document_text import FieldDecoder
 from capcli.models.dtypes import choose_device
 from capcli.models.encoder_text import gap_names, tag_ids, with_gaps
 from capcli.models.families import with_start
@@ -57,6 +58,7 @@ class Captioner:
     def __init__(self, model: Model, files: ModelFiles) -> None:
         self.model, self.files = model, files
         self._gaps = gap_names(model.tokenizer) if model.encoder_prompt else {}
+        self._fields = FieldDecoder.of(model.tokenizer)
 
     @classmethod
     def load(
@@ -297,7 +299,11 @@ class Captioner:
         return Caption(loaded.name, candidates, loaded.facts)
 
     def _text(self, hypothesis: Hypothesis, settings: Settings, kept: tuple[int, ...]) -> str:
-        ids = [*kept, *(t for t in hypothesis.tokens if t not in settings.eos_token_ids)]
+        tokens = [t for t in hypothesis.tokens if t not in settings.eos_token_ids]
+        ids = [*kept, *tokens]
+        # a prompt may begin the field whose value is the caption
+        if self._fields and (fields := self._fields.json((*settings.prompt[1:], *tokens))):
+            return fields
         if self._gaps.keys() & set(settings.encoder_ids):
             text = with_gaps(self.model.tokenizer, ids, self._gaps)
         else:

@@ -21,6 +21,14 @@ from capcli.models.model_files import GENERATION, ModelFiles
 from capcli.models.modules import Encode, Step
 from capcli.pixels import PixelSpec
 
+# transformers' tokenizers for files that name none, by the decoder; the second for a SentencePiece model.
+TOKENIZERS = {
+    "gpt2": "GPT2Tokenizer",
+    "bert": "BertTokenizer",
+    **dict.fromkeys(("roberta", "bart", "trocr"), "RobertaTokenizer"),
+}
+PIECES_TOKENIZERS = dict.fromkeys(("xlm-roberta", "mbart", "trocr"), "XLMRobertaTokenizer")
+
 
 def load_weights(files: ModelFiles, dtype: str, device: torch.device) -> Any:
     """The transformers model of a folder, on `device`. Raises CapcliError where it cannot be loaded."""
@@ -85,13 +93,21 @@ def explained_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
 def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder; the decoder's class where no file names its class."""
     names = set(os.listdir(files.folder))
-    if not names & {"tokenizer.json", "tokenizer_config.json"}:
-        decoder = files.config.get("decoder") or files.config["text_config"]
-        kind: Any = {"gpt2": transformers.GPT2Tokenizer, "bert": transformers.BertTokenizer}[decoder["model_type"]]
-    else:
-        kind = AutoTokenizer
+    kind: Any = AutoTokenizer
+    if "tokenizer.json" not in names and not names_class(os.path.join(files.folder, "tokenizer_config.json")):
+        decoder = files.config.get("decoder") or files.config.get("text_config") or {}
+        known = PIECES_TOKENIZERS if any(name.endswith(".model") for name in names) else TOKENIZERS
+        kind = getattr(transformers, known.get(decoder.get("model_type"), "AutoTokenizer"))
     tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(files.folder, local_files_only=True)
     return tokenizer
+
+
+def names_class(path: str) -> bool:
+    """Whether a tokenizer_config.json exists and names the tokenizer's class."""
+    if not os.path.exists(path):
+        return False
+    with open(path, encoding="utf-8") as file:
+        return bool(json.load(file).get("tokenizer_class"))
 
 
 def puts_spaces(tokenizer: Any) -> bool:
