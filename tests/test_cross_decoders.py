@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from assembling import save_decoder, save_encoder
 from captioners import SIZE, pictures, random_captioner
 from oracle import Case, agrees
 from PIL import Image
@@ -137,6 +138,49 @@ def test_donut_without_fields_gives_plain_text(tmp_path: Path, donut: Path) -> N
     assert done.code == 0, done.err
     assert done.rows[0]["text"]
     assert "{" not in done.rows[0]["text"]
+
+
+WORDS = {"a.png": "two dogs run", "b.png": "one cat", "c.png": "a red boat sails", "d.png": "snow"}
+# What `--encoder` and `--decoder` name: checkpoints as they are published.
+PARTS = [
+    *((encoder, "gpt2") for encoder in ("clip_vision_model", "siglip_vision_model", "dinov2")),
+    *(("vit", decoder) for decoder in ("roberta", "bart")),
+]
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), PARTS)
+def test_published_parts_become_a_captioner_that_plain_transformers_loads(
+    tmp_path: Path, encoder: str, decoder: str
+) -> None:
+    save_encoder(tmp_path / "encoder", encoder)
+    save_decoder(tmp_path / "decoder", decoder)
+    photos, out = paint(tmp_path / "photos", *WORDS), tmp_path / "out"
+    rows = "".join(f"{name},{text}\n" for name, text in WORDS.items())
+    (tmp_path / "captions.csv").write_text(f"image,caption\n{rows}")
+    parts = ("--encoder", tmp_path / "encoder", "--decoder", tmp_path / "decoder", "--tokenizer", "new")
+    data = ("--data", tmp_path / "captions.csv", "--images", photos, "--vocab-size", 300, "--out", out)
+    limits = ("--max-steps", 3, "--evaluate-every", 3, "--batch-size", 4, "--max-length", 12, "--learning-rate", 1e-2)
+    flags = ("--dtype", "float32", "--device", "cpu", "--threads", 1, "--workers", 0)
+    trained = call("train", *parts, *data, *limits, *flags)
+    assert trained.code == 0, trained.err
+    done = call("caption", photos, "--model", out, "-o", "-", "--dtype", "float32", "--workers", 0)
+    assert done.code == 0, done.err
+    assert {row["file_name"]: row["text"] for row in done.rows} == generated(out, photos)
+
+
+@pytest.mark.parametrize("profile", ["fused", "portable"])
+@pytest.mark.parametrize(("encoder", "decoder"), [("dinov2", "roberta"), ("donut-swin", "mbart"), ("deit", "trocr")])
+def test_an_engine_gives_the_same_captions(tmp_path: Path, encoder: str, decoder: str, profile: str) -> None:
+    folder, engine = tmp_path / "model", tmp_path / "engine"
+    save_captioner(folder, encoder=encoder, decoder=decoder, seed=1)
+    photos = paint(tmp_path / "photos", *(f"{n}.png" for n in range(5)))
+    done = call("export", "--onnx", "--model", folder, "--out", engine, "--profile", profile, "--device", "cpu")
+    assert done.code == 0, done.err
+    for search in ((), ("--num-beams", 3), ("--prompt", "word9 word11")):
+        flags = ("-o", "-", "--max-new-tokens", 8, "--dtype", "float32", "--workers", 0, *search)
+        found, expected = (call("caption", photos, "--model", model, *flags) for model in (engine, folder))
+        assert found.code == expected.code == 0, found.err
+        assert [row["text"] for row in found.rows] == [row["text"] for row in expected.rows]
 
 
 def test_an_encoder_that_transformers_cannot_pair_is_refused_by_name(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ TOKENIZERS = {
     "bert": "BertTokenizer",
     **dict.fromkeys(("roberta", "bart", "trocr"), "RobertaTokenizer"),
 }
+OFFSET_PIECES = ("XLMRoberta", "MBart")  # beginnings of the classes' names
 PIECES_TOKENIZERS = dict.fromkeys(("xlm-roberta", "mbart", "trocr"), "XLMRobertaTokenizer")
 
 
@@ -94,20 +95,34 @@ def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder; the decoder's class where no file names its class."""
     names = set(os.listdir(files.folder))
     kind: Any = AutoTokenizer
-    if "tokenizer.json" not in names and not names_class(os.path.join(files.folder, "tokenizer_config.json")):
-        decoder = files.config.get("decoder") or files.config.get("text_config") or {}
+    if "tokenizer.json" not in names and class_in(files.folder) is None:
         known = PIECES_TOKENIZERS if any(name.endswith(".model") for name in names) else TOKENIZERS
-        kind = getattr(transformers, known.get(decoder.get("model_type"), "AutoTokenizer"))
+        kind = getattr(transformers, known.get(decoder_type(files.config), "AutoTokenizer"))
     tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(files.folder, local_files_only=True)
     return tokenizer
 
 
-def names_class(path: str) -> bool:
-    """Whether a tokenizer_config.json exists and names the tokenizer's class."""
+def class_in(folder: str) -> str | None:
+    """The tokenizer's class in a folder's tokenizer_config.json; None where no file names it."""
+    path = os.path.join(folder, "tokenizer_config.json")
     if not os.path.exists(path):
-        return False
+        return None
     with open(path, encoding="utf-8") as file:
-        return bool(json.load(file).get("tokenizer_class"))
+        content = json.load(file)
+    name = content.get("tokenizer_class") if isinstance(content, dict) else None
+    return str(name) if name else None
+
+
+def decoder_type(config: Mapping[str, Any]) -> str:
+    """The model_type of a captioner's decoder, or of a decoder alone."""
+    decoder = config.get("decoder") or config.get("text_config") or config
+    return str(decoder.get("model_type"))
+
+
+def has_offset_pieces(folder: str, config: Mapping[str, Any]) -> bool:
+    """Whether a folder's SentencePiece model has XLM-RoBERTa's ids, which are not those of its pieces."""
+    named = class_in(folder)
+    return named.startswith(OFFSET_PIECES) if named else decoder_type(config) in PIECES_TOKENIZERS
 
 
 def puts_spaces(tokenizer: Any) -> bool:

@@ -18,7 +18,7 @@ from capcli.models.model_files import JOINED
 from capcli.models.prefix import PrefixCaptioner, PrefixConfig
 from capcli.models.vision_t5 import VisionT5, VisionT5Config
 from capcli.options import ModelOptions
-from capcli.options.train import IMAGE_TOKENS
+from capcli.options.train import IMAGE_TOKENS, NEW
 from capcli.training.model.embeddings import fit_embeddings, set_positions, token_count
 from capcli.training.model.pretrained import (
     CROSS_ATTENTION,
@@ -237,6 +237,12 @@ def _decoder(inputs: JoinInputs, *, cross_attention: bool) -> tuple[Any, dict[st
         ids = {"bos_token_id": specials.start, "eos_token_id": specials.end, "pad_token_id": specials.pad}
         return make_part(decoder, seed, **changes, **ids, vocab_size=count).model, dict(NEW_DECODER)
     part = make_part(decoder, seed, **changes)
+    cross_decoders.set_padding(part.model, specials.pad)
+    if cross_decoders.length(part.model.config) < 1:
+        raise UsageError(
+            f"{decoder.title} is a {decoder.kind}, which counts positions from its padding token, and the tokenizer's is "
+            f"{specials.pad}: give a tokenizer with a lower id, such as the decoder's own or --tokenizer {NEW}"
+        )
     new: dict[str, str] = {}
     if _lacks(part, CROSS_ATTENTION):
         new["cross-attention"] = ""  # usual: only a captioner's decoder has it
