@@ -107,7 +107,7 @@ def save_encoder(folder: Path, kind: str = "vit", **processor: Any) -> Any:
 def save_decoder(folder: Path, kind: str = "gpt2", *, vocabulary: int = 120) -> Any:
     """Saves a language model as it is published, without a tokenizer; only BARTs have cross-attention."""
     torch.manual_seed(12)
-    sizes = {"encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 48} if "bart" in kind else {}
+    sizes = {"encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48} if "bart" in kind else {}
     config = decoder_config(kind, 48, vocabulary, add_cross_attention=False, is_decoder=kind == "gpt2", **sizes)
     model = PUBLISHED[kind](config)
     for weight in model.parameters():

@@ -151,7 +151,9 @@ def last_norm(decoder: Any) -> Any:
     inner = decoder.base_model
     if hasattr(inner, "ln_f"):  # GPT-2
         return inner.ln_f
-    return getattr(inner.decoder, "layer_norm", None) or inner.decoder.layers[-1].final_layer_norm  # mBART has a final one
+    return (
+        getattr(inner.decoder, "layer_norm", None) or inner.decoder.layers[-1].final_layer_norm
+    )  # mBART has a final one
 
 
 def pictures(count: int, seed: int = 0) -> list[np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from assembling import save_decoder, save_encoder
 from captioners import SIZE, pictures, random_captioner
 from oracle import Case, agrees
 from PIL import Image
-from running import PROCESSOR, VOCABULARY, call, change_json, paint, save_captioner
+from running import VOCABULARY, call, change_json, paint, save_captioner
 from transformers import AutoImageProcessor, AutoTokenizer, VisionEncoderDecoderModel
 
 from capcli import Caption, Captioner
@@ -158,7 +157,7 @@ def test_published_parts_become_a_captioner_that_plain_transformers_loads(
     rows = "".join(f"{name},{text}\n" for name, text in WORDS.items())
     (tmp_path / "captions.csv").write_text(f"image,caption\n{rows}")
     parts = ("--encoder", tmp_path / "encoder", "--decoder", tmp_path / "decoder", "--tokenizer", "new")
-    data = ("--data", tmp_path / "captions.csv", "--images", photos, "--vocab-size", 300, "--out", out)
+    data = ("--data", tmp_path / "captions.csv", "--image-root", photos, "--vocab-size", 300, "--out", out)
     limits = ("--max-steps", 3, "--evaluate-every", 3, "--batch-size", 4, "--max-length", 12, "--learning-rate", 1e-2)
     flags = ("--dtype", "float32", "--device", "cpu", "--threads", 1, "--workers", 0)
     trained = call("train", *parts, *data, *limits, *flags)
@@ -168,11 +167,18 @@ def test_published_parts_become_a_captioner_that_plain_transformers_loads(
     assert {row["file_name"]: row["text"] for row in done.rows} == generated(out, photos)
 
 
-@pytest.mark.parametrize("profile", ["fused", "portable"])
-@pytest.mark.parametrize(("encoder", "decoder"), [("dinov2", "roberta"), ("donut-swin", "mbart"), ("deit", "trocr")])
-def test_an_engine_gives_the_same_captions(tmp_path: Path, encoder: str, decoder: str, profile: str) -> None:
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "profile", "layers"),
+    [
+        ("dinov2", "roberta", "portable", {"num_hidden_layers": 1}),
+        ("donut-swin", "trocr, sinusoids", "fused", {"decoder_layers": 1}),
+    ],
+)  # BART's decoder is that of Florence-2
+def test_an_engine_gives_the_same_captions(
+    tmp_path: Path, encoder: str, decoder: str, profile: str, layers: dict[str, int]
+) -> None:
     folder, engine = tmp_path / "model", tmp_path / "engine"
-    save_captioner(folder, encoder=encoder, decoder=decoder, seed=1)
+    save_captioner(folder, encoder=encoder, decoder=decoder, seed=1, **layers)
     photos = paint(tmp_path / "photos", *(f"{n}.png" for n in range(5)))
     done = call("export", "--onnx", "--model", folder, "--out", engine, "--profile", profile, "--device", "cpu")
     assert done.code == 0, done.err

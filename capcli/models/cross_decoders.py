@@ -129,8 +129,7 @@ def after_padding(tokens: Tensor, position: Tensor, padding: int) -> Tensor:
 def embed_positions(table: Any, tokens: Tensor, position: Tensor) -> Tensor:
     """Position embeddings [S, Q, C] from BART's table, or TrOCR's sinusoids."""
     if hasattr(table, "weights"):
-        sinusoids: Tensor = table.weights[after_padding(tokens, position, table.padding_idx)]
-        return sinusoids
+        return nn.functional.embedding(after_padding(tokens, position, table.padding_idx), table.weights)
     return nn.functional.embedding(position + table.offset, table.weight)
 
 

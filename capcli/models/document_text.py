@@ -19,7 +19,8 @@ class FieldDecoder:
         from transformers.models.donut.image_processing_pil_donut import DonutImageProcessorPil
 
         self.tokenizer = tokenizer
-        self.processor: Any = DonutProcessor(image_processor=DonutImageProcessorPil(), tokenizer=tokenizer)
+        processor: Any = DonutProcessor
+        self.processor = processor(image_processor=DonutImageProcessorPil(), tokenizer=tokenizer)
         self.outside = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
 
     @classmethod

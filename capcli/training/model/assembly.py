@@ -244,8 +244,8 @@ def _question_embeddings(part: PartConfig, tokenizer: Any, decoder: PartConfig, 
 def prepare_for_training(model: Any) -> None:
     """Freezes weights that captions do not use, and makes every token embedding trainable.
 
-    The encoder's pooler and the like get no gradient; they stay in the files because transformers expects them there. BERT's padding
-    embedding would get none either, but in many vocabularies that token is also the start or the end token.
+    The encoder's pooler and the like get no gradient; they stay in the files because transformers expects them there. BERT's
+    padding embedding would get none either, but in many vocabularies that token is also the start or the end token.
     """
     model.eval()  # loaded models are in eval mode too
     for name in family_of(model.config.to_dict()).ENCODER:

@@ -64,7 +64,8 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 # Models of image and text whose image encoder is a part: their config holds its config.
 VISION_PARTS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 # Whole BARTs store the decoder's embeddings under another name, and transformers would leave them random.
-RENAMED = dict.fromkeys(("bart", "mbart"), {r"^(model\.)?shared\.": "model.decoder.embed_tokens."})
+SHARED = {r"^(model\.)?shared\.": "model.decoder.embed_tokens."}
+RENAMED = {"bart": SHARED, "mbart": SHARED}
 CROSS_ATTENTION = ("crossattention", "ln_cross_attn", "encoder_attn")
 HEADS = ("lm_head.", "cls.", "output_projection.")
 SAVED = ("transformers_version", "architectures")  # transformers writes these into every config that it saves
@@ -219,7 +220,8 @@ def _read_config(path: str) -> Mapping[str, Any]:
 def _kind(role: str, title: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The kind, from model_type or else from the class in `architectures`, and the values without model_type.
 
-    As an encoder, a CLIP or SigLIP is its vision part. rinna's old configs have the model_type gpt2-ja. Raises UsageError for a kind that this role does not support.
+    As an encoder, a CLIP or SigLIP is its vision part. rinna's old configs have the model_type gpt2-ja. Raises UsageError
+    for a kind that this role does not support.
     """
     kind = values.get("model_type")
     part = VISION_PARTS.get(str(kind)) if role == "encoder" else None
