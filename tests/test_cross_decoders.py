@@ -14,6 +14,7 @@ from captioners import SIZE, pictures, random_captioner
 from oracle import Case, agrees
 from PIL import Image
 from running import VOCABULARY, call, change_json, paint, save_captioner
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer, VisionEncoderDecoderModel
 
 from capcli import Caption, Captioner
@@ -165,6 +166,17 @@ def test_published_parts_become_a_captioner_that_plain_transformers_loads(
     done = call("caption", photos, "--model", out, "-o", "-", "--dtype", "float32", "--workers", 0)
     assert done.code == 0, done.err
     assert {row["file_name"]: row["text"] for row in done.rows} == generated(out, photos)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("encoder", "out"))
+    still = {name for name in after if name.startswith("encoder.") and torch.equal(after[name], base(before, name))}
+    unused = ("encoder.head.", "encoder.post_layernorm.", "mask_token")
+    assert all(any(part in name for part in unused) for name in still)
+
+
+def base(weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The weight of a published encoder that became the captioner's of this name; zeros for one that it lacks."""
+    inner = name.removeprefix("encoder.")
+    found = (f"{prefix}{inner}" for prefix in ("", "vision_model.", "vit.", "dinov2."))
+    return next((weights[each] for each in found if each in weights), torch.zeros(()))
 
 
 @pytest.mark.parametrize(

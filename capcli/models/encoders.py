@@ -36,10 +36,10 @@ def image_size_of(encoder: Any) -> Any:
     return getattr(encoder, "image_size", None) or USUAL_SIZE
 
 
-def unused_weights(encoder: Any) -> list[Tensor]:
-    """The weights of an encoder that captions do not depend on."""
-    names = (POOLER, *UNUSED.get(encoder.config.model_type, ()))
-    return [weight for name, weight in encoder.named_parameters() if name.startswith(names)]
+def unused_names(encoder: Any) -> list[str]:
+    """The names of an encoder's weights that captions do not depend on."""
+    starts = (POOLER, *UNUSED.get(encoder.config.model_type, ()))
+    return [name for name, _ in encoder.named_parameters() if name.startswith(starts)]
 
 
 def feature_width(encoder: Any) -> int:

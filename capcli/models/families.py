@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
+from capcli.models.encoders import unused_names
 from capcli.models.modules import Encode, Step
 
 FILES = {
@@ -80,6 +81,13 @@ def with_start(config: Mapping[str, Any], generation: Mapping[str, Any], prompt:
 def tag_room(config: Mapping[str, Any]) -> int:
     """The most tokens of an image's tags that the encoder reads; 0 where it reads no tags."""
     return int(config.get("tag_tokens") or 0)
+
+
+def unused_weights(model: Any) -> frozenset[str]:
+    """The names of a model's weights that captions do not depend on, such as an encoder's pooler: they are never trained."""
+    parts = dict(model.named_modules())
+    encoders = {name: parts[name] for name in family_of(model.config.to_dict()).ENCODER if name in parts}
+    return frozenset(f"{name}.{unused}" for name, part in encoders.items() for unused in unused_names(part))
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from capcli.errors import CapcliError, UsageError
 from capcli.models.checkpoint import encode_and_step, generation_of, load_weights, pixel_size
-from capcli.models.encoders import image_size_of, unused_weights
-from capcli.models.families import family_of
+from capcli.models.encoders import image_size_of
+from capcli.models.families import unused_weights
 from capcli.models.hub import find_model
 from capcli.models.model_files import PROCESSOR
 from capcli.models.modules import Encode, Step
@@ -248,9 +248,8 @@ def prepare_for_training(model: Any) -> None:
     padding embedding would get none either, but in many vocabularies that token is also the start or the end token.
     """
     model.eval()  # loaded models are in eval mode too
-    for name in family_of(model.config.to_dict()).ENCODER:
-        for weight in unused_weights(model.get_submodule(name)):
-            weight.requires_grad_(False)
+    for name in unused_weights(model):
+        model.get_parameter(name).requires_grad_(False)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None
