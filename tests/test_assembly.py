@@ -332,8 +332,8 @@ def test_parts_are_taken_from_a_captioners_config(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (
-            {"encoder": {"model_type": "clip_vision_model"}},
-            "the encoder table is of the kind clip_vision_model; supported as",
+            {"encoder": {"model_type": "convnext"}},
+            "the encoder table is of the kind convnext; supported as",
         ),
         ({"encoder": {"hidden_size": 40}}, "the encoder table has no model_type"),
         ({"decoder": GPT2 | {"model_type": "llama"}}, "of the kind llama; supported as decoder are gpt2, bert"),
