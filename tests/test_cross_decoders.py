@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from assembling import save_decoder, save_encoder
+from assembling import save_decoder, save_encoder, save_pieces
 from captioners import SIZE, pictures, random_captioner
 from oracle import Case, agrees
 from PIL import Image
@@ -18,6 +18,12 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer, VisionEncoderDecoderModel
 
 from capcli import Caption, Captioner
+from capcli.errors import UsageError
+from capcli.loading.gpu_jpeg import refuse_gpu_decode
+from capcli.models.checkpoint import load_tokenizer
+from capcli.models.model_files import ModelFiles
+from capcli.pixels import PixelSpec
+from capcli.training.model.tokenizers import read_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers")
 DECODERS = ("roberta", "bart", "mbart", "trocr", "trocr, sinusoids")
@@ -199,6 +205,36 @@ def test_an_engine_gives_the_same_captions(
         found, expected = (call("caption", photos, "--model", model, *flags) for model in (engine, folder))
         assert found.code == expected.code == 0, found.err
         assert [row["text"] for row in found.rows] == [row["text"] for row in expected.rows]
+
+
+def test_files_of_a_roberta_tokenizer_need_no_class(tmp_path: Path) -> None:
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "b", "\u0120", "\u0120a", "ab"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n\u0120 a\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 512}))
+    tokenizer: Any = load_tokenizer(ModelFiles("it", str(tmp_path), None, {"decoder": {"model_type": "trocr"}}, {}))
+    assert tokenizer("ab a</s>", add_special_tokens=False)["input_ids"] == [9, 8, 2]
+    assert tokenizer.decode([0, 9, 8, 2], skip_special_tokens=True) == "ab a"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_pieces_of_xlm_roberta_have_the_ids_of_its_tokenizer(tmp_path: Path, named: bool) -> None:
+    """For captioning and for training; the ids of the pieces themselves are others."""
+    save_pieces(tmp_path)
+    config: dict[str, Any] = {"decoder": {"model_type": "gpt2" if named else "trocr"}}
+    if named:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "XLMRobertaTokenizer"}))
+    expected = transformers.XLMRobertaTokenizer.from_pretrained(tmp_path)("two dogs")["input_ids"]
+    files = ModelFiles("it", str(tmp_path), None, config, {})
+    for read in (load_tokenizer, read_tokenizer):
+        tokenizer: Any = read(files)
+        assert tokenizer("two dogs")["input_ids"] == expected
+
+
+def test_the_gpu_does_not_decode_for_a_processor_that_pads() -> None:
+    spec = PixelSpec.from_config({"image_processor_type": "DonutImageProcessor"})
+    with pytest.raises(UsageError, match="--gpu-decode does not pad images"):
+        refuse_gpu_decode(spec, torch.device("cuda"))
 
 
 def test_an_encoder_that_transformers_cannot_pair_is_refused_by_name(tmp_path: Path) -> None:
