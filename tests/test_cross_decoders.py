@@ -178,6 +178,28 @@ def test_published_parts_become_a_captioner_that_plain_transformers_loads(
     assert all(any(part in name for part in unused) for name in still)
 
 
+LEARNED = {"a.png": "word11 word12", "b.png": "word13 word14 word15", "c.png": "word12", "d.png": "word17 word11"}
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "steps"), [("donut-swin", "mbart", 80), ("deit", "trocr, sinusoids", 2)]
+)
+def test_a_trained_captioner_is_trained_further(tmp_path: Path, encoder: str, decoder: str, steps: int) -> None:
+    """80 steps are enough to learn the captions."""
+    folder = save_captioner(tmp_path / "model", encoder=encoder, decoder=decoder, seed=1)
+    photos, out = paint(tmp_path / "photos", *LEARNED), tmp_path / "out"
+    rows = "".join(f"{name},{text}\n" for name, text in LEARNED.items())
+    (tmp_path / "captions.csv").write_text(f"image,caption\n{rows}")
+    data = ("--data", tmp_path / "captions.csv", "--image-root", photos, "--out", out)
+    limits = ("--max-steps", steps, "--evaluate-every", steps, "--batch-size", 4, "--learning-rate", 4e-3)
+    flags = ("--weight-decay", 0, "--dtype", "float32", "--device", "cpu", "--threads", 1, "--workers", 0)
+    trained = call("train", "--model", folder, *data, *limits, *flags)
+    assert trained.code == 0, trained.err
+    done = call("caption", photos, "--model", out, "-o", "-", "--dtype", "float32", "--workers", 0)
+    assert len(done.rows) == len(LEARNED)
+    assert steps == 2 or {row["file_name"]: row["text"] for row in done.rows} == LEARNED
+
+
 def base(weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     """The weight of a published encoder that became the captioner's of this name; zeros for one that it lacks."""
     inner = name.removeprefix("encoder.")
