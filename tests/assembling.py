@@ -47,13 +47,35 @@ BERT = {
     "intermediate_size": 64,
     "max_position_embeddings": 64,
 }
-CLASSIFIERS = {
+ROBERTA = BERT | {"model_type": "roberta"}
+BART = {"model_type": "bart", "d_model": 48, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+BART |= {"max_position_embeddings": 64}
+TABLES = {  # of each kind of decoder
+    "gpt2": GPT2,
+    "bert": BERT,
+    **{kind: ROBERTA | {"model_type": kind} for kind in ("roberta", "xlm-roberta")},
+    **{kind: BART | {"model_type": kind} for kind in ("bart", "mbart", "trocr")},
+}
+PUBLISHED: dict[str, Any] = {  # the classes that encoders and decoders are published as
     "vit": transformers.ViTForImageClassification,
     "deit": transformers.DeiTForImageClassification,
     "beit": transformers.BeitForImageClassification,
     "swin": transformers.SwinForImageClassification,
     "swinv2": transformers.Swinv2ForImageClassification,
+    "donut-swin": transformers.DonutSwinForImageClassification,
+    "clip_vision_model": transformers.CLIPModel,
+    "siglip_vision_model": transformers.SiglipModel,
+    "dinov2": transformers.Dinov2ForImageClassification,
+    "dinov2_with_registers": transformers.Dinov2WithRegistersForImageClassification,
+    "gpt2": transformers.GPT2LMHeadModel,
+    "bert": transformers.BertForMaskedLM,
+    "roberta": transformers.RobertaForMaskedLM,
+    "xlm-roberta": transformers.XLMRobertaForMaskedLM,
+    "bart": transformers.BartForConditionalGeneration,
+    "mbart": transformers.MBartForConditionalGeneration,
+    "trocr": transformers.TrOCRForCausalLM,
 }
+TEXT = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
 
 def new(
@@ -66,21 +88,28 @@ def new(
 
 
 def save_encoder(folder: Path, kind: str = "vit", **processor: Any) -> Any:
-    """Saves a classifier, the form in which encoders are published, with its image processor."""
+    """Saves an encoder in the form in which it is published, such as a classifier, with its image processor.
+
+    Returns the encoder.
+    """
     torch.manual_seed(11)
-    model = CLASSIFIERS[kind](encoder_config(kind))
+    published, config = PUBLISHED[kind], encoder_config(kind)
+    if published.config_class is not type(config):  # a model of image and text
+        config = published.config_class(text_config=TEXT, vision_config=config.to_dict())
+    model = published(config)
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     model.save_pretrained(folder)
     write_json(folder / "preprocessor_config.json", PROCESSOR | processor)
-    return model
+    return getattr(model, "vision_model", None) or model.base_model
 
 
 def save_decoder(folder: Path, kind: str = "gpt2", *, vocabulary: int = 120) -> Any:
-    """Saves a language model without cross-attention and without a tokenizer."""
+    """Saves a language model as it is published, without a tokenizer; only BARTs have cross-attention."""
     torch.manual_seed(12)
-    config = decoder_config(kind, 48, vocabulary, add_cross_attention=False, is_decoder=kind == "gpt2")
-    model = {"gpt2": transformers.GPT2LMHeadModel, "bert": transformers.BertForMaskedLM}[kind](config)
+    sizes = {"encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48} if "bart" in kind else {}
+    config = decoder_config(kind, 48, vocabulary, add_cross_attention=False, is_decoder=kind == "gpt2", **sizes)
+    model = PUBLISHED[kind](config)
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     model.save_pretrained(folder)

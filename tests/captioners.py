@@ -6,22 +6,17 @@ import copy
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from transformers import (
-    BeitConfig,
-    BertConfig,
-    DeiTConfig,
-    GPT2Config,
+    AutoConfig,
     PretrainedConfig,
     PreTrainedModel,
-    SwinConfig,
-    Swinv2Config,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
-    ViTConfig,
 )
 
 from capcli.decoding.loop import IterableFeed, Job
@@ -37,7 +32,22 @@ from capcli.runtimes.eager import Eager
 
 SIZE = 32
 HALF = (0.5, 0.5, 0.5)
-WIDTH = {"vit": 40, "deit": 40, "beit": 40, "swin": 32, "swinv2": 32}  # of the encoders' features
+# Width of the encoders' features.
+WIDTH = {
+    **dict.fromkeys(("vit", "deit", "beit"), 40),
+    **dict.fromkeys(("swin", "swinv2", "donut-swin"), 32),
+    **dict.fromkeys(("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers"), 40),
+}
+DECODERS: dict[str, tuple[str, dict[str, object]]] = {  # kind and further values of the config
+    "gpt2": ("gpt2", {}),
+    "bert": ("bert", {}),
+    "roberta": ("roberta", {}),
+    "xlm-roberta": ("xlm-roberta", {}),
+    "bart": ("bart", {}),
+    "mbart": ("mbart", {"scale_embedding": True}),
+    "trocr": ("trocr", {}),
+    "trocr, sinusoids": ("trocr", {"use_learned_position_embeddings": False, "layernorm_embedding": False}),
+}
 
 transformers.logging.set_verbosity_error()
 
@@ -50,11 +60,10 @@ def encoder_config(kind: str) -> PretrainedConfig:
         "intermediate_size": 64,
         "image_size": SIZE,
     }
-    if kind in ("vit", "deit", "beit"):
-        made: PretrainedConfig = {"vit": ViTConfig, "deit": DeiTConfig, "beit": BeitConfig}[kind](**small, patch_size=8)
-        return made
-    swin = SwinConfig if kind == "swin" else Swinv2Config
-    return swin(image_size=SIZE, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4)
+    if "swin" not in kind:
+        return AutoConfig.for_model(kind, **small, patch_size=8)
+    windows = {"patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
+    return AutoConfig.for_model(kind, image_size=[SIZE, SIZE] if kind == "donut-swin" else SIZE, **windows)
 
 
 def decoder_config(kind: str, width: int, vocabulary: int, **more: object) -> PretrainedConfig:
@@ -65,11 +74,15 @@ def decoder_config(kind: str, width: int, vocabulary: int, **more: object) -> Pr
         "add_cross_attention": True,
         "is_decoder": True,
     } | more
+    kind, values = DECODERS[kind]
+    more = {"vocab_size": vocabulary, "max_position_embeddings": 64} | values | more
     if kind == "gpt2":
-        sizes = {"n_embd": width, "n_layer": 3, "n_head": 4, "n_positions": 64}
-        return GPT2Config(vocab_size=vocabulary, **(sizes | more))
-    sizes = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 2 * width}
-    return BertConfig(vocab_size=vocabulary, **sizes, max_position_embeddings=64, **more)
+        sizes = {"n_embd": width, "n_layer": 3, "n_head": 4}
+    elif "bert" in kind:
+        sizes = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 2 * width}
+    else:
+        sizes = {"d_model": width, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 2 * width}
+    return AutoConfig.for_model(kind, **(sizes | more))
 
 
 @cache
@@ -99,7 +112,7 @@ def random_captioner(
     model = VisionEncoderDecoderModel(config).eval()
     for name, weight in model.named_parameters():
         norm = "norm" in name.lower() or ".ln_" in name
-        place = "wpe" in name or "position_embeddings" in name
+        place = any(sign in name for sign in ("wpe", "position_embeddings", "embed_positions"))
         torch.nn.init.normal_(weight, mean=1.0 if norm and name.endswith("weight") else 0.0, std=1.0 if place else 0.3)
     end = vocabulary - 1
     start = end if one_id else vocabulary - 2
@@ -115,11 +128,11 @@ def random_captioner(
 def make_end(model: VisionEncoderDecoderModel, end: int, share: float) -> None:
     """Raises or lowers the end token's logit so that it is the highest at this share of the steps.
 
-    GPT-2's head has no bias: one channel of its last norm becomes constant and acts as one.
+    In a head without bias, one channel of the last norm becomes constant and acts as one.
     """
     head = model.decoder.get_output_embeddings()
     if head.bias is None:
-        norm = model.decoder.transformer.ln_f
+        norm = last_norm(model.decoder)
         norm.weight[0], norm.bias[0], head.weight[:, 0] = 0.0, 1.0, 0.0
     pixels = torch.cat([values(picture) for picture in pictures(24, seed=99)])
     out = model.generate(
@@ -132,6 +145,15 @@ def make_end(model: VisionEncoderDecoderModel, end: int, share: float) -> None:
         head.weight[end, 0] += lift
     else:
         head.bias[end] += lift
+
+
+def last_norm(decoder: Any) -> Any:
+    inner = decoder.base_model
+    if hasattr(inner, "ln_f"):  # GPT-2
+        return inner.ln_f
+    return (
+        getattr(inner.decoder, "layer_norm", None) or inner.decoder.layers[-1].final_layer_norm
+    )  # mBART has a final one
 
 
 def pictures(count: int, seed: int = 0) -> list[np.ndarray]:

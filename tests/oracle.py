@@ -19,7 +19,7 @@ from capcli.decoding import noise
 from capcli.decoding.search import Hypothesis
 from capcli.decoding.settings import NO_TOKEN, Settings, resolve
 from capcli.decoding.shapes import Shapes
-from capcli.models.families import family_of
+from capcli.models.families import family_of, with_start
 from capcli.options import GenerationOptions
 
 
@@ -43,7 +43,8 @@ class Case:
         if asks(model):
             return replace(resolve(own, GenerationOptions(**self.given)), encoder_ids=encoder_ids(model, self.prompt))
         empty = (NO_TOKEN,) * getattr(model.config, "tag_tokens", 0)
-        return replace(resolve(own, GenerationOptions(**self.given), self.prompt), encoder_ids=empty)
+        started = with_start(config, own, self.prompt)
+        return replace(resolve(started, GenerationOptions(**self.given), self.prompt), encoder_ids=empty)
 
 
 @dataclass(frozen=True)

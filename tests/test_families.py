@@ -120,7 +120,7 @@ def test_image_tokens_carry_their_row_and_column(kind: str, rows: int, first: in
     assert len({tuple(token.tolist()) for token in image[first:]}) == rows * rows
 
 
-@pytest.mark.parametrize("kind", ["vit", "deit", "beit", "swin", "resnet"])
+@pytest.mark.parametrize("kind", ["vit", "deit", "beit", "swin", "resnet", "siglip_vision_model", "dinov2"])
 def test_a_t5_with_every_encoder(kind: str) -> None:
     encoder = ResNetConfig(**RESNET) if kind == "resnet" else encoder_config(kind)
     model = random_weights(vision_t5(encoder))
@@ -128,7 +128,10 @@ def test_a_t5_with_every_encoder(kind: str) -> None:
     agrees(model, pictures(5), Case({"max_new_tokens": 12}))
 
 
-@pytest.mark.parametrize("kind", ["vit", "deit", "beit", "swin", "swinv2"])
+@pytest.mark.parametrize(
+    "kind",
+    ["vit", "deit", "beit", "swin", "swinv2", "donut-swin", "clip_vision_model", "dinov2_with_registers"],
+)
 def test_a_prefix_captioner_with_every_encoder(kind: str) -> None:
     model = random_weights(prefix(encoder_config(kind)))
     make_end(model, 0.2)

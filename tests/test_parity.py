@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from captioners import WIDTH, captions, pictures, random_captioner, values
+from captioners import DECODERS, WIDTH, captions, pictures, random_captioner, values
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Case, agrees, matches, truth
@@ -68,9 +68,16 @@ def test_every_search_equals_generate(search):
         assert len(lengths) >= 3 or endless, f"all captions have {lengths} tokens: too easy a test"
 
 
-@pytest.mark.parametrize("decoder", ["gpt2", "bert"])
-@pytest.mark.parametrize("encoder", list(WIDTH))
-def test_every_encoder_with_every_decoder_of_equal_and_unequal_width(encoder, decoder):
+PAIRS = [
+    *((encoder, decoder) for encoder in ("vit", "deit", "beit", "swin", "swinv2") for decoder in ("gpt2", "bert")),
+    *((encoder, "gpt2") for encoder in WIDTH if encoder not in ("vit", "deit", "beit", "swin", "swinv2")),
+    *(("vit", decoder) for decoder in DECODERS if decoder not in ("gpt2", "bert")),
+    ("donut-swin", "mbart"),
+]
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), PAIRS)
+def test_encoders_with_decoders_of_equal_and_unequal_width(encoder, decoder):
     for width in (WIDTH[encoder], 48):
         model = captioner(encoder, decoder, width=width, seed=2)
         assert hasattr(model, "enc_to_dec_proj") == (width == 48)

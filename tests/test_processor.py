@@ -28,7 +28,7 @@ SIZES = [
     {"shortest_edge": 40, "longest_edge": 90},
     {"max_height": 50, "max_width": 70},
 ]
-CLASSES = ["ViT", "DeiT", "Beit", "CLIP", "ChineseCLIP", "Bit", "Blip", "Siglip", "ConvNext"]
+CLASSES = ["ViT", "DeiT", "Beit", "CLIP", "ChineseCLIP", "Bit", "Blip", "Siglip", "ConvNext", "Donut"]
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -134,6 +134,36 @@ def test_the_processor_of_resnet(tmp_path: Path) -> None:
     assert_same(config, [*images, noise(640, 427), noise(300, 500)], tmp_path)
     spec = PixelSpec.from_config(config)
     assert (spec.size, spec.crop, spec.mean) == ((256, 256), (224, 224), (0.485, 0.456, 0.406))
+
+
+PAGES: dict[str, dict[str, Any]] = {
+    "a page": {},
+    "a wide page": {"size": {"height": 64, "width": 97}},
+    "the list of old configs, width first": {"size": [64, 97]},
+    "a square": {"size": 80},
+    "turned": {"do_align_long_axis": True},
+    "turned onto a wide page": {"do_align_long_axis": True, "size": {"height": 64, "width": 97}},
+    "not padded": {"do_pad": False, "do_align_long_axis": True},
+    "cropped": {"do_center_crop": True, "crop_size": 50},
+    "nearest": {"resample": 0},
+    "in a file of DonutProcessor": {"image_processor_type": "DonutImageProcessorFast", "resample": 2},
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_donuts_page(page: str, tmp_path: Path) -> None:
+    """Resized twice, turned and padded; an image that is too long and thin is a failure."""
+    config = {"image_processor_type": "DonutImageProcessor", "size": {"height": 97, "width": 64}, **PAGES[page]}
+    assert_same(config, [noise(*shape) for shape in [*SHAPES[4:], (1, 1), (60, 400), (400, 60)]], tmp_path)
+    with pytest.raises(ImageError, match="too long and thin"):
+        pixels.resize(noise(1, 500), PixelSpec.from_config(config))
+
+
+def test_an_image_that_does_not_fit_on_the_page_is_a_failure() -> None:
+    config = {"image_processor_type": "DonutImageProcessor", "size": 50, "do_resize": False, "do_thumbnail": False}
+    with pytest.raises(ImageError, match="60x40 does not fit into the 50x50") as failure:
+        pixels.resize(noise(60, 40), PixelSpec.from_config(config))
+    assert failure.value.kind == "shape"
 
 
 @pytest.mark.parametrize("resample", range(6))
@@ -255,7 +285,7 @@ def test_a_spec_pickles_and_hashes() -> None:
         ("do_convert_grayscale", True),
         ("do_thumbnail", True),
         ("use_square_size", True),
-        ("image_processor_type", "DonutImageProcessor"),
+        ("image_processor_type", "Pix2StructImageProcessor"),
     ],
 )
 def test_settings_that_would_change_the_pixels_are_refused_by_name(field: str, value: Any) -> None:

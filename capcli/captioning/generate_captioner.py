@@ -29,9 +29,11 @@ from capcli.decoding.shapes import free_memory
 from capcli.errors import CapcliError, UsageError
 from capcli.models.auto import AutoModel, load_auto
 from capcli.models.checkpoint import puts_spaces, quiet_transformers
+from capcli.models.document_text import FieldDecoder
 from capcli.models.dtypes import DTYPES
 from capcli.models.families import FILES, family_of
 from capcli.models.model_files import ModelFiles, list_model, weight_files
+from capcli.models.modules import plain_ids
 from capcli.options import MAX_PIXELS, GenerationOptions
 from capcli.records import Candidate, Caption, Failure, Loaded
 
@@ -119,6 +121,7 @@ class GenerateCaptioner:
         self.auto, self.files, self.dtype = auto, files, dtype
         self.device: torch.device = auto.model.device
         self._spaced = files.config.get("model_type") in FILES and puts_spaces(auto.tokenizer)
+        self._fields = FieldDecoder.of(auto.tokenizer) if files.config.get("model_type") in FILES else None
         self._succeeded, self._unusable = 0, 0
 
     def caption(
@@ -357,7 +360,10 @@ class GenerateCaptioner:
         return Caption(loaded.name, tuple(candidates), loaded.facts)
 
     def _text(self, ids: Sequence[int], prompt: str | None, settings: GenerateSettings) -> str:
-        text = caption_text(self.auto.tokenizer, ids, spaced=self._spaced)
+        tokenizer = self.auto.tokenizer
+        if self._fields and (found := self._fields.json((*plain_ids(tokenizer, prompt), *ids))):
+            return found
+        text = caption_text(tokenizer, ids, spaced=self._spaced)
         clean = getattr(
             self.auto.processor, "clean_text_and_extract_entities_with_bboxes", None
         )  # Kosmos-2's groundings

@@ -29,7 +29,9 @@ from capcli.decoding.settings import NO_TOKEN, Settings, resolve
 from capcli.decoding.shapes import Shapes, fitting_slots, useful_slots
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.models.checkpoint import quiet_transformers
+from capcli.models.document_text import FieldDecoder
 from capcli.models.encoder_text import gap_names, tag_ids, with_gaps
+from capcli.models.families import with_start
 from capcli.models.model_files import ModelFiles
 from capcli.options import MAX_PIXELS, GenerationOptions
 from capcli.records import Candidate, Caption, Failure, Loaded
@@ -47,6 +49,7 @@ class SlotCaptioner:
     def __init__(self, model: Model, files: ModelFiles) -> None:
         self.model, self.files = model, files
         self._gaps = gap_names(model.tokenizer) if model.encoder_prompt else {}
+        self._fields = FieldDecoder.of(model.tokenizer)
 
     def caption(
         self,
@@ -119,7 +122,10 @@ class SlotCaptioner:
         """
         model = self.model
         ids = self._prompt_ids(prompt)
-        settings = resolve(model.generation, options, () if model.encoder_prompt else ids)
+        if model.encoder_prompt:
+            settings = resolve(model.generation, options)
+        else:
+            settings = resolve(with_start(self.files.config, model.generation, ids), options, ids)
         if model.encoder_prompt:
             settings = replace(settings, encoder_ids=tuple(ids))
         elif model.tag_tokens:  # for images without tags
@@ -236,7 +242,11 @@ class SlotCaptioner:
         return Caption(loaded.name, candidates, loaded.facts)
 
     def _text(self, hypothesis: Hypothesis, settings: Settings, kept: tuple[int, ...]) -> str:
-        ids = [*kept, *(t for t in hypothesis.tokens if t not in settings.eos_token_ids)]
+        tokens = [t for t in hypothesis.tokens if t not in settings.eos_token_ids]
+        ids = [*kept, *tokens]
+        # a prompt may begin the field whose value is the caption
+        if self._fields and (fields := self._fields.json((*settings.prompt[1:], *tokens))):
+            return fields
         if self._gaps.keys() & set(settings.encoder_ids):
             text = with_gaps(self.model.tokenizer, ids, self._gaps)
             return UNSPACED.sub("", text) if self.model.spaced else text

@@ -50,6 +50,8 @@ def refuse_gpu_decode(spec: PixelSpec, device: torch.device) -> None:
     """Raises UsageError where the device or the processor is not supported, CapcliError where torchvision is missing."""
     if device.type != "cuda":
         raise UsageError(f"--gpu-decode is for CUDA, and this run is on the {device.type.upper()}: leave it out")
+    if spec.canvas is not None:
+        raise UsageError("--gpu-decode does not pad images, and this model's processor does: leave it out")
     if spec.rule != "keep" and spec.resample not in FILTERS:
         name = Image.Resampling(spec.resample).name.lower()
         raise UsageError(

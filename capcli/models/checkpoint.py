@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,15 @@ from capcli.models.load_errors import explain_load_error
 from capcli.models.model_files import GENERATION, ModelFiles
 from capcli.models.modules import Encode, Step
 from capcli.pixels import PixelSpec
+
+# transformers' tokenizers for files that name none, by the decoder; the second for a SentencePiece model.
+TOKENIZERS = {
+    "gpt2": "GPT2Tokenizer",
+    "bert": "BertTokenizer",
+    **dict.fromkeys(("roberta", "bart", "trocr"), "RobertaTokenizer"),
+}
+OFFSET_PIECES = ("XLMRoberta", "MBart")  # beginnings of the classes' names
+PIECES_TOKENIZERS = dict.fromkeys(("xlm-roberta", "mbart", "trocr"), "XLMRobertaTokenizer")
 
 
 def load_weights(files: ModelFiles, dtype: str, device: torch.device) -> Any:
@@ -85,13 +94,35 @@ def explained_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
 def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder; the decoder's class where no file names its class."""
     names = set(os.listdir(files.folder))
-    if not names & {"tokenizer.json", "tokenizer_config.json"}:
-        decoder = files.config.get("decoder") or files.config["text_config"]
-        kind: Any = {"gpt2": transformers.GPT2Tokenizer, "bert": transformers.BertTokenizer}[decoder["model_type"]]
-    else:
-        kind = AutoTokenizer
+    kind: Any = AutoTokenizer
+    if "tokenizer.json" not in names and class_in(files.folder) is None:
+        known = PIECES_TOKENIZERS if any(name.endswith(".model") for name in names) else TOKENIZERS
+        kind = getattr(transformers, known.get(decoder_type(files.config), "AutoTokenizer"))
     tokenizer: PreTrainedTokenizerBase = kind.from_pretrained(files.folder, local_files_only=True)
     return tokenizer
+
+
+def class_in(folder: str) -> str | None:
+    """The tokenizer's class in a folder's tokenizer_config.json; None where no file names it."""
+    path = os.path.join(folder, "tokenizer_config.json")
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    name = content.get("tokenizer_class") if isinstance(content, dict) else None
+    return str(name) if name else None
+
+
+def decoder_type(config: Mapping[str, Any]) -> str:
+    """The model_type of a captioner's decoder, or of a decoder alone."""
+    decoder = config.get("decoder") or config.get("text_config") or config
+    return str(decoder.get("model_type"))
+
+
+def has_offset_pieces(folder: str, config: Mapping[str, Any]) -> bool:
+    """Whether a folder's SentencePiece model has XLM-RoBERTa's ids, which are not those of its pieces."""
+    named = class_in(folder)
+    return named.startswith(OFFSET_PIECES) if named else decoder_type(config) in PIECES_TOKENIZERS
 
 
 def puts_spaces(tokenizer: Any) -> bool:

@@ -10,6 +10,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 WAVES = 10_000.0  # ratio of the longest wavelength to the shortest
+# Encoders that accept images of another size than the config's: DINOv2 interpolates its positions, the others have none.
+ANY_SIZE = ("resnet", "swin", "swinv2", "donut-swin", "dinov2", "dinov2_with_registers")
+# Weights of encoders that their last_hidden_state does not depend on, besides poolers.
+UNUSED = {
+    "clip_vision_model": ("post_layernorm.",),
+    "siglip_vision_model": ("head.",),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), ("embeddings.mask_token",)),
+}
+POOLER = "pooler."
 USUAL_SIZE = 224  # image size of encoders that accept any size and whose config has none
 
 
@@ -25,6 +34,12 @@ def sub_config(given: dict[str, Any] | PretrainedConfig | None, kind: str) -> Pr
 def image_size_of(encoder: Any) -> Any:
     """The image size in an encoder's config, else USUAL_SIZE."""
     return getattr(encoder, "image_size", None) or USUAL_SIZE
+
+
+def unused_names(encoder: Any) -> list[str]:
+    """The names of an encoder's weights that captions do not depend on."""
+    starts = (POOLER, *UNUSED.get(encoder.config.model_type, ()))
+    return [name for name, _ in encoder.named_parameters() if name.startswith(starts)]
 
 
 def feature_width(encoder: Any) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
+from capcli.models.encoders import unused_names
 from capcli.models.modules import Encode, Step
 
 FILES = {
@@ -28,9 +29,10 @@ FILES = {
 class Family(Protocol):
     """The interface of a family's module.
 
-    Two functions are optional. A family whose encoder, not its decoder, reads the prompt has
+    Three functions are optional. A family whose encoder, not its decoder, reads the prompt has
     `encoder_prompt(config, tokenizer, prompt)`, which returns the prompt's token ids. `refuse_prompt(prompt)` raises
-    UsageError for a prompt that the family cannot use, before any weights are read.
+    UsageError for a prompt that the family cannot use, before any weights are read. `prompt_has_start(config)` is whether
+    a prompt for the decoder begins with a start token of its own, in place of the model's.
     """
 
     LOADER: str  # the name of transformers' class that loads the weights
@@ -77,9 +79,23 @@ def encoder_prompt_of(config: Mapping[str, Any]) -> Callable[[Any, str | None], 
     return None if ids is None else partial(ids, config)
 
 
+def with_start(config: Mapping[str, Any], generation: Mapping[str, Any], prompt: Sequence[int]) -> dict[str, Any]:
+    """`generation` for a prompt's ids: their first is the start token where prompts begin with their own."""
+    has_start = getattr(family_of(config), "prompt_has_start", None)
+    own = {"decoder_start_token_id": prompt[0]} if prompt and has_start is not None and has_start(config) else {}
+    return {**generation, **own}
+
+
 def tag_room(config: Mapping[str, Any]) -> int:
     """The most tokens of an image's tags that the encoder reads; 0 where it reads no tags."""
     return int(config.get("tag_tokens") or 0)
+
+
+def unused_weights(model: Any) -> frozenset[str]:
+    """The names of a model's weights that captions do not depend on, such as an encoder's pooler: they are never trained."""
+    parts = dict(model.named_modules())
+    encoders = {name: parts[name] for name in family_of(model.config.to_dict()).ENCODER if name in parts}
+    return frozenset(f"{name}.{unused}" for name, part in encoders.items() for unused in unused_names(part))
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

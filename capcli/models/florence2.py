@@ -1,7 +1,4 @@
-"""Florence-2 (Florence2ForConditionalGeneration, Xiao et al., 2023): DaViT, and a BART that reads image tokens and a prompt.
-
-BART's decoder ignores position ids and counts positions itself, so its layers are called one by one.
-"""
+"""Florence-2 (Florence2ForConditionalGeneration, Xiao et al., 2023): DaViT, and a BART that reads image tokens and a prompt."""
 
 from __future__ import annotations
 
@@ -11,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import EncoderDecoderCache
 
 from capcli.errors import UsageError
 from capcli.models import modules
-from capcli.models.modules import split_heads
+from capcli.models.cross_decoders import BartStep, layer_memory
 
 LOADER = "Florence2ForConditionalGeneration"
 ENCODER, DECODER = ("model.vision_tower",), ("model.language_model",)
@@ -48,36 +44,15 @@ class Encode(modules.Encode):
         return self.keys_values(self.reader.encoder(inputs_embeds=torch.cat((image, text), 1)).last_hidden_state)
 
     def keys_values(self, features: Tensor) -> tuple[Tensor, ...]:
-        layers = [layer.encoder_attn for layer in self.reader.decoder.layers]
-        return tuple(
-            split_heads(project(features), layer.num_heads)
-            for layer in layers
-            for project in (layer.k_proj, layer.v_proj)
-        )
+        return tuple(t for layer in self.reader.decoder.layers for t in layer_memory(layer.encoder_attn, features))
 
 
-class Step(modules.Step):
+class Step(BartStep):
     """One pass of BART's decoder."""
 
     def __init__(self, model: nn.Module) -> None:
         whole: Any = model
-        super().__init__(whole.model.language_model.decoder)
-        config = whole.config.text_config
-        self.head: nn.Module = whole.lm_head
-        self.positions, self.vocabulary = config.max_position_embeddings, config.vocab_size
-
-    def logits(self, tokens: Tensor, position: Tensor, mask: Tensor, cache: EncoderDecoderCache) -> Tensor:
-        decoder: Any = self.decoder
-        cross: Any = cache.cross_attention_cache.layers[0]
-        table = decoder.embed_positions
-        x = decoder.embed_tokens(tokens) + nn.functional.embedding(position + table.offset, table.weight)
-        x = decoder.layernorm_embedding(x)
-        for layer in decoder.layers:
-            x = layer(
-                x, mask, cross.keys[:, 0], past_key_values=cache
-            )  # only its presence is used: the cross layers are filled
-        logits: Tensor = self.head(x)
-        return logits
+        super().__init__(whole.model.language_model.decoder, whole.lm_head, whole.config.text_config)
 
 
 def encoder_prompt(_config: Mapping[str, Any], tokenizer: Any, prompt: str | None) -> list[int]:

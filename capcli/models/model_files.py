@@ -12,8 +12,11 @@ from typing import Any
 from capcli.errors import CapcliError
 from capcli.text import printable
 
-ENCODERS = ("vit", "deit", "beit", "swin", "swinv2")
-DECODERS = ("gpt2", "bert")
+ENCODERS = (
+    *("vit", "deit", "beit", "swin", "swinv2", "donut-swin", "clip_vision_model", "siglip_vision_model"),
+    *("dinov2", "dinov2_with_registers"),
+)
+DECODERS = ("gpt2", "bert", "roberta", "xlm-roberta", "bart", "mbart", "trocr")
 WHOLE = {"blip": "BLIP", "git": "GIT", "florence2": "Florence-2"}  # families that are one architecture
 # Families of an encoder and a decoder: what their config calls the two, and which kinds they may be.
 JOINED = {

@@ -51,8 +51,13 @@ def speed_up(module: nn.Module) -> None:
 
 
 def linear_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any, Tensor]]:
-    """Every linear layer of a module: its parent, its name there, the layer, and its weight as [outputs, inputs]."""
+    """Every linear layer of a module: its parent, its name there, the layer, and its weight as [outputs, inputs].
+
+    PyTorch's MultiheadAttention keeps its own, whose weight it reads itself.
+    """
     for parent in module.modules():
+        if isinstance(parent, nn.MultiheadAttention):
+            continue
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear | Conv1D):
                 weight = child.weight if isinstance(child, nn.Linear) else child.weight.t()

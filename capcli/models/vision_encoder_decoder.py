@@ -1,22 +1,21 @@
-"""VisionEncoderDecoderModel: ViT, DeiT, BEiT, Swin or SwinV2 with GPT-2 or BERT.
+"""VisionEncoderDecoderModel: an image encoder and a text decoder with cross-attention, each of several kinds.
 
-Encoder and decoder are transformers' modules; the cache writes into the slots' pools.
+Encoder and decoder are transformers' modules; the cache writes into the slots' pools. TrOCR and Donut are of this family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from capcli.models import modules
-from capcli.models.modules import split_heads
+from capcli.models import cross_decoders, modules
+from capcli.models.encoders import ANY_SIZE
 
 LOADER = "VisionEncoderDecoderModel"
 ENCODER, DECODER = ("encoder",), ("decoder",)
 generation = modules.own_generation
-ANY_SIZE = ("swin", "swinv2")  # encoders that accept images of another size than the config's
 
 
 class Encode(modules.Encode):
@@ -30,17 +29,15 @@ class Encode(modules.Encode):
         self.project: nn.Module = getattr(whole, "enc_to_dec_proj", None) or nn.Identity()
 
     def keys_values(self, features: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t for layer in cross_layers(self.decoder) for t in layer_memory(layer, self.project(features)))
+        return cross_decoders.keys_values(self.decoder, self.project(features))
 
 
-class Step(modules.CrossStep):
-    """One pass of GPT-2 or BERT."""
+def step_of(model: Any) -> modules.Step:
+    """The step of the model's decoder."""
+    return cross_decoders.step_of(model.decoder)
 
-    def __init__(self, model: nn.Module) -> None:
-        whole: Any = model
-        super().__init__(whole.decoder)
-        config = whole.config.decoder
-        self.positions, self.vocabulary = config.max_position_embeddings, config.vocab_size
+
+Step = step_of
 
 
 def inputs(_model: Any, batch: dict[str, Any]) -> dict[str, Any]:
@@ -48,22 +45,9 @@ def inputs(_model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     return {"pixel_values": batch["pixel_values"], "decoder_input_ids": batch["decoder_input_ids"], "use_cache": False}
 
 
-def cross_layers(decoder: Any) -> list[nn.Module]:
-    """The cross-attention modules of the decoder's layers, in order."""
-    if decoder.config.model_type == "gpt2":
-        return [block.crossattention for block in decoder.transformer.h]
-    return [layer.crossattention.self for layer in decoder.bert.encoder.layer]
-
-
-def layer_memory(layer: Any, features: Tensor) -> tuple[Tensor, Tensor]:
-    """One layer's keys and values, [E, H, M, D] each, of `features` [E, M, C]."""
-    if hasattr(layer, "c_attn"):
-        keys, values = layer.c_attn(features).split(layer.split_size, 2)
-        heads = layer.num_heads
-    else:
-        keys, values = layer.key(features), layer.value(features)
-        heads = layer.num_attention_heads
-    return split_heads(keys, heads), split_heads(values, heads)
+def prompt_has_start(config: Mapping[str, Any]) -> bool:
+    """Whether a prompt begins with its own start token, as Donut's tasks do; this is transformers' rule in `generate()`."""
+    return "donut" in config["encoder"]["model_type"].lower()
 
 
 def prompt_inputs(_config: Any, tokenizer: Any, prompt: str | None, _size: tuple[int, int]) -> dict[str, list[int]]:

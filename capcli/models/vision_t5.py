@@ -31,6 +31,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from capcli.models import modules
 from capcli.models.encoders import (
+    ANY_SIZE,
     feature_width,
     flatten_features,
     grid,
@@ -45,7 +46,6 @@ LOADER = "AutoModel"
 ENCODER, DECODER = ("encoder", "question_encoder"), ("text_model",)
 generation = modules.own_generation
 QUESTION = "What does the image describe?"
-ANY_SIZE = ("resnet", "swin", "swinv2")  # encoders that accept images of another size than the config's
 POSITIONS = 512  # the most tokens of a caption, as a T5 has no limit of its own
 
 

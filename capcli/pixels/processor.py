@@ -49,6 +49,13 @@ CLASSES: Mapping[str, Mapping[str, Any]] = {
     "ChineseCLIPImageProcessor": CLIP_LIKE,
     "ConvNextImageProcessor": {"size": {"shortest_edge": 384}, "default_to_square": False, "crop_pct": 224 / 256},
     "DeiTImageProcessor": {"size": 256, "crop_size": 224, "do_center_crop": True},
+    "DonutImageProcessor": {
+        "size": {"height": 2560, "width": 1920},
+        "resample": BILINEAR,
+        "do_align_long_axis": False,
+        "do_thumbnail": True,
+        "do_pad": True,
+    },
     "SiglipImageProcessor": {"size": {"height": 224, "width": 224}, "default_to_square": False},
     "ViTImageProcessor": {"size": 224, "resample": BILINEAR},
 }
@@ -57,12 +64,42 @@ HARMLESS = {"do_convert_rgb", "do_reduce_labels"}
 
 
 @dataclass(frozen=True, slots=True)
+class Canvas:
+    """Donut's page of `size` (height, width), to which an image is fitted in three optional steps.
+
+    `align`: before it is resized, an image whose long edge lies along the short edge of the page is turned by 90 degrees
+    clockwise. `thumbnail`: after it is resized, it is resized again to fit into the page. `pad`: it is put into the middle
+    of the page, which is black.
+    """
+
+    size: tuple[int, int]
+    align: bool
+    thumbnail: bool
+    pad: bool
+
+    def turns(self, height: int, width: int) -> bool:
+        """Whether an image of this size is turned."""
+        down, across = self.size
+        return self.align and ((across < down and width > height) or (across > down and width < height))
+
+    def reduced(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) as a thumbnail; an edge may be 0. A thumbnail of an image that is not resized first may not fit."""
+        down, across = min(height, self.size[0]), min(width, self.size[1])
+        if not self.thumbnail or (down, across) == (height, width):
+            return height, width
+        if height > width:
+            return down, int(width * down / height)
+        return (int(height * across / width), across) if width > height else (down, across)
+
+
+@dataclass(frozen=True, slots=True)
 class PixelSpec:
     """How an RGB image becomes pixels, and how pixels become the model's input.
 
     `rule` and `size` determine the resized size: "keep" does not resize; "exact" is (height, width); "shortest" makes the
     shorter edge size[0]; "between" does the same unless the longer edge would exceed size[1]; "within" is the largest size
-    that fits into (height, width). `crop` is the (height, width) then cut from the centre, black where the image is smaller.
+    that fits into (height, width). `canvas` is the page that the image is fitted to, if there is one. `crop` is the
+    (height, width) then cut from the centre, black where the image is smaller.
 
     The model's input is computed from the uint8 pixels p, channel by channel, and equals the processor's float32 results
     bit for bit:
@@ -81,6 +118,7 @@ class PixelSpec:
     rescale_factor: float
     mean: Triple
     std: Triple
+    canvas: Canvas | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> PixelSpec:
@@ -94,22 +132,25 @@ class PixelSpec:
         """
         config = config.get("image_processor", config)
         settings = _settings(config)
-        rule, size = _resize_rule(settings)
+        canvas = _canvas(settings) if "do_thumbnail" in settings else None
+        rule, size = _resize_rule(settings) if canvas is None else _page_rule(canvas, settings)
         crop = _crop(settings)
         if "crop_pct" in settings:
             rule, size, crop = _convnext(rule, size, crop, settings["crop_pct"])
         spec = cls(
             rule=rule,
             size=size,
-            resample=_filter(settings["resample"]) if settings["do_resize"] else NEAREST,
+            resample=_filter(settings["resample"]) if settings["do_resize"] or canvas else NEAREST,
             crop=crop,
             rescale_factor=_number(settings["rescale_factor"], "rescale_factor") if settings["do_rescale"] else 1.0,
             mean=_triple(settings, "image_mean") if settings["do_normalize"] else (0.0, 0.0, 0.0),
             std=_triple(settings, "image_std") if settings["do_normalize"] else (1.0, 1.0, 1.0),
+            canvas=canvas,
         )
         if 0.0 in spec.std:
             raise _refusal("image_std", settings["image_std"])
-        _refuse_padding(spec, settings)
+        if canvas is None:
+            _refuse_padding(spec, settings)
         return spec
 
     @property
@@ -124,10 +165,11 @@ class PixelSpec:
 
     @property
     def _fixed(self) -> tuple[int, int] | None:
-        return self.crop or (self.size if self.rule == "exact" else None)
+        page = self.canvas.size if self.canvas and self.canvas.pad else None
+        return self.crop or page or (self.size if self.rule == "exact" else None)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) after resizing an image of this size, before the crop; an edge may be 0."""
+        """(height, width) after resizing an image of this size, before canvas and crop; an edge may be 0."""
         if self.rule == "keep":
             return height, width
         if self.rule == "exact":
@@ -201,6 +243,28 @@ def _resize_rule(settings: Mapping[str, Any]) -> tuple[Rule, tuple[int, int]]:
     if isinstance(size, int) and not settings["default_to_square"]:
         return "shortest", (_edge(size, "size"), _edge(size, "size"))
     return "exact", _pair(size, "size")
+
+
+def _canvas(settings: Mapping[str, Any]) -> Canvas:
+    """Donut's page: of its old configs, a size in a list is [width, height]."""
+    size = settings["size"]
+    if isinstance(size, Mapping):
+        if set(size) != {"height", "width"}:
+            raise _refusal("size", size)
+        size = (size["width"], size["height"])
+    width, height = _pair(size, "size")
+    return Canvas(
+        (height, width),
+        align=bool(settings["do_align_long_axis"]),
+        thumbnail=bool(settings["do_thumbnail"]),
+        pad=bool(settings["do_pad"]),
+    )
+
+
+def _page_rule(canvas: Canvas, settings: Mapping[str, Any]) -> tuple[Rule, tuple[int, int]]:
+    """Donut resizes the shorter edge of an image to that of its page."""
+    edge = min(canvas.size)
+    return ("shortest", (edge, edge)) if settings["do_resize"] else ("keep", (0, 0))
 
 
 def _crop(settings: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from capcli.errors import ImageError
 from capcli.pixels.guards import image_errors
-from capcli.pixels.processor import BICUBIC, PixelSpec
+from capcli.pixels.processor import BICUBIC, Canvas, PixelSpec
 
 WHOLE_RESIZE = 1 << 24  # pixels of a resized image up to which it is resized whole before the crop
 LONGEST_EDGE = 1 << 21  # of a resized image; Pillow's filter table takes about 50 bytes for each pixel of an edge
@@ -27,6 +28,8 @@ def resize(image: Image.Image, spec: PixelSpec) -> npt.NDArray[np.uint8]:
         ImageError: a shape whose resized image has an empty edge, or exceeds `LONGEST_EDGE` or `LARGEST_OUTPUT`; or
             not enough memory.
     """
+    if spec.canvas is not None:
+        return resize(_on_page(image, spec, spec.canvas), replace(spec, rule="keep", canvas=None))
     height, width = spec.resized(image.height, image.width)
     crop_height, crop_width = spec.crop or (height, width)
     refuse_shape(image, (width, height), cropped=spec.crop is not None)
@@ -39,6 +42,30 @@ def resize(image: Image.Image, spec: PixelSpec) -> npt.NDArray[np.uint8]:
     pixels = np.zeros((crop_height, crop_width, 3), np.uint8)
     pixels[above : above + rows, before : before + columns] = np.asarray(part)
     return pixels
+
+
+def _on_page(image: Image.Image, spec: PixelSpec, canvas: Canvas) -> Image.Image:
+    """An image turned, resized and padded as Donut does; raises ImageError as `resize` does."""
+    if canvas.turns(image.height, image.width):
+        image = image.transpose(Image.Transpose.ROTATE_270)
+    image = _resized_whole(image, spec.resized(image.height, image.width), spec.resample)
+    image = _resized_whole(image, canvas.reduced(image.height, image.width), spec.resample or BICUBIC)
+    if not canvas.pad:
+        return image
+    height, width = canvas.size
+    if image.height > height or image.width > width:
+        raise ImageError("shape", f"{image.width}x{image.height} does not fit into the {width}x{height} of this model")
+    page = Image.new("RGB", (width, height))
+    page.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return page
+
+
+def _resized_whole(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
+    """An image resized to `size` (height, width); raises ImageError for a shape that `refuse_shape` refuses."""
+    height, width = size
+    refuse_shape(image, (width, height), cropped=False)
+    with image_errors():
+        return image.resize((width, height), Image.Resampling(resample))
 
 
 def window(length: int, crop: int) -> tuple[int, int, int]:

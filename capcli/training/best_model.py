@@ -29,7 +29,7 @@ SEARCH_SETTINGS = {
     *("no_repeat_ngram_size", "repetition_penalty", "early_stopping", "num_return_sequences"),
 }
 # Names of the number of layers and of the width in the configs of transformers.
-LAYERS = ("num_hidden_layers", "n_layer", "depths")
+LAYERS = ("decoder_layers", "num_hidden_layers", "n_layer", "depths")
 WIDTH = ("hidden_size", "n_embd", "embed_dim")
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from capcli.errors import UsageError
-from capcli.models.families import family_of
+from capcli.models.families import family_of, unused_weights
 from capcli.training.model.pretrained import CROSS_ATTENTION, HEADS
 
 What = Literal["encoder", "decoder", "none"]
@@ -22,7 +22,6 @@ NEVER_FROZEN_IF_NEW = {
     },
     "decoder": {"decoder": "decoder is"},
 }
-POOLER = ".pooler."  # never trained: its output is not used for captions
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +65,11 @@ def unfreeze(model: Any) -> Frozen:
 def train(model: Any) -> None:
     """`model.train()` for all but the frozen modules, which stay in evaluation mode: without dropout."""
     model.train()
-    for part in (model.get_submodule(name) for names in _parts(model).values() for name in names):
-        weights = [weight for name, weight in part.named_parameters() if not f".{name}".startswith(POOLER)]
-        if all(weight.requires_grad for weight in weights):
+    used = dict(_weights(model))
+    for prefix in (name for names in _parts(model).values() for name in names):
+        if all(weight.requires_grad for name, weight in used.items() if name.startswith(f"{prefix}.")):
             continue
+        part = model.get_submodule(prefix)
         part.eval()
         for module in part.modules():
             parameters = list(module.parameters())
@@ -92,7 +92,8 @@ def _parts(model: Any) -> dict[str, tuple[str, ...]]:
 
 
 def _weights(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, weight) for name, weight in model.named_parameters() if POOLER not in name)
+    unused = unused_weights(model)
+    return ((name, weight) for name, weight in model.named_parameters() if name not in unused)
 
 
 def _is_new(name: str, model: Any, cross_attention: bool, embeddings: bool) -> bool:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from capcli.errors import CapcliError, UsageError
 from capcli.models.checkpoint import encode_and_step, generation_of, load_weights, pixel_size
 from capcli.models.encoders import image_size_of
+from capcli.models.families import unused_weights
 from capcli.models.hub import find_model
 from capcli.models.model_files import PROCESSOR
 from capcli.models.modules import Encode, Step
@@ -23,7 +24,7 @@ from capcli.pixels import PixelSpec
 from capcli.training.model.embeddings import needs_new_embeddings
 from capcli.training.model.generation_config import set_generation
 from capcli.training.model.joining import JoinInputs, choose_join
-from capcli.training.model.pretrained import POOLER, PartConfig, config_of, find_part
+from capcli.training.model.pretrained import PartConfig, config_of, find_part
 from capcli.training.model.tokenizers import (
     SpecialTokens,
     has_tokenizer,
@@ -243,13 +244,12 @@ def _question_embeddings(part: PartConfig, tokenizer: Any, decoder: PartConfig, 
 def prepare_for_training(model: Any) -> None:
     """Freezes weights that captions do not use, and makes every token embedding trainable.
 
-    The encoder's pooler gets no gradient; it stays in the files because transformers expects it there. BERT's padding
-    embedding would get none either, but in many vocabularies that token is also the start or the end token.
+    The encoder's pooler and the like get no gradient; they stay in the files because transformers expects them there. BERT's
+    padding embedding would get none either, but in many vocabularies that token is also the start or the end token.
     """
     model.eval()  # loaded models are in eval mode too
-    for name, weight in model.named_parameters():
-        if f".{POOLER}" in name:
-            weight.requires_grad_(False)
+    for name in unused_weights(model):
+        model.get_parameter(name).requires_grad_(False)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None

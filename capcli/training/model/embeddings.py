@@ -12,6 +12,7 @@ from capcli.models.checkpoint import quiet_transformers
 from capcli.models.encoders import position_waves
 from capcli.training.model.pretrained import seeded
 
+SCALES = ("initializer_range", "init_std", "initializer_factor")  # the standard deviation of new weights, by family
 ROUNDING = 256  # a vocabulary may be padded by up to this many rows for hardware efficiency
 
 
@@ -45,7 +46,7 @@ def fit_embeddings(model: Any, count: int, seed: int, *, new: bool) -> None:
 def renew_embeddings(model: Any, count: int, seed: int) -> None:
     """Replaces token embeddings and output layer by `count` random rows, as in a new model of this config."""
     config = model.config
-    std = getattr(config, "initializer_range", None) or config.initializer_factor  # T5 has the latter
+    std = next(value for name in SCALES if (value := getattr(config, name, None)))
     with seeded(seed, "embeddings"), quiet_transformers():
         model.resize_token_embeddings(count, mean_resizing=False)
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()

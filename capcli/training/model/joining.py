@@ -11,13 +11,14 @@ from tokenizers import AddedToken
 from transformers import PreTrainedModel, VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
 from capcli.errors import UsageError
-from capcli.models import vision_encoder_decoder, vision_t5
+from capcli.models import cross_decoders, vision_t5
 from capcli.models.checkpoint import quiet_transformers
+from capcli.models.encoders import ANY_SIZE
 from capcli.models.model_files import JOINED
 from capcli.models.prefix import PrefixCaptioner, PrefixConfig
 from capcli.models.vision_t5 import VisionT5, VisionT5Config
 from capcli.options import ModelOptions
-from capcli.options.train import IMAGE_TOKENS
+from capcli.options.train import IMAGE_TOKENS, NEW
 from capcli.training.model.embeddings import fit_embeddings, set_positions, token_count
 from capcli.training.model.pretrained import (
     CROSS_ATTENTION,
@@ -90,11 +91,10 @@ class CrossAttentionJoin(Join):
     FAMILY = "vision-encoder-decoder"
 
     def any_size(self, encoder: PartConfig) -> bool:
-        return encoder.kind in vision_encoder_decoder.ANY_SIZE
+        return encoder.kind in ANY_SIZE
 
     def max_tokens(self, decoder: PartConfig, options: ModelOptions) -> int:  # noqa: ARG002
-        positions: int = config_of(decoder).max_position_embeddings
-        return positions
+        return cross_decoders.length(config_of(decoder))
 
     def join(self, inputs: JoinInputs) -> Joined:
         encoder, decoder, new = _encoder_and_decoder(inputs, cross_attention=True)
@@ -143,7 +143,7 @@ class T5Join(Join):
     has_question = True
 
     def any_size(self, encoder: PartConfig) -> bool:
-        return encoder.kind in vision_t5.ANY_SIZE
+        return encoder.kind in ANY_SIZE
 
     def max_tokens(self, decoder: PartConfig, options: ModelOptions) -> int:  # noqa: ARG002
         return vision_t5.POSITIONS
@@ -237,6 +237,12 @@ def _decoder(inputs: JoinInputs, *, cross_attention: bool) -> tuple[Any, dict[st
         ids = {"bos_token_id": specials.start, "eos_token_id": specials.end, "pad_token_id": specials.pad}
         return make_part(decoder, seed, **changes, **ids, vocab_size=count).model, dict(NEW_DECODER)
     part = make_part(decoder, seed, **changes)
+    cross_decoders.set_padding(part.model, specials.pad)
+    if cross_decoders.length(part.model.config) < 1:
+        raise UsageError(
+            f"{decoder.title} is a {decoder.kind}, which counts positions from its padding token, and the tokenizer's is "
+            f"{specials.pad}: give a tokenizer with a lower id, such as the decoder's own or --tokenizer {NEW}"
+        )
     new: dict[str, str] = {}
     if _lacks(part, CROSS_ATTENTION):
         new["cross-attention"] = ""  # usual: only a captioner's decoder has it

@@ -17,6 +17,7 @@ import transformers
 
 from capcli.errors import CapcliError, UsageError
 from capcli.models.checkpoint import explained, quiet_transformers
+from capcli.models.encoders import POOLER
 from capcli.models.hub import find_model
 from capcli.models.model_files import (
     CONFIG,
@@ -40,9 +41,19 @@ CLASSES: Mapping[str, str] = {
     "beit": "BeitModel",
     "swin": "SwinModel",
     "swinv2": "Swinv2Model",
+    "donut-swin": "DonutSwinModel",
+    "clip_vision_model": "CLIPVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
     "resnet": "ResNetModel",
     "gpt2": "GPT2LMHeadModel",
     "bert": "BertLMHeadModel",
+    "roberta": "RobertaForCausalLM",
+    "xlm-roberta": "XLMRobertaForCausalLM",
+    "bart": "BartForCausalLM",
+    "mbart": "MBartForCausalLM",
+    "trocr": "TrOCRForCausalLM",
     "t5": "T5ForConditionalGeneration",
     "t5-encoder": "T5EncoderModel",
 }
@@ -51,9 +62,13 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "decoder": (*DECODERS, "t5"),
     "question-encoder": ("t5",),
 }
-CROSS_ATTENTION = ("crossattention", "ln_cross_attn")
-HEADS = ("lm_head.", "cls.")
-POOLER = "pooler."
+# Models of image and text whose image encoder is a part: their config holds its config.
+VISION_PARTS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+# Whole BARTs store the decoder's embeddings under another name, and transformers would leave them random.
+SHARED = {r"^(model\.)?shared\.": "model.decoder.embed_tokens."}
+RENAMED = {"bart": SHARED, "mbart": SHARED}
+CROSS_ATTENTION = ("crossattention", "ln_cross_attn", "encoder_attn")
+HEADS = ("lm_head.", "cls.", "output_projection.")
 SAVED = ("transformers_version", "architectures")  # transformers writes these into every config that it saves
 # Keys that a config of any kind may contain: transformers writes or formerly wrote them into all, or reads them from any.
 ANY_KIND = frozenset(
@@ -144,7 +159,12 @@ def make_part(part: PartConfig, seed: int, **changes: Any) -> PretrainedPart:
         return PretrainedPart(_random_model(part, kind, config, seed))
     with explained(part.files), quiet_transformers(), seeded(seed, part.role):
         model, report = kind.from_pretrained(
-            part.files.folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            part.files.folder,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            key_mapping=RENAMED.get(part.kind),
         )
     missing = frozenset(report["missing_keys"])
     _refuse_missing(part, missing)
@@ -201,9 +221,13 @@ def _read_config(path: str) -> Mapping[str, Any]:
 def _kind(role: str, title: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The kind, from model_type or else from the class in `architectures`, and the values without model_type.
 
-    rinna's old configs have the model_type gpt2-ja. Raises UsageError for a kind that this role does not support.
+    As an encoder, a CLIP or SigLIP is its vision part. rinna's old configs have the model_type gpt2-ja. Raises UsageError
+    for a kind that this role does not support.
     """
     kind = values.get("model_type")
+    part = VISION_PARTS.get(str(kind)) if role == "encoder" else None
+    if part is not None and isinstance(values.get("vision_config"), Mapping):
+        kind, values = part, values["vision_config"]
     if kind not in KINDS[role]:
         kind = _kind_of_class(values.get("architectures")) or kind
     if kind in KINDS[role]:

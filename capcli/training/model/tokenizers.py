@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from capcli.errors import CapcliError
-from capcli.models.checkpoint import explained, quiet_transformers
+from capcli.models.checkpoint import explained, has_offset_pieces, quiet_transformers
+from capcli.models.checkpoint import load_tokenizer as read_whole
 from capcli.models.hub import find_model
 from capcli.models.model_files import IncompleteError, ModelFiles, ModelListing, setting_files
 from capcli.training.model.sentencepiece import convert_pieces
@@ -153,12 +154,12 @@ def has_tokenizer(names: Iterable[str]) -> bool:
 
 def read_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder. Raises CapcliError when it cannot be used."""
-    names = set(os.listdir(files.folder))
-    read = _reader(names)
+    read = _reader(set(os.listdir(files.folder)))
     if read is None:
         raise IncompleteError(f"{files.name} has no tokenizer.")
     with explained(files), quiet_transformers():
-        tokenizer: Any = read(files.folder)
+        offset = read is _from_pieces and has_offset_pieces(files.folder, files.config)
+        tokenizer: Any = read_whole(files) if offset else read(files.folder)
         tokenizer.name_or_path = files.name
     for name in ("is_local", "local_files_only"):  # options of this loading, which would be saved with the tokenizer
         tokenizer.init_kwargs.pop(name, None)
