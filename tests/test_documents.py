@@ -30,6 +30,7 @@ RUNS = {  # what each command calls once its options are validated
     "export": "capcli.export.run.run",
     "bench": "capcli.bench.run.run",
     "doctor": "capcli.doctor.run.run",
+    "models": "capcli.doctor.backends.run",
 }
 # Commands whose inputs the test makes itself; the others name models of the hub, data sets, a GPU, or take long.
 RUN = (

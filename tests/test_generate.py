@@ -215,6 +215,23 @@ def test_what_a_model_or_a_machine_does_not_have_is_said(
     assert message in ended.err
 
 
+def test_models_are_listed_with_the_backend_that_runs_them(llava: Path, tmp_path: Path) -> None:
+    slots, other = save_captioner(tmp_path / "captioner"), tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "gpt2"}')
+    ended = call("models", slots, llava, other, "--json")
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)["models"]
+    assert [(line["backend"], line["architecture"]) for line in found] == [
+        ("slots", "vision-encoder-decoder (vit + gpt2)"),
+        ("generate", "llava"),
+        ("none", "gpt2"),
+    ]
+    listed = call("models", env={"HF_HUB_CACHE": str(tmp_path)})
+    assert listed.code == 0, listed.err
+    assert b"qwen3_vl" in listed.out
+
+
 def test_models_that_generate_no_text_from_images_are_refused_by_name(photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "gpt2"
     folder.mkdir()

@@ -17,6 +17,7 @@ from capcli.cli.caption import caption
 from capcli.cli.doctor import doctor
 from capcli.cli.evaluate import evaluate
 from capcli.cli.export import export
+from capcli.cli.models import models
 from capcli.cli.prepare import prepare
 from capcli.cli.train import train
 from capcli.errors import CapcliError
@@ -41,7 +42,7 @@ def cli() -> None:
     """
 
 
-for command in (bench, caption, doctor, evaluate, export, prepare, train):
+for command in (bench, caption, doctor, evaluate, export, models, prepare, train):
     cli.add_command(command)
 
 

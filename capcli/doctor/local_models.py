@@ -20,14 +20,10 @@ from capcli.text import as_text
 
 def model_lines() -> Iterator[Line]:
     """One line for each cached captioner, and one for all other models together."""
-    from huggingface_hub import constants, scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
+    from huggingface_hub import constants
 
-    try:
-        repos = [repo for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos if repo.repo_type == "model"]
-    except CacheNotFound:
-        repos = []
-    lines = [line for repo in sorted(repos, key=lambda repo: str(repo.repo_id)) if (line := captioner_line(repo))]
+    repos = cached_repos()
+    lines = [line for repo in repos if (line := captioner_line(repo))]
     yield from lines
     if not lines:
         offline = "; HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
@@ -38,14 +34,38 @@ def model_lines() -> Iterator[Line]:
         yield Line("others", "none", f"{count} that {'is' if count == 1 else 'are'} unsupported, {megabytes(size)}")
 
 
+def cached_repos() -> list[Any]:
+    """The models in the hub's cache by name, as huggingface_hub lists them."""
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = [repo for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos if repo.repo_type == "model"]
+    except CacheNotFound:
+        return []
+    return sorted(repos, key=lambda repo: str(repo.repo_id))
+
+
+def newest_revision(repo: Any) -> Any:
+    """The revision of a cached model that a run would take; None where the cache has none."""
+    revisions = sorted(repo.revisions, key=lambda each: ("main" in each.refs, each.last_modified))
+    return revisions[-1] if revisions else None
+
+
+def cached_models() -> Iterator[tuple[Any, Any]]:
+    """Each cached model with its newest revision."""
+    for repo in cached_repos():
+        if (revision := newest_revision(repo)) is not None:
+            yield repo, revision
+
+
 def captioner_line(repo: Any) -> Line | None:
     """A cached model's newest revision; None if it is not a supported captioner."""
     from capcli.models.model_files import CONFIG, IncompleteError, check_architecture, collect_files, list_model
 
-    revisions = sorted(repo.revisions, key=lambda each: ("main" in each.refs, each.last_modified))
-    if not revisions:
+    if (newest := newest_revision(repo)) is None:
         return None
-    name, newest, size = str(repo.repo_id), revisions[-1], megabytes(repo.size_on_disk)
+    name, size = str(repo.repo_id), megabytes(repo.size_on_disk)
     facts = {"bytes": int(repo.size_on_disk), "revision": newest.commit_hash}
     try:
         files = list_model(str(newest.snapshot_path), "The cached copy")

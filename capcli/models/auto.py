@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TO_TEXT
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.import_utils import is_torchvision_available
 
@@ -32,6 +32,7 @@ from capcli.models.model_files import (
     weight_files,
 )
 
+IMAGE_TO_TEXT: Mapping[str, Any] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES  # classes by model_type
 PromptIds = Callable[[str | None, tuple[int, int]], dict[str, list[int]]]  # of a prompt and pixels [height, width]
 TEXT_SUFFIXES = (".json", ".jinja", ".model", ".txt")  # of settings, templates and vocabularies
 NOT_READ = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
