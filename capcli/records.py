@@ -20,12 +20,13 @@ class Entry:
 
     `name` is the image's name in the output, `path` the file to open. Both may contain any bytes but NUL; those that are not
     UTF-8 are lone surrogates (`os.fsdecode`). `encoder_ids` holds the token ids that the encoder reads with this image, for
-    example of its tags; without any, those of the run's settings apply.
+    example of its tags; without any, those of the run's settings apply. `prompt` is the prompt for this image; None: the run's.
     """
 
     name: str
     path: str
     encoder_ids: tuple[int, ...] = ()
+    prompt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +34,15 @@ class Loaded:
     """An image as the captioner takes it: `pixels` uint8 [height, width, 3], before rescaling and normalization.
 
     Where images are encoded again to be stored, `pixels` is the content of the new file, uint8 [n]. `facts` holds the
-    requested properties of the original file (`width`, `height`, `sha256`, ...), the size after orientation. `encoder_ids` is
-    that of the entry.
+    requested properties of the original file (`width`, `height`, `sha256`, ...), the size after orientation. `encoder_ids` and
+    `prompt` are those of the entry.
     """
 
     name: str
     pixels: npt.NDArray[np.uint8]
     facts: Facts = field(default_factory=dict)
     encoder_ids: tuple[int, ...] = ()
+    prompt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,4 +217,4 @@ def to_result(task: Task, answer: Decoded | ImageError) -> Loaded | Failure:
     name = task.entry.name
     if isinstance(answer, ImageError):
         return Failure(name, answer.kind, str(answer))
-    return Loaded(name, *answer, encoder_ids=task.entry.encoder_ids)
+    return Loaded(name, *answer, encoder_ids=task.entry.encoder_ids, prompt=task.entry.prompt)

@@ -5,7 +5,7 @@ a file needs it. Pillow's limits and warnings are global to the process, so a pr
 """
 
 from capcli.pixels.processor import PixelSpec
-from capcli.pixels.reading import from_array, load, load_or_keep, read, to_rgb
+from capcli.pixels.reading import from_array, load, load_or_keep, load_whole, read, to_rgb, within
 from capcli.pixels.resizing import columns_first, resize, window
 from capcli.records import FACTS
 
@@ -16,8 +16,10 @@ __all__ = [
     "from_array",
     "load",
     "load_or_keep",
+    "load_whole",
     "read",
     "resize",
     "to_rgb",
     "window",
+    "within",
 ]

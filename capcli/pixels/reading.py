@@ -39,6 +39,28 @@ def load(
         return resize(image, spec), found
 
 
+def load_whole(
+    source: str | bytes, *, max_pixels: int, facts: Collection[str] = (), max_edge: int | None = None
+) -> tuple[npt.NDArray[np.uint8], dict[str, str | int]]:
+    """`read`, then `within`: the upright image as uint8 [height, width, 3], and its `facts`.
+
+    Raises:
+        ImageError: as `load`.
+    """
+    with image_errors():
+        image, found = read(source, max_pixels=max_pixels, facts=facts)
+        return np.array(within(image, max_edge)), found
+
+
+def within(image: Image.Image, max_edge: int | None) -> Image.Image:
+    """The image with its longest edge at most `max_edge` pixels (None: no limit) and its aspect ratio kept."""
+    scale = 1.0 if max_edge is None else max_edge / max(image.size)
+    if scale >= 1:
+        return image
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
 def load_or_keep(
     source: str | bytes, spec: PixelSpec, *, max_pixels: int, facts: Collection[str] = ()
 ) -> tuple[npt.NDArray[np.uint8], dict[str, str | int]]:
