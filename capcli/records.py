@@ -47,10 +47,13 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One caption of an image. `score` is the mean raw log-probability of its tokens, the end token included."""
+    """One caption of an image.
+
+    `score` is the mean raw log-probability of its tokens, the end token included; None where a server gives none.
+    """
 
     text: str
-    score: float
+    score: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ class Caption:
         return self.candidates[0].text
 
     @property
-    def score(self) -> float:
+    def score(self) -> float | None:
         """The score of the best caption."""
         return self.candidates[0].score
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from capcli import pixels
-from capcli.annotations.tags import MetadataTags
+from capcli.annotations.metadata import MetadataColumn
 from capcli.captioning.backends.slots_plan import (
     choose_shapes,
     decoder_processes,
@@ -45,7 +45,7 @@ class SlotsBackend:
     shapes: Shapes | None = None
 
     def __post_init__(self) -> None:
-        self._tags = MetadataTags(self.options.tags_field) if self.options.tags_field else None
+        self._tags = MetadataColumn(self.options.tags_field) if self.options.tags_field else None
 
     @classmethod
     def open(cls, options: CaptionOptions, earlier: RunFile | None) -> SlotsBackend:
