@@ -23,6 +23,7 @@ MESSAGES: dict[Problem, str] = {
 }
 _SHOWN = 120  # characters of an answer in a message
 
+REASONING_ENDS = ("</think>", "</thinking>", "</reasoning>")
 _REASONING = re.compile(r"<(think|thinking|reasoning)>.*?(?:</\1>|\Z)", re.DOTALL)
 _REASONING_END = re.compile(
     r"\A.*</(?:think|thinking|reasoning)>", re.DOTALL

@@ -22,8 +22,9 @@ import PIL
 from capcli import __version__
 from capcli.captioning.backends import open_backend
 from capcli.captioning.backends.base import Backend
-from capcli.captioning.backends.slots_plan import configured_sequences
+from capcli.errors import StoppedError
 from capcli.interrupts import Interrupts
+from capcli.models.model_files import configured_sequences
 from capcli.options import CaptionOptions
 from capcli.progress import Progress, Report, say, warn
 from capcli.records import Caption, Entry, Failure
@@ -84,13 +85,18 @@ class CaptionRun:
             self.report.add(result)
             progress.update()
 
-        with (
-            Interrupts(quiet=self.options.quiet) as interrupts,
-            Progress(self.report, shown=self.shows_progress, total=total) as progress,
-            self.backend.load(numbered(self.backend.prepared(wanted), entries)) as images,
-        ):
-            for _ in self.backend.caption(images, deliver, stop=interrupts.asked, changed=self.update_run_file):
-                progress.update()
+        try:
+            with (
+                Interrupts(quiet=self.options.quiet) as interrupts,
+                Progress(self.report, shown=self.shows_progress, total=total) as progress,
+                self.backend.load(numbered(self.backend.prepared(wanted), entries)) as images,
+            ):
+                for _ in self.backend.caption(images, deliver, stop=interrupts.asked, changed=self.update_run_file):
+                    progress.update()
+        except StoppedError:
+            if self.report.done:
+                self.close(interrupted=True)
+            raise
         self.close(interrupted=interrupts.asked())
         return interrupts.exit_code or self.report.exit_code
 

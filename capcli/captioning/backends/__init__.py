@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from capcli.captioning.backends.base import Backend
-from capcli.captioning.backends.slots import SlotsBackend
 from capcli.options import CaptionOptions
 from capcli.storage.run_file import RunFile
 
@@ -14,4 +13,10 @@ def open_backend(options: CaptionOptions, earlier: RunFile | None) -> Backend:
     Raises UsageError for options that the backend or the model does not take, before weights are read where that is
     possible, and CapcliError where the model cannot be used.
     """
+    if options.endpoint is not None:
+        from capcli.captioning.backends.endpoint import EndpointBackend
+
+        return EndpointBackend.open(options, options.endpoint, earlier)
+    from capcli.captioning.backends.slots import SlotsBackend  # imports torch, which servers make unnecessary here
+
     return SlotsBackend.open(options, earlier)
