@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from capcli.captioning.answers import judge
+from capcli.captioning.answers import failing, judge
+from capcli.records import Candidate, Caption, Failure
 
 
 @pytest.mark.parametrize(
@@ -42,3 +43,12 @@ def test_an_answer_is_judged_by_its_text(text: str, answer: str | None, problem:
 
 def test_a_cut_answer_is_cut_whatever_it_contains() -> None:
     assert judge("a dog and " * 9, cut=True).problem == judge("", cut=True).problem == "cut-answer"
+
+
+def test_a_backend_that_keeps_all_answers_fails_bad_ones_on_request() -> None:
+    found: list[Caption | Failure] = []
+    good, loop = Candidate("a dog", -1.0), Candidate("a dog and " * 9, -0.5)
+    for result in (Caption("a", (loop, good)), Caption("b", (loop,)), Failure("c", "missing", "")):
+        failing(lambda _, result: found.append(result), "fail")(0, result)
+    assert found[0] == Caption("a", (good,))
+    assert [failure.error for failure in found[1:] if isinstance(failure, Failure)] == ["loop", "missing"]

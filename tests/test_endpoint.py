@@ -431,7 +431,7 @@ def test_2000_images_killed_twice_in_memory_that_does_not_grow(tmp_path: Path) -
 def transformers_serve(model: Path, log: Path) -> Iterator[str]:
     """The address of `transformers serve` with a model, once it answers."""
     port = unused_address().split(":")[2].split("/")[0]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model)]
+    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(model)]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with log.open("wb") as output:
         flags = ["--host", "127.0.0.1", "--port", port, "--device", "cpu"]

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from capcli.captioning.feed import Deliver
 from capcli.errors import ImageError
 from capcli.options import OnBad
+from capcli.records import Candidate, Caption, Failure
 
 Problem = Literal["refusal", "empty-answer", "cut-answer", "loop", "special-token"]  # also kinds of failures
 MESSAGES: dict[Problem, str] = {
@@ -98,6 +100,31 @@ def accept(answer: Answer, on_bad: OnBad | None, fatal: Collection[Problem] = ()
     shown = " ".join(answer.text.split())
     shown = f"{shown[:_SHOWN]}…" if len(shown) > _SHOWN else shown
     raise ImageError(problem, f"{MESSAGES[problem]}: {shown}" if shown else MESSAGES[problem])
+
+
+def failing(deliver: Deliver, on_bad: OnBad | None) -> Deliver:
+    """`deliver` for a backend whose answers are all kept by default: with `--on-bad fail` bad captions become failures.
+
+    An image with several captions keeps those that are good.
+    """
+
+    def judged(index: int, result: Caption | Failure) -> None:
+        deliver(index, result if isinstance(result, Failure) else good_captions(result))
+
+    return judged if on_bad == "fail" else deliver
+
+
+def good_captions(result: Caption) -> Caption | Failure:
+    """The result with its good captions, or the failure where it has none."""
+    good: list[Candidate] = []
+    errors: list[ImageError] = []
+    for candidate in result.candidates:
+        try:
+            accept(judge(candidate.text), "fail")
+            good.append(candidate)
+        except ImageError as error:
+            errors.append(error)
+    return replace(result, candidates=tuple(good)) if good else Failure(result.name, errors[0].kind, str(errors[0]))
 
 
 def without_reasoning(text: str) -> str:

@@ -12,6 +12,7 @@ import transformers
 
 from capcli import pixels
 from capcli.annotations.metadata import MetadataColumn
+from capcli.captioning.answers import failing
 from capcli.captioning.backends.slots_plan import (
     choose_shapes,
     decoder_processes,
@@ -138,7 +139,7 @@ class SlotsBackend:
             arrivals,
             self.search,
             self.shapes,
-            deliver,
+            failing(deliver, self.options.on_bad),
             ordered=self.options.order == "source",
             keep_prompt=self.options.keep_prompt,
             stop=stop,

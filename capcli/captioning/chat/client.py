@@ -40,10 +40,6 @@ class RepeatableError(Exception):
         self.kind, self.wait = kind, wait
 
 
-class ThrottledError(RepeatableError):
-    """The server refused because it has too much to do."""
-
-
 class NotReachedError(Exception):
     """There is no connection to the server, so it has received no request."""
 
@@ -137,7 +133,7 @@ class ChatClient:
         for cause in causes(error):
             if isinstance(cause, ssl.SSLCertVerificationError):
                 return StoppedError(f"{server.url}: the certificate is not trusted: {cause.verify_message}")
-        reasons = (cause.strerror for cause in causes(error) if isinstance(cause, OSError) and cause.strerror)
+        reasons = (os.strerror(cause.errno) for cause in causes(error) if isinstance(cause, OSError) and cause.errno)
         return NotReachedError(next(reasons, self._shown(error)))
 
     def _check(
@@ -156,7 +152,7 @@ class ChatClient:
             header = response.headers.get("retry-after", "")
             wait = seconds_to_wait(header) or None
             server.throttle(started, wait, answered=status == 429)
-            raise ThrottledError(kind, message, wait)
+            raise RepeatableError(kind, message, wait)
         if status in TRANSIENT:
             server.reached()
             raise RepeatableError(kind, message)

@@ -17,7 +17,6 @@ from capcli.captioning.chat.client import (
     NoLogprobsError,
     NotReachedError,
     RepeatableError,
-    ThrottledError,
 )
 from capcli.captioning.chat.completions import Completion
 from capcli.captioning.chat.request import RequestTemplate
@@ -246,12 +245,15 @@ class Schedule:
         """The failure of an image whose attempt failed, or a function that repeats it."""
         work.attempts += 1
         server.failure(alone=len(self._servers.each) == 1)
-        throttled = isinstance(error, ThrottledError)
-        if throttled and (error.wait or 0) > LONGEST_WAIT:
-            self._fail(StoppedError(f"{server.url} accepts no requests for {error.wait:.0f} seconds: {error}"))
+        if (error.wait or 0.0) > LONGEST_WAIT:
+            self._fail(
+                StoppedError(
+                    f"{server.url} accepts no requests for {error.wait:.0f} seconds: {error}; the same command continues the run"
+                )
+            )
             return None, None
         if work.attempts <= self._options.retries:
-            return None, self._again(work, server, 0.0 if throttled else backoff(work.attempts))
+            return None, self._again(work, server, backoff(work.attempts) if error.wait is None else 0.0)
         self._count_lost(server, str(error))
         attempts = f" ({counted(work.attempts, 'attempt')})" if work.attempts > 1 else ""
         return ImageError(error.kind, f"{error}{attempts}"), None

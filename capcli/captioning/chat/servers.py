@@ -73,7 +73,7 @@ class Server:
             self.limit = max(1.0, self.limit / 2)
 
     def throttle(self, started: float, wait: float | None, *, answered: bool) -> None:
-        """Record a refusal (429, 503): half as many requests, after `wait` seconds or, if None, after a backoff.
+        """Record a refusal (429, 503): half as many requests, after `wait` seconds or, if None, a backoff from the second on.
 
         `answered` means that the server itself refused, and not one before it that does not reach it.
         """
@@ -83,7 +83,8 @@ class Server:
         if started >= self._halved:
             self.throttled += 1
         self.halve(started)
-        self.pause(backoff(self.throttled) if wait is None else wait)
+        if wait is not None or self.throttled > 1:
+            self.pause(backoff(self.throttled) if wait is None else wait)
 
     def not_reached(self) -> None:
         """Record an attempt to connect that failed; several of the same time count once."""
