@@ -15,6 +15,16 @@ class UsageError(CapcliError):
     exit_code = 2
 
 
+class StoppedError(CapcliError):
+    """The run stopped before its last image; what was captioned is kept, and the same command continues the run."""
+
+
+class BoundError(StoppedError):
+    """The run reached a bound on its cost."""
+
+    exit_code = 4
+
+
 class ImageError(Exception):
     """One image cannot be captioned. The run continues, and the image becomes a failure.
 

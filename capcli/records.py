@@ -30,8 +30,8 @@ class Entry:
     `name` is the image's name in the output, `path` the file to open. Both may contain any bytes but NUL; those that are not
     UTF-8 are lone surrogates (`os.fsdecode`). `encoder_ids` holds the token ids that the encoder reads with this image, for
     example of its tags; without any, those of the run's settings apply. `prompt` is the prompt for this image; None: the run's.
-    An entry with a `failure` is not read: it has failed
-    already, as a folder that cannot be listed, whose name ends with `/`. `stamp` is the state of its file when it was listed.
+    An entry with a `failure` is not read: it has failed already, as a folder that cannot be listed, whose name ends with `/`.
+    `stamp` is the state of its file when it was listed.
     """
 
     name: str
@@ -60,10 +60,13 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One caption of an image. `score` is the mean raw log-probability of its tokens, the end token included."""
+    """One caption of an image.
+
+    `score` is the mean raw log-probability of its tokens, the end token included; None where a server gives none.
+    """
 
     text: str
-    score: float
+    score: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ class Caption:
         return self.candidates[0].text
 
     @property
-    def score(self) -> float:
+    def score(self) -> float | None:
         """The score of the best caption."""
         return self.candidates[0].score
 

@@ -127,6 +127,21 @@ def test_prompt_and_system_prompt_are_in_the_conversation_of_the_run_file(
     assert settings["generation"]["max_new_tokens"] == 8
 
 
+def test_fields_of_a_prompt_come_from_the_metadata_beside_the_images(llava: Path, tmp_path: Path) -> None:
+    photos = paint(tmp_path / "photos", "a.png", "b.png", "c.png")
+    for name in ("a.png", "b.png"):
+        Image.open(photos / "c.png").save(photos / name)  # so that captions differ by the prompt alone
+    (photos / "metadata.csv").write_text("file_name,tags\na.png,a red dog\nb.png,blue\nc.png,\n")
+    ended = caption(photos, llava, tmp_path / "x.jsonl", "--prompt", "Tags: {tags}. {{describe}}")
+    assert ended.code == 3, ended.err
+    rows = texts(read(tmp_path / "x.jsonl"))
+    assert rows["a.png"] != rows["b.png"]
+    [failure] = read(tmp_path / "x.failures.jsonl")
+    assert (failure["file_name"], failure["error"]) == ("c.png", "missing-field")
+    plain = caption(photos, llava, "-", "--prompt", "Tags: a red dog. {{describe}}")
+    assert texts(plain.rows)["c.png"] == rows["a.png"]
+
+
 def test_a_batch_that_does_not_fit_memory_is_halved(
     photos: Path, llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from running import call, change_json, paint
 from training import paint_data
 
 from capcli import Captioner, pixels
-from capcli.annotations.tags import MetadataTags
+from capcli.annotations.metadata import MetadataColumn
 from capcli.errors import CapcliError, UsageError
 from capcli.models.prefix import cells, pooling
 from capcli.options import DataOptions, ModelOptions, TrainOptions
@@ -230,11 +230,11 @@ def test_tags_come_from_the_nearest_metadata_file_with_the_image(tmp_path: Path)
         '{"file_name": "some/a.png", "tags": "far"}\n{"file_name": "some/b.png", "tags": ["far", "off"]}\n'
     )
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "all/some/c.png", "text": "of something else"}\n')
-    tags = MetadataTags("tags")
+    tags = MetadataColumn("tags")
     assert [tags.of(str(below / f"{name}.png")) for name in ("a", "b", "c", "empty")] == ["near", "[far] [off]", "", ""]
     assert tags.found == 2
     with pytest.raises(UsageError, match="has no column 'tags'; its columns: file_name, text"):
-        MetadataTags("tags").of(str(tmp_path / "a.png"))
+        MetadataColumn("tags").of(str(tmp_path / "a.png"))
 
 
 def test_tags_are_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from capcli.decoding.loop import Job
 from capcli.errors import ImageError
 from capcli.records import Caption, Failure, Loaded
+
+if TYPE_CHECKING:  # the endpoint backend imports this module and needs no torch
+    from capcli.decoding.loop import Job
 
 Result = Caption | Failure
 Deliver = Callable[[int, Result], None]

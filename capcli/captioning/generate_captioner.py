@@ -20,13 +20,15 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from capcli import pixels
+from capcli.captioning.answers import without_reasoning
 from capcli.captioning.feed import POLL_SECONDS, Arrivals, Deliver, LocalArrivals, OrderedDelivery, Result
+from capcli.captioning.prompts import Prompts
 from capcli.captioning.slot_captioner import ImageLike, caption_text, load_image
 from capcli.decoding import noise
 from capcli.decoding.activity import Activity
 from capcli.decoding.settings import as_ids
 from capcli.decoding.shapes import free_memory
-from capcli.errors import CapcliError, UsageError
+from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.models.auto import AutoModel, load_auto
 from capcli.models.checkpoint import puts_spaces, quiet_transformers
 from capcli.models.document_text import FieldDecoder
@@ -54,7 +56,7 @@ LARGEST_EDGE = (
 class GenerateSettings:
     """What captions depend on: `generation` is the resolved GenerationConfig, `ends` are the ids that end a caption.
 
-    `max_edge` bounds the image's longest edge in pixels; None: no bound.
+    `max_edge` bounds the image's longest edge in pixels; None: no bound. With `prompts` each image has a prompt of its own.
     """
 
     generation: GenerationConfig
@@ -64,6 +66,7 @@ class GenerateSettings:
     system: str | None = None
     max_edge: int | None = None
     keep_prompt: bool = False
+    prompts: Prompts | None = None
 
     @property
     def rows(self) -> int:
@@ -120,8 +123,9 @@ class GenerateCaptioner:
     def __init__(self, auto: AutoModel, files: ModelFiles, dtype: str) -> None:
         self.auto, self.files, self.dtype = auto, files, dtype
         self.device: torch.device = auto.model.device
-        self._spaced = files.config.get("model_type") in FILES and puts_spaces(auto.tokenizer)
-        self._fields = FieldDecoder.of(auto.tokenizer) if files.config.get("model_type") in FILES else None
+        self._is_family = files.config["model_type"] in FILES
+        self._spaced = self._is_family and puts_spaces(auto.tokenizer)
+        self._fields = FieldDecoder.of(auto.tokenizer) if self._is_family else None
         self._succeeded, self._unusable = 0, 0
 
     def caption(
@@ -174,7 +178,7 @@ class GenerateCaptioner:
         seed = given.pop("seed", 0)
         generation = self.auto.generation
         config = new_config({**generation.to_dict(), **given})
-        if config.max_new_tokens is None and self.files.config["model_type"] not in FILES:
+        if config.max_new_tokens is None and not self._is_family:
             config.max_new_tokens = MAX_NEW_TOKENS
         returned, beams = config.num_return_sequences or 1, config.num_beams or 1
         if returned > beams and not (config.do_sample and beams == 1):
@@ -186,7 +190,7 @@ class GenerateCaptioner:
     def _ends(self, config: GenerationConfig) -> frozenset[int]:
         """The end tokens; BLIP's are not those of its generation_config."""
         found = config.eos_token_id
-        if self.files.config["model_type"] in FILES:
+        if self._is_family:
             found = family_of(self.files.config).generation(self.files.config, config.to_dict()).get("eos_token_id")
         return frozenset(as_ids(found))
 
@@ -272,10 +276,12 @@ class GenerateCaptioner:
 
     def _prepare(self, index: int, loaded: Loaded, settings: GenerateSettings) -> Item | Failure:
         """The model's inputs for an image. A processor that cannot take the image makes it a failure."""
-        prompt = settings.prompt if loaded.prompt is None else loaded.prompt
         try:
+            prompt = settings.prompt if settings.prompts is None else settings.prompts.of(loaded)
             with quiet_transformers():
                 inputs = self.auto.inputs(loaded.pixels, prompt, settings.system)
+        except ImageError as error:
+            return Failure(loaded.name, error.kind, str(error))
         except Exception as error:  # a processor may raise anything
             return Failure(loaded.name, "shape", f"the model's processor cannot take it: {one_line(error)}")
         without_pixels = Loaded(loaded.name, loaded.pixels[:0], loaded.facts, prompt=prompt)
@@ -356,7 +362,7 @@ class GenerateCaptioner:
             return Failure(loaded.name, "not-finite", f"its values overflow in the model (NaN or infinity); {advice}")
         candidates = [Candidate(self._text(ids, loaded.prompt, settings), score) for ids, score in captions]
         if settings.generation.do_sample and (settings.generation.num_beams or 1) == 1:
-            candidates.sort(key=lambda candidate: -candidate.score)
+            candidates.sort(key=lambda candidate: candidate.score or 0.0, reverse=True)
         return Caption(loaded.name, tuple(candidates), loaded.facts)
 
     def _text(self, ids: Sequence[int], prompt: str | None, settings: GenerateSettings) -> str:
@@ -369,6 +375,8 @@ class GenerateCaptioner:
         )  # Kosmos-2's groundings
         if clean is not None:
             text = str(clean(text)[0]).strip()
+        if not self._is_family:
+            text = without_reasoning(text)
         return f"{prompt} {text}".strip() if settings.keep_prompt and prompt else text
 
 

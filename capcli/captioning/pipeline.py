@@ -24,10 +24,10 @@ import PIL
 from capcli import __version__, console
 from capcli.captioning.backends import open_backend
 from capcli.captioning.backends.base import Backend
-from capcli.captioning.backends.slots_plan import configured_sequences
 from capcli.decoding.activity import Activity
-from capcli.errors import UsageError
+from capcli.errors import StoppedError, UsageError
 from capcli.interrupts import Interrupts, announced
+from capcli.models.model_files import configured_sequences
 from capcli.options import CaptionOptions
 from capcli.progress import Progress, Report, duration, is_shown, say, warn
 from capcli.records import Caption, Entry, Failure
@@ -100,15 +100,20 @@ class CaptionRun:
             message=lambda: announced(work_in_progress(self.activity)),
             at_once=partial(self.exit_at_once, progress),
         )
-        with (
-            interrupts,
-            progress,
-            self.backend.load(numbered(self.backend.prepared(wanted), entries), self.sink.facts) as images,
-        ):
-            for _ in self.backend.caption(
-                images, deliver, stop=interrupts.asked, changed=self.update_run_file, activity=self.activity
+        try:
+            with (
+                interrupts,
+                progress,
+                self.backend.load(numbered(self.backend.prepared(wanted), entries), self.sink.facts) as images,
             ):
-                progress.update()
+                for _ in self.backend.caption(
+                    images, deliver, stop=interrupts.asked, changed=self.update_run_file, activity=self.activity
+                ):
+                    progress.update()
+        except StoppedError:
+            if self.report.done:
+                self.close(interrupted=True, total=progress.total)
+            raise
         self.close(interrupted=interrupts.asked(), total=progress.total)
         return interrupts.exit_code or self.report.exit_code
 

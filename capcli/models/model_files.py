@@ -106,6 +106,16 @@ class ModelListing:
         return value
 
 
+def configured_sequences(model: str) -> int:
+    """num_return_sequences in the generation_config of a model folder; 1 for a model that is not downloaded yet."""
+    try:
+        with open(os.path.join(os.path.expanduser(model), "generation_config.json"), encoding="utf-8") as file:
+            count = json.load(file).get("num_return_sequences")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return 1
+    return count if isinstance(count, int) else 1
+
+
 def list_model(folder: str, title: str | None = None) -> ModelListing:
     """The files of a folder; messages call it `title`. Raises CapcliError where it cannot be read."""
     try:

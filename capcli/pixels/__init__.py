@@ -4,6 +4,7 @@ Decoder processes import this package: it needs the standard library, NumPy and 
 a file needs it. Pillow's limits and warnings are global to the process, so a process decodes one image at a time here.
 """
 
+from capcli.pixels.copies import load_jpeg
 from capcli.pixels.processor import PixelSpec
 from capcli.pixels.reading import from_array, load, load_or_keep, load_whole, read, to_rgb, within
 from capcli.pixels.resizing import columns_first, resize, window
@@ -15,6 +16,7 @@ __all__ = [
     "columns_first",
     "from_array",
     "load",
+    "load_jpeg",
     "load_or_keep",
     "load_whole",
     "read",

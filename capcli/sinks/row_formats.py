@@ -74,8 +74,8 @@ def _facts(fields: tuple[str, ...], facts: Facts) -> dict[str, str | int | None]
     return values
 
 
-def _rounded(score: float) -> float | None:
-    return round(score, 4) + 0.0 if math.isfinite(score) else None  # + 0.0: no negative zero
+def _rounded(score: float | None) -> float | None:
+    return None if score is None or not math.isfinite(score) else round(score, 4) + 0.0  # + 0.0: no negative zero
 
 
 def rows_for(kind: Format, fields: RowFields) -> JsonCaptions | Csv:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -12,14 +12,17 @@ import torch
 import transformers
 
 from capcli import pixels
+from capcli.captioning.answers import failing
 from capcli.captioning.feed import Arrivals, Deliver
 from capcli.captioning.generate_captioner import GenerateCaptioner, GenerateSettings, load_generate
 from capcli.captioning.model import choose_dtype
+from capcli.captioning.prompts import Prompts
 from capcli.decoding.activity import Activity
 from capcli.errors import UsageError
 from capcli.loading import Loading, default_workers, load, usable_cpus
 from capcli.models.auto import text_files
 from capcli.models.dtypes import choose_device
+from capcli.models.families import FILES
 from capcli.models.model_files import ModelFiles, fingerprint
 from capcli.options import CaptionOptions
 from capcli.progress import warn
@@ -58,6 +61,8 @@ class GenerateBackend:
             max_edge=captioner.bound_edge(options.max_image_edge),
             keep_prompt=options.keep_prompt,
         )
+        if options.prompt is not None and files.config["model_type"] not in FILES:
+            search = replace(search, prompts=Prompts(options.prompt))
         return cls(options, captioner, search)
 
     @property
@@ -98,7 +103,8 @@ class GenerateBackend:
         return chain(first, wanted)
 
     def prepared(self, entries: Iterable[Entry]) -> Iterable[Entry]:
-        return entries
+        """The entries, with their prompts where these contain fields of the metadata beside the images."""
+        return entries if self.search.prompts is None else self.search.prompts.prepared(entries)
 
     def load(self, entries: Iterable[Entry], facts: Collection[str]) -> Loading:
         """Start the decoder processes, which send whole RGB images."""
@@ -131,8 +137,9 @@ class GenerateBackend:
             warn(f"the device ran out of memory: continuing with a batch size of {batch}")
 
         ordered = self.options.order == "source"
+        judged = failing(deliver, self.options.on_bad)
         yield from self.captioner.run(
-            arrivals, self.search, self.batch, deliver, ordered=ordered, stop=stop, on_shrink=shrink, activity=activity
+            arrivals, self.search, self.batch, judged, ordered=ordered, stop=stop, on_shrink=shrink, activity=activity
         )
 
     def notes(self) -> Iterable[str]:

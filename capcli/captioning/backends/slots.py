@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from capcli import pixels
-from capcli.annotations.tags import MetadataTags
+from capcli.annotations.metadata import MetadataColumn
+from capcli.captioning.answers import failing
 from capcli.captioning.backends.slots_plan import (
     choose_shapes,
     decoder_processes,
@@ -47,7 +48,7 @@ class SlotsBackend:
     shapes: Shapes | None = None
 
     def __post_init__(self) -> None:
-        self._tags = MetadataTags(self.options.tags_field) if self.options.tags_field else None
+        self._tags = MetadataColumn(self.options.tags_field) if self.options.tags_field else None
 
     @classmethod
     def open(cls, options: CaptionOptions, earlier: RunFile | None, files: ModelFiles | None = None) -> SlotsBackend:
@@ -146,7 +147,7 @@ class SlotsBackend:
             arrivals,
             self.search,
             self.shapes,
-            deliver,
+            failing(deliver, self.options.on_bad),
             ordered=self.options.order == "source",
             keep_prompt=self.options.keep_prompt,
             stop=stop,

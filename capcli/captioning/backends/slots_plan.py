@@ -5,8 +5,6 @@ A run that continues an `earlier` one takes from its run file what the captions 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, islice
@@ -77,16 +75,6 @@ def check_prompt_and_tags(options: CaptionOptions, config: Mapping[str, Any]) ->
     refuse = getattr(family_of(config), "refuse_prompt", None)
     if refuse and options.prompt:
         refuse(options.prompt)
-
-
-def configured_sequences(model: str) -> int:
-    """num_return_sequences in the generation_config of a model folder; 1 for a model that is not downloaded yet."""
-    try:
-        with open(os.path.join(os.path.expanduser(model), "generation_config.json"), encoding="utf-8") as file:
-            count = json.load(file).get("num_return_sequences")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return 1
-    return count if isinstance(count, int) else 1
 
 
 def search_settings(options: CaptionOptions, captioner: SlotCaptioner) -> Settings:

@@ -1,0 +1,285 @@
+"""The schedule: which image is sent to which server and when, in a thread with an event loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Self
+
+from capcli.captioning.chat.client import (
+    ChatClient,
+    NoLogprobsError,
+    NotReachedError,
+    RepeatableError,
+)
+from capcli.captioning.chat.completions import Completion
+from capcli.captioning.chat.request import RequestTemplate
+from capcli.captioning.chat.servers import Server, Servers, backoff
+from capcli.errors import BoundError, ImageError, StoppedError
+from capcli.options import EndpointOptions
+from capcli.progress import warn
+from capcli.records import Loaded
+from capcli.text import counted
+
+LONGEST_WAIT = 900.0  # seconds; a server that requests a longer wait (Retry-After) stops the run
+LOST = 10  # images in a row without an answer after which the run stops
+JOIN = 5.0  # seconds to wait for the thread at the end
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """One image: what its requests contain, and how many of them failed."""
+
+    index: int
+    image: Loaded
+    prompt: str
+    attempts: int = 0
+    avoided: Server | None = None  # where the last attempt failed
+
+    def __lt__(self, other: Work) -> bool:
+        return self.index < other.index
+
+
+Outcome = Completion | ImageError | None  # None: given up because the run ends
+
+
+@dataclass(slots=True)
+class Usage:
+    """What the requests of a run have cost; `seconds` is the sum of the times that they took."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+class Schedule:
+    """A context in which submitted images are sent to the servers; `outcomes` has one outcome for each, in any order.
+
+    `stopped` is the error that ended the schedule early, if any; it is set before the last outcomes are there.
+    """
+
+    def __init__(
+        self, options: EndpointOptions, client: ChatClient, servers: Servers, template: RequestTemplate, usage: Usage
+    ) -> None:
+        self.outcomes: SimpleQueue[tuple[Work, Outcome]] = SimpleQueue()
+        self.stopped: BaseException | None = None
+        self.logprobs = True  # whether requests ask for log-probabilities
+        self._options, self._client, self._servers, self._template = options, client, servers, template
+        self._usage = usage
+        self._waiting: list[Work] = []  # a heap: the first images first
+        self._delayed: dict[Work, asyncio.TimerHandle] = {}
+        self._running: dict[asyncio.Task[None], Work] = {}
+        self._wake: asyncio.TimerHandle | None = None
+        self._left_out: set[Server] = set()
+        self._ended = False  # no more requests start
+        self._captioned = False
+        self._lost_in_row = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="capcli-endpoint", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(JOIN)
+
+    def submit(self, work: Work) -> None:
+        """Queue an image. Called by another thread, as `end` is."""
+        self._loop.call_soon_threadsafe(self._enqueue, work)
+
+    def end(self) -> None:
+        """Start no more requests: those under way are finished, all other images are given up."""
+        self._loop.call_soon_threadsafe(self._end)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            for task in self._running:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*self._running, return_exceptions=True))
+            self._loop.run_until_complete(self._client.close())
+            self._loop.close()
+
+    def _enqueue(self, work: Work) -> None:
+        self._delayed.pop(work, None)
+        if self._ended:
+            self.outcomes.put((work, None))
+            return
+        heapq.heappush(self._waiting, work)
+        self._assign()
+
+    def _assign(self) -> None:
+        """Send waiting images to servers with room."""
+        while self._waiting and not self._ended:
+            if bound := self._bound_reached():
+                self._end(BoundError(bound))
+                return
+            server = self._servers.choose(self._waiting[0].avoided)
+            if server is None:
+                self._wake_later()
+                return
+            self._start(heapq.heappop(self._waiting), server)
+
+    def _start(self, work: Work, server: Server) -> None:
+        server.active += 1
+        self._usage.requests += 1
+        task = self._loop.create_task(self._attempt(work, server))
+        self._running[task] = work
+        task.add_done_callback(self._running.pop)
+
+    def _wake_later(self) -> None:
+        if self._wake is not None:
+            self._wake.cancel()
+            self._wake = None
+        wait = self._servers.next_room()
+        if wait is not None:
+            self._wake = self._loop.call_later(wait + 0.001, self._assign)
+
+    def _bound_reached(self) -> str | None:
+        """Which bound allows no further request, as a message; None where there is none."""
+        options, usage = self._options, self._usage
+        if options.max_requests is not None and usage.requests >= options.max_requests:
+            return f"--max-requests {options.max_requests} is reached; the same command continues the run"
+        if options.max_tokens_total is not None and usage.tokens >= options.max_tokens_total:
+            return (
+                f"--max-tokens-total {options.max_tokens_total} is reached, with {counted(usage.tokens, 'token')}; the same "
+                "command continues the run"
+            )
+        return None
+
+    def _end(self, error: BaseException | None = None) -> None:
+        self.stopped = self.stopped or error
+        self._ended = True
+        for handle in self._delayed.values():
+            handle.cancel()
+        for work in (*self._waiting, *self._delayed):
+            self.outcomes.put((work, None))
+        self._waiting.clear()
+        self._delayed.clear()
+
+    def _fail(self, error: BaseException) -> None:
+        """End the schedule because of an error that every request would get; requests under way are cancelled."""
+        self._end(error)
+        for task in self._running:
+            if task is not asyncio.current_task(self._loop):
+                task.cancel()
+
+    async def _attempt(self, work: Work, server: Server) -> None:
+        outcome: Outcome = None
+        retry: Callable[[], None] | None = None
+        logprobs = self.logprobs
+        started = time.monotonic()
+        try:
+            body = self._template.body(work.image.pixels, work.prompt, logprobs=logprobs)
+            outcome = self._counted(await self._client.complete(server, body, logprobs=logprobs), server)
+        except asyncio.CancelledError:
+            pass  # given up
+        except NoLogprobsError:
+            self.logprobs = False
+            retry = self._again(work, None, 0.0)
+        except NotReachedError as error:
+            self._usage.requests -= 1
+            retry = self._not_reached(work, server, str(error))
+        except RepeatableError as error:
+            outcome, retry = self._failed(work, server, error)
+        except ImageError as error:
+            outcome = error
+            if error.kind.startswith("http-") and not self._captioned:
+                self._count_lost(server, str(error))
+        except Exception as error:
+            self._fail(error)
+        server.active -= 1
+        self._usage.seconds += time.monotonic() - started
+        if retry is not None:
+            retry()
+        else:
+            self.outcomes.put((work, outcome))
+        self._assign()
+
+    def _again(self, work: Work, avoided: Server | None, delay: float) -> Callable[[], None]:
+        """A function that queues an image again after a delay in seconds."""
+
+        def retry() -> None:
+            work.avoided = avoided
+            if delay and not self._ended:
+                self._delayed[work] = self._loop.call_later(delay, self._enqueue, work)
+            else:
+                self._enqueue(work)
+
+        return retry
+
+    def _counted(self, completion: Completion, server: Server) -> Completion:
+        self._captioned = True
+        self._lost_in_row = 0
+        counts = (completion.prompt_tokens, completion.completion_tokens)
+        self._usage.prompt_tokens += counts[0] or 0
+        self._usage.completion_tokens += counts[1] or 0
+        if None in counts and self._options.max_tokens_total is not None:
+            self._end(
+                StoppedError(
+                    f"{server.url} reports no numbers of tokens, which --max-tokens-total needs: use --max-requests"
+                )
+            )
+        return completion
+
+    def _failed(
+        self, work: Work, server: Server, error: RepeatableError
+    ) -> tuple[ImageError | None, Callable[[], None] | None]:
+        """The failure of an image whose attempt failed, or a function that repeats it."""
+        work.attempts += 1
+        server.failure(alone=len(self._servers.each) == 1)
+        if (error.wait or 0.0) > LONGEST_WAIT:
+            self._fail(
+                StoppedError(
+                    f"{server.url} accepts no requests for {error.wait:.0f} seconds: {error}; the same command continues the run"
+                )
+            )
+            return None, None
+        if work.attempts <= self._options.retries:
+            return None, self._again(work, server, backoff(work.attempts) if error.wait is None else 0.0)
+        self._count_lost(server, str(error))
+        attempts = f" ({counted(work.attempts, 'attempt')})" if work.attempts > 1 else ""
+        return ImageError(error.kind, f"{error}{attempts}"), None
+
+    def _count_lost(self, server: Server, reason: str) -> None:
+        """Count an image without an answer; after `LOST` in a row the run stops."""
+        self._lost_in_row += 1
+        if self._lost_in_row == LOST:
+            self._fail(
+                StoppedError(
+                    f"{server.url} answered none of the last {LOST} images, the last: {reason}; the same command continues the "
+                    "run, and --retry-failed tries them again"
+                )
+            )
+
+    def _not_reached(self, work: Work, server: Server, reason: str) -> Callable[[], None] | None:
+        """A function that repeats an attempt without a connection; the run stops where all servers stay unreachable."""
+        server.not_reached()
+        most = self._options.retries
+        if server.unreachable > most:
+            if all(each.unreachable > most for each in self._servers.each):
+                self._fail(
+                    StoppedError(f"{server.url} cannot be reached: {reason}; the same command continues the run")
+                )
+                return None
+            if server not in self._left_out:
+                self._left_out.add(server)
+                warn(f"{server.url} cannot be reached and is left out: {reason}")
+        return self._again(work, server, 0.0)
