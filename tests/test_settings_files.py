@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from captioners import SIZE
 from running import Ended, call, change_json, execute, paint
+from transformers import ViTConfig, ViTModel
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from capcli.engine.engine_json import content_hash
 from capcli.errors import CapcliError
-from capcli.models.model_files import collect_files, list_model
+from capcli.models.model_files import ENCODERS, PROCESSORS, collect_files, list_model
+from capcli.options import GenerationOptions, ModelOptions
 from capcli.options.export_command import checked_command
+from capcli.training.model.assembly import assemble
 
 ENGINE = Path(__file__).parent / "earlier_version" / "engine"
 ESCAPE = "A\x1b]0;title\x07"
@@ -195,3 +200,54 @@ def test_a_tokenizer_of_another_model_is_warned_of(captioner: Path, photos: Path
     done = captioned(photos, model)
     assert done.code == 0
     assert "capcli: the tokenizer has 23 tokens and the decoder 120: " in done.err
+
+
+# Image processors that name no class
+
+
+def without_class(model: Path, folder: Path, **settings: Any) -> Path:
+    """The model with processor settings as those of the first checkpoints on the hub."""
+    old = {"do_normalize": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": SIZE}
+    return copied(model, folder, "preprocessor_config.json", json.dumps(old | settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"image_processor_type": None},
+        {"feature_extractor_type": "ViTFeatureExtractor"},
+        {"feature_extractor_type": None, "resample": 2},
+        {"processor_class": "SomeProcessor"},
+    ],
+)
+def test_a_processor_without_a_class_goes_by_the_encoder(
+    settings: dict[str, Any], captioner: Path, photos: Path, tmp_path: Path
+) -> None:
+    old = captioned(photos, without_class(captioner, tmp_path / "old", **settings))
+    assert old.code == 0, old.err
+    assert old.out == captioned(photos, captioner).out
+
+
+def test_a_nested_processor_without_a_class(captioner: Path, photos: Path, tmp_path: Path) -> None:
+    model = without_class(captioner, tmp_path / "old")
+    (model / "preprocessor_config.json").rename(model / "processor_config.json")
+    nested = {"image_processor": json.loads((model / "processor_config.json").read_text()), "processor_class": "X"}
+    (model / "processor_config.json").write_text(json.dumps(nested))
+    assert captioned(photos, model).out == captioned(photos, captioner).out
+
+
+def test_the_processors_of_model_types_are_those_of_transformers() -> None:
+    kinds = {*ENCODERS, "blip", "florence2", "git", "resnet"}
+    assert {kind: IMAGE_PROCESSOR_MAPPING_NAMES[kind]["torchvision"] for kind in kinds} == PROCESSORS
+
+
+def test_a_new_captioner_of_an_encoder_whose_processor_names_no_class(tmp_path: Path) -> None:
+    shape = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTModel(ViTConfig(intermediate_size=32, **shape)).save_pretrained(tmp_path / "vit")
+    settings = {"do_normalize": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 32}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(settings))
+    decoder = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 32}
+    options = ModelOptions(encoder=str(tmp_path / "vit"), decoder=decoder, tokenizer="new", extra_tokens=0)
+    made = assemble(options, lambda: ["a dog runs", "two cats"], GenerationOptions(), seed=0, quiet=True)
+    assert made.processor["image_processor_type"] == "ViTImageProcessor"
