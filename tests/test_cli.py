@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 import capcli
 from capcli.cli import cli
+from capcli.cli.click_options import TokenIds
 from capcli.errors import UsageError
 from capcli.options import (
     CaptionOptions,
@@ -154,6 +155,8 @@ def sample(option: click.Option) -> str:
         return "0" if option.default is True else "1"
     if option.name == "fields":
         return "width,sha256"
+    if isinstance(kind, TokenIds):
+        return "12,5"
     if option.multiple:
         return "*.tif thumbs/**"
     if isinstance(kind, click.IntRange):
@@ -825,3 +828,32 @@ def test_options_named_in_messages_and_docstrings_exist():
             continue
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+[a-z]", path.read_text()):
             assert flag in known, f"{path.name}: {flag}"
+
+
+# The environment
+
+
+def test_capcli_model_is_the_default_of_every_command_with_a_model(tmp_path: Path):
+    env = {"CAPCLI_MODEL": str(tmp_path / "no such model")}
+    paint(tmp_path, "a.png")
+    (tmp_path / "a.csv").write_text("file_name,caption\na.png,a dog\n")
+    train = ("train", "--data", tmp_path / "a.csv", "--out", tmp_path / "run")
+    for command in (("caption", tmp_path), ("bench", tmp_path), ("export", "--onnx"), train):
+        assert "no such model" in call(*command, env=env).err, command
+        assert "another model" in call(*command, "--model", "another model", env=env).err, command
+    assert "no such model" not in call(*train, "--encoder", "e", "--decoder", "d", env=env).err
+
+
+@pytest.mark.parametrize("command", ["caption", "prepare", "export", "bench", "evaluate"])
+def test_a_launcher_of_several_processes_is_refused(command: str, tmp_path: Path):
+    arguments = {
+        "caption": (tmp_path,),
+        "bench": (tmp_path,),
+        "export": ("--onnx",),
+        "prepare": ("--out", tmp_path),
+        "evaluate": ("a", "--references", "b"),
+    }
+    ended = call(command, *arguments.get(command, ()), env={"WORLD_SIZE": "2", "LOCAL_RANK": "1"})
+    assert ended.code == 2
+    assert f"run capcli {command} without it" in ended.err
+    assert "CUDA_VISIBLE_DEVICES" in ended.err

@@ -9,13 +9,12 @@ import click
 
 from capcli.cli.click_options import (
     SectionedCommand,
+    TokenIds,
     comma_separated,
     debug_option,
     do_without_broken,
     fields_from,
     option,
-    token_ids,
-    token_sequences,
 )
 from capcli.cli.shared_options import (
     generation,
@@ -77,19 +76,14 @@ output = partial(option, SinkOptions, section="Output")
 @generation("--seed", help="Sampling: the same seed gives the same captions. [default: 0]")
 @generation(
     "--suppress-tokens",
-    metavar="ID,...",
-    callback=token_ids,
+    type=TokenIds(),
     help="Tokens that never occur in a caption, by their ids.",
 )
-@generation(
-    "--begin-suppress-tokens", metavar="ID,...", callback=token_ids, help="Tokens with which no caption begins."
-)
+@generation("--begin-suppress-tokens", type=TokenIds(), help="Tokens with which no caption begins.")
 @generation(
     "--bad-words-ids",
-    metavar="ID,...",
+    type=TokenIds(),
     multiple=True,
-    default=None,
-    callback=token_sequences,
     help="A word that never occurs in a caption, as the ids of its tokens. Repeatable.",
 )
 @option(

@@ -18,7 +18,6 @@ from capcli.decoding.loop import out_of_memory
 from capcli.decoding.settings import Settings
 from capcli.decoding.shapes import Shapes
 from capcli.errors import CapcliError
-from capcli.imports import cause
 from capcli.runtimes.base import EncodedChunk, SlotRuntime
 
 WARM_UPS = 2  # steps before the capture: libraries initialise in the first, which a capture does not allow
@@ -102,7 +101,8 @@ def computed(module: nn.Module, *inputs: Any) -> Any:
     except (RuntimeError, ValueError, IndexError) as error:
         if out_of_memory(error):
             raise
-        raise CapcliError(f"the model cannot be run ({cause(error)}): its config.json may be damaged") from error
+        reason = str(error).strip().partition("\n")[0]  # torch appends the frames of its C++ code
+        raise CapcliError(f"the model cannot be run ({reason}): its config.json may be damaged") from error
 
 
 class Recorded:
