@@ -403,10 +403,11 @@ def test_every_listed_image_has_one_row_or_one_failure(
         with out.open(newline="") as file:
             found = csv.DictReader(file) if suffix == "csv" else map(json.loads, file)
             captioned = [row["file_name"] for row in found]
-        failed = names(place / "c.failures.jsonl")
+        recorded = place / "c.failures.jsonl"
+        failed = [] if recorded.is_symlink() else names(recorded)  # the first failure replaces the link
         assert sorted(captioned + [name for name in failed if not name.endswith("/")]) == sorted(listed)
         assert any(name.endswith("/") for name in failed) == ("unlistable" in before)
         assert run.code == (3 if failed else 0), run.err
         assert (photos / "1" / "1.png").read_bytes() == whole
-        assert list(place.rglob(".capcli-*")) == []
+        assert [path for pattern in (".capcli-*", "p/*/.capcli-*") for path in place.glob(pattern)] == []
         shutil.rmtree(place, ignore_errors=True)
