@@ -244,7 +244,7 @@ MODEL = ModelOptions(model="captioner")
         (lambda: GenerationOptions(temperature=float("nan")), "temperature is nan; it must be a number above 0"),
         (lambda: GenerationOptions(length_penalty=101), "a number of at least -100 and at most 100"),
         (lambda: GenerationOptions(early_stopping="maybe"), "must be true, false or never"),  # type: ignore[arg-type]
-        (lambda: SinkOptions(format="xml"), "--format is 'xml'; it must be jsonl or csv"),  # type: ignore[arg-type]
+        (lambda: SinkOptions(format="xml"), "--format is 'xml'; it must be jsonl, csv or csv-excel"),  # type: ignore[arg-type]
         (lambda: CaptionOptions(SourceOptions(), SinkOptions(), batch_size=0), "--batch-size is 0"),
         (lambda: DataOptions(val_fraction=1.0), "--val-fraction is 1.0; it must be a number above 0 and below 1"),
         (lambda: DataOptions(val_limit=1.5), "--val-limit is 1.5; it must be a number of images"),
@@ -295,7 +295,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch):
         ("photos -o c.xml", "name it .jsonl or .csv"),
         ("photos -o photos", "--out photos"),
         ("photos -o /dev/full --format jsonl", "not a regular file"),
-        ("photos -o c.jsonl --failures c.jsonl", "three different names"),
+        ("photos -o c.jsonl --failures c.jsonl", "need different names"),
         ("photos --sidecar-dir texts", "--sidecar"),
         ("photos --overwrite", "--overwrite starts a file from scratch: name it with --out"),
         ("photos -o - --overwrite", "name it with --out"),
@@ -633,7 +633,7 @@ def test_sidecars_are_skipped_appended_or_overwritten(captioner: Path, photos: P
     assert (photos / "a.txt").read_text() == "mine\n"
     for _ in range(2):  # an existing caption is not appended again
         assert call(*command, "--existing", "append").code == 0
-        assert beside(photos, ".txt") == [f"mine\n{texts[0]}\n", *(f"{text}\n" for text in texts[1:])]
+        assert beside(photos, ".txt") == [f"mine, {texts[0]}\n", *(f"{text}\n" for text in texts[1:])]
     assert call(*command, "--existing", "overwrite").code == 0
     assert beside(photos, ".txt") == [f"{text}\n" for text in texts]
     mirrored = ["--sidecar", ".caption", "--sidecar-dir", tmp_path / "texts", "-o", tmp_path / "c.jsonl"]
