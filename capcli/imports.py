@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -35,6 +37,8 @@ DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "google": "protobuf
 CORE = ("PIL", "click", "huggingface_hub", "numpy", "rich", "safetensors", "tokenizers", "torch", "transformers")
 SEE_DOCTOR = "`capcli doctor` lists what else is missing or broken"
 
+MORE_FILES = "this process may not open enough files: raise the limit, ulimit -n 1024"
+
 _hidden: dict[str, str] = {}  # why these packages cannot be imported
 
 
@@ -51,7 +55,7 @@ def hide_broken(names: Iterable[str]) -> list[str]:
         try:
             import_module(name)
         except Exception as error:
-            if lacks_core(error):
+            if lacks_core(error) or lacks_files(error):
                 break  # captioning fails too, with an error that names that package
             sys.modules[name] = None  # type: ignore[assignment]  # find_spec then finds nothing
             _hidden[name] = cause(error)
@@ -67,6 +71,8 @@ def importing(package: str, title: str, missing: str, fix: str) -> Iterator[None
     except Exception as error:
         if is_missing(error, package):
             raise CapcliError(missing) from error
+        if lacks_files(error):
+            raise CapcliError(MORE_FILES) from error
         raise CapcliError(f"{title} is installed but cannot be loaded ({cause(error)}): {fix}") from error
 
 
@@ -76,7 +82,12 @@ def is_missing(error: BaseException, package: str) -> bool:
 
 
 def explain_import(error: BaseException) -> str | None:
-    """The message for an error that the import of a package raised: its name and the fix; None for any other error."""
+    """The message for an error that the import of a package raised: its name and the fix; None for any other error.
+
+    An error for want of open files, which an import may meet first, has a message too.
+    """
+    if lacks_files(error):
+        return MORE_FILES
     while error.__cause__ is not None:  # transformers raises another error from the one of the import
         error = error.__cause__
     importer, name = importing_package(error.__traceback__), imported(error)
@@ -93,6 +104,15 @@ def imported(error: BaseException) -> str:
     """The package that an ImportError names; empty for other errors and for capcli's own modules."""
     name = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
     return "" if name == "capcli" else name
+
+
+def lacks_files(error: BaseException | None) -> bool:
+    """Whether the cause of an error is the limit on open files (`ulimit -n`)."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or os.strerror(errno.EMFILE) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def lacks_core(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -47,6 +48,23 @@ def test_captions_are_in_order_and_equal_those_of_the_command(model: Captioner, 
     assert [caption.name for caption in found] == [os.fspath(path) for path in photos]
     rows = call("caption", *photos, "-m", captioner, "--dtype", "float32").rows
     assert [(row["text"], row["score"]) for row in rows] == [(c.text, round(c.score, 4)) for c in found]
+
+
+def test_bytes_and_open_files_are_images(model: Captioner, photos: list[Path], tmp_path: Path):
+    data = photos[0].read_bytes()
+    (tmp_path / "text").write_text("no image")
+    with photos[0].open("rb") as file, photos[0].open("rb") as closed, (tmp_path / "text").open() as text:
+        closed.close()
+        forms: list[Any] = [photos[0], data, bytearray(data), memoryview(data), io.BytesIO(data), file]
+        found = list(model.caption([*forms, b"", b"nonsense", text, closed]))
+    captions, failures = found[: len(forms)], found[len(forms) :]
+    assert len({(caption.text, caption.score) for caption in captions}) == 1
+    assert [result.name for result in found[1:]] == [str(number) for number in range(1, len(found))]
+    assert [failure.error for failure in failures] == ["empty", "unknown-format", "unreadable", "unreadable"]
+    assert "open it with mode 'rb'" in failures[2].message
+    for one in (data, io.BytesIO(data)):
+        with pytest.raises(TypeError, match="into a list"):
+            model.caption(one)
 
 
 def test_an_image_has_the_same_caption_as_path_image_and_array(model: Captioner, photos: list[Path]):

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 import capcli
 from capcli.cli import cli
+from capcli.cli.click_options import TokenIds
 from capcli.errors import UsageError
 from capcli.options import (
     CaptionOptions,
@@ -154,6 +155,8 @@ def sample(option: click.Option) -> str:
         return "0" if option.default is True else "1"
     if option.name == "fields":
         return "width,sha256"
+    if isinstance(kind, TokenIds):
+        return "12,5"
     if option.multiple:
         return "*.tif thumbs/**"
     if isinstance(kind, click.IntRange):
@@ -241,7 +244,7 @@ MODEL = ModelOptions(model="captioner")
         (lambda: GenerationOptions(temperature=float("nan")), "temperature is nan; it must be a number above 0"),
         (lambda: GenerationOptions(length_penalty=101), "a number of at least -100 and at most 100"),
         (lambda: GenerationOptions(early_stopping="maybe"), "must be true, false or never"),  # type: ignore[arg-type]
-        (lambda: SinkOptions(format="xml"), "--format is 'xml'; it must be jsonl or csv"),  # type: ignore[arg-type]
+        (lambda: SinkOptions(format="xml"), "--format is 'xml'; it must be jsonl, csv or csv-excel"),  # type: ignore[arg-type]
         (lambda: CaptionOptions(SourceOptions(), SinkOptions(), batch_size=0), "--batch-size is 0"),
         (lambda: DataOptions(val_fraction=1.0), "--val-fraction is 1.0; it must be a number above 0 and below 1"),
         (lambda: DataOptions(val_limit=1.5), "--val-limit is 1.5; it must be a number of images"),
@@ -292,7 +295,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch):
         ("photos -o c.xml", "name it .jsonl or .csv"),
         ("photos -o photos", "--out photos"),
         ("photos -o /dev/full --format jsonl", "not a regular file"),
-        ("photos -o c.jsonl --failures c.jsonl", "three different names"),
+        ("photos -o c.jsonl --failures c.jsonl", "need different names"),
         ("photos --sidecar-dir texts", "--sidecar"),
         ("photos --overwrite", "--overwrite starts a file from scratch: name it with --out"),
         ("photos -o - --overwrite", "name it with --out"),
@@ -630,7 +633,7 @@ def test_sidecars_are_skipped_appended_or_overwritten(captioner: Path, photos: P
     assert (photos / "a.txt").read_text() == "mine\n"
     for _ in range(2):  # an existing caption is not appended again
         assert call(*command, "--existing", "append").code == 0
-        assert beside(photos, ".txt") == [f"mine\n{texts[0]}\n", *(f"{text}\n" for text in texts[1:])]
+        assert beside(photos, ".txt") == [f"mine, {texts[0]}\n", *(f"{text}\n" for text in texts[1:])]
     assert call(*command, "--existing", "overwrite").code == 0
     assert beside(photos, ".txt") == [f"{text}\n" for text in texts]
     mirrored = ["--sidecar", ".caption", "--sidecar-dir", tmp_path / "texts", "-o", tmp_path / "c.jsonl"]
@@ -825,3 +828,32 @@ def test_options_named_in_messages_and_docstrings_exist():
             continue
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+[a-z]", path.read_text()):
             assert flag in known, f"{path.name}: {flag}"
+
+
+# The environment
+
+
+def test_capcli_model_is_the_default_of_every_command_with_a_model(tmp_path: Path):
+    env = {"CAPCLI_MODEL": str(tmp_path / "no such model")}
+    paint(tmp_path, "a.png")
+    (tmp_path / "a.csv").write_text("file_name,caption\na.png,a dog\n")
+    train = ("train", "--data", tmp_path / "a.csv", "--out", tmp_path / "run")
+    for command in (("caption", tmp_path), ("bench", tmp_path), ("export", "--onnx"), train):
+        assert "no such model" in call(*command, env=env).err, command
+        assert "another model" in call(*command, "--model", "another model", env=env).err, command
+    assert "no such model" not in call(*train, "--encoder", "e", "--decoder", "d", env=env).err
+
+
+@pytest.mark.parametrize("command", ["caption", "prepare", "export", "bench", "evaluate"])
+def test_a_launcher_of_several_processes_is_refused(command: str, tmp_path: Path):
+    arguments = {
+        "caption": (tmp_path,),
+        "bench": (tmp_path,),
+        "export": ("--onnx",),
+        "prepare": ("--out", tmp_path),
+        "evaluate": ("a", "--references", "b"),
+    }
+    ended = call(command, *arguments.get(command, ()), env={"WORLD_SIZE": "2", "LOCAL_RANK": "1"})
+    assert ended.code == 2
+    assert f"run capcli {command} without it" in ended.err
+    assert "CUDA_VISIBLE_DEVICES" in ended.err

@@ -19,7 +19,7 @@ from sinking import caption_of, memory_folder, rows, run
 from capcli.errors import CapcliError
 from capcli.options import SinkOptions
 from capcli.records import Candidate, Caption, Entry, Failure
-from capcli.sinks import open_sink
+from capcli.sinks import open_sink, row_files
 from capcli.sinks.keys import Keys, key
 from capcli.sinks.row_formats import JsonCaptions, RowFields
 from capcli.storage.run_file import RunFile
@@ -380,6 +380,19 @@ def test_keys_are_a_set(read: list[int], added: list[int], other: int) -> None:
     assert len(keys) == len({*read, *added})
     assert all(item in keys for item in (*read, *added))
     assert (other in keys) == (other in {*read, *added})
+
+
+def test_a_row_that_is_too_long_to_be_read_again_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = SinkOptions(str(tmp_path / "x.jsonl"))
+
+    def caption(name: str) -> Caption:
+        return Caption(name, (Candidate("a" * (5 << 20 if name == "long" else 3), -1.0),))
+
+    run(["long", "short"], options, caption=caption)
+    assert run(["long", "short", "next"], options, caption=caption).old_captions == 2
+    monkeypatch.setattr(row_files, "LONGEST", 1 << 20)
+    assert run(["other"], options, caption=lambda name: Caption(name, caption("long").candidates)).captions == 3
+    assert [row["error"] for row in rows(tmp_path / "x.failures.jsonl")] == ["too-long"]
 
 
 def test_many_keys_are_a_set() -> None:

@@ -155,6 +155,22 @@ def test_tokens_of_awkward_captions_equal_the_original_tokenizer() -> None:
     assert [words(text) for text in AWKWARD] == java.tokenize(AWKWARD)
 
 
+@needs_java
+@pytest.mark.parametrize("variable", ["JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS", "JDK_JAVA_OPTIONS"])
+def test_meteor_is_the_same_where_numbers_have_a_decimal_comma(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def score() -> tuple[list[float], list[float]]:
+        with java.Meteor() as meteor:
+            counts = meteor.statistics("a dog runs on the grass", ["a dog is running"])
+            return counts, meteor.scores([counts])
+
+    here = score()
+    german = "-Duser.language=de -Duser.country=DE -Duser.language.format=de -Duser.country.format=DE"
+    monkeypatch.setenv(variable, german)
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    assert score() == here
+    assert 0 < here[1][0] < 1
+
+
 def test_characters_are_compared_where_a_script_has_no_spaces() -> None:
     assert characters("一个人\uff0c在跑。") == "一 个 人 在 跑"
     assert characters("スマホを持つ２人 iPhone 12!") == "ス マ ホ を 持 つ 2 人 iphone 12"

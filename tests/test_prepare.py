@@ -365,6 +365,31 @@ def test_a_damaged_or_missing_file_is_written_again(damaged: str, tmp_path: Path
     assert tree(out) == tree(whole)
 
 
+@pytest.mark.parametrize(
+    "link",
+    ["manifest.json.tmp", "unfinished/train-00000.part", "unfinished/train-00000.arrow", "unfinished/train-00000.json"],
+)
+def test_a_link_in_a_new_folder_is_not_followed(tmp_path: Path, link: str) -> None:
+    data, out, victim = photos(tmp_path / "in", 3), tmp_path / "out", tmp_path / "victim"
+    victim.write_text("precious")
+    (out / "unfinished").mkdir(parents=True)
+    (out / link).symlink_to(victim)
+    assert prepare(data, out).code == 0
+    assert victim.read_text() == "precious"
+
+
+def test_a_linked_work_folder_is_refused(tmp_path: Path) -> None:
+    data, out, mine = photos(tmp_path / "in", 3), tmp_path / "out", tmp_path / "mine"
+    (mine / "downloads").mkdir(parents=True)
+    (mine / "downloads" / "7").write_text("precious")
+    out.mkdir()
+    (out / "unfinished").symlink_to(mine)
+    refused = prepare(data, out)
+    assert refused.code == 2
+    assert "is a link, which is not followed" in refused.err
+    assert (mine / "downloads" / "7").read_text() == "precious"
+
+
 def test_a_missing_shard_of_a_finished_copy_is_written_again(tmp_path: Path) -> None:
     data, out = photos(tmp_path / "in", 6), tmp_path / "out"
     (tmp_path / "in" / "photo 0.png").write_text("broken")

@@ -96,7 +96,8 @@ def test_complete_recipes_set_every_option_that_matters(name: str) -> None:
     given = {key for values in sections.values() for key in values}
     assert {field.name for field in fields(TrainOptions)} - OPTIONAL <= given
     search = sections["generation"]
-    idle = {"seed"} | (set() if search["do_sample"] else ONLY_SAMPLING)
+    token_lists = {"suppress_tokens", "begin_suppress_tokens", "bad_words_ids"}
+    idle = {"seed", *token_lists} | (set() if search["do_sample"] else ONLY_SAMPLING)
     assert set(search) == {field.name for field in fields(GenerationOptions)} - idle
 
 

@@ -32,7 +32,6 @@ REFUSED = {
     "max_time": 3.0,
     "stop_strings": ["."],
     "top_h": 0.4,
-    "bad_words_ids": [[3]],
     "exponential_decay_length_penalty": (3, 1.2),
     "sequence_bias": [[[3], 1.0]],
     "watermarking_config": {"bias": 2.0},

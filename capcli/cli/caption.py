@@ -10,14 +10,13 @@ from click.core import ParameterSource
 
 from capcli.cli.click_options import (
     SectionedCommand,
+    TokenIds,
     auto_or_number,
     comma_separated,
     debug_option,
     do_without_broken,
     fields_from,
     option,
-    token_ids,
-    token_sequences,
     typed_option_in,
 )
 from capcli.cli.shared_options import (
@@ -124,19 +123,14 @@ server = partial(option, EndpointOptions, section="Server")
 @generation("--seed", help="Sampling: the same seed gives the same captions. [default: 0]")
 @generation(
     "--suppress-tokens",
-    metavar="ID,...",
-    callback=token_ids,
+    type=TokenIds(),
     help="Tokens that never occur in a caption, by their ids.",
 )
-@generation(
-    "--begin-suppress-tokens", metavar="ID,...", callback=token_ids, help="Tokens with which no caption begins."
-)
+@generation("--begin-suppress-tokens", type=TokenIds(), help="Tokens with which no caption begins.")
 @generation(
     "--bad-words-ids",
-    metavar="ID,...",
+    type=TokenIds(),
     multiple=True,
-    default=None,
-    callback=token_sequences,
     help="A word that never occurs in a caption, as the ids of its tokens. Repeatable.",
 )
 @option(

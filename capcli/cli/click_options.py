@@ -70,6 +70,20 @@ class KeywordOrNumber(click.ParamType[Any]):
         return number
 
 
+class TokenIds(click.ParamType[Any]):
+    """Token ids: `12,5`, or a list in a file."""
+
+    name = "ID,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return tuple(value) if isinstance(value, list) else value
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isascii() and part.isdigit() for part in parts):
+            self.fail(f"{value!r} is not a list of token ids, such as 12,5", param, ctx)
+        return tuple(map(int, parts))
+
+
 def option(
     options: type,
     *flags: str,
@@ -169,23 +183,6 @@ def do_without_broken(names: Sequence[str]) -> None:
 def comma_separated(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...]:
     """A callback: the names in a comma-separated list."""
     return tuple(part.strip() for part in (value or "").split(",") if part.strip())
-
-
-def token_ids(_ctx: click.Context, _param: click.Parameter, value: str | list[int] | None) -> Sequence[int] | None:
-    """A callback: the token ids in a comma-separated list, or of a list in a file."""
-    if not isinstance(value, str):
-        return value
-    parts = [part.strip() for part in value.split(",")]
-    if not all(part.isascii() and part.isdigit() for part in parts):
-        raise click.BadParameter(f"{value!r} is not a list of token ids, such as 12,5")
-    return tuple(map(int, parts))
-
-
-def token_sequences(
-    ctx: click.Context, param: click.Parameter, values: Sequence[str] | None
-) -> tuple[Sequence[int], ...] | None:
-    """A callback: the token ids in each comma-separated list; None where there is none."""
-    return tuple(token_ids(ctx, param, value) or () for value in values) if values else None
 
 
 def flag_option(*flags: str, section: str, help: str) -> Decorator:  # noqa: A002

@@ -168,6 +168,7 @@ def data_from(given: dict[str, Any]) -> DataOptions:
 def generation_from(given: dict[str, Any]) -> GenerationOptions:
     """The generation options among a command's parameters. Raises UsageError."""
     values = fields_from(GenerationOptions, given)
+    values["bad_words_ids"] = values.get("bad_words_ids") or None  # an option that is not given is an empty tuple
     return GenerationOptions(**values | {"early_stopping": EARLY_STOPPING.get(given["early_stopping"])})
 
 

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from capcli.decoding.settings import Settings
 from capcli.engine.packages import TENSORRT
@@ -231,7 +231,7 @@ def parsed(kind: Any, value: Any, name: str = ENGINE) -> Any:
     nothing.
     """
     origin, parts = get_origin(kind), get_args(kind)
-    if origin is UnionType:
+    if origin in (Union, UnionType):
         return None if value is None and NoneType in parts else parsed(parts[0], value, name)
     if kind is int and type(value) is int and not 0 < value <= LARGEST:
         raise ValueError(f"{name} is {value}")

@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from capcli.errors import CapcliError, ImageError
+from capcli.imports import lacks_files
 from capcli.loading.window import Task, Window
 from capcli.loading.worker import AHEAD, LONGEST_PATH, Worker, encode_path
 from capcli.loading.worker_main import Decoded
@@ -106,6 +107,7 @@ class Dispatcher:
                 return None
             raise CapcliError(
                 f"decoder processes cannot start: {error}; use --workers 0 to run without them"
+                + ("" if not lacks_files(error) else ", or raise the limit: ulimit -n 1024")
             ) from error
         self._workers.append(state)
         self._selector.register(state.worker, selectors.EVENT_READ, state)

@@ -90,9 +90,11 @@ class PreparedFolder:
         return os.path.join(self.path, FAILURES)
 
     def __enter__(self) -> Self:
-        """Makes and locks the folder. Raises UsageError for a file, and CapcliError where that fails."""
+        """Makes and locks the folder. Raises UsageError for a file or links in it, and CapcliError where that fails."""
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise UsageError(f"--out {printable(self.path)} is a file: name a folder")
+        if os.path.islink(self.work):
+            raise UsageError(f"{printable(self.work)} is a link, which is not followed: remove it")
         try:
             os.makedirs(self.path, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY)
@@ -174,8 +176,6 @@ class PreparedFolder:
 
     def begin(self, plan: ShardPlan, *, new: bool) -> None:
         """Makes the folders, writes the manifest of a `new` copy, and removes incomplete files."""
-        if os.path.islink(self.work):
-            raise UsageError(f"{printable(self.work)} is a link, which is not followed: remove it")
         if new:
             run_file.write(os.path.join(self.path, MANIFEST), plan.manifest())
             remove_files(self.work, UNFINISHED_FILE)  # that no run of this copy wrote

@@ -14,8 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from capcli.decoding.loop import out_of_memory
 from capcli.decoding.settings import Settings
 from capcli.decoding.shapes import Shapes
+from capcli.errors import CapcliError
 from capcli.runtimes.base import EncodedChunk, SlotRuntime
 
 WARM_UPS = 2  # steps before the capture: libraries initialise in the first, which a capture does not allow
@@ -75,7 +77,8 @@ class Eager(SlotRuntime):
         if self.device.type == "cuda":
             image = image.pin_memory()  # otherwise the host waits for the copy
         image = image.to(self.device, non_blocking=True)
-        memory: tuple[Tensor, ...] = self._encode_module(image, *((encoder_ids,) if encoder_ids.shape[1] else ()))
+        text = (encoder_ids,) if encoder_ids.shape[1] else ()
+        memory: tuple[Tensor, ...] = computed(self._encode_module, image, *text)
         return memory
 
     def _run_step(
@@ -87,8 +90,19 @@ class Eager(SlotRuntime):
         memory: Sequence[Tensor],
         pool: Sequence[Tensor],
     ) -> Tensor:
-        logits: Tensor = self._step_module(tokens, position, at, visible, memory, pool)
+        logits: Tensor = computed(self._step_module, tokens, position, at, visible, memory, pool)
         return logits
+
+
+def computed(module: nn.Module, *inputs: Any) -> Any:
+    """The result of a module. Raises CapcliError where the model's settings make no sense; memory errors are not changed."""
+    try:
+        return module(*inputs)
+    except (RuntimeError, ValueError, IndexError) as error:
+        if out_of_memory(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]  # torch appends the frames of its C++ code
+        raise CapcliError(f"the model cannot be run ({reason}): its config.json may be damaged") from error
 
 
 class Recorded:
