@@ -22,7 +22,7 @@ import PIL
 from capcli import __version__
 from capcli.captioning.backends import open_backend
 from capcli.captioning.backends.base import Backend
-from capcli.errors import StoppedError
+from capcli.errors import UnfinishedError
 from capcli.interrupts import Interrupts
 from capcli.models.model_files import configured_sequences
 from capcli.options import CaptionOptions
@@ -93,7 +93,7 @@ class CaptionRun:
             ):
                 for _ in self.backend.caption(images, deliver, stop=interrupts.asked, changed=self.update_run_file):
                     progress.update()
-        except StoppedError:
+        except UnfinishedError:
             if self.report.done:
                 self.close(interrupted=True)
             raise

@@ -21,7 +21,7 @@ from capcli.captioning.chat.client import (
 from capcli.captioning.chat.completions import Completion
 from capcli.captioning.chat.request import RequestTemplate
 from capcli.captioning.chat.servers import Server, Servers, backoff
-from capcli.errors import BoundError, ImageError, StoppedError
+from capcli.errors import BoundError, ImageError, UnfinishedError
 from capcli.options import EndpointOptions
 from capcli.progress import warn
 from capcli.records import Loaded
@@ -233,7 +233,7 @@ class Schedule:
         self._usage.completion_tokens += counts[1] or 0
         if None in counts and self._options.max_tokens_total is not None:
             self._end(
-                StoppedError(
+                UnfinishedError(
                     f"{server.url} reports no numbers of tokens, which --max-tokens-total needs: use --max-requests"
                 )
             )
@@ -247,7 +247,7 @@ class Schedule:
         server.failure(alone=len(self._servers.each) == 1)
         if (error.wait or 0.0) > LONGEST_WAIT:
             self._fail(
-                StoppedError(
+                UnfinishedError(
                     f"{server.url} accepts no requests for {error.wait:.0f} seconds: {error}; the same command continues the run"
                 )
             )
@@ -263,7 +263,7 @@ class Schedule:
         self._lost_in_row += 1
         if self._lost_in_row == LOST:
             self._fail(
-                StoppedError(
+                UnfinishedError(
                     f"{server.url} answered none of the last {LOST} images, the last: {reason}; the same command continues the "
                     "run, and --retry-failed tries them again"
                 )
@@ -276,7 +276,7 @@ class Schedule:
         if server.unreachable > most:
             if all(each.unreachable > most for each in self._servers.each):
                 self._fail(
-                    StoppedError(f"{server.url} cannot be reached: {reason}; the same command continues the run")
+                    UnfinishedError(f"{server.url} cannot be reached: {reason}; the same command continues the run")
                 )
                 return None
             if server not in self._left_out:
