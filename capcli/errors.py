@@ -15,11 +15,11 @@ class UsageError(CapcliError):
     exit_code = 2
 
 
-class StoppedError(CapcliError):
+class UnfinishedError(CapcliError):
     """The run stopped before its last image; what was captioned is kept, and the same command continues the run."""
 
 
-class BoundError(StoppedError):
+class BoundError(UnfinishedError):
     """The run reached a bound on its cost."""
 
     exit_code = 4

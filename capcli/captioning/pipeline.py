@@ -25,7 +25,7 @@ from capcli import __version__, console
 from capcli.captioning.backends import open_backend
 from capcli.captioning.backends.base import Backend
 from capcli.decoding.activity import Activity
-from capcli.errors import StoppedError, UsageError
+from capcli.errors import UnfinishedError, UsageError
 from capcli.interrupts import Interrupts, announced
 from capcli.models.model_files import configured_sequences
 from capcli.options import CaptionOptions
@@ -110,7 +110,7 @@ class CaptionRun:
                     images, deliver, stop=interrupts.asked, changed=self.update_run_file, activity=self.activity
                 ):
                     progress.update()
-        except StoppedError:
+        except UnfinishedError:
             if self.report.done:
                 self.close(interrupted=True, total=progress.total)
             raise

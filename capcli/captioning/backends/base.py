@@ -49,7 +49,7 @@ class Backend(Protocol):
         """Caption all arrivals; `deliver(index, result)` is called for each, and `activity` is kept up to date.
 
         A generator that yields often, so that the caller can show progress. Once `stop()` is true no more images are
-        taken, and those under way are finished. `changed()` is called when `facts` have changed. Raises StoppedError, after
+        taken, and those under way are finished. `changed()` is called when `facts` have changed. Raises UnfinishedError, after
         the last `deliver`, where the run cannot go on but what it has captioned is complete.
         """
 

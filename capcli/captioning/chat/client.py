@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from capcli import __version__
 from capcli.captioning.chat.completions import Completion, error_code, error_text, parse_completion, shown_text
 from capcli.captioning.chat.servers import Server
-from capcli.errors import CapcliError, ImageError, StoppedError, UsageError
+from capcli.errors import CapcliError, ImageError, UnfinishedError, UsageError
 from capcli.options import EndpointOptions
 from capcli.options.server import is_loopback
 from capcli.sources.fetching import causes, seconds_to_wait
@@ -97,7 +97,7 @@ class ChatClient:
         """One attempt.
 
         Raises RepeatableError or NotReachedError where a repetition may succeed, NoLogprobsError, ImageError for a request
-        that the server rejects, and StoppedError where it would reject every request.
+        that the server rejects, and UnfinishedError where it would reject every request.
         """
         import httpx2
 
@@ -128,11 +128,11 @@ class ChatClient:
                     raise ImageError("malformed-answer", f"the response has more than {LARGEST_ANSWER >> 20} MiB")
         return response, bytes(content)
 
-    def _no_connection(self, server: Server, error: Exception) -> NotReachedError | StoppedError:
+    def _no_connection(self, server: Server, error: Exception) -> NotReachedError | UnfinishedError:
         """Why there is no connection; a certificate that is not trusted is an error of every request."""
         for cause in causes(error):
             if isinstance(cause, ssl.SSLCertVerificationError):
-                return StoppedError(f"{server.url}: the certificate is not trusted: {cause.verify_message}")
+                return UnfinishedError(f"{server.url}: the certificate is not trusted: {cause.verify_message}")
         reasons = (os.strerror(cause.errno) for cause in causes(error) if isinstance(cause, OSError) and cause.errno)
         return NotReachedError(next(reasons, self._shown(error)))
 
@@ -147,7 +147,7 @@ class ChatClient:
         code = error_code(content)
         kind, message = f"http-{status}", f"HTTP {status}: {reason}"
         if status == 402 or "insufficient_quota" in code:
-            raise StoppedError(f"{server.url}: the account has no credit left: {message}")
+            raise UnfinishedError(f"{server.url}: the account has no credit left: {message}")
         if status in THROTTLED:
             header = response.headers.get("retry-after", "")
             wait = seconds_to_wait(header) or None
@@ -163,17 +163,17 @@ class ChatClient:
         raise ImageError(kind, message)
 
     def _refuse_all(self, server: Server, status: int, code: str, message: str, location: str) -> None:
-        """Raises StoppedError for a status that every request would get."""
+        """Raises UnfinishedError for a status that every request would get."""
         if status in UNAUTHORIZED:
             used = f"the key in {self._key.variable}" if self._key.variable else f"requests without a key ({KEYS[0]})"
-            raise StoppedError(f"{server.url} does not accept {used}: {message}")
+            raise UnfinishedError(f"{server.url} does not accept {used}: {message}")
         if 300 <= status < 400:
-            raise StoppedError(f"{server.url} redirects to {shown_text(location)}: give that address to --endpoint")
+            raise UnfinishedError(f"{server.url} redirects to {shown_text(location)}: give that address to --endpoint")
         unknown = "model" in message.lower() and ("not found" in message.lower() or "not exist" in message.lower())
         if "model_not_found" in code or (unknown and status in (400, 404, 422)):
-            raise StoppedError(f"{server.url} has no model {self._model}: {message}")
+            raise UnfinishedError(f"{server.url} has no model {self._model}: {message}")
         if status in (404, 405, 501):
-            raise StoppedError(f"{server.url} answers no chat completions: {message}; most addresses end with /v1")
+            raise UnfinishedError(f"{server.url} answers no chat completions: {message}; most addresses end with /v1")
 
     def _shown(self, error: Exception) -> str:
         return self._key.hidden_in(shown_text(str(error))) or type(error).__name__

@@ -6,7 +6,6 @@ import asyncio
 import heapq
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 from types import TracebackType
@@ -21,7 +20,7 @@ from capcli.captioning.chat.client import (
 from capcli.captioning.chat.completions import Completion
 from capcli.captioning.chat.request import RequestTemplate
 from capcli.captioning.chat.servers import Server, Servers, backoff
-from capcli.errors import BoundError, ImageError, StoppedError
+from capcli.errors import BoundError, ImageError, UnfinishedError
 from capcli.options import EndpointOptions
 from capcli.progress import warn
 from capcli.records import Loaded
@@ -44,6 +43,23 @@ class Work:
 
     def __lt__(self, other: Work) -> bool:
         return self.index < other.index
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A request under way."""
+
+    work: Work
+    server: Server
+    started: float
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """An attempt is to be repeated after a delay in seconds, if possible by another server than `avoided`."""
+
+    avoided: Server | None = None
+    delay: float = 0.0
 
 
 Outcome = Completion | ImageError | None  # None: given up because the run ends
@@ -79,7 +95,7 @@ class Schedule:
         self._usage = usage
         self._waiting: list[Work] = []  # a heap: the first images first
         self._delayed: dict[Work, asyncio.TimerHandle] = {}
-        self._running: dict[asyncio.Task[None], Work] = {}
+        self._running: dict[asyncio.Task[Outcome | Retry], Attempt] = {}
         self._wake: asyncio.TimerHandle | None = None
         self._left_out: set[Server] = set()
         self._ended = False  # no more requests start
@@ -141,8 +157,33 @@ class Schedule:
         server.active += 1
         self._usage.requests += 1
         task = self._loop.create_task(self._attempt(work, server))
-        self._running[task] = work
-        task.add_done_callback(self._running.pop)
+        self._running[task] = Attempt(work, server, time.monotonic())
+        task.add_done_callback(self._finish)
+
+    def _finish(self, task: asyncio.Task[Outcome | Retry]) -> None:
+        """Store the outcome of an attempt, or queue its image again. A task may be cancelled before it runs at all."""
+        attempt = self._running.pop(task)
+        attempt.server.active -= 1
+        self._usage.seconds += time.monotonic() - attempt.started
+        outcome: Outcome | Retry = None
+        if not task.cancelled():
+            error = task.exception()
+            if error is None:
+                outcome = task.result()
+            else:
+                self._fail(error)
+        if isinstance(outcome, Retry):
+            self._repeat(attempt.work, outcome)
+        else:
+            self.outcomes.put((attempt.work, outcome))
+        self._assign()
+
+    def _repeat(self, work: Work, retry: Retry) -> None:
+        work.avoided = retry.avoided
+        if retry.delay and not self._ended:
+            self._delayed[work] = self._loop.call_later(retry.delay, self._enqueue, work)
+        else:
+            self._enqueue(work)
 
     def _wake_later(self) -> None:
         if self._wake is not None:
@@ -181,49 +222,23 @@ class Schedule:
             if task is not asyncio.current_task(self._loop):
                 task.cancel()
 
-    async def _attempt(self, work: Work, server: Server) -> None:
-        outcome: Outcome = None
-        retry: Callable[[], None] | None = None
+    async def _attempt(self, work: Work, server: Server) -> Outcome | Retry:
         logprobs = self.logprobs
-        started = time.monotonic()
+        body = self._template.body(work.image.pixels, work.prompt, logprobs=logprobs)
         try:
-            body = self._template.body(work.image.pixels, work.prompt, logprobs=logprobs)
-            outcome = self._counted(await self._client.complete(server, body, logprobs=logprobs), server)
-        except asyncio.CancelledError:
-            pass  # given up
+            return self._counted(await self._client.complete(server, body, logprobs=logprobs), server)
         except NoLogprobsError:
             self.logprobs = False
-            retry = self._again(work, None, 0.0)
+            return Retry()
         except NotReachedError as error:
             self._usage.requests -= 1
-            retry = self._not_reached(work, server, str(error))
+            return self._not_reached(server, str(error))
         except RepeatableError as error:
-            outcome, retry = self._failed(work, server, error)
+            return self._failed(work, server, error)
         except ImageError as error:
-            outcome = error
             if error.kind.startswith("http-") and not self._captioned:
                 self._count_lost(server, str(error))
-        except Exception as error:
-            self._fail(error)
-        server.active -= 1
-        self._usage.seconds += time.monotonic() - started
-        if retry is not None:
-            retry()
-        else:
-            self.outcomes.put((work, outcome))
-        self._assign()
-
-    def _again(self, work: Work, avoided: Server | None, delay: float) -> Callable[[], None]:
-        """A function that queues an image again after a delay in seconds."""
-
-        def retry() -> None:
-            work.avoided = avoided
-            if delay and not self._ended:
-                self._delayed[work] = self._loop.call_later(delay, self._enqueue, work)
-            else:
-                self._enqueue(work)
-
-        return retry
+            return error
 
     def _counted(self, completion: Completion, server: Server) -> Completion:
         self._captioned = True
@@ -233,53 +248,51 @@ class Schedule:
         self._usage.completion_tokens += counts[1] or 0
         if None in counts and self._options.max_tokens_total is not None:
             self._end(
-                StoppedError(
+                UnfinishedError(
                     f"{server.url} reports no numbers of tokens, which --max-tokens-total needs: use --max-requests"
                 )
             )
         return completion
 
-    def _failed(
-        self, work: Work, server: Server, error: RepeatableError
-    ) -> tuple[ImageError | None, Callable[[], None] | None]:
-        """The failure of an image whose attempt failed, or a function that repeats it."""
+    def _failed(self, work: Work, server: Server, error: RepeatableError) -> ImageError | Retry | None:
+        """The failure of an image whose attempt failed, unless it is to be repeated or given up."""
         work.attempts += 1
         server.failure(alone=len(self._servers.each) == 1)
         if (error.wait or 0.0) > LONGEST_WAIT:
             self._fail(
-                StoppedError(
+                UnfinishedError(
                     f"{server.url} accepts no requests for {error.wait:.0f} seconds: {error}; the same command continues the run"
                 )
             )
-            return None, None
+            return None
         if work.attempts <= self._options.retries:
-            return None, self._again(work, server, backoff(work.attempts) if error.wait is None else 0.0)
+            return Retry(server, backoff(work.attempts) if error.wait is None else 0.0)
         self._count_lost(server, str(error))
         attempts = f" ({counted(work.attempts, 'attempt')})" if work.attempts > 1 else ""
-        return ImageError(error.kind, f"{error}{attempts}"), None
+        return ImageError(error.kind, f"{error}{attempts}")
 
     def _count_lost(self, server: Server, reason: str) -> None:
         """Count an image without an answer; after `LOST` in a row the run stops."""
         self._lost_in_row += 1
         if self._lost_in_row == LOST:
             self._fail(
-                StoppedError(
+                UnfinishedError(
                     f"{server.url} answered none of the last {LOST} images, the last: {reason}; the same command continues the "
                     "run, and --retry-failed tries them again"
                 )
             )
 
-    def _not_reached(self, work: Work, server: Server, reason: str) -> Callable[[], None] | None:
-        """A function that repeats an attempt without a connection; the run stops where all servers stay unreachable."""
+    def _not_reached(self, server: Server, reason: str) -> Retry | None:
+        """An attempt without a connection is repeated, unless all servers stay unreachable: then the run stops."""
         server.not_reached()
         most = self._options.retries
         if server.unreachable > most:
             if all(each.unreachable > most for each in self._servers.each):
                 self._fail(
-                    StoppedError(f"{server.url} cannot be reached: {reason}; the same command continues the run")
+                    UnfinishedError(f"{server.url} cannot be reached: {reason}; the same command continues the run")
                 )
                 return None
             if server not in self._left_out:
                 self._left_out.add(server)
                 warn(f"{server.url} cannot be reached and is left out: {reason}")
-        return self._again(work, server, 0.0)
+        return Retry(server)
