@@ -18,6 +18,8 @@ from capcli.imports import UNUSED
 NEEDED = ("torch", "transformers", "pillow", "numpy", "huggingface_hub", "safetensors", "click", "rich")
 USES = {
     "gpu-decode": "capcli caption --gpu-decode, on CUDA",
+    "endpoint": "capcli caption --endpoint, --schema",
+    "vlm": "SmolVLM models",
     "heif": "HEIC and HEIF images",
     "metrics": "capcli evaluate",
     "onnx": "capcli export, and engines in ONNX Runtime",
