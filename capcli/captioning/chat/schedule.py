@@ -129,7 +129,8 @@ class Schedule:
         finally:
             for task in self._running:
                 task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*self._running, return_exceptions=True))
+            if self._running:
+                self._loop.run_until_complete(asyncio.wait(list(self._running)))
             self._loop.run_until_complete(self._client.close())
             self._loop.close()
 
