@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from capcli.captioning.chat.client import (
     ChatClient,
@@ -129,8 +129,8 @@ class Schedule:
         finally:
             for task in self._running:
                 task.cancel()
-            if self._running:
-                self._loop.run_until_complete(asyncio.wait(list(self._running)))
+            ended: Any = asyncio.gather(*self._running, return_exceptions=True)
+            self._loop.run_until_complete(ended)
             self._loop.run_until_complete(self._client.close())
             self._loop.close()
 
