@@ -16,10 +16,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from chat_server import Asked, ChatServer, completion, image_of, save_numbered, scored, serving
 from PIL import Image
 from running import Ended, call, ended, execute, spawn, wait_until
+
+from capcli.captioning.chat.completions import Completion
+from capcli.captioning.chat.request import RequestTemplate
+from capcli.captioning.chat.schedule import Schedule, Usage, Work
+from capcli.captioning.chat.servers import Server, Servers
+from capcli.errors import UnfinishedError
+from capcli.options import EndpointOptions
+from capcli.records import Loaded
 
 KEY = "sk-secret-0123456789"
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -244,6 +253,27 @@ def test_an_error_of_every_request_stops_the_run_in_one_sentence(
     assert len(done.err.splitlines()) == 1
     assert len(server.bodies) <= 4
     assert (rows(out), failures(out)) == ([], {})
+
+
+def test_an_image_whose_request_is_cancelled_before_it_begins_has_an_outcome() -> None:
+    class Refusing:
+        """Submits the second image just before the first one stops the run: its request is created and cancelled at once."""
+
+        async def complete(self, *_: object, **__: object) -> Completion:
+            schedule.submit(second)
+            raise UnfinishedError("no")
+
+        async def close(self) -> None:
+            pass
+
+    first, second = (Work(n, Loaded(str(n), np.zeros(3, np.uint8)), "") for n in range(2))
+    url = "http://127.0.0.1:9/v1"
+    template = RequestTemplate("vlm", None, {})
+    with Schedule(EndpointOptions((url,)), Refusing(), Servers([Server(url, 2)]), template, Usage()) as schedule:
+        schedule.submit(first)
+        found = {schedule.outcomes.get(timeout=10)[0].index for _ in range(2)}
+    assert found == {0, 1}
+    assert str(schedule.stopped) == "no"
 
 
 @pytest.mark.parametrize(
