@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from capcli.captioning.backends.slots import SlotsBackend
+from capcli.captioning.backends.slots_backend import SlotsBackend
 from capcli.captioning.backends.slots_plan import search_settings
 from capcli.captioning.captioner import Captioner
 from capcli.captioning.pipeline import CaptionRun, earlier_naming, new_run_file, wanted_entries

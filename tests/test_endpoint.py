@@ -24,7 +24,7 @@ from running import Ended, call, ended, execute, spawn, wait_until
 
 from capcli.captioning.chat.completions import Completion
 from capcli.captioning.chat.request import RequestTemplate
-from capcli.captioning.chat.schedule import Schedule, Usage, Work
+from capcli.captioning.chat.schedule import Schedule, Usage, ImageRequest
 from capcli.captioning.chat.servers import Server, Servers
 from capcli.errors import UnfinishedError
 from capcli.options import EndpointOptions
@@ -266,7 +266,7 @@ def test_an_image_whose_request_is_cancelled_before_it_begins_has_an_outcome() -
         async def close(self) -> None:
             pass
 
-    first, second = (Work(n, Loaded(str(n), np.zeros(3, np.uint8)), "") for n in range(2))
+    first, second = (ImageRequest(n, Loaded(str(n), np.zeros(3, np.uint8)), "") for n in range(2))
     url = "http://127.0.0.1:9/v1"
     template = RequestTemplate("vlm", None, {})
     with Schedule(EndpointOptions((url,)), Refusing(), Servers([Server(url, 2)]), template, Usage()) as schedule:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from capcli.captioning.backends.slots import SlotsBackend
+from capcli.captioning.backends.slots_backend import SlotsBackend
 from capcli.captioning.pipeline import CaptionRun, wanted_entries
 from capcli.options import CaptionOptions, GenerationOptions, SinkOptions, SourceOptions
 from capcli.progress import Report

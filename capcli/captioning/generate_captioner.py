@@ -287,10 +287,10 @@ class GenerateCaptioner:
         without_pixels = Loaded(loaded.name, loaded.pixels[:0], loaded.facts, prompt=prompt)
         return Item(index, without_pixels, inputs)
 
-    def _generate(self, items: list[Item], settings: GenerateSettings) -> Outcome:
+    def _generate(self, items: list[Item], settings: GenerateSettings) -> BatchOutcome:
         """Results of a batch. Those of a batch for which memory does not suffice, or that fails, come in smaller batches."""
         try:
-            return Outcome(list(zip(items, self._results(items, settings), strict=True)))
+            return BatchOutcome(list(zip(items, self._results(items, settings), strict=True)))
         except (torch.OutOfMemoryError, MemoryError) as error:
             kind, message = "out-of-memory", one_line(error)
         except Exception as error:  # of the model's code
@@ -298,12 +298,12 @@ class GenerateCaptioner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(items) == 1:
-            return Outcome([(items[0], self._failure(items[0], kind, message))])
+            return BatchOutcome([(items[0], self._failure(items[0], kind, message))])
         half = len(items) // 2
         parts = [self._generate(part, settings) for part in (items[:half], items[half:])]
         sizes = [part.batch for part in parts if part.batch is not None]
         smaller = min([half, *sizes]) if kind == "out-of-memory" else None
-        return Outcome([pair for part in parts for pair in part.results], smaller)
+        return BatchOutcome([pair for part in parts for pair in part.results], smaller)
 
     def _failure(self, item: Item, kind: str, message: str) -> Failure:
         """Raises CapcliError instead where the model has captioned nothing yet and failed for several images."""
@@ -381,7 +381,7 @@ class GenerateCaptioner:
 
 
 @dataclass
-class Outcome:
+class BatchOutcome:
     """The results of a batch, and a smaller batch size where memory ran out."""
 
     results: list[tuple[Item, Result]]

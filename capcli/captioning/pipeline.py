@@ -23,7 +23,7 @@ import PIL
 
 from capcli import __version__, console
 from capcli.captioning.backends import open_backend
-from capcli.captioning.backends.base import Backend
+from capcli.captioning.backends.backend import Backend
 from capcli.decoding.activity import Activity
 from capcli.errors import UnfinishedError, UsageError
 from capcli.interrupts import Interrupts, announced

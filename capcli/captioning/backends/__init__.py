@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from capcli.captioning.backends.base import Backend
+from capcli.captioning.backends.backend import Backend
 from capcli.options import CaptionOptions
 from capcli.progress import warn
 from capcli.storage.run_file import RunFile
@@ -15,7 +15,7 @@ def open_backend(options: CaptionOptions, earlier: RunFile | None) -> Backend:
     possible, and CapcliError where the model cannot be used.
     """
     if options.endpoint is not None:
-        from capcli.captioning.backends.endpoint import EndpointBackend
+        from capcli.captioning.backends.endpoint_backend import EndpointBackend
 
         return EndpointBackend.open(options, options.endpoint, earlier)
     return open_model(options, earlier)
@@ -23,8 +23,8 @@ def open_backend(options: CaptionOptions, earlier: RunFile | None) -> Backend:
 
 def open_model(options: CaptionOptions, earlier: RunFile | None) -> Backend:
     """The backend for a model on this machine. Imports torch, which servers make unnecessary."""
-    from capcli.captioning.backends.generate import GenerateBackend
-    from capcli.captioning.backends.slots import SlotsBackend
+    from capcli.captioning.backends.generate_backend import GenerateBackend
+    from capcli.captioning.backends.slots_backend import SlotsBackend
     from capcli.captioning.model import find_any_model
     from capcli.models.model_files import has_family
 

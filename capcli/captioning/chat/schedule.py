@@ -32,7 +32,7 @@ JOIN = 5.0  # seconds to wait for the thread at the end
 
 
 @dataclass(slots=True, eq=False)
-class Work:
+class ImageRequest:
     """One image: what its requests contain, and how many of them failed."""
 
     index: int
@@ -41,7 +41,7 @@ class Work:
     attempts: int = 0
     avoided: Server | None = None  # where the last attempt failed
 
-    def __lt__(self, other: Work) -> bool:
+    def __lt__(self, other: ImageRequest) -> bool:
         return self.index < other.index
 
 
@@ -49,7 +49,7 @@ class Work:
 class Attempt:
     """A request under way."""
 
-    work: Work
+    work: ImageRequest
     server: Server
     started: float
 
@@ -88,13 +88,13 @@ class Schedule:
     def __init__(
         self, options: EndpointOptions, client: ChatClient, servers: Servers, template: RequestTemplate, usage: Usage
     ) -> None:
-        self.outcomes: SimpleQueue[tuple[Work, Outcome]] = SimpleQueue()
+        self.outcomes: SimpleQueue[tuple[ImageRequest, Outcome]] = SimpleQueue()
         self.stopped: BaseException | None = None
         self.logprobs = True  # whether requests ask for log-probabilities
         self._options, self._client, self._servers, self._template = options, client, servers, template
         self._usage = usage
-        self._waiting: list[Work] = []  # a heap: the first images first
-        self._delayed: dict[Work, asyncio.TimerHandle] = {}
+        self._waiting: list[ImageRequest] = []  # a heap: the first images first
+        self._delayed: dict[ImageRequest, asyncio.TimerHandle] = {}
         self._running: dict[asyncio.Task[Outcome | Retry], Attempt] = {}
         self._wake: asyncio.TimerHandle | None = None
         self._left_out: set[Server] = set()
@@ -114,7 +114,7 @@ class Schedule:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(JOIN)
 
-    def submit(self, work: Work) -> None:
+    def submit(self, work: ImageRequest) -> None:
         """Queue an image. Called by another thread, as `end` is."""
         self._loop.call_soon_threadsafe(self._enqueue, work)
 
@@ -134,7 +134,7 @@ class Schedule:
             self._loop.run_until_complete(self._client.close())
             self._loop.close()
 
-    def _enqueue(self, work: Work) -> None:
+    def _enqueue(self, work: ImageRequest) -> None:
         self._delayed.pop(work, None)
         if self._ended:
             self.outcomes.put((work, None))
@@ -154,7 +154,7 @@ class Schedule:
                 return
             self._start(heapq.heappop(self._waiting), server)
 
-    def _start(self, work: Work, server: Server) -> None:
+    def _start(self, work: ImageRequest, server: Server) -> None:
         server.active += 1
         self._usage.requests += 1
         task = self._loop.create_task(self._attempt(work, server))
@@ -179,7 +179,7 @@ class Schedule:
             self.outcomes.put((attempt.work, outcome))
         self._assign()
 
-    def _repeat(self, work: Work, retry: Retry) -> None:
+    def _repeat(self, work: ImageRequest, retry: Retry) -> None:
         work.avoided = retry.avoided
         if retry.delay and not self._ended:
             self._delayed[work] = self._loop.call_later(retry.delay, self._enqueue, work)
@@ -223,7 +223,7 @@ class Schedule:
             if task is not asyncio.current_task(self._loop):
                 task.cancel()
 
-    async def _attempt(self, work: Work, server: Server) -> Outcome | Retry:
+    async def _attempt(self, work: ImageRequest, server: Server) -> Outcome | Retry:
         logprobs = self.logprobs
         body = self._template.body(work.image.pixels, work.prompt, logprobs=logprobs)
         try:
@@ -255,7 +255,7 @@ class Schedule:
             )
         return completion
 
-    def _failed(self, work: Work, server: Server, error: RepeatableError) -> ImageError | Retry | None:
+    def _failed(self, work: ImageRequest, server: Server, error: RepeatableError) -> ImageError | Retry | None:
         """The failure of an image whose attempt failed, unless it is to be repeated or given up."""
         work.attempts += 1
         server.failure(alone=len(self._servers.each) == 1)

@@ -16,7 +16,7 @@ from capcli.captioning.answers import Answer, Problem, accept, judge
 from capcli.captioning.chat.client import ApiKey, ChatClient
 from capcli.captioning.chat.completions import Choice, Completion
 from capcli.captioning.chat.request import RequestTemplate, sampling_of
-from capcli.captioning.chat.schedule import Outcome, Schedule, Usage, Work
+from capcli.captioning.chat.schedule import ImageRequest, Outcome, Schedule, Usage
 from capcli.captioning.chat.schema import AnswerSchema
 from capcli.captioning.chat.servers import Server, Servers
 from capcli.captioning.feed import POLL_SECONDS, Arrivals, Deliver, OrderedDelivery
@@ -240,7 +240,7 @@ class Traffic:
             self._deliver(index, arrival)
             return
         try:
-            work = Work(index, arrival, self._prompts.of(arrival))
+            work = ImageRequest(index, arrival, self._prompts.of(arrival))
         except ImageError as error:
             self._deliver(index, Failure(arrival.name, error.kind, str(error)))
             return
@@ -259,7 +259,7 @@ class Traffic:
         except Empty:
             return
 
-    def _finish(self, work: Work, outcome: Outcome) -> None:
+    def _finish(self, work: ImageRequest, outcome: Outcome) -> None:
         self._under_way -= 1
         del self._unfinished[work.index]
         if outcome is not None:
