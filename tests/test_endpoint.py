@@ -24,7 +24,7 @@ from running import Ended, call, ended, execute, spawn, wait_until
 
 from capcli.captioning.chat.completions import Completion
 from capcli.captioning.chat.request import RequestTemplate
-from capcli.captioning.chat.schedule import Schedule, Usage, ImageRequest
+from capcli.captioning.chat.schedule import ImageRequest, Schedule, Usage
 from capcli.captioning.chat.servers import Server, Servers
 from capcli.errors import UnfinishedError
 from capcli.options import EndpointOptions
