@@ -188,7 +188,7 @@ def captioner_of(assembled: AssembledCaptioner, size: tuple[int, int]) -> Iterat
     )
     try:
         with torch.inference_mode():
-            yield SlotCaptioner(captioning_model, ModelFiles("", "", None, {}, {}))
+            yield SlotCaptioner(captioning_model, ModelFiles("", "", None, config, {}))
     finally:
         step.decoder.set_attn_implementation(attention)
         model.train(training)
