@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -80,7 +80,7 @@ class OneToken:
 class Undecoded(SlotsBackend):
     """A backend that decodes no files."""
 
-    def load(self, entries: Iterable[Entry]) -> Loading:
+    def load(self, entries: Iterable[Entry], facts: Collection[str]) -> Loading:  # noqa: ARG002
         height, width = self.captioner.model.size
         blank = np.zeros((height, width, 3), np.uint8)
         return load(entries, lambda _: (blank, {}), workers=0)

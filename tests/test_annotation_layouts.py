@@ -213,11 +213,11 @@ def test_references_of_two_files_are_those_of_one_image_in_any_unicode_form(tmp_
 
 
 def test_tags_are_found_in_another_unicode_form(tmp_path: Path) -> None:
-    from capcli.annotations.tags import MetadataTags
+    from capcli.annotations.metadata import MetadataColumn
 
     rows = [{"file_name": "K\u00e4.jpg", "tags": ["dog"]}, {"file_name": "b.jpg", "tags": ["cat"]}]
     save(tmp_path / "metadata.jsonl", "\n".join(map(json.dumps, rows)) + "\n{")
-    tags = MetadataTags("tags")
+    tags = MetadataColumn("tags")
     assert tags.of(str(tmp_path / unicodedata.normalize("NFD", "K\u00e4.jpg"))) == "[dog]"
     assert tags.of(str(tmp_path / "b.jpg")) == "[cat]"
 

@@ -264,6 +264,6 @@ def test_an_encoder_that_transformers_cannot_pair_is_refused_by_name(tmp_path: P
     folder = save_captioner(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     change_json(folder / "config.json", {"encoder": config["encoder"] | {"model_type": "convnext"}})
-    done = call("caption", paint(tmp_path / "photos", "a.png"), "--model", folder, "-o", "-")
+    done = call("caption", paint(tmp_path / "photos", "a.png"), "--model", folder, "-o", "-", "--backend", "slots")
     assert done.code == 1
     assert "convnext and gpt2" in done.err

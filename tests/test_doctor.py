@@ -364,7 +364,7 @@ def test_a_runtime_that_hangs_is_killed(machine: Machine, monkeypatch: pytest.Mo
 
 def test_java_missing_working_and_broken(machine: Machine) -> None:
     lines = {line["name"]: line for line in machine.findings()["extras"]}
-    assert set(lines) == {"gpu-decode", "heif", "metrics", "onnx", "train", "Java"}
+    assert set(lines) == {"endpoint", "gpu-decode", "heif", "metrics", "onnx", "train", "vlm", "Java"}
     assert lines["Java"]["state"] == "missing"
     assert "install" in lines["Java"]["fix"]
     machine.program("java", "echo 'openjdk version \"99\"' >&2")

@@ -208,7 +208,8 @@ def test_the_readme_lists_every_family() -> None:
     rows = {
         row.split("|")[1].strip(" `"): [cell.strip() for cell in row.split("|")[3:7]] for row in table.splitlines()[2:]
     }
-    assert rows.keys() == FILES.keys()
+    assert rows.keys() - {"others", "any"} == FILES.keys()
+    rows = {kind: cells for kind, cells in rows.items() if kind in FILES}
     assert all(cells[:3] == ["yes"] * 3 for cells in rows.values())
     configs = [
         {"model_type": "vision-encoder-decoder"},

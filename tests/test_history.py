@@ -257,8 +257,7 @@ def test_curves_that_cannot_be_drawn_are_a_warning(tmp_path: Path, monkeypatch: 
     assert str(draw_curves(str(tmp_path), course(5))).startswith("curves.png is not drawn: IsADirectoryError")
     for name in ("capcli.training.output.curves", "matplotlib"):
         monkeypatch.setitem(sys.modules, name, None)
-    missing = "curves.png is not drawn, matplotlib is missing: pip install 'capcli[train]'"
-    assert draw_curves(str(tmp_path), course(5)) == missing
+    assert str(draw_curves(str(tmp_path), course(5))).startswith("curves.png is not drawn: ")
 
 
 def test_curves_are_drawn_after_new_points_and_a_warning_is_not_repeated(

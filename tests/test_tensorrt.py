@@ -586,5 +586,5 @@ def test_a_broken_tensorrt_has_another_error_than_a_missing_one(monkeypatch, tmp
     (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(CapcliError, match=r"installed but cannot be loaded \(libnvinfer.so.10"):
+    with pytest.raises(CapcliError, match=r"installed but cannot be loaded \(ImportError: libnvinfer.so.10"):
         import_tensorrt()

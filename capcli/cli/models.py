@@ -8,7 +8,7 @@ from capcli.cli.click_options import SectionedCommand, debug_option, flag_option
 
 
 @click.command(cls=SectionedCommand, short_help="List models: what is cached, and which backend runs it.")
-@click.argument("folders", nargs=-1, type=click.Path(exists=True, file_okay=False))
+@click.argument("folders", nargs=-1, type=click.Path())
 @flag_option("--json", "as_json", section="Output", help="Print JSON instead of a table.")
 @debug_option
 def models(folders: tuple[str, ...], as_json: bool) -> int:

@@ -41,6 +41,9 @@ def cache_models() -> Iterator[Line]:
 def folder_models(folders: Iterable[str]) -> Iterator[Line]:
     """One line for each folder."""
     for folder in folders:
+        if not os.path.isdir(folder):
+            yield Line(folder, "none", "no such folder", facts={"backend": NONE})
+            continue
         with os.scandir(folder) as entries:
             size = sum(entry.stat().st_size for entry in entries if entry.is_file())
         yield model_line(folder, folder, size)

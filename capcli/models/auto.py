@@ -28,6 +28,7 @@ from capcli.models.model_files import (
     IncompleteError,
     ModelFiles,
     ModelListing,
+    check_architecture,
     processor_of,
     weight_files,
 )
@@ -49,7 +50,8 @@ TEXTS: Mapping[str, tuple[str, str | None]] = {
 
 def generates(config: Mapping[str, Any]) -> bool:
     """Whether transformers has a class that generates text from images for a config.json."""
-    return config.get("model_type") in IMAGE_TO_TEXT or config.get("model_type") in FILES
+    kind = str(config.get("model_type"))
+    return kind in IMAGE_TO_TEXT or kind in FILES
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,8 @@ def collect_any(name: str, listing: ModelListing, revision: str | None) -> Model
     if CONFIG not in listing.names:
         raise IncompleteError(f"{listing.title} has no {CONFIG}, so it is not a model in the format of transformers.")
     config = listing.read_json(CONFIG)
+    if config.get("model_type") in FILES and "auto_map" in config:
+        check_architecture(name, config)  # raises for code of its own, and names the same weights without
     if not generates(config):
         raise CapcliError(not_generated(name, config))
     weights = weight_files(listing)

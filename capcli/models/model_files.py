@@ -35,6 +35,8 @@ PROCESSORS = {
     "beit": "BeitImageProcessor",
     "blip": "BlipImageProcessor",
     "deit": "DeiTImageProcessor",
+    "dinov2": "BitImageProcessor",
+    "donut-swin": "DonutImageProcessor",
     "florence2": "CLIPImageProcessor",
     "git": "CLIPImageProcessor",
     "resnet": "ConvNextImageProcessor",
@@ -152,7 +154,7 @@ def collect_files(name: str, listing: ModelListing, revision: str | None) -> Mod
 
 def has_family(config: Mapping[str, Any]) -> bool:
     """Whether a family of capcli.models runs the architecture of a config.json."""
-    kind = config.get("model_type")
+    kind = model_type(config)
     if kind in CONVERTED and "auto_map" in config:
         return False
     if kind not in JOINED:
