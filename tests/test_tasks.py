@@ -456,7 +456,7 @@ def test_a_t5_keeps_its_weights_and_gets_missing_embeddings(tmp_path: Path, gate
         model.question_encoder.encoder.block[0].layer[0].SelfAttention.q.weight,
         (original.encoder.block[0].layer[0].SelfAttention.q.weight),
     )
-    assert torch.equal(model.encoder.embeddings.norm.weight, encoder.swinv2.embeddings.norm.weight)
+    assert torch.equal(model.encoder.embeddings.norm.weight, encoder.base_model.embeddings.norm.weight)
     assert len(gaps_of(assembled.tokenizer)) == 100
     ids = assembled.tokenizer("a <loc_39> dog", add_special_tokens=False)["input_ids"]
     assert assembled.tokenizer.decode(ids) == "a <loc_39> dog"
