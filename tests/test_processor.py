@@ -74,7 +74,9 @@ def photos(count: int) -> list[Path]:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_each_class_with_its_defaults(name: str, tmp_path: Path) -> None:
-    assert_same({"image_processor_type": f"{name}ImageProcessor"}, [noise(*shape) for shape in SHAPES[:-1]], tmp_path)
+    # Donut's default size is 2560 x 1920: its processor would resize the longest shapes to gigabytes
+    shapes = [noise(*shape) for shape in SHAPES[:-1] if name != "Donut" or max(shape) < 100 * min(shape)]
+    assert_same({"image_processor_type": f"{name}ImageProcessor"}, shapes, tmp_path)
 
 
 @pytest.mark.parametrize("name", CLASSES)
