@@ -78,7 +78,8 @@ class FakeRuntime:
         self.images = {}
         self.call()
 
-    def encode(self, pixels: np.ndarray, encoder_ids: Sequence[Sequence[int]]) -> Chunk:
+    def encode(self, images: Sequence[np.ndarray], encoder_ids: Sequence[Sequence[int]]) -> Chunk:
+        pixels = np.stack(images)
         self.call()
         assert pixels.shape == (self.shapes.chunk, 2, 2, 3), "encode has one shape"
         assert len(encoder_ids) == len(pixels)

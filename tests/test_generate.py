@@ -193,8 +193,8 @@ def test_images_are_bounded_where_the_processor_has_no_bound(tmp_path: Path) -> 
     settings["image_processor"]["size"] = {"shortest_edge": 16, "longest_edge": 1 << 30}
     (free / "processor_config.json").write_text(json.dumps(settings))
     captioner: Any = Captioner.load(str(free), device="cpu", dtype="float32").core
-    assert captioner.bound_edge(None) == 1024
-    assert captioner.bound_edge(300) == 300
+    assert captioner.auto.bound_edge(None) == 1024
+    assert captioner.auto.bound_edge(300) == 300
     photos = paint(tmp_path / "photos", "a.png")
     Image.open(photos / "a.png").resize((160, 120)).save(photos / "a.png")
     small, large = (caption(photos, free, tmp_path / f"{edge}.jsonl", "--max-image-edge", edge) for edge in (16, 1000))

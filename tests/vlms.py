@@ -250,6 +250,24 @@ def internvl() -> Made:
     return t.InternVLForConditionalGeneration(config), processor
 
 
+def onevision() -> Made:
+    words = tokenizer(image_token=IMAGE, video_token="<video>")
+    pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56]]
+    config = t.LlavaOnevisionConfig(
+        vision_config=SIGLIP | {"vision_use_head": False},
+        text_config=LLAMA | {"model_type": "qwen2", "vocab_size": len(words)},
+        image_token_index=words.convert_tokens_to_ids(IMAGE),
+        video_token_index=words.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-1,
+    )
+    images = pil("LlavaOnevisionImageProcessor", size=SIZE, image_grid_pinpoints=pinpoints)
+    processor = without_video(t.LlavaOnevisionProcessor)(
+        images, words, num_image_tokens=16, vision_feature_select_strategy="full", chat_template=chat(IMAGE)
+    )
+    return t.LlavaOnevisionForConditionalGeneration(config), processor
+
+
 QFORMER = {**VIT, "encoder_hidden_size": 32}
 OPT = {
     "model_type": "opt",
@@ -355,6 +373,7 @@ MODELS: Mapping[str, Callable[[], Made]] = {
     "qwen3-vl": lambda: qwen("Qwen3VL"),
     "gemma3": gemma3,
     "internvl": internvl,
+    "llava-onevision": onevision,
     "blip-2": lambda: blip2("Blip2"),
     "instructblip": lambda: blip2("InstructBlip"),
     "kosmos-2": kosmos2,

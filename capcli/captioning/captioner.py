@@ -21,10 +21,12 @@ from capcli.captioning.feed import Result
 from capcli.captioning.generate_captioner import load_generate
 from capcli.captioning.model import choose_dtype, device_of, find_any_model, load_model
 from capcli.captioning.slot_captioner import ImageLike, SlotCaptioner
+from capcli.captioning.vlm_captioner import load_vlm
 from capcli.engine.engine_json import engine_of
 from capcli.errors import UsageError
 from capcli.models.dtypes import choose_device
 from capcli.models.model_files import has_family
+from capcli.models.vlm import vlm_family
 from capcli.options import DEFAULT_MODEL, MAX_PIXELS, GenerationOptions
 
 ONE_IMAGE = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)
@@ -74,7 +76,8 @@ class Captioner:
         files = find_any_model(model, revision, backend, quiet=True)
         if backend == "generate" or not (files.is_engine or has_family(files.config)):
             place = choose_device(device)
-            return cls(load_generate(files, choose_dtype(dtype, place), place))
+            in_slots = backend != "generate" and place.type != "mps" and vlm_family(files.config) is not None
+            return cls((load_vlm if in_slots else load_generate)(files, choose_dtype(dtype, place), place))
         engine = engine_of(files)
         chosen = device_of(device, engine)
         return cls(SlotCaptioner(load_model(files, engine, chosen, choose_dtype(dtype, chosen, engine)), files))

@@ -19,11 +19,9 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig
 
-from capcli import pixels
-from capcli.captioning.answers import without_reasoning
 from capcli.captioning.feed import POLL_SECONDS, Arrivals, Deliver, LocalArrivals, OrderedDelivery, Result
-from capcli.captioning.prompts import Prompts
-from capcli.captioning.slot_captioner import ImageLike, caption_text, load_image
+from capcli.captioning.processed import MAX_NEW_TOKENS, Given, answer_text, one_line, whole_image
+from capcli.captioning.slot_captioner import ImageLike, caption_text, overflow
 from capcli.decoding import noise
 from capcli.decoding.activity import Activity
 from capcli.decoding.settings import as_ids
@@ -43,30 +41,17 @@ BATCH = {"cpu": 4}  # images that are generated together, by device type
 GPU_BATCH = 16
 LOGITS_SHARE = 8  # at most this fraction of the free memory holds the logits of a batch, from which scores are computed
 WINDOW = 4  # batches of images that wait for others of their shape
-MAX_NEW_TOKENS = (
-    128  # where neither the options nor the model state it: generate()'s own default of 20 cuts sentences off
-)
 HOPELESS = 3  # images in a row that the model itself cannot process, and none before them: then the run ends
-LARGEST_EDGE = (
-    1024  # of images for a model whose number of image tokens grows with the image without a bound of its own
-)
 
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """What captions depend on: `generation` is the resolved GenerationConfig, `ends` are the ids that end a caption.
-
-    `max_edge` bounds the image's longest edge in pixels; None: no bound. With `prompts` each image has a prompt of its own.
-    """
+    """What captions depend on: `generation` is the resolved GenerationConfig, `ends` are the ids that end a caption."""
 
     generation: GenerationConfig
+    given: Given
     ends: frozenset[int] = frozenset()
     seed: int = 0
-    prompt: str | None = None
-    system: str | None = None
-    max_edge: int | None = None
-    keep_prompt: bool = False
-    prompts: Prompts | None = None
 
     @property
     def rows(self) -> int:
@@ -142,42 +127,28 @@ class GenerateCaptioner:
         """As `Captioner.caption`. Raises UsageError at once for settings that generate() does not take, and for tags."""
         if tags is not None:
             raise UsageError(f"{self.files.name} reads no tags: leave them out")
-        edge = self.bound_edge(None)
-        settings = self.settings(options, prompt=prompt, max_edge=edge, keep_prompt=keep_prompt)
+        settings = self.settings(options, Given(prompt, None, self.auto.bound_edge(None), keep_prompt))
         return self._captions(images, settings, batch_size, max_pixels)
 
     def _captions(
         self, images: Iterable[ImageLike], settings: GenerateSettings, batch_size: int | None, max_pixels: int
     ) -> Iterator[Result]:
         ready: list[Result] = []
-        edge = settings.max_edge
-        load = partial(
-            load_image,
-            read=lambda path: pixels.load_whole(path, max_pixels=max_pixels, max_edge=edge)[0],
-            resize=lambda rgb: np.array(pixels.within(rgb, edge)),
-        )
+        load = whole_image(settings.given.max_edge, max_pixels)
         batch = self.batch_size(settings, batch_size, len(images) if isinstance(images, Sized) else None)
         for _ in self.run(LocalArrivals(images, load), settings, batch, lambda _, result: ready.append(result)):
             yield from ready
             ready.clear()
 
-    def settings(
-        self,
-        options: GenerationOptions,
-        *,
-        prompt: str | None = None,
-        system: str | None = None,
-        max_edge: int | None = None,
-        keep_prompt: bool = False,
-    ) -> GenerateSettings:
+    def settings(self, options: GenerationOptions, given: Given) -> GenerateSettings:
         """The settings of a run: `options`, with the model's generation_config for those that are None.
 
         Raises UsageError for settings that generate() refuses.
         """
-        given = {name: value for name, value in asdict(options).items() if value is not None}
-        seed = given.pop("seed", 0)
+        chosen = {name: value for name, value in asdict(options).items() if value is not None}
+        seed = chosen.pop("seed", 0)
         generation = self.auto.generation
-        config = new_config({**generation.to_dict(), **given})
+        config = new_config({**generation.to_dict(), **chosen})
         if config.max_new_tokens is None and not self._is_family:
             config.max_new_tokens = MAX_NEW_TOKENS
         returned, beams = config.num_return_sequences or 1, config.num_beams or 1
@@ -185,7 +156,7 @@ class GenerateCaptioner:
             raise UsageError(
                 f"{returned} captions per image need at least as many beams (--num-beams {returned}) or sampling (--do-sample)"
             )
-        return GenerateSettings(config, self._ends(config), seed, prompt, system, max_edge, keep_prompt)
+        return GenerateSettings(config, given, self._ends(config), seed)
 
     def _ends(self, config: GenerationConfig) -> frozenset[int]:
         """The end tokens; BLIP's are not those of its generation_config."""
@@ -193,19 +164,6 @@ class GenerateCaptioner:
         if self._is_family:
             found = family_of(self.files.config).generation(self.files.config, config.to_dict()).get("eos_token_id")
         return frozenset(as_ids(found))
-
-    def bound_edge(self, given: int | None) -> int | None:
-        """The longest edge of images for the processor: as `given`, else LARGEST_EDGE where the processor has no bound itself.
-
-        A processor has one if an image of twice that size gives no more input than one of that size.
-        """
-        if given is not None:
-            return given
-        small, large = (
-            sum(value.numel() for value in self.auto.inputs(blank(edge), None).values())
-            for edge in (LARGEST_EDGE, 2 * LARGEST_EDGE)
-        )
-        return LARGEST_EDGE if large > small else None
 
     def batch_size(self, settings: GenerateSettings, given: int | None, images: int | None) -> int:
         """Images per batch: as `given`, else what is worthwhile on the device and leaves room for the logits."""
@@ -277,15 +235,10 @@ class GenerateCaptioner:
     def _prepare(self, index: int, loaded: Loaded, settings: GenerateSettings) -> Item | Failure:
         """The model's inputs for an image. A processor that cannot take the image makes it a failure."""
         try:
-            prompt = settings.prompt if settings.prompts is None else settings.prompts.of(loaded)
-            with quiet_transformers():
-                inputs = self.auto.inputs(loaded.pixels, prompt, settings.system)
+            loaded, inputs = settings.given.inputs(self.auto.inputs, loaded)
+            return Item(index, loaded, inputs)
         except ImageError as error:
             return Failure(loaded.name, error.kind, str(error))
-        except Exception as error:  # a processor may raise anything
-            return Failure(loaded.name, "shape", f"the model's processor cannot take it: {one_line(error)}")
-        without_pixels = Loaded(loaded.name, loaded.pixels[:0], loaded.facts, prompt=prompt)
-        return Item(index, without_pixels, inputs)
 
     def _generate(self, items: list[Item], settings: GenerateSettings) -> BatchOutcome:
         """Results of a batch. Those of a batch for which memory does not suffice, or that fails, come in smaller batches."""
@@ -358,8 +311,7 @@ class GenerateCaptioner:
     def _result(self, item: Item, captions: Sequence[tuple[list[int], float]], settings: GenerateSettings) -> Result:
         loaded = item.loaded
         if not all(np.isfinite(score) for _, score in captions):
-            advice = "its weights may be damaged" if self.dtype == "float32" else "try --dtype float32"
-            return Failure(loaded.name, "not-finite", f"its values overflow in the model (NaN or infinity); {advice}")
+            return overflow(loaded.name, self.dtype)
         candidates = [Candidate(self._text(ids, loaded.prompt, settings), score) for ids, score in captions]
         if settings.generation.do_sample and (settings.generation.num_beams or 1) == 1:
             candidates.sort(key=lambda candidate: candidate.score or 0.0, reverse=True)
@@ -369,15 +321,9 @@ class GenerateCaptioner:
         tokenizer = self.auto.tokenizer
         if self._fields and (found := self._fields.json((*plain_ids(tokenizer, prompt), *ids))):
             return found
-        text = caption_text(tokenizer, ids, spaced=self._spaced)
-        clean = getattr(
-            self.auto.processor, "clean_text_and_extract_entities_with_bboxes", None
-        )  # Kosmos-2's groundings
-        if clean is not None:
-            text = str(clean(text)[0]).strip()
-        if not self._is_family:
-            text = without_reasoning(text)
-        return f"{prompt} {text}".strip() if settings.keep_prompt and prompt else text
+        if self._is_family:
+            return settings.given.kept(caption_text(tokenizer, ids, spaced=self._spaced), prompt)
+        return settings.given.kept(answer_text(self.auto, ids), prompt)
 
 
 @dataclass
@@ -420,15 +366,6 @@ class Background:
 def new_config(fields: Mapping[str, Any]) -> Any:
     loader: Any = GenerationConfig
     return loader(**fields)
-
-
-def blank(edge: int) -> Any:
-    return np.zeros((edge, edge, 3), np.uint8)
-
-
-def one_line(error: BaseException) -> str:
-    """An exception as one line of text."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def load_generate(

@@ -29,6 +29,7 @@ from capcli.models.hub import find_model
 from capcli.models.int8 import int8_refused, quantize_both
 from capcli.models.model_files import CONFIG, ENGINE, ModelFiles, ModelListing, collect_files, has_family
 from capcli.models.packing import speed_up
+from capcli.models.vlm import vlm_family
 from capcli.pixels import PixelSpec
 from capcli.progress import warn
 from capcli.runtimes.base import SlotRuntime
@@ -180,9 +181,12 @@ def find_any_model(model: str, revision: str | None, backend: str, *, quiet: boo
     """
 
     def take(name: str, listing: ModelListing, commit: str | None) -> ModelFiles:
-        slots = backend == "slots"
-        if backend == "auto":
-            slots = ENGINE in listing.names or CONFIG not in listing.names or has_family(listing.read_json(CONFIG))
+        config = listing.read_json(CONFIG) if CONFIG in listing.names and ENGINE not in listing.names else {}
+        slots = not config or has_family(config)
+        if backend == "slots":
+            slots = vlm_family(config) is None
+        elif backend == "generate":
+            slots = False
         return (collect_files if slots else collect_any)(name, listing, commit)
 
     return find_model(model, revision, quiet=quiet, take=take)

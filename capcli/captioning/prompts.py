@@ -8,7 +8,7 @@ from string import Formatter
 
 from capcli.annotations.metadata import MetadataColumn
 from capcli.errors import ImageError, UsageError
-from capcli.records import Entry, Loaded
+from capcli.records import Entry
 from capcli.text import clean, listed
 
 DEFAULT_PROMPT = "Describe this image in one sentence."
@@ -59,14 +59,14 @@ class Prompts:
         values = {field: column.of(path) for field, column in self._columns.items()}
         return self._template.filled(values) if all(values.values()) else None
 
-    def of(self, image: Loaded) -> str:
-        """The prompt of an image whose entry was prepared. Raises ImageError where the metadata lacks a value."""
+    def of(self, prepared: str | None) -> str:
+        """The prompt of an image whose entry was `prepared`. Raises ImageError where the metadata lacks a value."""
         if not self._columns:
             return self._template.filled({})
-        if image.prompt is None:
+        if prepared is None:
             names = " or ".join(f"{{{field}}}" for field in self._columns)
             raise ImageError("missing-field", f"the metadata beside the image has no value for {names} in the prompt")
-        return image.prompt
+        return prepared
 
 
 def prompt_text(value: object) -> str:

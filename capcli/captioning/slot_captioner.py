@@ -108,12 +108,8 @@ class SlotCaptioner:
         kept = settings.prompt[1:] if keep_prompt else ()  # without the start token
         feed = ArrivalFeed(arrivals, partial(self._job, settings), give, stop)
         runtimes = self.model.runtime.replicas(shapes.loops)
-        for ended in decode_in_parallel(feed, runtimes, settings, shapes, on_shrink, activity):
-            for done in ended:
-                index, loaded = done.tag
-                give(index, self.result(loaded, done, settings, kept))
-            yield
-        yield  # failures may have been delivered after the last caption
+        steps = decode_in_parallel(feed, runtimes, settings, shapes, on_shrink, activity)
+        yield from delivered(steps, lambda loaded, done: self.result(loaded, done, settings, kept), give)
 
     def settings(self, options: GenerationOptions, prompt: str | None = None) -> Settings:
         """The search settings: `options`, with the checkpoint's generation_config for those that are None.
@@ -236,8 +232,7 @@ class SlotCaptioner:
     def result(self, loaded: Loaded, done: Finished, settings: Settings, kept: tuple[int, ...] = ()) -> Result:
         """The captions of an image as text; `kept` are tokens of the prompt that come before each."""
         if not done.hypotheses:
-            advice = "its weights may be damaged" if self.model.dtype == "float32" else "try --dtype float32"
-            return Failure(loaded.name, "not-finite", f"its values overflow in the model (NaN or infinity); {advice}")
+            return overflow(loaded.name, self.model.dtype)
         candidates = tuple(Candidate(self._text(h, settings, kept), h.score) for h in done.hypotheses)
         return Caption(loaded.name, candidates, loaded.facts)
 
@@ -251,6 +246,24 @@ class SlotCaptioner:
             text = with_gaps(self.model.tokenizer, ids, self._gaps)
             return UNSPACED.sub("", text) if self.model.spaced else text
         return caption_text(self.model.tokenizer, ids, spaced=self.model.spaced)
+
+
+def delivered(
+    steps: Iterable[list[Finished]], result: Callable[[Loaded, Finished], Result], give: Deliver
+) -> Iterator[None]:
+    """Gives the results of all steps of a decode loop, whose jobs have the tags (index, image); yields after every step."""
+    for ended in steps:
+        for done in ended:
+            index, loaded = done.tag
+            give(index, result(loaded, done))
+        yield
+    yield  # failures may have been delivered after the last caption
+
+
+def overflow(name: str, dtype: str) -> Failure:
+    """The failure of an image whose caption has no finite score."""
+    advice = "its weights may be damaged" if dtype == "float32" else "try --dtype float32"
+    return Failure(name, "not-finite", f"its values overflow in the model (NaN or infinity); {advice}")
 
 
 def caption_text(tokenizer: Any, ids: Sequence[int], *, spaced: bool) -> str:

@@ -2,7 +2,8 @@
 
 Each function is transformers' logits processor of that name (`generation/logits_process.py`), with every slot at its own
 length. `scores` is [S, R, V], float32 except for the functions in BANS, which take any floating dtype; `sequence` is int64
-[S, R, L], the prompt first; `length` int64 [S] is the number of tokens in it so far.
+[S, R, L], the prompt first, after NO_TOKEN where it is shorter than others; `length` int64 [S] is the number of entries in it so
+far.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Constraints:
 
 def shaping(settings: Settings, device: torch.device | str) -> Iterator[Constraint]:
     """The constraints of every search: transformers' logits processors."""
-    s, prompt = settings, len(settings.prompt)
+    s, prompt = settings, settings.context
     ids = partial(torch.tensor, dtype=torch.long, device=device)
     if s.repetition_penalty != 1.0:
         yield partial(repetition_penalty, penalty=s.repetition_penalty)
@@ -52,7 +53,7 @@ def shaping(settings: Settings, device: torch.device | str) -> Iterator[Constrai
         yield partial(ban_words, starts=table[:, :-1], ends=table[:, -1])
     if s.min_new_tokens and s.eos_token_ids:
         yield partial(suppress, ids=ids(s.eos_token_ids), where=lambda n: n < prompt + s.min_new_tokens)
-    if s.forced_bos_token_id is not None:
+    if s.forced_bos_token_id is not None and not s.prompt_room:
         yield partial(force, ids=ids([s.forced_bos_token_id]), where=lambda n: n == 1)
     if s.forced_eos_token_ids:
         yield partial(force, ids=ids(s.forced_eos_token_ids), where=lambda n: n == prompt + s.max_new_tokens - 1)
@@ -61,7 +62,7 @@ def shaping(settings: Settings, device: torch.device | str) -> Iterator[Constrai
     if s.suppress_tokens:
         yield partial(suppress, ids=ids(s.suppress_tokens), where=lambda n: n >= 0)
     if s.begin_suppress_tokens:
-        begin = prompt if prompt > 1 or s.forced_bos_token_id is None else prompt + 1
+        begin = prompt if prompt > 1 or s.prompt_room or s.forced_bos_token_id is None else prompt + 1
         yield partial(suppress, ids=ids(s.begin_suppress_tokens), where=lambda n: n == begin)
 
 
@@ -81,7 +82,8 @@ def filters(settings: Settings) -> Iterator[Constraint]:
 
 def repetition_penalty(scores: Tensor, sequence: Tensor, length: Tensor, penalty: float) -> Tensor:
     used = torch.arange(sequence.shape[2], device=scores.device) < length[:, None, None]
-    ids = torch.where(used, sequence, sequence[:, :, :1])  # unused positions repeat the first token, without effect
+    last = sequence.gather(2, (length - 1)[:, None, None].expand(-1, sequence.shape[1], 1))
+    ids = torch.where(used & (sequence >= 0), sequence, last)  # other entries repeat the last token, without effect
     picked = scores.gather(2, ids)
     return scores.scatter(2, ids, torch.where(picked < 0, picked * penalty, picked / penalty))
 
@@ -94,10 +96,10 @@ def no_repeat_ngram(scores: Tensor, sequence: Tensor, length: Tensor, size: int)
     ends = torch.arange(windows.shape[2], device=scores.device) + size <= length[:, None]  # [S, L - n + 1]
     at = (length[:, None] - size + 1 + torch.arange(size - 1, device=scores.device)).clamp_min(0)  # [S, n - 1]
     suffix = sequence.gather(2, at[:, None].expand(-1, sequence.shape[1], -1))  # [S, R, n - 1]
-    banned = (windows[..., :-1] == suffix[:, :, None]).all(-1) & ends[:, None]
+    banned = (windows[..., :-1] == suffix[:, :, None]).all(-1) & ends[:, None] & (windows[..., 0] >= 0)
     # amin: a window without a ban must not overwrite another window's ban on the same token
     value = torch.where(banned, -torch.inf, torch.inf).to(scores.dtype)
-    return scores.scatter_reduce(2, windows[..., -1], value, "amin", include_self=True)
+    return scores.scatter_reduce(2, windows[..., -1].clamp_min(0), value, "amin", include_self=True)
 
 
 def by_length(words: Iterable[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:

@@ -9,12 +9,10 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from capcli.decoding.activity import Activity, LoopActivity
@@ -30,16 +28,18 @@ OPENING_STEPS = 32  # longer captions are not waited for before the batch is fil
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One image to caption: `pixels` uint8 [height, width, 3], the `key` of its sampling noise, and the caller's own `tag`.
+    """One image to caption: what the runtime encodes, the `key` of its sampling noise, and the caller's own `tag`.
 
+    The image is `pixels` uint8 [height, width, 3], or for a vision-language model the processor's tensors by name.
     `encoder_ids` are the token ids that the encoder reads with this image, the same number for every image of a run; empty:
-    those of the settings.
+    those of the settings. `prompt` is the image's own, where the settings have `prompt_room`.
     """
 
     tag: Any
-    pixels: npt.NDArray[np.uint8]
+    pixels: Any
     key: int = 0
     encoder_ids: tuple[int, ...] = ()
+    prompt: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,14 @@ class Finished:
 
     tag: Any
     hypotheses: list[Hypothesis]
+
+
+class PromptTooLongError(Exception):
+    """An image's prompt has more tokens than the buffers have room for: `needed`."""
+
+    def __init__(self, needed: int) -> None:
+        super().__init__(f"a prompt has {needed} tokens")
+        self.needed = needed
 
 
 class Feed(Protocol):
@@ -86,10 +94,11 @@ class Runtime(Protocol):
     def fewer(self, shapes: Shapes, settings: Settings) -> Shapes:
         """Shapes with about half the slots, for less memory; `shapes` itself where no smaller ones exist."""
 
-    def encode(self, pixels: npt.NDArray[np.uint8], encoder_ids: Sequence[Sequence[int]]) -> Any:
-        """Starts to encode `pixels` uint8 [E, h, w, 3]; returns EncodedImages, which `admit` takes.
+    def encode(self, images: Sequence[Any], encoder_ids: Sequence[Sequence[int]]) -> Any:
+        """Starts to encode the E `images` of jobs; returns EncodedImages, which `admit` takes.
 
         `encoder_ids` [E, W] are the token ids that the encoder reads, W = 0 where it reads none; a negative id is no token.
+        Raises PromptTooLongError.
         """
 
     def admit(self, encoded: Any, slots: Sequence[int]) -> torch.Tensor:
@@ -142,8 +151,8 @@ def decode_steps(
     """`decode` step by step: yields the jobs that finished with each step, often none. `activity` is kept up to date.
 
     It also yields an empty list where the feed returned without a job. When the device runs out of memory, the jobs in
-    progress start again with half the slots, and `shrunk` is called with the new shapes. Raises CapcliError when not even the
-    smallest shapes fit.
+    progress start again with half the slots, and `shrunk` is called with the new shapes. They also start again, with more room,
+    when a prompt has none. Raises CapcliError when not even the smallest shapes fit.
     """
     waiting: deque[Job] = deque()
     loop = (activity or Activity()).loop(settings.max_new_tokens)
@@ -154,6 +163,10 @@ def decode_steps(
             run = Batch(feed, runtime, settings, shapes, waiting, loop)
             yield from run.captions()
             return
+        except PromptTooLongError as error:
+            settings = replace(settings, prompt_room=error.needed)
+            start_again(run, waiting, loop)
+            continue
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -161,11 +174,16 @@ def decode_steps(
             if fewer.slots >= shapes.slots:
                 least = "one image fits" if shapes.slots == 1 else f"{shapes.slots} images at a time fit"
                 raise CapcliError(f"not even {least} into the device's memory: {error}") from error
-            if run is not None:
-                waiting.extendleft(reversed([*run.slots.items, *run.encoding]))
-                loop.dropped(encoding=len(run.encoding), decoding=len(run.slots.items))
+            start_again(run, waiting, loop)
             shapes = fewer
         shrunk(shapes)
+
+
+def start_again(run: Batch | None, waiting: deque[Job], activity: LoopActivity) -> None:
+    """Puts the jobs in progress before those that wait."""
+    if run is not None:
+        waiting.extendleft(reversed([*run.slots.items, *run.encoding]))
+        activity.dropped(encoding=len(run.encoding), decoding=len(run.slots.items))
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -245,8 +263,8 @@ class Batch:
             self.encoding = [self.waiting.popleft() for _ in range(count)]
             full = [*self.encoding, *[self.encoding[0]] * (self.shapes.chunk - count)]
             encoder_ids = [job.encoder_ids or self.encoder_ids for job in full]
-            self.opening = self.activity.encodes(count) and not self.runtime.ahead
-            self.encoded = self.runtime.encode(np.stack([job.pixels for job in full]), encoder_ids)
+            self.opening = self.activity.encodes(count) and count > 1 and not self.runtime.ahead
+            self.encoded = self.runtime.encode([job.pixels for job in full], encoder_ids)
 
     def fetch(self, wait: float | None) -> bool:
         """Takes jobs from the feed until a full chunk is waiting; returns whether any job is waiting."""
@@ -264,7 +282,7 @@ class Batch:
         slots = self.slots.admit(jobs)
         finite = self.runtime.admit(encoded, slots)
         self.activity.admitted(len(jobs))
-        self.search.admit(slots, [job.key for job in jobs])
+        self.search.admit(slots, [job.key for job in jobs], [job.prompt for job in jobs])
         at = torch.tensor(slots, device=self.runtime.device)
         self.broken[at] = ~finite
         self.search.ended[at] = ~finite

@@ -2,7 +2,8 @@
 
 The state of all slots is stored on the device in tensors of fixed shape; every slot is at its own position. The state of a slot
 that has ended no longer changes, so its end may be read late. S slots, R rows, T new tokens at most, V tokens in the vocabulary,
-P prefix entries of the pool (the prompt but its last token), L = P + 1 + T.
+P prefix entries of the pool (the prompt but its last token; none where images have prompts of their own), C tokens of context
+before the caption, L = C + T. A context that is shorter than C begins with NO_TOKEN.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from capcli.decoding import noise
 from capcli.decoding.constraints import Constraints
-from capcli.decoding.settings import Settings
+from capcli.decoding.settings import NO_TOKEN, Settings
 from capcli.decoding.topk import BLOCK, best_of_blocks, summarize_logits
 
 FAR_BELOW = -1.0e9  # generate()'s penalty for candidates that must not be chosen
@@ -45,7 +46,7 @@ class Search(ABC):
 
     def __init__(self, settings: Settings, slots: int, device: torch.device | str) -> None:
         s, r, t, p = slots, settings.rows, settings.max_new_tokens, len(settings.prompt) - 1
-        self.settings, self.device, self.prefix = settings, device, p
+        self.settings, self.device, self.prefix, self.last = settings, device, p, settings.context - 1
         self.constraints = Constraints(settings, device)
         self.prompt = torch.tensor(settings.prompt, dtype=torch.long, device=device)
         self.eos = torch.tensor(settings.eos_token_ids, dtype=torch.long, device=device)
@@ -53,20 +54,28 @@ class Search(ABC):
         self.keys = torch.zeros(s, dtype=torch.long, device=device)
         self.position = torch.zeros(s, dtype=torch.long, device=device)  # new tokens so far
         self.ended = torch.ones(s, dtype=torch.bool, device=device)  # also true for a slot that was never used
-        self.sequence = torch.zeros(s, r, len(settings.prompt) + t, dtype=torch.long, device=device)
+        self.sequence = torch.zeros(s, r, settings.context + t, dtype=torch.long, device=device)
         self.visible = torch.zeros(s, r, p + r * t, dtype=torch.bool, device=device)  # the prefix and a row's ancestors
         self.raw = torch.zeros(s, r, device=device)  # sum of raw log-probabilities
 
-    def admit(self, slots: Sequence[int], keys: Sequence[int]) -> None:
-        """Starts new images in `slots`; `keys` are the keys of their sampling noise."""
+    def admit(self, slots: Sequence[int], keys: Sequence[int], prompts: Sequence[Sequence[int]] = ()) -> None:
+        """Starts new images in `slots`; `keys` are the keys of their sampling noise, `prompts` their own prompts."""
         at = torch.tensor(slots, device=self.device)
         self.keys[at] = torch.tensor(keys, device=self.device)
         self.sequence[at] = 0
-        self.sequence[at, :, : self.prefix + 1] = self.prompt
+        self.sequence[at, :, : self.last + 1] = self.contexts(prompts)
         self.visible[at] = False
         self.visible[at, :, : self.prefix] = True
         for state in (self.position, self.ended, self.raw):
             state[at] = 0
+
+    def contexts(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The context of each prompt, or of the settings' [n or 1, 1, C]."""
+        if not self.settings.prompt_room:
+            return self.prompt[None, None]
+        count = self.settings.context
+        ids = [[*[NO_TOKEN] * (count - len(prompt)), *prompt[-count:]] for prompt in prompts]
+        return torch.tensor(ids, dtype=torch.long, device=self.device)[:, None]
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """The next step's input: tokens [S, R], position [S] and visible [S, R, P + R*T], which includes each row's new entry."""
@@ -74,7 +83,7 @@ class Search(ABC):
         rows = self.row.numel()
         entry = self.prefix + position[:, None] * rows + self.row  # [S, R]
         self.visible.scatter_(2, entry[:, :, None], True)
-        tokens = self.sequence.gather(2, (self.prefix + position)[:, None, None].expand(-1, rows, 1))[:, :, 0]
+        tokens = self.sequence.gather(2, (self.last + position)[:, None, None].expand(-1, rows, 1))[:, :, 0]
         return tokens, position, self.visible
 
     @abstractmethod
@@ -86,7 +95,7 @@ class Search(ABC):
         """The captions of each of `slots`, best first."""
 
     def constrained(self, scores: Tensor) -> Tensor:
-        return self.constraints.apply(scores, self.sequence, self.prefix + 1 + self.position)
+        return self.constraints.apply(scores, self.sequence, self.last + 1 + self.position)
 
     def ends(self, tokens: Tensor) -> Tensor:
         return torch.isin(tokens, self.eos)
@@ -96,7 +105,7 @@ class Search(ABC):
 
     def append(self, sequence: Tensor, tokens: Tensor) -> Tensor:
         """A copy of `sequence` [S, K, L] with `tokens` [S, K] at each slot's next position."""
-        at = (self.prefix + 1 + self.position).clamp_max(sequence.shape[2] - 1)
+        at = (self.last + 1 + self.position).clamp_max(sequence.shape[2] - 1)
         return sequence.scatter(2, at[:, None, None].expand(-1, sequence.shape[1], 1), tokens[:, :, None])
 
     def keep(self, live: Tensor, **new: Tensor) -> None:
@@ -115,8 +124,8 @@ class Independent(Search):
         self.row_ended = torch.zeros(slots, settings.rows, dtype=torch.bool, device=device)
         self.length = torch.zeros(slots, settings.rows, dtype=torch.long, device=device)
 
-    def admit(self, slots: Sequence[int], keys: Sequence[int]) -> None:
-        super().admit(slots, keys)
+    def admit(self, slots: Sequence[int], keys: Sequence[int], prompts: Sequence[Sequence[int]] = ()) -> None:
+        super().admit(slots, keys, prompts)
         at = torch.tensor(slots, device=self.device)
         self.row_ended[at] = False
         self.length[at] = 0
@@ -141,7 +150,7 @@ class Independent(Search):
 
     def hypotheses(self, slots: Sequence[int]) -> list[list[Hypothesis]]:
         at = torch.tensor(slots, device=self.device)
-        read = (self.sequence[at, :, self.prefix + 1 :], self.length[at], self.raw[at], self.raw[at])
+        read = (self.sequence[at, :, self.last + 1 :], self.length[at], self.raw[at], self.raw[at])
         return captions(*(x.cpu() for x in read))
 
 
@@ -163,8 +172,8 @@ class Beams(Search):
         power = [float(n) ** settings.length_penalty if n else 1.0 for n in range(t + 2)]
         self.power = torch.tensor(power, dtype=torch.float64, device=device).float()
 
-    def admit(self, slots: Sequence[int], keys: Sequence[int]) -> None:
-        super().admit(slots, keys)
+    def admit(self, slots: Sequence[int], keys: Sequence[int], prompts: Sequence[Sequence[int]] = ()) -> None:
+        super().admit(slots, keys, prompts)
         at = torch.tensor(slots, device=self.device)
         self.score[at] = 0
         self.score[at, 1:] = FAR_BELOW  # all rows are equal at first: only the first may be continued
@@ -257,7 +266,7 @@ class Beams(Search):
 
     def hypotheses(self, slots: Sequence[int]) -> list[list[Hypothesis]]:
         at, n = torch.tensor(slots, device=self.device), self.settings.num_return_sequences
-        state = (self.done_sequence[:, :, self.prefix + 1 :], self.done_length, self.done_raw, self.done_score)
+        state = (self.done_sequence[:, :, self.last + 1 :], self.done_length, self.done_raw, self.done_score)
         return captions(*(x[at, :n].cpu() for x in state))
 
 

@@ -105,6 +105,9 @@ class Settings:
     `max_new_tokens` and `min_new_tokens` are resolved: they do not count the prompt, as `max_length` does. `prompt` are the
     token ids given to the decoder before the caption, the start token first; `encoder_ids` the token ids that the encoder
     reads with the image, empty where it reads none. Raises UsageError for settings that exclude each other.
+
+    With `prompt_room` each image has a prompt of its own of at most so many tokens, which stand for the image too: the runtime
+    keeps all but its last token as the image's prefix. `prompt` is then any one token.
     """
 
     prompt: tuple[int, ...]
@@ -131,6 +134,7 @@ class Settings:
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     seed: int = 0
     encoder_ids: tuple[int, ...] = ()
+    prompt_room: int = 0
 
     def __post_init__(self) -> None:
         if self.num_return_sequences > self.num_beams and not (self.do_sample and self.num_beams == 1):
@@ -150,6 +154,14 @@ class Settings:
         return self.num_beams if self.num_beams > 1 else self.num_return_sequences
 
     @property
+    def context(self) -> int:
+        """Tokens before the caption in a sequence, as far as the search reads them."""
+        if not self.prompt_room:
+            return len(self.prompt)
+        reads = self.repetition_penalty != 1.0 or self.no_repeat_ngram_size or self.bad_words_ids
+        return self.prompt_room if reads else 1
+
+    @property
     def entries(self) -> int:
         """Entries of a slot's pool, P + R*T: the prompt but its last token, then each token of each row."""
         return len(self.prompt) - 1 + self.rows * self.max_new_tokens
@@ -158,6 +170,7 @@ class Settings:
         """The settings that have an effect, as stored in the run file."""
         idle = (*(() if self.do_sample else SAMPLING), *(() if self.num_beams > 1 else BEAM_SEARCH))
         idle += tuple(name for name in ("encoder_ids", "bad_words_ids") if not getattr(self, name))
+        idle += ("prompt", "prompt_room") if self.prompt_room else ("prompt_room",)
         shown = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in idle}
         return {RUN_FILE_NAMES.get(name, name): value for name, value in shown.items()}
 

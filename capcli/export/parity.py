@@ -189,7 +189,7 @@ def forced_logits(
         group, targets = images[first : first + shapes.chunk], forced[first : first + shapes.chunk]
         runtime.allocate(shapes, settings)
         padded = np.stack([*group, *[group[0]] * (shapes.chunk - len(group))])
-        runtime.admit(runtime.encode(padded, [settings.encoder_ids] * len(padded)), range(len(group)))
+        runtime.admit(runtime.encode(list(padded), [settings.encoder_ids] * len(padded)), range(len(group)))
         visible = torch.zeros(shapes.slots, rows, settings.entries, dtype=torch.bool, device=runtime.device)
         visible[..., :prefix] = True
         tokens = torch.full((shapes.slots, rows), start, device=runtime.device)

@@ -76,9 +76,16 @@ class Dispatcher:
             task = self._window.next_task()
             if task is None:
                 return
-            path = encode_path(task.entry.path)
+            path = encode_path(task.entry.path, task.entry.prompt)
             if len(path) > LONGEST_PATH:
-                self._window.finish(task, Failure(task.entry.name, "missing", "the path is too long"))
+                self._window.finish(
+                    task,
+                    Failure(
+                        task.entry.name,
+                        "missing",
+                        "the path, or its prompt, is too long",
+                    ),
+                )
                 continue
             state = state or self._start_worker()
             if state is None:
@@ -184,7 +191,7 @@ class Dispatcher:
         self._put_back(state)
         new = self._start_worker() if state.decoded_any else None
         if new:
-            self._give(new, task, encode_path(task.entry.path))
+            self._give(new, task, encode_path(task.entry.path, task.entry.prompt))
         else:
             self._finish(task, error)
 

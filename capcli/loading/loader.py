@@ -34,7 +34,8 @@ def load(
     """One `Loaded` or `Failure` for each entry, in their order, each as soon as it and all before it are ready.
 
     `entries` is read in a separate thread, which it may block, and at most `window` (default 4 * workers + 16) ahead of
-    the results taken. `decode` returns facts, and pixels uint8 [height, width, 3] or the bytes of a file that it encoded,
+    the results taken. `decode` is called with an entry's path, and its prompt if it has one; it returns facts, and pixels
+    uint8 [height, width, 3] or the bytes of a file that it encoded,
     uint8 [n]. It must pickle, and be importable from a module other than `__main__`. What it raises becomes a failure: an
     ImageError with its own kind, any other exception as `unreadable`. An entry with a failure is not decoded.
     `timeout` is in seconds per image. `memory` is how
@@ -83,7 +84,7 @@ class Loading(Iterator[Loaded | Failure]):
         """The next result. None: nothing within `timeout` seconds (None: no limit), or all is `done`."""
         if self._in_place and (task := self._window.next_task(timeout)):
             try:
-                answer = attempt(self._decode, task.entry.path)
+                answer = attempt(self._decode, task.entry.path, task.entry.prompt)
             except BaseException:  # an interrupt
                 self._window.put_back(task)
                 raise

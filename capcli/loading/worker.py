@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from capcli.errors import CapcliError, ImageError
-from capcli.loading.worker_main import LONGEST_ANSWER, Decoded, Pixels
+from capcli.loading.worker_main import LONGEST_ANSWER, PROMPT_FOLLOWS, Decoded, Pixels
 
 AHEAD = 2  # tasks per worker: one being decoded and one waiting, so that the worker never waits for the parent
 LONGEST_PATH = 65_536  # bytes; a path must fit in the socket, or sending it to a busy worker would block
@@ -121,9 +121,9 @@ class Worker:
         return "could not be killed"
 
 
-def encode_path(path: str) -> bytes:
-    """`path` as bytes for `Worker.send`; works for every str, also with surrogates."""
-    return path.encode("utf-8", "surrogatepass")
+def encode_path(path: str, prompt: str | None = None) -> bytes:
+    """`path`, with the image's prompt if it has one, as bytes for `Worker.send`; works for every str, also with surrogates."""
+    return (path if prompt is None else path + PROMPT_FOLLOWS + prompt).encode("utf-8", "surrogatepass")
 
 
 def _nameless_file() -> int:

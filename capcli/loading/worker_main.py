@@ -22,15 +22,16 @@ from capcli.records import Facts
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Decoded: TypeAlias = tuple[Pixels, Facts]
-Decode: TypeAlias = Callable[[str], Decoded]
+Decode: TypeAlias = Callable[..., Decoded]  # of a path or address, and of the entry's prompt where it has one
 
 LONGEST_ANSWER = 1 << 20  # bytes
+PROMPT_FOLLOWS = "\0\0"  # between a path and a prompt: no path or address contains it
 
 
-def attempt(decode: Decode, path: str) -> Decoded | ImageError:
+def attempt(decode: Decode, path: str, prompt: str | None = None) -> Decoded | ImageError:
     """The result of `decode`, or the error: every exception but an exit or interrupt is the image's failure."""
     try:
-        pixels, facts = decode(path)
+        pixels, facts = decode(path) if prompt is None else decode(path, prompt)
         if (
             not isinstance(pixels, np.ndarray)
             or pixels.dtype != np.uint8
@@ -78,7 +79,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _answer(decode: Decode, path: str, file: int) -> bytes:
-    decoded = attempt(decode, path)
+    path, follows, prompt = path.partition(PROMPT_FOLLOWS)
+    decoded = attempt(decode, path, prompt if follows else None)
     if not isinstance(decoded, ImageError):
         pixels, facts = decoded
         try:

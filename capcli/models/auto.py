@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -38,6 +39,7 @@ PromptIds = Callable[[str | None, tuple[int, int]], dict[str, list[int]]]  # of 
 TEXT_SUFFIXES = (".json", ".jinja", ".model", ".txt")  # of settings, templates and vocabularies
 NOT_READ = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
 CHAT_PROMPT = "Describe this image in one sentence."
+LARGEST_EDGE = 1024  # of images for a model whose image tokens grow with the image without a bound of its own
 # What a model without a chat template reads beside the image, by model_type: the text around the prompt, and its default.
 TEXTS: Mapping[str, tuple[str, str | None]] = {
     "blip-2": ("{prompt}", None),
@@ -83,9 +85,31 @@ class AutoModel:
             pixels = self.processor(images=image, return_tensors="pt")["pixel_values"]
             named = self.prompt_ids(prompt, (pixels.shape[-2], pixels.shape[-1]))
             return {"pixel_values": pixels, **{name: torch.tensor([ids]) for name, ids in named.items()}}
-        text = self.write(prompt, system)
-        found = self.processor(images=image, return_tensors="pt", **({} if text is None else {"text": text}))
-        return {name: value for name, value in found.items() if isinstance(value, Tensor) and name != "labels"}
+        return processor_inputs(self.processor, image, self.write(prompt, system))
+
+    def bound_edge(self, given: int | None) -> int | None:
+        """The longest edge of images for the processor: as `given`, else LARGEST_EDGE where the processor has no bound itself.
+
+        A processor has one if an image of twice that size gives no more input than one of that size.
+        """
+        if given is not None:
+            return given
+        small, large = (
+            sum(value.numel() for value in self.inputs(blank(edge, edge), None).values())
+            for edge in (LARGEST_EDGE, 2 * LARGEST_EDGE)
+        )
+        return LARGEST_EDGE if large > small else None
+
+
+def processor_inputs(processor: Any, image: Any, text: str | None) -> dict[str, Tensor]:
+    """What a processor makes of an image, RGB uint8 [height, width, 3], and a text: tensors with a batch of 1."""
+    found = processor(images=image, return_tensors="pt", **({} if text is None else {"text": text}))
+    return {name: value for name, value in found.items() if isinstance(value, Tensor) and name != "labels"}
+
+
+def blank(height: int, width: int) -> Any:
+    """A black image."""
+    return np.zeros((height, width, 3), np.uint8)
 
 
 def load_auto(files: ModelFiles, dtype: str, device: torch.device, **placed: Any) -> AutoModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,8 @@ class EncodedChunk:
     """An encoded chunk of E images.
 
     `keys_values` are the images' memory or prefix: keys and values of each layer in turn, 2 x layers of [E, H, M, D].
-    `encoder_ids` int64 [E, W] are the ids that the encoder read. `done` is the CUDA event of the end of encoding; None: it ended.
+    `encoder_ids` int64 [E, W] are the ids that the encoder read; of a vision-language model the shift of positions [E, 1]. `done`
+    is the CUDA event of the end of encoding; None: it ended.
     """
 
     keys_values: Sequence[Tensor]
@@ -93,11 +95,19 @@ class SlotRuntime(ABC):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def encode(self, pixels: npt.NDArray[np.uint8], encoder_ids: Sequence[Sequence[int]]) -> EncodedChunk:
-        ids = torch.tensor(encoder_ids, dtype=torch.long, device=self.device)  # [E, W]
-        return EncodedChunk(self._encode(pixels, ids), ids)
+    def encode(self, images: Sequence[Any], encoder_ids: Sequence[Sequence[int]]) -> EncodedChunk:
+        return self._encoded(images, encoder_ids)
 
     def admit(self, encoded: EncodedChunk, slots: Sequence[int]) -> Tensor:
+        return self._admitted(encoded, slots)
+
+    def _encoded(self, images: Sequence[Any], encoder_ids: Sequence[Sequence[int]]) -> EncodedChunk:
+        """`encode`, on the stream that is current."""
+        ids = torch.tensor(encoder_ids, dtype=torch.long, device=self.device)  # [E, W]
+        return EncodedChunk(self._encode(np.stack(images), ids), ids)
+
+    def _admitted(self, encoded: EncodedChunk, slots: Sequence[int]) -> Tensor:
+        """`admit`, for a chunk that is ready."""
         keys_values = encoded.keys_values
         if not self._pool:
             self._allocate_buffers(keys_values)

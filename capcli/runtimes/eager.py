@@ -53,11 +53,11 @@ class Eager(SlotRuntime):
         if self._encode_stream is not None:
             self._encode_stream.wait_stream(torch.cuda.current_stream(self.device))  # which loads the weights
 
-    def encode(self, pixels: npt.NDArray[np.uint8], encoder_ids: Sequence[Sequence[int]]) -> EncodedChunk:
+    def encode(self, images: Sequence[Any], encoder_ids: Sequence[Sequence[int]]) -> EncodedChunk:
         if self._encode_stream is None:
-            return super().encode(pixels, encoder_ids)
+            return self._encoded(images, encoder_ids)
         with torch.cuda.stream(self._encode_stream):
-            encoded = super().encode(pixels, encoder_ids)
+            encoded = self._encoded(images, encoder_ids)
             return replace(encoded, done=self._encode_stream.record_event())
 
     def admit(self, encoded: EncodedChunk, slots: Sequence[int]) -> Tensor:
@@ -66,7 +66,7 @@ class Eager(SlotRuntime):
             steps.wait_event(encoded.done)
             for tensor in (*encoded.keys_values, encoded.encoder_ids):
                 tensor.record_stream(steps)  # its memory is not reused until this stream, too, has read it
-        return super().admit(encoded, slots)
+        return self._admitted(encoded, slots)
 
     def repeated(self, step: Callable[[], None]) -> Callable[[], None]:
         """`step`, or on CUDA a CUDA graph of it: a step is hundreds of small kernels, which a graph starts in one launch."""

@@ -76,13 +76,18 @@ class StoredImages:
 
 @dataclass(frozen=True)
 class StoredDecode:
-    """`decode`, which takes a path or the bytes of a file, for the addresses of `address_of`."""
+    """`decode`, which takes a path or the bytes of a file, for the addresses of `address_of`.
 
-    decode: Callable[[str | bytes], Any]
+    With `prompts` it also takes the prompt of the image's entry, or None.
+    """
+
+    decode: Callable[..., Any]
+    prompts: bool = False
     _images: StoredImages = field(default_factory=StoredImages)
 
-    def __call__(self, address: str) -> Any:
-        return self.decode(self._images.find(address))
+    def __call__(self, address: str, prompt: str | None = None) -> Any:
+        image = self._images.find(address)
+        return self.decode(image, prompt) if self.prompts else self.decode(image)
 
 
 def stored_columns(folder: str, names: Collection[str]) -> Iterator[dict[str, Any]]:

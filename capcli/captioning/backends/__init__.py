@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from capcli.captioning.backends.backend import Backend
+from capcli.errors import UsageError
 from capcli.options import CaptionOptions
 from capcli.progress import warn
 from capcli.storage.run_file import RunFile
@@ -31,7 +35,23 @@ def open_model(options: CaptionOptions, earlier: RunFile | None) -> Backend:
     files = find_any_model(options.model, options.revision, options.backend, quiet=options.quiet)
     if options.backend != "generate" and options.device != "mps" and (files.is_engine or has_family(files.config)):
         return SlotsBackend.open(options, earlier, files)
+    if runs_in_slots(options, files.config):
+        from capcli.captioning.backends.vlm_backend import VlmBackend
+
+        return VlmBackend.open(options, files, earlier)
+    if options.backend == "slots":
+        raise UsageError(
+            f"--backend slots: there is no decode loop for {files.config['model_type']} with these options"
+        )
     if options.backend == "auto":
         missing = "mps" if options.device == "mps" else files.config["model_type"]
         warn(f"no decode loop for {missing} yet: using transformers' generate() (slower)")
     return GenerateBackend.open(options, files, earlier)
+
+
+def runs_in_slots(options: CaptionOptions, config: Mapping[str, Any]) -> bool:
+    """Whether a vision-language model runs on the decode loop with these options."""
+    from capcli.models.vlm import vlm_family
+
+    elsewhere = options.backend == "generate" or options.device == "mps" or options.quantize is not None
+    return not elsewhere and vlm_family(config) is not None

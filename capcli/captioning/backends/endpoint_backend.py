@@ -240,7 +240,7 @@ class Traffic:
             self._deliver(index, arrival)
             return
         try:
-            work = ImageRequest(index, arrival, self._prompts.of(arrival))
+            work = ImageRequest(index, arrival, self._prompts.of(arrival.prompt))
         except ImageError as error:
             self._deliver(index, Failure(arrival.name, error.kind, str(error)))
             return

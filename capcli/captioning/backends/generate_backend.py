@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -16,11 +16,12 @@ from capcli.captioning.answers import failing
 from capcli.captioning.feed import Arrivals, Deliver
 from capcli.captioning.generate_captioner import GenerateCaptioner, GenerateSettings, load_generate
 from capcli.captioning.model import choose_dtype
+from capcli.captioning.processed import Given
 from capcli.captioning.prompts import Prompts
 from capcli.decoding.activity import Activity
 from capcli.errors import UsageError
 from capcli.loading import Loading, default_workers, load, usable_cpus
-from capcli.models.auto import text_files
+from capcli.models.auto import AutoModel, text_files
 from capcli.models.dtypes import choose_device
 from capcli.models.families import FILES
 from capcli.models.model_files import ModelFiles, fingerprint
@@ -47,23 +48,8 @@ class GenerateBackend:
     def open(cls, options: CaptionOptions, files: ModelFiles, earlier: RunFile | None) -> GenerateBackend:
         """Load the model. Raises UsageError for options that only the slots backend has, and CapcliError."""
         refuse_slots_options(options)
-        dtype: str = options.dtype
-        if dtype == "auto" and earlier is not None:
-            dtype = earlier.dtype or "auto"
-        device = choose_device(options.device)
-        if options.threads or (earlier is not None and earlier.threads):
-            torch.set_num_threads(options.threads or min(earlier.threads or 1, usable_cpus()))  # type: ignore[union-attr]
-        captioner = load_generate(files, choose_dtype(dtype, device), device, options.quantize)
-        search = captioner.settings(
-            options.generation,
-            prompt=options.prompt,
-            system=options.system,
-            max_edge=captioner.bound_edge(options.max_image_edge),
-            keep_prompt=options.keep_prompt,
-        )
-        if options.prompt is not None and files.config["model_type"] not in FILES:
-            search = replace(search, prompts=Prompts(options.prompt))
-        return cls(options, captioner, search)
+        captioner = load_generate(files, *open_settings(options, earlier), options.quantize)
+        return cls(options, captioner, captioner.settings(options.generation, given_of(options, captioner.auto, files)))
 
     @property
     def label(self) -> str:
@@ -77,8 +63,8 @@ class GenerateBackend:
             "model": fingerprint(self.captioner.files.folder, text_files),
             "dtype": self.captioner.dtype,
             **({} if options.quantize is None else {"quantize": options.quantize}),
-            "prompt": self.captioner.auto.write(search.prompt, search.system),
-            "max_image_edge": search.max_edge,
+            "prompt": self.captioner.auto.write(search.given.prompt, search.given.system),
+            "max_image_edge": search.given.max_edge,
             "generation": {name: value for name, value in generation.items() if name not in NOT_SETTINGS}
             | ({"seed": search.seed} if search.generation.do_sample else {}),
         }
@@ -104,7 +90,8 @@ class GenerateBackend:
 
     def prepared(self, entries: Iterable[Entry]) -> Iterable[Entry]:
         """The entries, with their prompts where these contain fields of the metadata beside the images."""
-        return entries if self.search.prompts is None else self.search.prompts.prepared(entries)
+        prompts = self.search.given.prompts
+        return entries if prompts is None else prompts.prepared(entries)
 
     def load(self, entries: Iterable[Entry], facts: Collection[str]) -> Loading:
         """Start the decoder processes, which send whole RGB images."""
@@ -116,7 +103,7 @@ class GenerateBackend:
             pixels.load_whole,
             max_pixels=options.max_pixels,
             facts=facts,
-            max_edge=self.search.max_edge,
+            max_edge=self.search.given.max_edge,
         )
         return load(entries, StoredDecode(decode), workers=workers, timeout=options.decode_timeout)
 
@@ -144,6 +131,26 @@ class GenerateBackend:
 
     def notes(self) -> Iterable[str]:
         return ()
+
+
+def open_settings(options: CaptionOptions, earlier: RunFile | None) -> tuple[str, torch.device]:
+    """The dtype and the device of a run, and its number of threads, which is set; those of the earlier run unless given."""
+    dtype: str = options.dtype
+    if dtype == "auto" and earlier is not None:
+        dtype = earlier.dtype or "auto"
+    device = choose_device(options.device)
+    if options.threads or (earlier is not None and earlier.threads):
+        torch.set_num_threads(options.threads or min(earlier.threads or 1, usable_cpus()))  # type: ignore[union-attr]
+    return choose_dtype(dtype, device), device
+
+
+def given_of(options: CaptionOptions, auto: AutoModel, files: ModelFiles) -> Given:
+    """What the options give the model beside the images."""
+    edge = auto.bound_edge(options.max_image_edge)
+    prompts = None
+    if options.prompt is not None and files.config["model_type"] not in FILES:
+        prompts = Prompts(options.prompt)
+    return Given(options.prompt, options.system, edge, options.keep_prompt, prompts)
 
 
 def refuse_slots_options(options: CaptionOptions) -> None:
