@@ -94,7 +94,7 @@ def test_training_goes_on_without_what_it_does_not_need(pictures: Path, captione
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert not (tmp_path / "run" / "tensorboard").exists()
     assert (
-        f"tensorboard is not written: the package tensorboard is installed but cannot be imported ({reason('tensorboard')})"
+        f"no events for TensorBoard: the package tensorboard is installed but cannot be imported ({reason('tensorboard')})"
         in done.err
     )
     assert (

@@ -255,6 +255,8 @@ def test_old_fast_pil_and_nested_class_names_are_the_same() -> None:
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("field", ["do_resize", "do_center_crop", "default_to_square", "do_pad"])
 def test_a_null_has_the_meaning_that_transformers_gives_it(name: str, field: str, tmp_path: Path) -> None:
+    if (name, field) == ("Donut", "default_to_square"):
+        pytest.skip("transformers' own processor cannot be run with it")
     config = {"image_processor_type": f"{name}ImageProcessor", "size": 200, "crop_size": 180, field: None}
     assert_same(config, [noise(300, 400), noise(40, 30)], tmp_path)
 

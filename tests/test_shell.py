@@ -92,10 +92,12 @@ def test_a_full_standard_output_is_an_error(captioner: Path, photos: Path):
 def start_on_terminal(*arguments: object, columns: int = 160, **env: str) -> pexpect.spawn:
     """Start the command with all its streams on a terminal."""
     command = [*COMMAND[1:], *map(str, arguments)]
+    variables = environment(**{"TERM": "xterm", **env})
+    variables.pop("COLUMNS", None)  # which pytest-xdist sets
     return pexpect.spawn(
         COMMAND[0],
         command,
-        env=environment(**{"TERM": "xterm", **env}),
+        env=variables,
         encoding="utf-8",
         timeout=PATIENCE,
         dimensions=(50, columns),
