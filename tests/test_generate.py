@@ -18,7 +18,20 @@ from capcli import Caption, Captioner
 from capcli.captioning.generate_captioner import GenerateCaptioner
 
 NAMES = ("a.png", "b.png", "c.png", "d.png", "wide/e.png")
-FLAGS = ("--dtype", "float32", "--device", "cpu", "--threads", 1, "--workers", 0, "--max-new-tokens", 8)
+FLAGS = (
+    "--backend",
+    "generate",
+    "--dtype",
+    "float32",
+    "--device",
+    "cpu",
+    "--threads",
+    1,
+    "--workers",
+    0,
+    "--max-new-tokens",
+    8,
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +76,13 @@ def test_each_architecture_captions_as_generate_does_one_image_at_a_time(
     name: str, photos: Path, tmp_path: Path
 ) -> None:
     folder = save_vlm(tmp_path / name, name)
-    captioner = Captioner.load(str(folder), device="cpu", dtype="float32")
+    captioner = Captioner.load(str(folder), device="cpu", dtype="float32", backend="generate")
     core: Any = captioner.core
     assert isinstance(core, GenerateCaptioner)
     for beams in (1, 3):
         ended = caption(photos, folder, "-", "--num-beams", beams)
         assert ended.code == 0, ended.err
-        assert "using transformers' generate()" in ended.err
+        assert "by generate()" in ended.err
         expected = {n: generated(core, photos / n, num_beams=beams) for n in NAMES}
         assert texts(ended.rows) == expected
         assert len(set(expected.values())) > 1
@@ -192,7 +205,7 @@ def test_images_are_bounded_where_the_processor_has_no_bound(tmp_path: Path) -> 
     settings = json.loads((free / "processor_config.json").read_text())
     settings["image_processor"]["size"] = {"shortest_edge": 16, "longest_edge": 1 << 30}
     (free / "processor_config.json").write_text(json.dumps(settings))
-    captioner: Any = Captioner.load(str(free), device="cpu", dtype="float32").core
+    captioner: Any = Captioner.load(str(free), device="cpu", dtype="float32", backend="generate").core
     assert captioner.auto.bound_edge(None) == 1024
     assert captioner.auto.bound_edge(300) == 300
     photos = paint(tmp_path / "photos", "a.png")
@@ -218,7 +231,6 @@ def test_samples_are_repeatable_and_best_first(photos: Path, llava: Path) -> Non
     [
         (("--quantize", "4bit"), "--quantize 4bit needs the package bitsandbytes: pip install bitsandbytes"),
         (("--fast-decode",), "--fast-decode: only models with a decode loop of capcli have this"),
-        (("--backend", "slots"), "is not supported: llava"),
         (("--device", "mps"), "no Metal device can be used here"),
     ],
 )
@@ -234,17 +246,28 @@ def test_models_are_listed_with_the_backend_that_runs_them(llava: Path, tmp_path
     slots, other = save_captioner(tmp_path / "captioner"), tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "gpt2"}')
-    ended = call("models", slots, llava, other, "--json")
+    kosmos = save_vlm(tmp_path / "kosmos", "kosmos-2")
+    ended = call("models", slots, llava, kosmos, other, "--json")
     assert ended.code == 0, ended.err
     found = json.loads(ended.out)["models"]
     assert [(line["backend"], line["architecture"]) for line in found] == [
         ("slots", "vision-encoder-decoder (vit + gpt2)"),
-        ("generate", "llava"),
+        ("slots", "llava"),
+        ("generate", "kosmos-2"),
         ("none", "gpt2"),
     ]
     listed = call("models", env={"HF_HUB_CACHE": str(tmp_path)})
     assert listed.code == 0, listed.err
     assert b"qwen3_vl" in listed.out
+
+
+def test_a_model_without_a_decode_loop_runs_by_generate_with_a_warning(photos: Path, tmp_path: Path) -> None:
+    folder = save_vlm(tmp_path / "kosmos", "kosmos-2")
+    ended = caption(photos, folder, "-", "--backend", "auto")
+    assert (ended.code, len(ended.rows)) == (0, len(NAMES)), ended.err
+    assert "no decode loop for kosmos-2 yet: using transformers' generate() (slower)" in ended.err
+    refused = caption(photos, folder, "-", "--backend", "slots")
+    assert (refused.code, "is not supported: kosmos-2" in refused.err) == (1, True)
 
 
 def test_models_that_generate_no_text_from_images_are_refused_by_name(photos: Path, tmp_path: Path) -> None:

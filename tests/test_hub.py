@@ -204,7 +204,7 @@ def test_config_is_read_before_anything_else_is_fetched(hub: FakeHub, ask: Asker
     hub.repos["someone/incomplete"] = Repo()
     hub.repos["someone/incomplete"].push(files)
     unsupported, incomplete = map(message_of, ask.many((NAME, None), ("someone/incomplete", None)))
-    assert "BLIP-2 is not supported yet" in unsupported
+    assert "is not supported: blip-2" in unsupported
     assert "someone/incomplete on the hub lacks preprocessor_config.json" in incomplete
     assert hub.fetched() == {"config.json"}
 
@@ -425,7 +425,11 @@ def test_a_config_that_is_not_an_object(model: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "blip-2"}, "BLIP-2 is not supported yet"),
+        ({"model_type": "blip-2"}, "is not supported: blip-2"),
+        (
+            {"model_type": "smolvlm", "text_config": {"model_type": "llama"}},
+            "capcli caption runs it, this command does not",
+        ),
         ({"model_type": "blip_2_qformer", "auto_map": {}}, "own code, which capcli never runs"),
         ({"model_type": "own", "auto_map": {"AutoModel": "m.M"}}, "own code, which capcli never runs"),
         ({"architectures": ["X"]}, "['X']"),

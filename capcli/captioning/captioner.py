@@ -25,8 +25,7 @@ from capcli.captioning.vlm_captioner import load_vlm
 from capcli.engine.engine_json import engine_of
 from capcli.errors import UsageError
 from capcli.models.dtypes import choose_device
-from capcli.models.model_files import has_family
-from capcli.models.vlm import vlm_family
+from capcli.models.model_files import has_family, is_vlm
 from capcli.options import DEFAULT_MODEL, MAX_PIXELS, GenerationOptions
 
 ONE_IMAGE = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)
@@ -76,7 +75,7 @@ class Captioner:
         files = find_any_model(model, revision, backend, quiet=True)
         if backend == "generate" or not (files.is_engine or has_family(files.config)):
             place = choose_device(device)
-            in_slots = backend != "generate" and place.type != "mps" and vlm_family(files.config) is not None
+            in_slots = backend != "generate" and place.type != "mps" and is_vlm(files.config)
             return cls((load_vlm if in_slots else load_generate)(files, choose_dtype(dtype, place), place))
         engine = engine_of(files)
         chosen = device_of(device, engine)

@@ -27,9 +27,8 @@ from capcli.models.dtypes import DTYPES, choose_device, multiplies_bfloat16
 from capcli.models.families import encoder_prompt_of, tag_room
 from capcli.models.hub import find_model
 from capcli.models.int8 import int8_refused, quantize_both
-from capcli.models.model_files import CONFIG, ENGINE, ModelFiles, ModelListing, collect_files, has_family
+from capcli.models.model_files import CONFIG, ENGINE, ModelFiles, ModelListing, collect_files, has_family, is_vlm
 from capcli.models.packing import speed_up
-from capcli.models.vlm import vlm_family
 from capcli.pixels import PixelSpec
 from capcli.progress import warn
 from capcli.runtimes.base import SlotRuntime
@@ -184,7 +183,7 @@ def find_any_model(model: str, revision: str | None, backend: str, *, quiet: boo
         config = listing.read_json(CONFIG) if CONFIG in listing.names and ENGINE not in listing.names else {}
         slots = not config or has_family(config)
         if backend == "slots":
-            slots = vlm_family(config) is None
+            slots = not is_vlm(config)
         elif backend == "generate":
             slots = False
         return (collect_files if slots else collect_any)(name, listing, commit)

@@ -43,8 +43,6 @@ class VlmCaptioner:
 
     def __init__(self, auto: AutoModel, files: ModelFiles, dtype: str) -> None:
         family = vlm_family(files.config)
-        if family is None:
-            raise ValueError(f"{files.name} is of no family in capcli.models.vlm")
         self.auto, self.files, self.dtype = auto, files, dtype
         self.device: torch.device = auto.model.device
         self._ids = family.ids

@@ -9,7 +9,7 @@ from capcli.doctor import output
 from capcli.doctor.local_models import cached_models
 from capcli.doctor.output import Line, Section, megabytes, section
 from capcli.errors import CapcliError
-from capcli.models.model_files import CONFIG, ENGINE, JOINED, WHOLE, has_family, list_model, model_type
+from capcli.models.model_files import CONFIG, ENGINE, JOINED, VLMS, WHOLE, has_family, is_vlm, list_model, model_type
 
 SLOTS, GENERATE, NONE = "slots", "generate", "none"
 
@@ -70,7 +70,7 @@ def model_line(name: str, folder: str, size: int) -> Line:
 
 def backend_of(config: dict[str, object]) -> str:
     """The backend that `--backend auto` takes for a config.json."""
-    if has_family(config):
+    if has_family(config) or is_vlm(config):
         return SLOTS
     from capcli.models.auto import generates
 
@@ -84,7 +84,7 @@ def architecture_lines() -> Iterator[Line]:
     joined = [
         f"{kind} ({', '.join(encoders)} + {', '.join(decoders)})" for kind, (_, encoders, decoders) in JOINED.items()
     ]
-    slots = [*WHOLE, *joined]
+    slots = [*WHOLE, *VLMS, *joined]
     yield Line(SLOTS, "ok", "; ".join(slots), facts={"architectures": slots})
-    others = sorted(set(IMAGE_TO_TEXT) - set(WHOLE) - set(JOINED))
+    others = sorted(set(IMAGE_TO_TEXT) - set(WHOLE) - set(VLMS) - set(JOINED))
     yield Line(GENERATE, "ok", f"{len(others)}: {', '.join(others)}", facts={"architectures": others})

@@ -24,7 +24,22 @@ JOINED = {
     "prefix-captioner": (("vision_config", "text_config"), ("resnet", *ENCODERS), ("gpt2",)),
     "vision-t5": (("vision_config", "text_config"), ("resnet", *ENCODERS), ("t5",)),
 }
-NOT_YET = {"blip-2": "BLIP-2"}
+# Vision-language models that capcli's decode loop runs (capcli.models.vlm): the kinds of their decoders; empty: their own.
+USUAL = ("llama", "mistral", "qwen2", "qwen3")
+VLMS: Mapping[str, tuple[str, ...]] = {
+    "blip-2": ("opt",),
+    "gemma3": ("gemma3_text",),
+    "idefics3": USUAL,
+    "instructblip": ("llama", "opt"),
+    "internvl": USUAL,
+    "llava": USUAL,
+    "llava_onevision": USUAL,
+    "paligemma": ("gemma", "gemma2"),
+    "qwen2_5_vl": (),
+    "qwen2_vl": (),
+    "qwen3_vl": (),
+    "smolvlm": USUAL,
+}
 # For models with code of their own: where the same weights are in the format of transformers.
 CONVERTED = {
     "florence2": "florence-community has the same weights in the format of transformers, as Florence-2-base and so on."
@@ -164,6 +179,12 @@ def has_family(config: Mapping[str, Any]) -> bool:
     return encoder in encoders and decoder in decoders
 
 
+def is_vlm(config: Mapping[str, Any]) -> bool:
+    """Whether the decode loop runs the vision-language model of a config.json."""
+    decoders = VLMS.get(str(model_type(config)))
+    return decoders is not None and (not decoders or model_type(config.get("text_config")) in decoders)
+
+
 def refuse_adapter(listing: ModelListing) -> None:
     """Raises CapcliError for the folder of a LoRA adapter, with its base model and how to merge the two."""
     if ADAPTER not in listing.names:
@@ -184,6 +205,8 @@ def check_architecture(name: str, config: dict[str, Any]) -> None:
         raise CapcliError(f"{name} needs its own code, which capcli never runs. {CONVERTED[kind]}")
     if has_family(config):
         return
+    if is_vlm(config):
+        raise CapcliError(f"{name} is a vision-language model ({kind}): capcli caption runs it, this command does not")
     names, _, _ = JOINED.get(str(kind), JOINED["vision-encoder-decoder"])
     encoder, decoder = (model_type(config.get(part)) for part in names)
     found = str(kind or config.get("architectures") or "no model_type")
@@ -193,11 +216,9 @@ def check_architecture(name: str, config: dict[str, Any]) -> None:
         f"{kind} with an encoder of {', '.join(encoders)} and a decoder of {', '.join(decoders)}"
         for kind, (_, encoders, decoders) in JOINED.items()
     )
-    known = "; ".join((*WHOLE.values(), *joined))
+    known = "; ".join((*WHOLE.values(), *joined, *VLMS))
     message = f"The architecture of {name} is not supported: {found}. Supported are {known}."
-    if kind in NOT_YET:
-        message += f" {NOT_YET[kind]} is not supported yet."
-    elif "auto_map" in config:
+    if "auto_map" in config:
         message += " The model needs its own code, which capcli never runs."
     raise CapcliError(message)
 

@@ -1,9 +1,9 @@
 """Vision-language models whose decoder reads image and prompt as one sequence, on capcli's decode loop.
 
 `Prefill` runs transformers' own forward over the prompt, which knows of deepstack, M-RoPE and which prefix tokens see each other;
-its keys and values are the image's prefix, which all rows of a slot share. `VlmStep` then runs the language model alone. What the
-models differ in is in FAMILIES and in their configs: positions that start at 1, sliding windows, soft caps, where the language
-model and its head are. They are not exported: their prefixes differ in length, and engines have fixed shapes.
+its keys and values are the image's prefix, which all rows of a slot share. `VlmStep` then runs the language model alone. What
+models differ in follows from their configs (sliding windows, soft caps, M-RoPE's shift) and from FAMILIES, so they share this
+file. They are not exported: their prefixes differ in length, and engines have fixed shapes.
 """
 
 from __future__ import annotations
@@ -29,13 +29,11 @@ MOST_ROWS = 64  # query rows of a step, for which `attend_grouped` is made; more
 class VlmFamily:
     """How a model differs from the others.
 
-    `first` is the position of the first token. `decoders` are the text models that were tested, by model_type; empty: its own.
-    `whole_prefix`: tokens of the prefix see each other, also beyond a sliding window. `ids` are the token ids that generate()
-    puts there where the processor gives none, by the model's config.
+    `first` is the position of the first token. `whole_prefix`: tokens of the prefix see each other, also beyond a sliding window.
+    `ids` are the token ids that generate() puts before the caption where the processor gives none, by the model's config.
     """
 
     first: int = 0
-    decoders: tuple[str, ...] = ()
     whole_prefix: bool = False
     ids: Callable[[Any], list[int]] | None = None
 
@@ -45,31 +43,16 @@ def image_and_start(config: Any) -> list[int]:
     return [config.image_token_id] * config.num_query_tokens + [config.text_config.bos_token_id]
 
 
-COMMON = ("llama", "mistral", "qwen2", "qwen3")
+# Of the models in model_files.VLMS, those that differ from LLaVA.
 FAMILIES: Mapping[str, VlmFamily] = {
-    "blip-2": VlmFamily(decoders=("opt",), ids=image_and_start),
-    "gemma3": VlmFamily(decoders=("gemma3_text",)),
-    "idefics3": VlmFamily(decoders=COMMON),
-    "instructblip": VlmFamily(decoders=("llama", "opt")),
-    "internvl": VlmFamily(decoders=COMMON),
-    "llava": VlmFamily(decoders=COMMON),
-    "llava_onevision": VlmFamily(decoders=COMMON),
-    "paligemma": VlmFamily(first=1, decoders=("gemma", "gemma2"), whole_prefix=True),
-    "qwen2_vl": VlmFamily(),
-    "qwen2_5_vl": VlmFamily(),
-    "qwen3_vl": VlmFamily(),
-    "smolvlm": VlmFamily(decoders=COMMON),
+    "blip-2": VlmFamily(ids=image_and_start),
+    "paligemma": VlmFamily(first=1, whole_prefix=True),
 }
 
 
-def vlm_family(config: Mapping[str, Any]) -> VlmFamily | None:
-    """The family of a config.json; None where the decode loop does not run the model."""
-    family = FAMILIES.get(str(config.get("model_type")))
-    text = config.get("text_config")
-    kind = text.get("model_type") if isinstance(text, Mapping) else None
-    if family is None or (family.decoders and kind not in family.decoders):
-        return None
-    return family
+def vlm_family(config: Mapping[str, Any]) -> VlmFamily:
+    """The family of the config.json of a vision-language model."""
+    return FAMILIES.get(str(config.get("model_type")), VlmFamily())
 
 
 class Prefill(nn.Module):

@@ -58,6 +58,11 @@ class VlmRuntime(Eager):
         """The bytes of a slot's pool."""
         return (settings.prompt_room - 1 + settings.entries) * self._step.entry_bytes
 
+    @property
+    def buffers(self) -> Sequence[Tensor]:
+        """The pool of the last run."""
+        return self._pool
+
     def _encoded(self, images: Sequence[Mapping[str, Tensor]], encoder_ids: Sequence[Sequence[int]]) -> EncodedChunk:  # noqa: ARG002
         (inputs,) = images
         length = inputs["input_ids"].shape[1]

@@ -51,7 +51,7 @@ def open_model(options: CaptionOptions, earlier: RunFile | None) -> Backend:
 
 def runs_in_slots(options: CaptionOptions, config: Mapping[str, Any]) -> bool:
     """Whether a vision-language model runs on the decode loop with these options."""
-    from capcli.models.vlm import vlm_family
+    from capcli.models.model_files import is_vlm
 
     elsewhere = options.backend == "generate" or options.device == "mps" or options.quantize is not None
-    return not elsewhere and vlm_family(config) is not None
+    return not elsewhere and is_vlm(config)
