@@ -63,8 +63,9 @@ class Captioner:
         device: str = "auto",
         dtype: str = "auto",
         backend: Literal["auto", "slots", "generate"] = "auto",
+        adapter: str | None = None,
     ) -> Captioner:
-        """Load a captioner from a folder or the hub.
+        """Load a captioner from a folder or the hub, with the LoRA `adapter` merged into it; `model` may be an adapter itself.
 
         `device` is `auto`, `cpu`, `cuda[:n]` or `mps`. `dtype` is `auto` (bfloat16 where the hardware computes in it),
         `float32`, `bfloat16`, `float16` or, on CPUs, `int8`. `backend` is `slots` (capcli's decode loop), `generate`
@@ -72,7 +73,7 @@ class Captioner:
         Raises UsageError for invalid arguments, and CapcliError where the model cannot be downloaded, read or run.
         """
         choose_device(device)  # raises UsageError before anything is downloaded
-        files = find_any_model(model, revision, backend, quiet=True)
+        files = find_any_model(model, revision, backend, adapter=adapter, quiet=True)
         if backend == "generate" or not (files.is_engine or has_family(files.config)):
             place = choose_device(device)
             in_slots = backend != "generate" and place.type != "mps" and is_vlm(files.config)

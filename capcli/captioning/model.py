@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from capcli.engine.check import refuse_tampered
 from capcli.engine.engine_json import Engine
 from capcli.errors import CapcliError, UsageError
+from capcli.models.adapters import find_with_adapter, is_adapter
 from capcli.models.attention import use_attention
 from capcli.models.auto import collect_any
 from capcli.models.checkpoint import (
@@ -29,6 +31,7 @@ from capcli.models.hub import find_model
 from capcli.models.int8 import int8_refused, quantize_both
 from capcli.models.model_files import CONFIG, ENGINE, ModelFiles, ModelListing, collect_files, has_family, is_vlm
 from capcli.models.packing import speed_up
+from capcli.options import DEFAULT_MODEL
 from capcli.pixels import PixelSpec
 from capcli.progress import warn
 from capcli.runtimes.base import SlotRuntime
@@ -173,13 +176,18 @@ def choose_dtype(name: str, device: torch.device, engine: Engine | None = None) 
     return "bfloat16" if multiplies_bfloat16() else "float32"
 
 
-def find_any_model(model: str, revision: str | None, backend: str, *, quiet: bool) -> ModelFiles:
+def find_any_model(
+    model: str, revision: str | None, backend: str, *, adapter: str | None = None, quiet: bool
+) -> ModelFiles:
     """The files of a captioner for a backend: `auto` is the slots backend where it has a family for the model.
 
+    `adapter` is a LoRA adapter; with one, DEFAULT_MODEL stands for its base model. A model may be an adapter alone.
     Raises UsageError and CapcliError as `find_model`.
     """
 
     def take(name: str, listing: ModelListing, commit: str | None) -> ModelFiles:
+        if is_adapter(listing):
+            return ModelFiles(name, "", commit, {}, {})
         config = listing.read_json(CONFIG) if CONFIG in listing.names and ENGINE not in listing.names else {}
         slots = not config or has_family(config)
         if backend == "slots":
@@ -188,4 +196,6 @@ def find_any_model(model: str, revision: str | None, backend: str, *, quiet: boo
             slots = False
         return (collect_files if slots else collect_any)(name, listing, commit)
 
-    return find_model(model, revision, quiet=quiet, take=take)
+    find = partial(find_model, quiet=quiet, take=take)
+    base = None if adapter is not None and model == DEFAULT_MODEL else model
+    return find_with_adapter(find, base, adapter, revision, quiet=quiet)

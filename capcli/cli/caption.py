@@ -77,6 +77,11 @@ server = partial(option, EndpointOptions, section="Server")
 )
 @model_options
 @model("--revision", metavar="REV", help="Branch, tag or commit of a model on the Hub.")
+@model(
+    "--adapter",
+    metavar="FOLDER|ID",
+    help="A LoRA adapter of peft, merged into the model when it is loaded. Without --model, into the adapter's base model.",
+)
 @option(
     CaptionOptions,
     "--backend",

@@ -20,6 +20,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.import_utils import is_torchvision_available
 
 from capcli.errors import CapcliError
+from capcli.models.adapters import merged
 from capcli.models.checkpoint import explained, load_tokenizer, quiet_transformers, refuse_missing
 from capcli.models.dtypes import DTYPES
 from capcli.models.families import FILES, family_of
@@ -128,6 +129,7 @@ def load_auto(files: ModelFiles, dtype: str, device: torch.device, **placed: Any
             files.folder, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True, **placed
         )
         refuse_missing(files, info)
+        model = merged(model, files)
     if not placed:
         model = model.to(device)
     own = kind in FILES

@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from capcli.errors import CapcliError
+from capcli.models.adapters import merged
 from capcli.models.dtypes import DTYPES
 from capcli.models.families import family_of
 from capcli.models.load_errors import explain_load_error
@@ -40,7 +41,7 @@ def load_weights(files: ModelFiles, dtype: str, device: torch.device) -> Any:
         )
         model, info = loaded
         refuse_missing(files, info)
-        return model.eval().to(device)
+        return merged(model, files).eval().to(device)
 
 
 def encode_and_step(model: Any, spec: PixelSpec) -> tuple[Encode, Step]:

@@ -86,13 +86,17 @@ class IncompleteError(CapcliError):
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A captioner on this disk: `name` as the user gave it, `revision` the commit of a model from the hub."""
+    """A captioner on this disk: `name` as the user gave it, `revision` the commit of a model from the hub.
+
+    `adapter` is the folder of a LoRA adapter to merge into the weights.
+    """
 
     name: str
     folder: str
     revision: str | None
     config: dict[str, Any]
     processor: dict[str, Any]
+    adapter: str | None = None
 
     @property
     def is_engine(self) -> bool:
@@ -192,7 +196,8 @@ def refuse_adapter(listing: ModelListing) -> None:
     base = listing.read_json(ADAPTER).get("base_model_name_or_path")
     named = f"of the model {printable(base)}" if isinstance(base, str) and base else "of a model that it does not name"
     raise CapcliError(
-        f"{listing.title} is an adapter (LoRA) {named}, not a whole model: merge the two with the peft package, "
+        f"{listing.title} is an adapter (LoRA) {named}, not a whole model. capcli caption takes it; for other commands merge the "
+        "two with the peft package, "
         "PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(FOLDER), save the model's tokenizer and "
         "image processor to FOLDER as well, and give --model FOLDER"
     )

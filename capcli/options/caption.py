@@ -169,6 +169,7 @@ class CaptionOptions:
     backend: BackendName = "auto"
     endpoint: EndpointOptions | None = None
     revision: str | None = None
+    adapter: str | None = None
     device: str = "auto"
     dtype: Dtype = "auto"
     quantize: Literal["4bit", "8bit"] | None = None

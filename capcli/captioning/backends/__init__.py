@@ -32,7 +32,9 @@ def open_model(options: CaptionOptions, earlier: RunFile | None) -> Backend:
     from capcli.captioning.model import find_any_model
     from capcli.models.model_files import has_family
 
-    files = find_any_model(options.model, options.revision, options.backend, quiet=options.quiet)
+    files = find_any_model(
+        options.model, options.revision, options.backend, adapter=options.adapter, quiet=options.quiet
+    )
     if options.backend != "generate" and options.device != "mps" and (files.is_engine or has_family(files.config)):
         return SlotsBackend.open(options, earlier, files)
     if runs_in_slots(options, files.config):

@@ -21,6 +21,7 @@ from capcli.captioning.prompts import Prompts
 from capcli.decoding.activity import Activity
 from capcli.errors import UsageError
 from capcli.loading import Loading, default_workers, load, usable_cpus
+from capcli.models.adapters import adapter_setting
 from capcli.models.auto import AutoModel, text_files
 from capcli.models.dtypes import choose_device
 from capcli.models.families import FILES
@@ -61,6 +62,7 @@ class GenerateBackend:
         return {
             "backend": "generate",
             "model": fingerprint(self.captioner.files.folder, text_files),
+            **adapter_setting(self.captioner.files),
             "dtype": self.captioner.dtype,
             **({} if options.quantize is None else {"quantize": options.quantize}),
             "prompt": self.captioner.auto.write(search.given.prompt, search.given.system),
@@ -146,10 +148,11 @@ def open_settings(options: CaptionOptions, earlier: RunFile | None) -> tuple[str
 
 def given_of(options: CaptionOptions, auto: AutoModel, files: ModelFiles) -> Given:
     """What the options give the model beside the images."""
+    is_family = files.config["model_type"] in FILES
+    if options.system is not None and is_family:
+        raise UsageError(f"--system: {options.model} has no use for it: leave it out")
     edge = auto.bound_edge(options.max_image_edge)
-    prompts = None
-    if options.prompt is not None and files.config["model_type"] not in FILES:
-        prompts = Prompts(options.prompt)
+    prompts = Prompts(options.prompt) if options.prompt is not None and not is_family else None
     return Given(options.prompt, options.system, edge, options.keep_prompt, prompts)
 
 

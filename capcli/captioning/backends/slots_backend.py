@@ -27,6 +27,7 @@ from capcli.decoding.settings import Settings
 from capcli.decoding.shapes import Shapes
 from capcli.loading import Loading, load
 from capcli.loading.gpu_jpeg import GpuJpegDecoder, GpuLoading
+from capcli.models.adapters import adapter_setting
 from capcli.models.encoder_text import tag_ids
 from capcli.models.model_files import ModelFiles, fingerprint
 from capcli.options import CaptionOptions
@@ -70,6 +71,7 @@ class SlotsBackend:
         options = self.options
         return {
             "model": fingerprint(self.captioner.files.folder),
+            **adapter_setting(self.captioner.files),
             "dtype": self.captioner.model.dtype,
             **({} if options.tags_field is None else {"tags_field": options.tags_field}),
             "generation": self.search.in_run_file(),

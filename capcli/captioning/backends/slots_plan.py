@@ -69,7 +69,14 @@ def load_captioner(options: CaptionOptions, earlier: RunFile | None, files: Mode
 
 
 def check_prompt_and_tags(options: CaptionOptions, config: Mapping[str, Any]) -> None:
-    """Raises UsageError for tags and prompts that a model with this config.json does not take."""
+    """Raises UsageError for tags, prompts and other options that a model with this config.json does not take."""
+    given = {
+        "--quantize": options.quantize,
+        "--system": options.system,
+        "--max-image-edge": options.max_image_edge,
+    }
+    if wrong := [flag for flag, value in given.items() if value is not None]:
+        raise UsageError(f"{' and '.join(wrong)}: {options.model} has no use for it: leave it out")
     if options.tags_field and not tag_room(config):
         raise UsageError(f"--tags-field {options.tags_field}: {options.model} reads no tags: leave it out")
     refuse = getattr(family_of(config), "refuse_prompt", None)

@@ -20,6 +20,7 @@ from capcli.decoding.activity import Activity
 from capcli.decoding.settings import idle
 from capcli.decoding.shapes import Shapes, useful_slots
 from capcli.loading import Loading, default_workers, load, usable_cpus
+from capcli.models.adapters import adapter_setting
 from capcli.models.auto import text_files
 from capcli.models.model_files import ModelFiles, fingerprint
 from capcli.options import CaptionOptions
@@ -58,6 +59,7 @@ class VlmBackend:
         given = self.search.given
         return {
             "model": fingerprint(self.captioner.files.folder, text_files),
+            **adapter_setting(self.captioner.files),
             "dtype": self.captioner.dtype,
             "prompt": self.captioner.auto.write(given.prompt, given.system),
             "max_image_edge": given.max_edge,
