@@ -14,8 +14,12 @@ from unittest import mock
 
 import pytest
 from running import PATIENCE, call, environment, shell
+from vlms import MODELS
 
 from capcli.cli import cli
+from capcli.models.auto import IMAGE_TO_TEXT
+from capcli.models.families import FILES
+from capcli.models.model_files import VLMS
 
 ROOT = Path(__file__).parents[1]
 EARLIER = ROOT / "tests" / "earlier_version"
@@ -147,3 +151,24 @@ def test_the_make_targets_in_documents_exist() -> None:
     targets = {target for text in texts for target in re.findall(r"(?m)(?:^|`)make (?:PYTHON=\S+ )?([a-z-]+)", text)}
     assert targets >= {"demo", "test", "test-external", "check", "lint", "gpu-bench"}
     assert all(re.search(rf"(?m)^{target}:", makefile) for target in targets), targets
+
+
+def test_the_table_of_models_states_what_the_code_and_the_tests_have() -> None:
+    """Slots, generate, training and ONNX by `model_type`; every VLM in it is one of the checkpoints that tests caption with."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| (`|on an)", line)]
+    found: dict[str, tuple[bool, ...]] = {}
+    for names, *cells in rows:
+        for kind in re.findall(r"`([\w.-]+)`", names.partition("; ")[0].partition(": ")[0]):
+            found[kind] = tuple(cell == "yes" for cell in cells[:4])
+    tested = set(map(config_kind, MODELS))
+    assert set(VLMS) <= tested
+    assert {*FILES, *tested} <= set(found)
+    for kind, states in found.items():
+        if kind in FILES or kind in IMAGE_TO_TEXT:
+            assert states == (kind in FILES or kind in VLMS, True, kind in FILES, kind in FILES), kind
+
+
+def config_kind(name: str) -> str:
+    """The model_type of one of the tests' vision-language models."""
+    return str(MODELS[name]()[0].config.model_type)
