@@ -182,8 +182,7 @@ def main() -> None:
 
 
 def compare(slots: VlmCaptioner, generate: GenerateCaptioner, images: list[Any], options: Any, given: Any) -> None:
-    what = Given(max_edge=given.max_image_edge or slots.auto.bound_edge(None))
-    search = slots.settings(options, what)
+    search = slots.settings(options, Given(max_edge=slots.auto.bound_edge(None)))
     seconds: dict[str, list[float]] = {"slots": [], "generate": []}
     texts: dict[str, list[str]] = {}
     text_model = slots.step.text

@@ -13,6 +13,7 @@ from capcli.options import ModelOptions, TrainOptions
 from capcli.options.train import DEFAULT_LENGTH, IMAGE_TOKENS, PREFIX_ENCODER, TAG_TOKENS
 
 model = partial(option, ModelOptions, section="Model")
+adapter = partial(option, TrainOptions, section="Model")
 optimization = partial(option, TrainOptions, section="Optimization")
 evaluation = partial(option, TrainOptions, section="Evaluation and checkpoints")
 
@@ -82,6 +83,23 @@ PART_OPTIONS = (
         help="Tokens of a caption to train on, the end token included; longer captions are truncated. "
         f"[default: {DEFAULT_LENGTH}, or the decoder's maximum if that is smaller]",
     ),
+    adapter(
+        "--lora",
+        help="Train a LoRA adapter of --model instead of its weights. Vision-language models can only be trained so.",
+    ),
+    adapter("--lora-rank", help="Rank of the adapter's matrices."),
+    adapter("--lora-alpha", help="Scale of the adapter, divided by the rank. [default: twice the rank]"),
+    adapter(
+        "--lora-targets",
+        metavar="REGEX",
+        help="Names of the linear layers to adapt. [default: those of the text decoder's attention and feed-forward layers]",
+    ),
+    adapter(
+        "--prompt",
+        help="Vision-language models: the text beside each image. {tags} stands for the text of --tags-column. "
+        "[default: that of capcli caption]",
+    ),
+    adapter("--system", help="Vision-language models: a system message before the prompt."),
     model("--extra-tokens", help="Add N tokens to the vocabulary: <loc_0>, <loc_1>, ..."),
 )
 OPTIMIZATION_OPTIONS = (

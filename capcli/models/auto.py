@@ -194,11 +194,29 @@ def writer(kind: str, processor: Any) -> Callable[[str | None, str | None], str 
 
 def chat_text(processor: Any, prompt: str, system: str | None) -> str:
     """A conversation of one image and the prompt, in the model's chat template, up to where the answer begins."""
+    messages = chat_messages(prompt, system)
+    return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+
+def chat_messages(prompt: str, system: str | None) -> list[dict[str, Any]]:
+    """A conversation of one image and the prompt."""
     messages: list[dict[str, Any]] = []
     if system:
         messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
     messages.append({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]})
-    return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    return messages
+
+
+def answer_text_after(auto: AutoModel, prompt: str | None, system: str | None, answer: str) -> str:
+    """The text that follows the text of a prompt where `answer` is the answer to it: in a chat template, with its end token."""
+    processor = auto.processor
+    if not getattr(processor, "chat_template", None):
+        return answer
+    asked = chat_text(processor, prompt or CHAT_PROMPT, system)
+    messages = chat_messages(prompt or CHAT_PROMPT, system)
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    whole = str(processor.apply_chat_template(messages, tokenize=False))
+    return whole.removeprefix(asked) if whole.startswith(asked) else answer
 
 
 def family_prompt(files: ModelFiles, model: Any, tokenizer: Any) -> PromptIds:

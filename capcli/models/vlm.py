@@ -31,10 +31,12 @@ class VlmFamily:
 
     `first` is the position of the first token. `whole_prefix`: tokens of the prefix see each other, also beyond a sliding window.
     `ids` are the token ids that generate() puts before the caption where the processor gives none, by the model's config.
+    `answer_type` is the token type of a caption that the model is trained on.
     """
 
     first: int = 0
     whole_prefix: bool = False
+    answer_type: int = 0
     ids: Callable[[Any], list[int]] | None = None
 
 
@@ -46,7 +48,7 @@ def image_and_start(config: Any) -> list[int]:
 # Of the models in model_files.VLMS, those that differ from LLaVA.
 FAMILIES: Mapping[str, VlmFamily] = {
     "blip-2": VlmFamily(ids=image_and_start),
-    "paligemma": VlmFamily(first=1, whole_prefix=True),
+    "paligemma": VlmFamily(first=1, whole_prefix=True, answer_type=1),
 }
 
 

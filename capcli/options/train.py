@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
@@ -25,6 +26,7 @@ IMAGE_TOKENS = 10  # tokens of a prefix that represent the image
 TAG_TOKENS = 16  # most tokens of tags in a prefix, where images have tags
 PREFIX_ENCODER = "microsoft/resnet-101"
 DEFAULT_LENGTH = 50  # tokens of a caption
+LORA_RANK = 16
 PARTS = ("encoder", "decoder", "question_encoder")
 SMALLEST_VOCABULARY = 259  # every byte, start, end and padding
 SEEDS = Range(0, 2**32, max_open=True)
@@ -101,6 +103,10 @@ class TrainOptions:
     improvement. `unfreeze_after` is the number of steps after which the part that `freeze` names is trained too.
     `mask_patches` is the fraction of the patches of an image that are masked in the encoder during training. `task` lists
     several tasks to learn at once, each with its own data, in place of `data`.
+
+    With `lora` an adapter of rank `lora_rank` is trained in place of the weights, for the linear layers whose names match the
+    regular expression `lora_targets` (None: those of the text decoder); `lora_alpha` None is twice the rank. `prompt` and
+    `system` are what a vision-language model reads beside the image; `{tags}` in the prompt stands for the image's tags.
     """
 
     data: DataOptions
@@ -124,6 +130,12 @@ class TrainOptions:
     unfreeze_after: PositiveInt | None = None
     mask_patches: Fraction = 0.0
     task: tuple[TaskOptions, ...] = ()
+    lora: bool = False
+    lora_rank: PositiveInt = LORA_RANK
+    lora_alpha: PositiveFloat | None = None
+    lora_targets: str | None = None
+    prompt: str | None = None
+    system: str | None = None
     evaluate_every: Every = "epoch"
     save_every: Every | None = None
     log_every: PositiveInt = 10
@@ -155,10 +167,34 @@ class TrainOptions:
         check_data(self.data, self.task)
         if self.select == "cider" and self.task and all(task.kind != "caption" for task in self.task):
             raise UsageError("--select cider needs a task of kind caption: give --select loss")
+        check_lora(self)
         if self.data.tags_column is not None and self.model.model is None and self.model.join != "prefix":
             raise UsageError("--tags-column names tags that are read in a prefix: give --join prefix too")
         if self.data.tags_column is None and self.model.tag_tokens:
             raise UsageError("--tag-tokens reserves tokens for tags: name the column of tags, give --tags-column")
+
+
+def check_lora(options: TrainOptions) -> None:
+    """Raises UsageError for options that need an adapter, or that do not go with one."""
+    if not options.lora:
+        alone = {"lora_rank": options.lora_rank != LORA_RANK, "lora_alpha": options.lora_alpha is not None}
+        alone |= {"lora_targets": options.lora_targets is not None}
+        if given := [name for name, is_given in alone.items() if is_given]:
+            raise UsageError(f"{flag(given[0])} has no effect without --lora")
+        return
+    if options.model.model is None:
+        raise UsageError("--lora adapts an existing model: give --model")
+    if options.task:
+        raise UsageError("--lora learns a single task: give --data, not [[task]] tables")
+    if options.freeze != "none":
+        raise UsageError(f"--lora freezes the weights of the model: leave --freeze {options.freeze} out")
+    if any(getattr(options.generation, each.name) is not None for each in fields(options.generation)):
+        raise UsageError("an adapter stores no generation settings: leave them out, and give them to capcli caption")
+    if options.lora_targets is not None:
+        try:
+            re.compile(options.lora_targets)
+        except re.error as error:
+            raise UsageError(f"--lora-targets is no regular expression: {error}") from None
 
 
 def check_data(data: DataOptions, tasks: tuple[TaskOptions, ...]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from capcli.errors import CapcliError
-from capcli.models import model_files
+from capcli.models import adapters, model_files
 from capcli.models.checkpoint import puts_spaces
 from capcli.models.families import family_of, tag_room
 from capcli.options import TaskOptions, TrainOptions
@@ -22,6 +22,7 @@ from capcli.training.model.assembly import AssembledCaptioner
 from capcli.training.output import checkpoints
 from capcli.training.output.card import CardFacts, SplitFacts, shell_word, write_card
 from capcli.training.output.folder import CARD, RunFolder, sources
+from capcli.training.vlm.assembly import AssembledVlm
 
 # The generation settings that a card shows.
 SEARCH_SETTINGS = {
@@ -36,7 +37,7 @@ WIDTH = ("hidden_size", "n_embd", "embed_dim")
 def save_best_model(
     options: TrainOptions,
     folder: RunFolder,
-    assembled: AssembledCaptioner,
+    assembled: AssembledCaptioner | AssembledVlm,
     data: TrainingData,
     trainer: CaptionTrainer,
 ) -> str:
@@ -57,7 +58,9 @@ def save_best_model(
     measured = "" if loss is None else f", validation loss {loss:.3f}"
     if loss is not None and "CIDEr" in scores:
         measured += f", CIDEr {scores['CIDEr']:.3f}"
-    line = f"step {step}{measured}: capcli caption FOLDER --model {shell_word(folder.folder)}"
+    texts = {"--prompt": options.prompt, "--system": options.system}
+    given = "".join(f" {name} {shell_word(text)}" for name, text in texts.items() if text is not None)
+    line = f"step {step}{measured}: capcli caption FOLDER --model {shell_word(folder.folder)}{given}"
     return "\n".join([*passed_over, line])
 
 
@@ -79,7 +82,12 @@ def best_whole(folder: str, ranked: Sequence[tuple[int, checkpoints.Rank]], last
 def copy_captioner(checkpoint: str, folder: RunFolder) -> None:
     """Copies the files of a captioner, each atomically, the weights last. run.json lists them before they exist."""
     files = model_files.list_model(checkpoint)
-    names = [*model_files.setting_files(files.names), *model_files.weight_files(files)]
+    adapter = [model_files.ADAPTER, adapters.WEIGHTS]
+    names = (
+        adapter
+        if model_files.ADAPTER in files.names
+        else [*model_files.setting_files(files.names), *model_files.weight_files(files)]
+    )
     folder.add_facts(left=sorted({CARD, *names, *folder.facts().get("left", ())}))
     with folder.writing():
         for name in names:
@@ -89,7 +97,7 @@ def copy_captioner(checkpoint: str, folder: RunFolder) -> None:
 def card_facts(
     options: TrainOptions,
     folder: RunFolder,
-    assembled: AssembledCaptioner,
+    assembled: AssembledCaptioner | AssembledVlm,
     data: TrainingData,
     trainer: CaptionTrainer,
     step: int,
@@ -98,15 +106,18 @@ def card_facts(
 ) -> CardFacts:
     """The contents of the model card of the weights of `step`."""
     model, tokens, tokenizer = assembled.model, assembled.specials, assembled.tokenizer
-    family = family_of(model.config.to_dict())
     parts = options.model
+    if isinstance(assembled, AssembledVlm):
+        encoder, decoder, size = model.config.vision_config, model.config.get_text_config(decoder=True), None
+    else:
+        encoder, decoder, size = assembled.encode.encoder.config, assembled.step.decoder.config, trainer.collate.size
     given = [part for part in (parts.model, parts.encoder, parts.decoder) if isinstance(part, str)]
     return CardFacts(
         name=os.path.basename(os.path.abspath(folder.folder)),
-        encoder=described(assembled.encode.encoder.config, parts.encoder),
-        decoder=described(assembled.step.decoder.config, parts.decoder),
+        encoder=described(encoder, parts.encoder),
+        decoder=described(decoder, parts.decoder),
         parameters=model.num_parameters(),
-        image_size=trainer.collate.size,
+        image_size=size,
         tokenizer=f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens",
         special_tokens={
             role: (str(tokenizer.convert_ids_to_tokens(i)), i)
@@ -128,11 +139,17 @@ def card_facts(
             if name in SEARCH_SETTINGS and value is not None
         },
         architecture=model.config.model_type,
-        loader=None if family.LOADER == "AutoModel" or hasattr(family, "encoder_prompt") else family.LOADER,
+        loader=None if options.lora else plain_loader(model),
         spaced=puts_spaces(tokenizer),
         tagged=bool(tag_room(model.config.to_dict())),
         base_models=[name for name in given if not os.path.exists(name)],
     )
+
+
+def plain_loader(model: Any) -> str | None:
+    """transformers' class that captions with a model by itself; None where there is none."""
+    family = family_of(model.config.to_dict())
+    return None if family.LOADER == "AutoModel" or hasattr(family, "encoder_prompt") else family.LOADER
 
 
 def settings_in_force(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,13 +30,12 @@ from capcli.training.loop.arguments import total_steps, training_arguments
 from capcli.training.loop.callbacks import ReportCallback, ScheduleCallback, is_finished, point_of, state_at
 from capcli.training.loop.freezing import Frozen, freeze, refuse_freezing
 from capcli.training.loop.trainer import CaptionTrainer
-from capcli.training.model.assembly import AssembledCaptioner
 from capcli.training.model.pretrained import KINDS, refuse_configs
 from capcli.training.output.events import EventFile
 from capcli.training.output.folder import EVENTS, LEFT_OUT, RunFolder
 from capcli.training.output.history import History
 from capcli.training.output.live_view import LiveView, Sample
-from capcli.training.setup import assemble_captioner, make_trainer, refuse_unread_tags
+from capcli.training.setup import Assembled, assemble_captioner, make_trainer, refuse_unread_tags
 
 LAUNCHER_GRACE = 5.0  # seconds in which torchrun passes on a signal that the terminal has sent to all processes
 SAMPLES = 3  # validation images whose captions are shown at each evaluation
@@ -62,7 +61,7 @@ def run(options: TrainOptions, folder: RunFolder) -> int:
         options = replace(options, model=replace(options.model, max_length=captioner.max_length))
         new = new_parts(options, folder, facts, captioner)
         freeze_part = freezer(options, new)
-        frozen = freeze_part(captioner.model) if options.unfreeze_after is None else None
+        frozen = freeze_part(captioner.model) if options.unfreeze_after is None and not options.lora else None
         if main:
             folder.make()
         trainer = make_trainer(options, arguments, captioner, data)
@@ -125,7 +124,7 @@ def move_end(folder: RunFolder, step: int, before: int, after: int, view: LiveVi
     view.write_line(f"from step {step:,} the schedule ends at step {after:,} instead of {before:,}")
 
 
-def new_parts(options: TrainOptions, folder: RunFolder, facts: Facts, captioner: AssembledCaptioner) -> frozenset[str]:
+def new_parts(options: TrainOptions, folder: RunFolder, facts: Facts, captioner: Assembled) -> frozenset[str]:
     """The parts that had random weights when the run began, which freezing leaves trainable.
 
     For a resumed run they are read from run.json: a checkpoint does not record them.
@@ -150,7 +149,7 @@ def freezer(options: TrainOptions, new: frozenset[str]) -> Callable[[Any], Froze
 def describe(
     options: TrainOptions,
     view: LiveView,
-    captioner: AssembledCaptioner,
+    captioner: Assembled,
     data: TrainingData,
     trainer: CaptionTrainer,
     frozen: Frozen | None,

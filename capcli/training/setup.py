@@ -12,12 +12,14 @@ import numpy as np
 from transformers import Seq2SeqTrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 
+from capcli.captioning.model import find_any_model
 from capcli.errors import UsageError
 from capcli.metrics import Scorer
-from capcli.models.checkpoint import pixel_size
+from capcli.models.checkpoint import encode_and_step, pixel_size
 from capcli.models.encoder_text import gap_names, tag_ids, with_gaps
 from capcli.models.families import encoder_prompt_of, tag_room
 from capcli.models.hub import find_model
+from capcli.models.model_files import ModelFiles, is_vlm
 from capcli.options import ModelOptions, TaskOptions, TrainOptions
 from capcli.options.train import TAG_TOKENS
 from capcli.records import Annotated
@@ -30,29 +32,61 @@ from capcli.training.loop.task_validation import CAPTION, MASKED, Validations
 from capcli.training.loop.trainer import CaptionTrainer
 from capcli.training.loop.validation import Validation
 from capcli.training.model.assembly import AssembledCaptioner, assemble
+from capcli.training.model.lora import add_lora
 from capcli.training.model.tokenizers import encode_captions
 from capcli.training.output.folder import sources
+from capcli.training.vlm.assembly import AssembledVlm, assemble_vlm
+from capcli.training.vlm.pairs import VlmCollate, VlmPairs
+from capcli.training.vlm.trainer import VlmTrainer, VlmValidation
+
+Assembled = AssembledCaptioner | AssembledVlm
 
 
-def assemble_captioner(
-    options: TrainOptions, checkpoint: str | None, data: TrainingData, *, quiet: bool
-) -> AssembledCaptioner:
+def assemble_captioner(options: TrainOptions, checkpoint: str | None, data: TrainingData, *, quiet: bool) -> Assembled:
     """The captioner to train: as it was at the checkpoint, or at the start of the run where that is None.
 
-    Raises what `assemble` raises.
+    With --lora it is always the model with a new adapter: the Trainer loads the checkpoint's. Raises what `assemble` raises.
     """
     model = options.model
+    if files := vlm_files(options, quiet=quiet):
+        return assemble_vlm(options, files)
     if options.data.tags_column is not None and model.join == "prefix" and model.tag_tokens is None:
         model = replace(model, tag_tokens=TAG_TOKENS)
-    if checkpoint is not None:
+    if options.prompt is not None or options.system is not None:
+        raise UsageError(
+            f"--prompt and --system are for vision-language models, and {model.model or 'this'} is none: leave them out"
+        )
+    if checkpoint is not None and not options.lora:
         model = ModelOptions(model=checkpoint, max_length=model.max_length)
-    return assemble(
+    assembled = assemble(
         model,
         lambda: (text for image in data.train for text in (*image.captions, *([image.tags] if image.tags else ()))),
         options.generation,
         options.data.seed,
         quiet=quiet,
     )
+    return with_adapter(assembled, options) if options.lora else assembled
+
+
+def with_adapter(assembled: AssembledCaptioner, options: TrainOptions) -> AssembledCaptioner:
+    """The captioner with an adapter, of which alone the weights are trainable."""
+    model, line = add_lora(assembled.model, options)
+    encode, step = encode_and_step(model.base_model.model, assembled.spec)  # with the layers that the adapter replaced
+    return replace(assembled, model=model, encode=encode, step=step, notes=(*assembled.notes, line))
+
+
+def vlm_files(options: TrainOptions, *, quiet: bool) -> ModelFiles | None:
+    """The files of the vision-language model to train; None for any other captioner. Raises UsageError without --lora."""
+    if options.model.model is None:
+        return None
+    files = find_any_model(options.model.model, None, "auto", quiet=quiet)
+    if not is_vlm(files.config) or files.is_engine:
+        return None
+    if not options.lora:
+        raise UsageError(
+            f"{options.model.model} is a vision-language model, of which only an adapter can be trained: give --lora"
+        )
+    return files
 
 
 def refuse_unread_tags(options: TrainOptions, *, quiet: bool) -> None:
@@ -64,14 +98,50 @@ def refuse_unread_tags(options: TrainOptions, *, quiet: bool) -> None:
         )
     if column is None or model is None:
         return
+    if vlm_files(options, quiet=quiet):
+        if "{tags}" not in (options.prompt or ""):
+            raise UsageError(
+                f"--tags-column is {column}, but --prompt has no {{tags}} that stands for them: add it, or leave one out"
+            )
+        return
     if not tag_room(find_model(model, quiet=quiet).config):
         raise UsageError(f"--tags-column is {column}, but {model} reads no tags: leave it out")
 
 
 def make_trainer(
-    options: TrainOptions, arguments: Seq2SeqTrainingArguments, assembled: AssembledCaptioner, data: TrainingData
+    options: TrainOptions, arguments: Seq2SeqTrainingArguments, assembled: Assembled, data: TrainingData
 ) -> CaptionTrainer:
     """The Trainer of a run. Raises UsageError for tasks that the captioner cannot learn."""
+    trainer = (
+        make_vlm_trainer(options, arguments, assembled, data)
+        if isinstance(assembled, AssembledVlm)
+        else make_family_trainer(options, arguments, assembled, data)
+    )
+    trainer.remove_callback(DefaultFlowCallback)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def make_vlm_trainer(
+    options: TrainOptions, arguments: Seq2SeqTrainingArguments, assembled: AssembledVlm, data: TrainingData
+) -> CaptionTrainer:
+    """The Trainer of a vision-language model's adapter."""
+    collate = VlmCollate()
+    validation: VlmValidation | None = None
+    if data.val:
+        pairs = VlmPairs.of(data.val, assembled, options.max_pixels)
+        plain: Any = make_validation(options, pairs, collate, data.val)  # type: ignore[arg-type]
+        validation = VlmValidation(**vars(plain), assembled=assembled)
+    if options.gradient_checkpointing:
+        enable_checkpointing(assembled.model)
+    train = VlmPairs.of(data.train, assembled, options.max_pixels)
+    return VlmTrainer(assembled, arguments, train, collate, validation, options)  # type: ignore[arg-type]
+
+
+def make_family_trainer(
+    options: TrainOptions, arguments: Seq2SeqTrainingArguments, assembled: AssembledCaptioner, data: TrainingData
+) -> CaptionTrainer:
+    """The Trainer of a captioner of a family in capcli.models."""
     name, encode = options.model.model or "the captioner", assembled.encode
     size = pixel_size(name, encode.size, assembled.spec, any_size=encode.any_size)
     collate = Collate(size, assembled.specials.start, assembled.specials.pad)
@@ -86,10 +156,7 @@ def make_trainer(
             validation = make_validation(options, pairs(data.val), collate, data.val)
     if options.gradient_checkpointing:
         enable_checkpointing(assembled.model)
-    trainer = CaptionTrainer(assembled, arguments, train, collate, validation, options)
-    trainer.remove_callback(DefaultFlowCallback)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return CaptionTrainer(assembled, arguments, train, collate, validation, options)
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from capcli.training.loop.loss import token_loss
 from capcli.training.loop.task_validation import Validations
 from capcli.training.loop.validation import Validation, captioner_of
 from capcli.training.model.assembly import AssembledCaptioner
+from capcli.training.model.lora import is_adapted, save_adapter
 from capcli.training.output.checkpoints import Manifest, complete
 
 FULL = 1 << 20  # bytes that are free on a disk that counts as full
@@ -108,6 +109,10 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.meter = Meter()
         self.captions: dict[str, str] = {}
         self.run: str | None = None  # in the manifests of checkpoints
+        self.read_model(assembled)
+
+    def read_model(self, assembled: AssembledCaptioner) -> None:
+        """Takes from the model how its batches are prepared."""
         encode = assembled.encode.to(assembled.model.device)  # its mean and deviation are not part of the model
         self._normalise, self._encoder_config = encode.normalise, encode.encoder.config
         self._family = family_of(assembled.model.config.to_dict())
@@ -199,12 +204,12 @@ class CaptionTrainer(Seq2SeqTrainer):
         """Computes loss and scores on the validation images and logs them as `eval_*`."""
         assert self.validation is not None
         began = time.monotonic()
-        validation, assembled, training = self.validation, self.assembled, self.model.training
+        validation, training = self.validation, self.model.training
         self.model.eval()
         losses = validation.losses(self.model, self._prepare_inputs, self.accelerator)
         metrics = {f"eval_{name}": value for name, value in losses.items()}
         if validation.captioned:
-            with captioner_of(assembled, validation.collate.size) as captioner:
+            with self.captioner() as captioner:
                 self.captions = validation.captions(captioner, self.accelerator, self.evaluating)
             metrics |= {f"eval_{name}": value for name, value in validation.scores(self.captions).items()}
         self.model.train(training)
@@ -212,6 +217,11 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.meter.pause(time.monotonic() - began)
         return metrics
+
+    def captioner(self) -> AbstractContextManager[Any]:
+        """A context with a captioner that has the weights of the model in training."""
+        assert self.validation is not None
+        return captioner_of(self.assembled, self.validation.collate.size)
 
     # Checkpoints
 
@@ -275,6 +285,9 @@ def save_captioner(folder: str | os.PathLike[str], model: Any, tokenizer: Any, p
 
 def write_captioner(folder: str, model: Any, tokenizer: Any, processor: Mapping[str, Any]) -> None:
     """Writes the files of `save_captioner`. Raises OSError, and errors of the types of safetensors and tokenizers."""
+    if is_adapted(model):
+        save_adapter(folder, model)
+        return
     os.makedirs(folder, exist_ok=True)
     with quiet_transformers():
         model.save_pretrained(folder)

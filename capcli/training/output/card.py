@@ -55,7 +55,7 @@ class CardFacts:
     encoder: str
     decoder: str
     parameters: int
-    image_size: tuple[int, int]  # height, width
+    image_size: tuple[int, int] | None  # height, width; None: as the processor makes each image
     tokenizer: str
     special_tokens: Mapping[str, tuple[str, int]]
     data_files: Sequence[str]
@@ -112,13 +112,15 @@ def front_matter(facts: CardFacts) -> ModelCardData:
 
 
 def parts_section(facts: CardFacts) -> str:
-    height, width = facts.image_size
+    size = "as the image processor makes each image"
+    if facts.image_size is not None:
+        size = f"{facts.image_size[1]} x {facts.image_size[0]} pixels"
     tokens = ", ".join(f"{prose(role)} {code(token)} ({i})" for role, (token, i) in facts.special_tokens.items())
     rows = [
         ("encoder", prose(short(facts.encoder))),
         ("decoder", prose(short(facts.decoder))),
         ("parameters", f"{facts.parameters:,}"),
-        ("image size", f"{width} x {height} pixels"),
+        ("image size", size),
         ("tokenizer", prose(short(facts.tokenizer))),
         ("special tokens", tokens),
     ]

@@ -311,12 +311,19 @@ def as_toml(options: TrainOptions) -> str:
     sections: dict[str, Mapping[str, Any]] = {
         "data": asdict(options.data),
         "model": asdict(options.model),
-        "train": {name: value for name, value in asdict(options).items() if name not in UNSAVED},
+        "train": {
+            name: value for name, value in asdict(options).items() if name not in UNSAVED and saves(options, name)
+        },
         "generation": asdict(options.generation),
     }
     tables = {name: {k: v for k, v in values.items() if v not in (None, ())} for name, values in sections.items()}
     tasks = {"task": [table_of(task) for task in options.task]} if options.task else {}
     return tomli_w.dumps({name: values for name, values in tables.items() if values} | tasks)
+
+
+def saves(options: TrainOptions, name: str) -> bool:
+    """Whether a setting belongs into train.toml: those of an adapter only where one is trained."""
+    return options.lora or not name.startswith("lora")
 
 
 def flat(sections: Mapping[str, Any]) -> dict[str, Any]:
