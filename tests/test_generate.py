@@ -230,7 +230,7 @@ def test_samples_are_repeatable_and_best_first(photos: Path, llava: Path) -> Non
     ("flags", "message"),
     [
         (("--quantize", "4bit"), "--quantize 4bit needs the package bitsandbytes: pip install bitsandbytes"),
-        (("--fast-decode",), "--fast-decode: only models with a decode loop of capcli have this"),
+        (("--fast-decode",), "--fast-decode: this model does not have it"),
         (("--device", "mps"), "no Metal device can be used here"),
     ],
 )

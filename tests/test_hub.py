@@ -445,6 +445,12 @@ def test_architectures_that_are_not_supported(model: Path, config: dict[str, Any
     assert "vision-encoder-decoder with an encoder of vit, deit, beit, swin, swinv2" in str(caught.value)
 
 
+def test_vision_language_models_are_for_captioning(model: Path) -> None:
+    (model / "config.json").write_text(json.dumps({"model_type": "smolvlm", "text_config": {"model_type": "llama"}}))
+    with pytest.raises(CapcliError, match="capcli caption runs it, this command does not"):
+        find_model(str(model))
+
+
 # The fingerprint
 
 

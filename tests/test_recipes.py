@@ -34,6 +34,7 @@ JAPANESE = ["犬が海辺を走っている", "赤い服の男の人が自転車
 OPTIONAL = {
     *("max_steps", "unfreeze_after", "patience", "resume", "overwrite", "device", "threads", "workers", "quiet"),
     *("max_pixels", "decode_timeout", "data", "model", "generation", "task", "mask_patches"),
+    *("lora", "lora_rank", "lora_alpha", "lora_targets", "prompt", "system"),
 }
 ONLY_SAMPLING = {"temperature", "top_k", "top_p"}
 # Image sizes of pretrained encoders and captioners; the others take 224.

@@ -13,7 +13,7 @@ import torch
 from oracle import given_noise
 from PIL import Image
 from running import call, change_json, execute, paint
-from vlms import MODELS, save_vlm
+from vlms import MODELS, save_vlm, shaken
 
 from capcli import Caption, Captioner
 from capcli.captioning.processed import Given
@@ -214,3 +214,57 @@ def test_a_decoder_that_was_not_tested_has_no_decode_loop(photos: Path, tmp_path
     change_json(folder / "config.json", {"text_config": config["text_config"] | {"model_type": "gpt_neox"}})
     done = call("caption", photos, "--model", folder, "--backend", "slots")
     assert (done.code, "is not supported: llava" in done.err) == (1, True)
+
+
+def test_an_image_that_the_model_cannot_process_is_a_failure(
+    photos: Path, folders: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A fault in the model itself: none of transformers' models refuses a single image that its processor made."""
+    from transformers import LlavaModel as Model
+
+    forward = Model.forward
+
+    def limited(self: Any, *given: Any, **inputs: Any) -> Any:
+        if inputs["pixel_values"].mean() < limit:
+            raise RuntimeError("no such image")
+        return forward(self, *given, **inputs)
+
+    core = captioner_of(folders("llava"))
+    means = sorted(float(core.auto.inputs(image, None)["pixel_values"].mean()) for image in arrays(photos))
+    limit = (means[1] + means[2]) / 2
+    monkeypatch.setattr(Model, "forward", limited)
+    done = caption(photos, folders("llava"), "--batch-size", 2, out=tmp_path / "x.jsonl")
+    assert done.code == 3, done.err
+    failures = [json.loads(line) for line in (tmp_path / "x.failures.jsonl").read_text().splitlines()]
+    assert [failure["error"] for failure in failures] == ["model", "model"]
+    assert "the model cannot process it: RuntimeError: no such image" in failures[0]["message"]
+    assert len((tmp_path / "x.jsonl").read_text().splitlines()) == len(SIZES) - 2
+    limit = 1e9
+    ended = caption(photos, folders("llava"), "--batch-size", 2)
+    assert (ended.code, "cannot caption: the model cannot process it" in ended.err) == (1, True), ended.err
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("mistral", {"sliding_window": 14}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 12}),
+        ("qwen3", {}),
+    ],
+)
+def test_other_decoders_in_the_same_model_equal_generate(
+    kind: str, changes: dict[str, Any], photos: Path, tmp_path: Path
+) -> None:
+    model, processor = MODELS["llava"]()
+    text = {**model.config.text_config.to_dict(), "model_type": kind, **changes}
+    for name in ("layer_types", "architectures"):
+        text.pop(name, None)
+    config = type(model.config)(**{**model.config.to_dict(), "text_config": text})
+    shaken(type(model)(config)).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    core, images = captioner_of(tmp_path), arrays(photos)
+    for search in ({}, {"num_beams": 3}):
+        results = core.caption(images, GenerationOptions(max_new_tokens=10, **search), batch_size=3)
+        got = [result.text for result in results if isinstance(result, Caption)]
+        assert got == [best for best, *_ in generated(core, images, **search)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from capcli.captioning.feed import POLL_SECONDS, Arrivals, Deliver, LocalArrivals, OrderedDelivery, Result
-from capcli.captioning.processed import MAX_NEW_TOKENS, Given, answer_text, one_line, whole_image
+from capcli.captioning.processed import HOPELESS, MAX_NEW_TOKENS, Given, answer_text, one_line, whole_image
 from capcli.captioning.slot_captioner import ImageLike, caption_text, overflow
 from capcli.decoding import noise
 from capcli.decoding.activity import Activity
@@ -41,7 +41,6 @@ BATCH = {"cpu": 4}  # images that are generated together, by device type
 GPU_BATCH = 16
 LOGITS_SHARE = 8  # at most this fraction of the free memory holds the logits of a batch, from which scores are computed
 WINDOW = 4  # batches of images that wait for others of their shape
-HOPELESS = 3  # images in a row that the model itself cannot process, and none before them: then the run ends
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from capcli.models.model_files import ModelFiles
 from capcli.records import Facts, Loaded
 
 MAX_NEW_TOKENS = 128  # where neither options nor model state it: generate()'s own default of 20 cuts sentences off
+HOPELESS = 3  # images in a row that the model itself cannot process, and none before them: then the run ends
 Inputs = Mapping[str, Tensor]
 MakeInputs = Callable[[Any, str | None, str | None], Inputs]  # of an image, its prompt and the system prompt
 

@@ -10,20 +10,20 @@ from functools import partial
 import torch
 
 from capcli.captioning.feed import ArrivalFeed, Arrivals, Deliver, LocalArrivals, OrderedDelivery, Result
-from capcli.captioning.processed import MAX_NEW_TOKENS, Given, Inputs, answer_text, whole_image
+from capcli.captioning.processed import HOPELESS, MAX_NEW_TOKENS, Given, Inputs, answer_text, whole_image
 from capcli.captioning.slot_captioner import ImageLike, delivered, overflow
 from capcli.decoding import noise
 from capcli.decoding.activity import Activity
 from capcli.decoding.loop import Finished, Job, decode_steps
 from capcli.decoding.settings import Settings, resolve
 from capcli.decoding.shapes import Shapes, fitting_slots, useful_slots
-from capcli.errors import ImageError, UsageError
+from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.models.auto import AutoModel, blank, load_auto
 from capcli.models.model_files import ModelFiles
 from capcli.models.vlm import Prefill, VlmStep, vlm_family
 from capcli.options import MAX_PIXELS, GenerationOptions
-from capcli.records import Candidate, Caption, Loaded
-from capcli.runtimes.vlm import ROOM, VlmRuntime
+from capcli.records import Candidate, Caption, Failure, Loaded
+from capcli.runtimes.vlm_runtime import ROOM, VlmRuntime
 
 SHAPES = ((1, 1), (3, 4), (4, 3), (1, 2), (2, 1))  # height and width of the images that prompts are measured with
 LARGEST = 2048  # pixels of their longest edge where nothing else bounds it
@@ -46,6 +46,7 @@ class VlmCaptioner:
         self.auto, self.files, self.dtype = auto, files, dtype
         self.device: torch.device = auto.model.device
         self._ids = family.ids
+        self._succeeded, self._unusable = False, 0
         self.step = VlmStep(auto.model, family).eval()
         self.runtime = VlmRuntime(Prefill(auto.model).eval(), self.step, self.device)
 
@@ -153,6 +154,13 @@ class VlmCaptioner:
         return Job((index, loaded), inputs, noise.key(search.seed, loaded.name), prompt=prompt)
 
     def _result(self, settings: VlmSettings, loaded: Loaded, done: Finished) -> Result:
+        """Raises CapcliError where the model has captioned nothing yet and failed for several images."""
+        if done.error is not None:
+            self._unusable += not self._succeeded
+            if self._unusable >= HOPELESS:
+                raise CapcliError(f"{self.files.name} cannot caption: {done.error}")
+            return Failure(loaded.name, "model", done.error)
+        self._succeeded = True
         if not done.hypotheses:
             return overflow(loaded.name, self.dtype)
         ends = settings.search.eos_token_ids

@@ -44,10 +44,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A captioned job. `hypotheses` is empty where the image's memory or a caption's score is not finite."""
+    """A captioned job. `hypotheses` is empty where the image's memory or a caption's score is not finite.
+
+    They are empty too where the model cannot encode the image; `error` says why.
+    """
 
     tag: Any
     hypotheses: list[Hypothesis]
+    error: str | None = None
 
 
 class PromptTooLongError(Exception):
@@ -56,6 +60,10 @@ class PromptTooLongError(Exception):
     def __init__(self, needed: int) -> None:
         super().__init__(f"a prompt has {needed} tokens")
         self.needed = needed
+
+
+class UnencodableError(Exception):
+    """The model cannot encode an image, the only one of its chunk."""
 
 
 class Feed(Protocol):
@@ -98,7 +106,7 @@ class Runtime(Protocol):
         """Starts to encode the E `images` of jobs; returns EncodedImages, which `admit` takes.
 
         `encoder_ids` [E, W] are the token ids that the encoder reads, W = 0 where it reads none; a negative id is no token.
-        Raises PromptTooLongError.
+        Raises PromptTooLongError and UnencodableError.
         """
 
     def admit(self, encoded: Any, slots: Sequence[int]) -> torch.Tensor:
@@ -220,6 +228,7 @@ class Batch:
         self.readings: deque[tuple[int, torch.Tensor, torch.Tensor, Any]] = deque()  # step, and `read_flags` after it
         self.broken = torch.zeros(shapes.slots, dtype=torch.bool, device=runtime.device)  # memory is not finite
         self.last_arrival = 0.0
+        self.unencodable: list[Finished] = []
         self.repeated = runtime.repeated(self.decode_token)
 
     def captions(self) -> Iterator[list[Finished]]:
@@ -230,15 +239,17 @@ class Batch:
                 if self.slots.busy or self.encoding or self.waiting or self.fetch(wait=None):
                     self.fill()
                     began = time.monotonic()
-                    self.step()
-                    done = self.retire()
+                    if self.slots.busy:
+                        self.step()
+                        done = self.retire()
                     self.activity.stepped(time.monotonic() - began)
-                elif self.feed.ended:
+                elif self.feed.ended and not self.unencodable:
                     return
+            done, self.unencodable = [*self.unencodable, *done], []
             yield done
 
     def fill(self) -> None:
-        """Admits the jobs that arrived. Afterwards at least one slot is occupied, as a job waited or was in a slot before."""
+        """Admits the jobs that arrived. Afterwards a slot is occupied, unless an image could not be encoded."""
         self.opening = self.opening and self.slots.now < OPENING_STEPS
         while not (self.opening and self.slots.busy):
             if not self.encoding and (self.slots.free or self.runtime.ahead) and self.fetch(wait=0):
@@ -246,7 +257,7 @@ class Batch:
             room = self.slots.free >= len(self.encoding)
             if self.encoded and room and (self.encoded.ready() or not self.slots.busy):
                 self.admit(self.encoded)
-            elif self.slots.busy:
+            elif self.slots.busy or (self.unencodable and not self.encoding):
                 break
             else:
                 self.fetch(wait=LINGER)
@@ -264,7 +275,12 @@ class Batch:
             full = [*self.encoding, *[self.encoding[0]] * (self.shapes.chunk - count)]
             encoder_ids = [job.encoder_ids or self.encoder_ids for job in full]
             self.opening = self.activity.encodes(count) and count > 1 and not self.runtime.ahead
-            self.encoded = self.runtime.encode([job.pixels for job in full], encoder_ids)
+            try:
+                self.encoded = self.runtime.encode([job.pixels for job in full], encoder_ids)
+            except UnencodableError as error:
+                self.unencodable += [Finished(job.tag, [], str(error)) for job in self.encoding]
+                self.encoding, self.opening = [], False
+                self.activity.dropped(encoding=count, decoding=0)
 
     def fetch(self, wait: float | None) -> bool:
         """Takes jobs from the feed until a full chunk is waiting; returns whether any job is waiting."""

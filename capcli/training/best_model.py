@@ -22,7 +22,7 @@ from capcli.training.model.assembly import AssembledCaptioner
 from capcli.training.output import checkpoints
 from capcli.training.output.card import CardFacts, SplitFacts, shell_word, write_card
 from capcli.training.output.folder import CARD, RunFolder, sources
-from capcli.training.vlm.assembly import AssembledVlm
+from capcli.training.vlm.vlm_assembly import AssembledVlm
 
 # The generation settings that a card shows.
 SEARCH_SETTINGS = {

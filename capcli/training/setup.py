@@ -35,9 +35,9 @@ from capcli.training.model.assembly import AssembledCaptioner, assemble
 from capcli.training.model.lora import add_lora
 from capcli.training.model.tokenizers import encode_captions
 from capcli.training.output.folder import sources
-from capcli.training.vlm.assembly import AssembledVlm, assemble_vlm
-from capcli.training.vlm.pairs import VlmCollate, VlmPairs
-from capcli.training.vlm.trainer import VlmTrainer, VlmValidation
+from capcli.training.vlm.vlm_assembly import AssembledVlm, assemble_vlm
+from capcli.training.vlm.vlm_pairs import VlmCollate, VlmPairs
+from capcli.training.vlm.vlm_trainer import VlmTrainer, VlmValidation
 
 Assembled = AssembledCaptioner | AssembledVlm
 

@@ -165,4 +165,4 @@ def refuse_slots_options(options: CaptionOptions) -> None:
         "--dtype int8": options.dtype == "int8",
     }
     if wrong := [flag for flag, is_given in given.items() if is_given]:
-        raise UsageError(f"{' and '.join(wrong)}: only models with a decode loop of capcli have this: leave it out")
+        raise UsageError(f"{' and '.join(wrong)}: this model does not have it: leave it out")

@@ -21,8 +21,8 @@ from capcli.options import GenerationOptions
 from capcli.records import Caption, Failure, Loaded
 from capcli.training.loop.trainer import CaptionTrainer
 from capcli.training.loop.validation import Batches, Prepare, Validation
-from capcli.training.vlm.assembly import AssembledVlm
-from capcli.training.vlm.pairs import VlmPairs, answers_loss
+from capcli.training.vlm.vlm_assembly import AssembledVlm
+from capcli.training.vlm.vlm_pairs import VlmPairs, answers_loss
 
 
 class VlmTrainer(CaptionTrainer):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from capcli.decoding.loop import PromptTooLongError
+from capcli.decoding.loop import PromptTooLongError, UnencodableError, out_of_memory
 from capcli.decoding.settings import Settings
 from capcli.decoding.shapes import Shapes
 from capcli.models.vlm import Prefill, VlmStep
@@ -68,7 +68,13 @@ class VlmRuntime(Eager):
         length = inputs["input_ids"].shape[1]
         if length > self._settings.prompt_room:
             raise PromptTooLongError(-(-length // ROOM) * ROOM)
-        keys_values, shift = computed(self._prefill, {name: self._placed(value) for name, value in inputs.items()})
+        try:
+            keys_values, shift = self._prefill({name: self._placed(value) for name, value in inputs.items()})
+        except Exception as error:  # of the model's code, for the image that it cannot take
+            if out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise UnencodableError(f"the model cannot process it: {type(error).__name__}: {reason}") from error
         return EncodedChunk(keys_values, shift[:, None])
 
     def _placed(self, value: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from capcli.pixels import PixelSpec
 from capcli.records import Annotated, Failure
 from capcli.training.data.pairs import Images, PackedStrings, Pairs, Tokens
 from capcli.training.loop.loss import token_sum
-from capcli.training.vlm.assembly import AssembledVlm
+from capcli.training.vlm.vlm_assembly import AssembledVlm
 
 OF_TOKENS = ("attention_mask", "token_type_ids", "mm_token_type_ids")  # inputs with a value for each token
 
