@@ -426,10 +426,6 @@ def test_a_config_that_is_not_an_object(model: Path, text: str) -> None:
     ("config", "message"),
     [
         ({"model_type": "blip-2"}, "is not supported: blip-2"),
-        (
-            {"model_type": "smolvlm", "text_config": {"model_type": "llama"}},
-            "capcli caption runs it, this command does not",
-        ),
         ({"model_type": "blip_2_qformer", "auto_map": {}}, "own code, which capcli never runs"),
         ({"model_type": "own", "auto_map": {"AutoModel": "m.M"}}, "own code, which capcli never runs"),
         ({"architectures": ["X"]}, "['X']"),
