@@ -25,7 +25,7 @@ fi
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-external gpu-test gpu-bench check lint python
+.PHONY: demo test test-slow test-external gpu-test gpu-bench check lint python
 
 demo: $(VENV)/.installed
 	$(BIN)/capcli caption examples/scenes --model examples/demo-model --out captions.jsonl
@@ -33,10 +33,14 @@ demo: $(VENV)/.installed
 
 # A process for each core, up to four: most tests wait for processes of their own to start.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
-TESTS := $(PYTEST) -m 'not external'
 
+# The core: a few minutes.
 test: $(VENV)/.installed-dev
-	$(TESTS)
+	$(PYTEST) -m 'not external and not slow'
+
+# Exports, trainings, runs that are killed again and again: the rest.
+test-slow: $(VENV)/.installed-dev
+	$(PYTEST) -m 'slow and not external'
 
 # What needs other people's programs: Java (METEOR). Skipped, with the reason, where one is missing.
 test-external: $(VENV)/.installed-dev
@@ -57,7 +61,7 @@ lint: $(VENV)/.installed-dev
 
 check: lint
 	$(BIN)/mypy
-	$(TESTS)
+	$(PYTEST) -m 'not external'
 	$(BENCH)
 
 # Well below batched generate() at the same captions is a fault; how far above differs too much from machine to machine to hold.

@@ -39,6 +39,7 @@ def bench(place: Path, *flags: object) -> tuple[int, list[str], str]:
     return done.code, done.out.decode().splitlines(), done.err
 
 
+@pytest.mark.slow
 def test_stages_ceiling_and_baselines(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SECONDS": 0.05, "SIDE": 256, "READ": 1 << 22}.items():
         monkeypatch.setattr(ceiling, name, value)

@@ -134,6 +134,7 @@ def test_the_best_weights_are_whole(out: Path) -> None:
     assert "Traceback" not in result.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("link", [False, True])
 def test_a_second_run_in_a_folder_is_refused(place: Path, tmp_path: Path, link: bool) -> None:
     out, second = tmp_path / "out", tmp_path / "second"

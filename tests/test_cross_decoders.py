@@ -207,6 +207,7 @@ def base(weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     return next((weights[each] for each in found if each in weights), torch.zeros(()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoder", "decoder", "profile", "layers"),
     [

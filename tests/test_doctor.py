@@ -155,6 +155,7 @@ def machine(tmp_path: Path) -> Machine:
 # This machine
 
 
+@pytest.mark.slow
 def test_it_finds_what_is_installed_here() -> None:
     done = execute("doctor", "--json")
     assert done.code == 0
@@ -172,6 +173,7 @@ def test_it_finds_what_is_installed_here() -> None:
     assert bool([line for line in found["gpus"] if line["state"] == "ok"]) == torch.cuda.is_available()
 
 
+@pytest.mark.slow
 def test_it_prints_a_table_on_a_terminal_and_plain_lines_in_a_pipe(machine: Machine) -> None:
     variables = environment(**machine.variables(), TERM="xterm")
     command = [*COMMAND, "doctor"]

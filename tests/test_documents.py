@@ -95,6 +95,7 @@ def test_a_shown_command_is_valid(document: str, line: str, tmp_path: Path, monk
     assert done.code == 0, (document, done.err)
 
 
+@pytest.mark.slow
 def test_the_shown_commands_run(tmp_path: Path) -> None:
     scenes = sorted((ROOT / "examples" / "scenes").glob("*.jpg"))[:3]
     for folder in ("photos", "train"):
@@ -119,6 +120,7 @@ def test_the_shown_commands_run(tmp_path: Path) -> None:
     assert all((tmp_path / "train" / scene.name).with_suffix(".txt").exists() for scene in scenes)
 
 
+@pytest.mark.slow
 def test_the_scale_measurement_resumes_and_writes_a_row_for_every_image() -> None:
     command = [sys.executable, str(ROOT / "examples" / "measure_scale.py"), "--count", "2000"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
@@ -129,6 +131,7 @@ def test_the_scale_measurement_resumes_and_writes_a_row_for_every_image() -> Non
 SCRIPTS = sorted(path for path in (ROOT / "examples").glob("*.py") if "argparse" in path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_the_options_of_scripts_in_documents_exist(script: Path) -> None:
     done = subprocess.run(

@@ -16,6 +16,8 @@ import pytest
 import transformers
 from running import Ended, execute
 
+pytestmark = pytest.mark.slow
+
 EARLIER = Path(__file__).parent / "earlier_version"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -431,6 +431,7 @@ def answer_slowly(asked: Asked) -> None:
         asked.caption()
 
 
+@pytest.mark.slow
 def test_killed_twice_and_interrupted_each_image_has_one_row(tmp_path: Path) -> None:
     photos, out = save_numbered(tmp_path / "photos", 120), tmp_path / "captions.jsonl"
     with serving(answer_slowly) as server:

@@ -50,6 +50,7 @@ def write(folder: Path, **fields: Any) -> None:
     write_engine(str(folder), replace(read_engine(str(folder)), **fields))
 
 
+@pytest.mark.slow
 def test_the_command_builds_a_moved_engine_where_it_is_with_its_options(
     exported: Path, photos: Path, engine: Path
 ) -> None:

@@ -36,6 +36,8 @@ from capcli.options import GenerationOptions
 from capcli.runtimes.eager import Eager
 from capcli.storage import locks
 
+pytestmark = pytest.mark.slow
+
 SEARCHES = [
     Case({}),
     Case({"num_beams": 4}),

@@ -161,6 +161,7 @@ def test_the_command_captions_as_transformers_does(tmp_path: Path, family: str) 
 
 
 # Every family in both profiles; the two T5s share one family, and tagged captioners are in test_prefix.py.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "profile"),
     [
@@ -181,6 +182,7 @@ def test_an_engine_gives_the_same_captions(tmp_path: Path, family: str, profile:
         assert [row["text"] for row in found.rows] == [row["text"] for row in expected.rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "tables"),  # matrices of the vocabulary's size: one where the output layer is the embedding
     [("florence2", 1), ("vision-t5", 1), ("vision-t5 v1.1", 2)],

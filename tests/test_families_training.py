@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from capcli.models.families import family_of
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers")
 CAPTIONS = {
     "a.png": "word11 word12",

@@ -71,6 +71,7 @@ def generated(captioner: GenerateCaptioner, photo: Path, **search: Any) -> str:
     return str(auto.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_each_architecture_captions_as_generate_does_one_image_at_a_time(
     name: str, photos: Path, tmp_path: Path

@@ -78,6 +78,7 @@ def shape_of(value: onnx.ValueInfoProto) -> list[str | int]:
     return [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
 
 
+@pytest.mark.slow
 def test_onnx_accepts_the_graphs_and_infers_their_shapes(exported: Exported) -> None:
     for graph in exported.cleaned.values():
         onnx.checker.check_model(graph, full_check=True)

@@ -210,6 +210,7 @@ def sometimes(name: str) -> Caption | Failure:
 LISTED = ["a.jpg", "bad1", "b.jpg", "a.jpg", "\udce9.jpg", "bad2", "c.jpg", "\udcff.jpg"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 @pytest.mark.parametrize(
     "more",

@@ -66,6 +66,7 @@ def test_accumulated_batches_have_the_gradients_of_one_batch(
     assert_same(gradients(place, batch_size, accumulation), expected)
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(place: Path, expected: dict[str, torch.Tensor]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

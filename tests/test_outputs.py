@@ -176,6 +176,7 @@ def test_a_folder_that_cannot_be_listed_is_on_record_until_it_can_be(
     assert len(captions(tmp_path)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_run_stops_when_its_captions_are_removed(captioner: Path, tmp_path: Path, replaced: bool) -> None:
     photos, out = paint(tmp_path / "p", *(f"{n}.png" for n in range(60))), tmp_path / "c.jsonl"
@@ -428,6 +429,7 @@ def on_terminal(*arguments: object) -> bytes:
     return written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [[], ["-o", "-", "--format", "jsonl"], ["-o", "-", "--format", "csv"]])
 def test_names_cannot_control_a_terminal(captioner: Path, tmp_path: Path, form: list[str]) -> None:
     photos = paint(tmp_path / "p", "\x1b[31mred\x9b5m.png", "\x9d0;title\x07.png")

@@ -29,6 +29,8 @@ ERRORS = {
 }
 BLOCK = """
 import sys
+
+pytestmark = pytest.mark.slow
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == {0!r}:

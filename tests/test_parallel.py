@@ -182,6 +182,7 @@ def test_loops_share_the_threads_evenly_and_each_has_enough_images():
     assert [useful_loops(8, images) for images in (15, 16, 24, 32)] == [1, 2, 2, 4]
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_same_file_with_several_loops(captioner: Path, tmp_path: Path) -> None:
     folder = paint(tmp_path / "photos", *(f"{number}.png" for number in range(40)))
     given = ("--model", captioner, "--device", "cpu", "--dtype", "float32", "--max-new-tokens", 8)

@@ -199,6 +199,7 @@ def test_tags_are_read_as_in_training(tmp_path: Path) -> None:
     assert row["score"] == pytest.approx(best, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", ["fused", "portable"])
 @pytest.mark.usefixtures("shared_graphs")
 def test_an_engine_reads_tags(tmp_path: Path, profile: str) -> None:

@@ -61,6 +61,7 @@ def is_prefix(part: bytes, whole: bytes) -> bool:
     return whole.startswith(part[: part.rfind(b"\n") + 1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
     ("suffix", "kills", "search"),
@@ -94,6 +95,7 @@ def test_killed_at_any_moment_the_same_command_completes_the_same_bytes(
     assert run_file(out)["state"] == "finished"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("threads", "number", "folders"),
     [(1, signal.SIGINT, "012"), (2, signal.SIGTERM, "01234")],
@@ -135,6 +137,7 @@ def test_an_interrupted_run_finishes_what_is_under_way(
     assert run_file(out)["last_run"]["captioned"] == total - count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_second_interrupt_ends_the_run_at_once(captioner: Path, photos: Path, tmp_path: Path, threads: int):
     out = tmp_path / "c.jsonl"

@@ -91,6 +91,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return paint(tmp_path_factory.mktemp("photos"), "a.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json"],

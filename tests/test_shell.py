@@ -67,6 +67,7 @@ def test_a_closed_pipe_ends_the_run_quietly(captioner: Path, photos: Path):
     assert (unread.code, unread.err) == (0, "")
 
 
+@pytest.mark.slow
 def test_closed_streams_do_no_harm(captioner: Path, photos: Path, tmp_path: Path):
     variables = {"PHOTOS": photos, "MODEL": captioner, "OUT": tmp_path / "c.jsonl"}
     # Without a standard error that takes messages all rows are written, and no message is among them.
@@ -130,6 +131,7 @@ def test_a_terminal_shows_readable_lines_without_control_characters(captioner: P
     assert "\x1b" not in "".join(rows)
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_progress_while_rows_go_to_a_file(captioner: Path, photos: Path, tmp_path: Path):
     out = tmp_path / "c.jsonl"
     code, shown = on_terminal("caption", photos, "-m", captioner, "-o", out, "--batch-size", 2)
@@ -145,6 +147,7 @@ def test_a_terminal_shows_progress_while_rows_go_to_a_file(captioner: Path, phot
     assert CLOSING.fullmatch(done.err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twice", [False, True])
 def test_a_terminal_says_how_far_an_interrupted_run_came(captioner: Path, photos: Path, tmp_path: Path, twice: bool):
     out = tmp_path / "c.jsonl"

@@ -89,6 +89,7 @@ print("the same", {BLOCK})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="no Triton: pip install triton")
 @pytest.mark.parametrize(("program", "interpret"), [(KERNEL, "1"), (COMPILED, "0")], ids=["interpreted", "compiled"])
 def test_the_kernel_equals_torch(program: str, interpret: str, tmp_path: Path) -> None:

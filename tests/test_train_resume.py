@@ -44,6 +44,7 @@ def unbroken(config: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_a_broken_run_resumes_as_if_unbroken(config: Path, unbroken: Path, tmp_path: Path, number: int) -> None:
     out, checkpoints = tmp_path / "out", str(tmp_path / "out" / "checkpoints")

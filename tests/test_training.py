@@ -256,6 +256,7 @@ def test_reports_and_evaluations_by_epoch(tmp_path: Path) -> None:
     assert rows == [("3", 1, True), ("4", 1 + 2 / 5, False), ("6", 2, True), ("8", 2 + 4 / 5, False), ("9", 3, True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "seed", "interruptions"),
     [
@@ -460,6 +461,7 @@ def test_its_settings_repeat_the_run(six: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "train.toml").read_bytes() == (six / "train.toml").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_write_only_the_lines_of_capcli_once(place: Path, six: Path, tmp_path: Path) -> None:
     """With options for which libraries print warnings; only the first process reports an image that cannot be used."""
     shutil.copytree(place / "pictures", tmp_path / "pictures")

@@ -151,6 +151,7 @@ def test_without_a_gpu_the_error_names_it_first_and_no_package(tmp_path: Path, m
     assert "pip install" not in done.err
 
 
+@pytest.mark.slow
 def test_an_unfinished_engine_is_replaced_and_one_in_bfloat16_needs_its_captioner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

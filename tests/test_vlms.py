@@ -103,6 +103,7 @@ def test_the_command_captions_as_generate_does_one_image_at_a_time(name: str, ph
         assert len(set(expected)) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_search_equals_generate(name: str, dtype: torch.dtype, photos: Path, folders: Any) -> None:
@@ -157,6 +158,7 @@ def test_prompts_of_metadata_make_room_for_themselves(photos: Path, folders: Any
         assert row["text"] == next(generated(core, [image], prompt, repetition_penalty=1.3))[0]
 
 
+@pytest.mark.slow
 def test_decoder_processes_run_the_processor(photos: Path, folders: Any, tmp_path: Path) -> None:
     """Their captions are the same bytes; what the processor refuses is a failure of that image."""
     pictures = tmp_path / "photos"

@@ -81,7 +81,7 @@ PART_OPTIONS = (
     model(
         "--max-length",
         help="Tokens of a caption to train on, the end token included; longer captions are truncated. "
-        f"[default: {DEFAULT_LENGTH}, or the decoder's maximum if that is smaller]",
+        f"[default: {DEFAULT_LENGTH}, or the decoder's maximum if that is smaller; 256 for vision-language models]",
     ),
     adapter(
         "--lora",

@@ -12,14 +12,14 @@ import numpy as np
 from transformers import Seq2SeqTrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 
-from capcli.captioning.model import find_any_model
 from capcli.errors import UsageError
 from capcli.metrics import Scorer
+from capcli.models.auto import collect_any
 from capcli.models.checkpoint import encode_and_step, pixel_size
 from capcli.models.encoder_text import gap_names, tag_ids, with_gaps
 from capcli.models.families import encoder_prompt_of, tag_room
 from capcli.models.hub import find_model
-from capcli.models.model_files import ModelFiles, is_vlm
+from capcli.models.model_files import CONFIG, ENGINE, ModelFiles, ModelListing, is_vlm
 from capcli.options import ModelOptions, TaskOptions, TrainOptions
 from capcli.options.train import TAG_TOKENS
 from capcli.records import Annotated
@@ -76,11 +76,19 @@ def with_adapter(assembled: AssembledCaptioner, options: TrainOptions) -> Assemb
 
 
 def vlm_files(options: TrainOptions, *, quiet: bool) -> ModelFiles | None:
-    """The files of the vision-language model to train; None for any other captioner. Raises UsageError without --lora."""
+    """The files of the vision-language model to train; None for any other captioner, of which none are fetched.
+
+    Raises UsageError without --lora.
+    """
     if options.model.model is None:
         return None
-    files = find_any_model(options.model.model, None, "auto", quiet=quiet)
-    if not is_vlm(files.config) or files.is_engine:
+
+    def take(name: str, listing: ModelListing, commit: str | None) -> ModelFiles:
+        config = listing.read_json(CONFIG) if CONFIG in listing.names and ENGINE not in listing.names else {}
+        return collect_any(name, listing, commit) if is_vlm(config) else ModelFiles(name, "", commit, {}, {})
+
+    files = find_model(options.model.model, quiet=quiet, take=take)
+    if not files.config:
         return None
     if not options.lora:
         raise UsageError(

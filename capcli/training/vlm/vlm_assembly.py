@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,11 @@ from capcli.errors import UsageError
 from capcli.models.auto import AutoModel, answer_text_after, load_auto
 from capcli.models.model_files import ModelFiles
 from capcli.options import TrainOptions
-from capcli.options.train import DEFAULT_LENGTH
 from capcli.training.model.lora import add_lora
 from capcli.training.model.tokenizers import SpecialTokens, special_tokens
 
 TAGS = "{tags}"
+MAX_LENGTH = 256  # tokens of a caption: those of such models are longer than DEFAULT_LENGTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +68,16 @@ class AssembledVlm:
 
 def assemble_vlm(options: TrainOptions, files: ModelFiles) -> AssembledVlm:
     """The model that the options name, with a new adapter. Raises UsageError and CapcliError."""
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # else each process that loads images warns of it after its fork
     auto = load_auto(files, "float32", torch.device("cpu"))
     model, line = add_lora(auto.model, options)
     found = auto.generation.to_dict().get("eos_token_id")
     ends = tuple(found) if isinstance(found, list) else (() if found is None else (found,))
     own = special_tokens(auto.tokenizer)
     specials = SpecialTokens(own.start, ends[0] if ends else own.end, own.pad)
-    max_length = options.model.max_length or DEFAULT_LENGTH
+    max_length = options.model.max_length or MAX_LENGTH
     if options.mask_patches:
         raise UsageError("--mask-patches is not for vision-language models: leave it out")
     given = Given(options.prompt, options.system, auto.bound_edge(None))
