@@ -207,6 +207,60 @@ def test_a_server_that_refuses_log_probabilities_gets_no_more_requests_for_them(
     assert sum("logprobs" in body for body in server.bodies) <= 2
 
 
+def test_a_refusal_of_log_probabilities_is_none_of_the_key(tmp_path: Path) -> None:
+    def answer(asked: Asked) -> None:
+        if "logprobs" in asked.body:
+            asked.json(403, {"error": {"message": "You are not allowed to request logprobs from this model"}})
+        else:
+            asked.caption()
+
+    with serving(answer) as server:
+        done = caption(server, save_numbered(tmp_path / "photos", 6), tmp_path / "captions.jsonl")
+    assert (done.code, len(rows(tmp_path / "captions.jsonl"))) == (0, 6), done.err
+
+
+def test_answers_behind_an_image_that_is_given_up_are_kept(tmp_path: Path) -> None:
+    """The first image fails again and again; at the bound the rows of all others are there, and none is asked again."""
+    photos, out = save_numbered(tmp_path / "photos", 20), tmp_path / "captions.jsonl"
+    first = min(photos.iterdir()).name
+
+    def answer(asked: Asked) -> None:
+        asked.json(500, {}) if asked.number == number else asked.caption()
+
+    number = int("".join(c for c in first if c.isdigit()) or 0)
+    with serving(answer) as server:
+        done = caption(server, photos, out, "--max-requests", 15, "--concurrency", 2)
+    assert done.code == 4, done.err
+    assert len(rows(out)) >= 8
+    assert run_file(out)["usage"]["requests"] == len(server.bodies)
+    left = 20 - len(rows(out))
+    with serving() as healthy:
+        assert caption(healthy, photos, out).code == 0
+        assert len(healthy.bodies) == left
+    names = [row["file_name"] for row in rows(out)]
+    assert sorted(names) == sorted(path.name for path in photos.iterdir())
+
+
+def test_an_address_that_answers_no_chat_completions_stops_the_run(tmp_path: Path) -> None:
+    with serving(lambda asked: asked.send(200, b"<html>Welcome</html>")) as server:
+        done = caption(server, save_numbered(tmp_path / "photos", 40), tmp_path / "captions.jsonl")
+    assert (done.code, "answered none of the last 10 images" in done.err) == (1, True), done.err
+    assert len(failures(tmp_path / "captions.jsonl")) < 40
+
+
+def test_a_key_that_a_server_repeats_is_hidden(tmp_path: Path) -> None:
+    out = tmp_path / "captions.jsonl"
+
+    def answer(asked: Asked) -> None:
+        asked.send(200, json.dumps({"headers": {"Authorization": f"Bearer {KEY}"}}).encode())
+
+    with serving(answer) as server:
+        done = caption(server, save_numbered(tmp_path / "photos", 2), out, env={"CAPCLI_API_KEY": KEY})
+    assert done.code == 3, done.err
+    assert set(failures(out).values()) == {"malformed-answer"}
+    assert KEY not in done.err + out.with_suffix(".failures.jsonl").read_text()
+
+
 def test_answers_follow_the_schema_or_are_failures(tmp_path: Path) -> None:
     pytest.importorskip("jsonschema")
     schema = {"type": "object", "properties": {"caption": {"type": "string"}}, "required": ["caption"]}

@@ -15,7 +15,8 @@ from running import call, change_json, paint, save_captioner
 from vlms import MODELS, save_vlm
 
 from capcli import Caption, Captioner
-from capcli.captioning.generate_captioner import GenerateCaptioner
+from capcli.captioning.generate_captioner import WINDOW, GenerateCaptioner, Item, Waiting
+from capcli.records import Loaded
 
 NAMES = ("a.png", "b.png", "c.png", "d.png", "wide/e.png")
 FLAGS = (
@@ -137,7 +138,9 @@ def test_prompt_and_system_prompt_are_in_the_conversation_of_the_run_file(
     assert ended.code == 0, ended.err
     settings = json.loads((tmp_path / "x.run.json").read_text())["settings"]
     assert settings["backend"] == "generate"
-    assert settings["prompt"] == "<s>system: Be brief.user: <image>What is this?assistant:"
+    assert (settings["prompt"], settings["system"]) == ("What is this?", "Be brief.")
+    recorded = json.loads((tmp_path / "x.run.json").read_text())
+    assert recorded["prompt"] == "<s>system: Be brief.user: <image>What is this?assistant:"
     assert settings["generation"]["max_new_tokens"] == 8
 
 
@@ -280,3 +283,20 @@ def test_models_that_generate_no_text_from_images_are_refused_by_name(photos: Pa
     assert "is a gpt2, which transformers" in ended.err
     (folder / "config.json").write_text('{"model_type": "molmo", "auto_map": {"AutoModel": "x.Y"}}')
     assert "its own code, which capcli never runs" in caption(photos, folder).err
+
+
+def test_an_image_of_a_rare_shape_does_not_hold_up_the_rows_behind_it() -> None:
+    waiting, batches = Waiting(), []
+    for number in range(100):
+        inputs = {"pixel_values": torch.zeros(1, 9 if number == 0 else 3)}
+        waiting.add(Item(number, Loaded(str(number), np.zeros(0, np.uint8)), inputs))
+        if waiting.full(4):
+            batches.append([item.index for item in waiting.take(4)])
+    overtaken = batches.index([0])
+    assert overtaken * 4 <= (WINDOW + 1) * 4
+    assert sorted(index for batch in batches for index in batch)[:90] == list(range(90))
+
+
+def test_a_system_prompt_that_the_model_does_not_read_is_refused(photos: Path, tmp_path: Path) -> None:
+    done = caption(photos, save_vlm(tmp_path / "paligemma", "paligemma"), "-", "--system", "Be brief.")
+    assert (done.code, "--system: " in done.err) == (2, True), done.err

@@ -189,8 +189,10 @@ def test_a_run_in_parts_gives_the_bytes_of_a_whole_one(photos: Path, folders: An
     for _ in range(3):
         assert caption(photos, model, *flags, "--limit", 2, out=tmp_path / "parts.jsonl").code == 0
     assert (tmp_path / "parts.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    settings = json.loads((tmp_path / "parts.run.json").read_text())["settings"]
-    assert settings["prompt"] == "<s>user: <image>Describe this image in one sentence.assistant:"
+    assert (
+        json.loads((tmp_path / "parts.run.json").read_text())["prompt"]
+        == "<s>user: <image>Describe this image in one sentence.assistant:"
+    )
     other = caption(photos, model, *flags, "--prompt", "What is this?", out=tmp_path / "whole.jsonl")
     assert (other.code, "prompt was" in other.err) == (2, True)
 
@@ -244,6 +246,33 @@ def test_an_image_that_the_model_cannot_process_is_a_failure(
     limit = 1e9
     ended = caption(photos, folders("llava"), "--batch-size", 2)
     assert (ended.code, "cannot caption: the model cannot process it" in ended.err) == (1, True), ended.err
+
+
+def test_no_image_is_lost_when_memory_runs_out(folders: Any, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that the model could not process just before, nor those in the slots."""
+    core, images = captioner_of(folders("llava")), arrays(photos)
+    options = GenerationOptions(max_new_tokens=8)
+    expected = [result.text for result in core.caption(images, options, batch_size=4) if isinstance(result, Caption)]
+    prefill, step, calls = core.runtime._prefill.forward, core.runtime.step, [0, 0]  # noqa: SLF001
+
+    def failing_prefill(inputs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise RuntimeError("no such image")
+        return prefill(inputs)
+
+    def failing_step(*given: Any) -> Any:
+        calls[1] += 1
+        if calls[1] == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return step(*given)
+
+    monkeypatch.setattr(core.runtime._prefill, "forward", failing_prefill)  # noqa: SLF001
+    monkeypatch.setattr(core.runtime, "step", failing_step)
+    results = list(core.caption(images, options, batch_size=4))
+    assert [result.name for result in results] == [str(number) for number in range(len(images))]
+    assert not isinstance(results[1], Caption)
+    assert [r.text for r in results if isinstance(r, Caption)] == [*expected[:1], *expected[2:]]
 
 
 @pytest.mark.parametrize(

@@ -111,3 +111,8 @@ class OrderedDelivery:
         while self._next in self._early:
             self._deliver(self._next, self._early.pop(self._next))
             self._next += 1
+
+    def flush(self) -> None:
+        """Delivers what waits for results that will not come, in order: the run ends early."""
+        for index in sorted(self._early):
+            self._deliver(index, self._early.pop(index))

@@ -24,6 +24,7 @@ from capcli.captioning.processed import HOPELESS, MAX_NEW_TOKENS, Given, answer_
 from capcli.captioning.slot_captioner import ImageLike, caption_text, overflow
 from capcli.decoding import noise
 from capcli.decoding.activity import Activity
+from capcli.decoding.loop import out_of_memory
 from capcli.decoding.settings import as_ids
 from capcli.decoding.shapes import free_memory
 from capcli.errors import CapcliError, ImageError, UsageError
@@ -79,19 +80,24 @@ class Waiting:
 
     by_shape: dict[Any, list[Item]] = field(default_factory=dict)
     count: int = 0
+    newest: int = 0  # the index of the last image
 
     def add(self, item: Item) -> None:
         self.by_shape.setdefault(item.shape, []).append(item)
-        self.count += 1
+        self.count, self.newest = self.count + 1, item.index
 
     def full(self, batch: int) -> bool:
         return any(len(items) >= batch for items in self.by_shape.values())
 
     def take(self, batch: int) -> list[Item]:
-        """A full batch, else the images of the shape that has waited longest."""
-        shape = next((s for s, items in self.by_shape.items() if len(items) >= batch), None)
-        if shape is None:
-            shape = min(self.by_shape, key=lambda s: self.by_shape[s][0].index)
+        """A full batch, else the images of the shape that has waited longest.
+
+        Those come first too once WINDOW batches have overtaken them: results are delivered in order, and wait for them.
+        """
+        oldest = min(self.by_shape, key=lambda s: self.by_shape[s][0].index)
+        shape = next((s for s, items in self.by_shape.items() if len(items) >= batch), oldest)
+        if self.newest - self.by_shape[oldest][0].index >= WINDOW * batch:
+            shape = oldest
         items = self.by_shape[shape]
         taken, left = items[:batch], items[batch:]
         self.by_shape[shape] = left
@@ -111,6 +117,10 @@ class GenerateCaptioner:
         self._spaced = self._is_family and puts_spaces(auto.tokenizer)
         self._fields = FieldDecoder.of(auto.tokenizer) if self._is_family else None
         self._succeeded, self._unusable = 0, 0
+
+    def assume_usable(self) -> None:
+        """An earlier run has captioned with the model: what it cannot process are failures of those images."""
+        self._succeeded += 1
 
     def caption(
         self,
@@ -192,7 +202,8 @@ class GenerateCaptioner:
         a batch are left without a result. `on_shrink` is called with the new batch size when memory ran out. `activity` is
         kept up to date.
         """
-        give = OrderedDelivery(deliver).put if ordered else deliver
+        order = OrderedDelivery(deliver)
+        give = order.put if ordered else deliver
         activity = activity or Activity()
         waiting, indices = Waiting(), iter(range(2**62))
 
@@ -229,6 +240,7 @@ class GenerateCaptioner:
             for item, result in outcome.results:
                 give(item.index, result)
             yield
+        order.flush()
         yield
 
     def _prepare(self, index: int, loaded: Loaded, settings: GenerateSettings) -> Item | Failure:
@@ -246,7 +258,7 @@ class GenerateCaptioner:
         except (torch.OutOfMemoryError, MemoryError) as error:
             kind, message = "out-of-memory", one_line(error)
         except Exception as error:  # of the model's code
-            kind, message = ("out-of-memory" if "allocate memory" in str(error) else "model"), one_line(error)
+            kind, message = ("out-of-memory" if out_of_memory(error) else "model"), one_line(error)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(items) == 1:

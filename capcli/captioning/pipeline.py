@@ -113,6 +113,8 @@ class CaptionRun:
         except UnfinishedError:
             if self.report.done:
                 self.close(interrupted=True, total=progress.total)
+            else:
+                self.update_run_file()
             raise
         self.close(interrupted=interrupts.asked(), total=progress.total)
         return interrupts.exit_code or self.report.exit_code

@@ -27,6 +27,7 @@ from capcli.runtimes.vlm_runtime import ROOM, VlmRuntime
 
 SHAPES = ((1, 1), (3, 4), (4, 3), (1, 2), (2, 1))  # height and width of the images that prompts are measured with
 LARGEST = 2048  # pixels of their longest edge where nothing else bounds it
+CPU_SLOTS = 16  # a prefill takes seconds there, and no caption comes before all slots are filled
 PROMPT_LENGTHS = ("max_length", "min_length")  # of prompt and caption together, which differ by image
 
 
@@ -49,6 +50,10 @@ class VlmCaptioner:
         self._succeeded, self._unusable = False, 0
         self.step = VlmStep(auto.model, family).eval()
         self.runtime = VlmRuntime(Prefill(auto.model).eval(), self.step, self.device)
+
+    def assume_usable(self) -> None:
+        """As `GenerateCaptioner.assume_usable`."""
+        self._succeeded = True
 
     def caption(
         self,
@@ -109,7 +114,10 @@ class VlmCaptioner:
         """
         search = settings.search
         most = None if batch_size is not None else fitting_slots(self.device, self.bytes_per_slot(search))
-        return self.runtime.shapes(batch_size or useful_slots(self.device, search), search, most, count)
+        useful = useful_slots(self.device, search)
+        if self.device.type == "cpu":
+            useful = min(useful, CPU_SLOTS)
+        return self.runtime.shapes(batch_size or useful, search, most, count)
 
     def bytes_per_slot(self, search: Settings) -> int:
         """Device memory of a slot: its pool, and several copies of a step's logits in float32."""

@@ -173,7 +173,7 @@ def decode_steps(
             return
         except PromptTooLongError as error:
             settings = replace(settings, prompt_room=error.needed)
-            start_again(run, waiting, loop)
+            yield start_again(run, waiting, loop)
             continue
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -182,16 +182,18 @@ def decode_steps(
             if fewer.slots >= shapes.slots:
                 least = "one image fits" if shapes.slots == 1 else f"{shapes.slots} images at a time fit"
                 raise CapcliError(f"not even {least} into the device's memory: {error}") from error
-            start_again(run, waiting, loop)
+            yield start_again(run, waiting, loop)
             shapes = fewer
         shrunk(shapes)
 
 
-def start_again(run: Batch | None, waiting: deque[Job], activity: LoopActivity) -> None:
-    """Puts the jobs in progress before those that wait."""
-    if run is not None:
-        waiting.extendleft(reversed([*run.slots.items, *run.encoding]))
-        activity.dropped(encoding=len(run.encoding), decoding=len(run.slots.items))
+def start_again(run: Batch | None, waiting: deque[Job], activity: LoopActivity) -> list[Finished]:
+    """Puts the jobs in progress before those that wait; returns those that had finished already."""
+    if run is None:
+        return []
+    waiting.extendleft(reversed([*run.slots.items, *run.encoding]))
+    activity.dropped(encoding=len(run.encoding), decoding=len(run.slots.items))
+    return run.unencodable
 
 
 def out_of_memory(error: Exception) -> bool:

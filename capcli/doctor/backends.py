@@ -9,7 +9,18 @@ from capcli.doctor import output
 from capcli.doctor.local_models import cached_models
 from capcli.doctor.output import Line, Section, megabytes, section
 from capcli.errors import CapcliError
-from capcli.models.model_files import CONFIG, ENGINE, JOINED, VLMS, WHOLE, has_family, is_vlm, list_model, model_type
+from capcli.models.model_files import (
+    CONFIG,
+    CONVERTED,
+    ENGINE,
+    JOINED,
+    VLMS,
+    WHOLE,
+    has_family,
+    is_vlm,
+    list_model,
+    model_type,
+)
 
 SLOTS, GENERATE, NONE = "slots", "generate", "none"
 
@@ -74,6 +85,8 @@ def backend_of(config: dict[str, object]) -> str:
         return SLOTS
     from capcli.models.auto import generates
 
+    if config.get("model_type") in CONVERTED and "auto_map" in config:
+        return NONE
     return GENERATE if generates(config) else NONE
 
 

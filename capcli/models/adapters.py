@@ -27,13 +27,14 @@ def find_with_adapter(
     A model that is an adapter alone brings its base model, and so does an adapter where `model` is None. Raises UsageError and
     CapcliError as `find_model`.
     """
+    adapter_revision = None
     if model is not None and adapter is None:
         files = find(model, revision)
         if files.config:
             return files
-        adapter, model, revision = model, None, None
+        adapter, model, adapter_revision, revision = model, None, revision, None
     assert adapter is not None
-    found = find_model(adapter, quiet=quiet, take=collect_adapter, option="--adapter")
+    found = find_model(adapter, adapter_revision, quiet=quiet, take=collect_adapter, option="--adapter")
     base = model or text_in(found.processor, "base_model_name_or_path")
     if base is None:
         raise CapcliError(f"the adapter {adapter} does not name its base model: give --model and --adapter")

@@ -248,7 +248,9 @@ def collect_any(name: str, listing: ModelListing, revision: str | None) -> Model
 def text_files(names: frozenset[str]) -> list[str]:
     """All files with settings, templates and vocabularies, the config first; without the indices of weights."""
     found = sorted(
-        n for n in names if n.endswith(TEXT_SUFFIXES) and not n.endswith(".index.json") and n not in NOT_READ
+        n
+        for n in names
+        if n.endswith(TEXT_SUFFIXES) and not n.endswith((".index.json", ".run.json")) and n not in NOT_READ
     )
     return [CONFIG, *(name for name in found if name != CONFIG)]
 

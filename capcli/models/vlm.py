@@ -92,6 +92,10 @@ class VlmStep(nn.Module):
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)
         self.window: int | None = getattr(config, "sliding_window", None)
         self.kinds = frozenset(getattr(config, "layer_types", None) or ())
+        for module in self.text.modules():
+            # "dynamic" compares positions with the model's longest in every step, which waits for the device. None is longer.
+            if getattr(module, "rope_type", None) == "dynamic":
+                module.rope_type = "default"
         self.vocabulary = int(config.vocab_size)
         self.positions = int(config.max_position_embeddings)
 

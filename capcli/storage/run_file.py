@@ -122,6 +122,12 @@ class RunFile:
         data = {name: value for name, value in self.data.items() if name != "refresh"}
         return RunFile({**data, "state": state, "counts": dict(counts), "last_run": dict(last_run)})
 
+    @property
+    def has_captions(self) -> bool:
+        """Whether the run, when it ended, had captions."""
+        counts = self.data.get("counts")
+        return isinstance(counts, Mapping) and bool(counts.get("captions"))
+
     def refuse_other_settings(self, new: RunFile, out: str | None) -> None:
         """Raises UsageError, naming the differences, unless `new` gives the same captions as this run."""
         if lines := difference(self.settings, new.settings):

@@ -35,6 +35,8 @@ def open_model(options: CaptionOptions, earlier: RunFile | None) -> Backend:
     files = find_any_model(
         options.model, options.revision, options.backend, adapter=options.adapter, quiet=options.quiet
     )
+    if files.is_engine and options.device == "mps":
+        raise UsageError(f"--device mps: no engine runs there, and {options.model} is one: leave it out")
     if options.backend != "generate" and options.device != "mps" and (files.is_engine or has_family(files.config)):
         return SlotsBackend.open(options, earlier, files)
     if runs_in_slots(options, files.config):

@@ -48,6 +48,8 @@ LOCAL = {
     "tags_field": None,
     "fast_decode": False,
     "gpu_decode": False,
+    "quantize": None,
+    "adapter": None,
 }
 
 
@@ -138,8 +140,9 @@ class EndpointBackend:
         servers = Servers([Server(url, self.endpoint.concurrency) for url in self.urls])
         with Schedule(self.endpoint, self.client, servers, self.template, self.usage) as schedule:
             ordered = self.options.order == "source"
-            put = OrderedDelivery(deliver).put if ordered else deliver
-            traffic = Traffic(arrivals, schedule, servers, self.prompts, put, self.result)
+            order = OrderedDelivery(deliver)
+            put, most = (order.put, MOST_WAITING) if ordered else (deliver, None)
+            traffic = Traffic(arrivals, schedule, servers, self.prompts, put, self.result, most)
             recorded = time.monotonic()
             while traffic.move(stop()):
                 activity.change(decoding=traffic.under_way - activity.under_way)
@@ -147,6 +150,7 @@ class EndpointBackend:
                 if time.monotonic() - recorded > RECORD_SECONDS:
                     recorded = time.monotonic()
                     changed()
+            order.flush()  # answers that are paid for, after images that were given up
             if schedule.stopped is not None:
                 raise schedule.stopped
 
@@ -199,7 +203,9 @@ class Traffic:
         prompts: Prompts,
         deliver: Deliver,
         result: Callable[[Loaded, Completion | ImageError], Caption | Failure],
+        most_waiting: int | None,
     ) -> None:
+        self._most_waiting = most_waiting
         self._arrivals, self._schedule, self._servers, self._prompts = arrivals, schedule, servers, prompts
         self._deliver, self._result = deliver, result
         self._taken = self._under_way = 0
@@ -229,7 +235,9 @@ class Traffic:
     @property
     def _has_room(self) -> bool:
         oldest = next(iter(self._unfinished), self._taken)
-        return self._under_way < self._servers.room + AHEAD and self._taken - oldest < MOST_WAITING
+        return self._under_way < self._servers.room + AHEAD and (
+            self._most_waiting is None or self._taken - oldest < self._most_waiting
+        )
 
     def _take(self, wait: float) -> None:
         arrival = self._arrivals.take(wait)

@@ -13,6 +13,7 @@ import transformers
 
 from capcli import pixels
 from capcli.captioning.answers import failing
+from capcli.captioning.backends.slots_plan import refuse_dropped
 from capcli.captioning.feed import Arrivals, Deliver
 from capcli.captioning.generate_captioner import GenerateCaptioner, GenerateSettings, load_generate
 from capcli.captioning.model import choose_dtype
@@ -50,7 +51,11 @@ class GenerateBackend:
         """Load the model. Raises UsageError for options that only the slots backend has, and CapcliError."""
         refuse_slots_options(options)
         captioner = load_generate(files, *open_settings(options, earlier), options.quantize)
-        return cls(options, captioner, captioner.settings(options.generation, given_of(options, captioner.auto, files)))
+        if earlier is not None and earlier.has_captions:
+            captioner.assume_usable()
+        search = captioner.settings(options.generation, given_of(options, captioner.auto, files))
+        refuse_dropped(options, search.generation.num_return_sequences or 1)
+        return cls(options, captioner, search)
 
     @property
     def label(self) -> str:
@@ -65,7 +70,8 @@ class GenerateBackend:
             **adapter_setting(self.captioner.files),
             "dtype": self.captioner.dtype,
             **({} if options.quantize is None else {"quantize": options.quantize}),
-            "prompt": self.captioner.auto.write(search.given.prompt, search.given.system),
+            "prompt": search.given.prompt,
+            "system": search.given.system,
             "max_image_edge": search.given.max_edge,
             "generation": {name: value for name, value in generation.items() if name not in NOT_SETTINGS}
             | ({"seed": search.seed} if search.generation.do_sample else {}),
@@ -75,6 +81,7 @@ class GenerateBackend:
         files = self.captioner.files
         return {
             "model": {"name": files.name, "revision": files.revision},
+            "prompt": self.captioner.auto.write(self.search.given.prompt, self.search.given.system),
             "device": str(self.captioner.device),
             "threads": torch.get_num_threads(),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -149,7 +156,7 @@ def open_settings(options: CaptionOptions, earlier: RunFile | None) -> tuple[str
 def given_of(options: CaptionOptions, auto: AutoModel, files: ModelFiles) -> Given:
     """What the options give the model beside the images."""
     is_family = files.config["model_type"] in FILES
-    if options.system is not None and is_family:
+    if options.system is not None and (is_family or not getattr(auto.processor, "chat_template", None)):
         raise UsageError(f"--system: {options.model} has no use for it: leave it out")
     edge = auto.bound_edge(options.max_image_edge)
     prompts = Prompts(options.prompt) if options.prompt is not None and not is_family else None

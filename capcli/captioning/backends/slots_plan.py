@@ -91,12 +91,16 @@ def search_settings(options: CaptionOptions, captioner: SlotCaptioner) -> Settin
         warn(line)
     if options.keep_prompt and captioner.model.encoder_prompt:
         warn("--keep-prompt has no effect: the encoder reads the prompt, and no caption begins with it")
-    if settings.num_return_sequences > 1 and not options.sink.candidates:
-        n = settings.num_return_sequences
-        raise CapcliError(
-            f"the model's generation_config requests {n} captions per image: give --num-return-sequences {n}, or 1"
-        )
+    refuse_dropped(options, settings.num_return_sequences)
     return settings
+
+
+def refuse_dropped(options: CaptionOptions, captions: int) -> None:
+    """Raises CapcliError where the model gives several `captions` per image and the rows have room for one."""
+    if captions > 1 and not options.sink.candidates:
+        raise CapcliError(
+            f"the model's generation_config requests {captions} captions per image: give --num-return-sequences {captions}, or 1"
+        )
 
 
 def decoder_processes(options: CaptionOptions, device: torch.device) -> int:

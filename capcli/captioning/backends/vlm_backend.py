@@ -12,7 +12,7 @@ import transformers
 
 from capcli.captioning.answers import failing
 from capcli.captioning.backends.generate_backend import given_of, open_settings, refuse_slots_options
-from capcli.captioning.backends.slots_plan import COUNTED, earlier_shapes
+from capcli.captioning.backends.slots_plan import COUNTED, earlier_shapes, refuse_dropped
 from capcli.captioning.feed import Arrivals, Deliver
 from capcli.captioning.processed import ProcessedDecode
 from capcli.captioning.vlm_captioner import VlmCaptioner, VlmSettings, load_vlm
@@ -46,7 +46,10 @@ class VlmBackend:
         """Load the model. Raises UsageError for options that the model does not take, and CapcliError."""
         refuse_slots_options(options)
         captioner = load_vlm(files, *open_settings(options, earlier))
+        if earlier is not None and earlier.has_captions:
+            captioner.assume_usable()
         search = captioner.settings(options.generation, given_of(options, captioner.auto, files))
+        refuse_dropped(options, search.search.num_return_sequences)
         for line in idle(options.generation, search.search):
             warn(line)
         return cls(options, captioner, search, earlier)
@@ -61,7 +64,8 @@ class VlmBackend:
             "model": fingerprint(self.captioner.files.folder, text_files),
             **adapter_setting(self.captioner.files),
             "dtype": self.captioner.dtype,
-            "prompt": self.captioner.auto.write(given.prompt, given.system),
+            "prompt": given.prompt,
+            "system": given.system,
             "max_image_edge": given.max_edge,
             "generation": self.search.search.in_run_file(),
         }
@@ -70,6 +74,7 @@ class VlmBackend:
         files = self.captioner.files
         facts: dict[str, Any] = {
             "model": {"name": files.name, "revision": files.revision},
+            "prompt": self.captioner.auto.write(self.search.given.prompt, self.search.given.system),
             "device": str(self.captioner.device),
             "threads": torch.get_num_threads(),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import ssl
 import time
 from dataclasses import dataclass, field
@@ -69,6 +70,10 @@ class ApiKey:
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self._key}"} if self._key else {}
 
+    def hidden_in_bytes(self, content: bytes) -> bytes:
+        """As `hidden_in`, before anything is cut from the content."""
+        return content.replace(self._key.encode(), b"[key]") if self._key else content
+
     def hidden_in(self, text: str) -> str:
         """The text without the key, which a server may repeat in an error."""
         return text.replace(self._key, "[key]") if self._key else text
@@ -83,11 +88,14 @@ class ChatClient:
         except ModuleNotFoundError:
             raise CapcliError("--endpoint needs httpx2: pip install 'capcli[endpoint]'") from None
         self._timeout, self._key, self._model = options.request_timeout, key, model
+        # proxies do not reach this machine, and must not get what is sent to it
+        local = {str(parts.hostname) for url in options.urls if is_loopback(parts := urlsplit(url))}
+        unlimited = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         self._client = httpx2.AsyncClient(
             headers={"User-Agent": f"capcli/{__version__}", "Content-Type": "application/json", **key.headers},
-            timeout=httpx2.Timeout(None, connect=CONNECT),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
-            trust_env=not all(is_loopback(urlsplit(url)) for url in options.urls),  # proxies do not reach this machine
+            timeout=httpx2.Timeout(None, connect=min(CONNECT, options.request_timeout / 2)),
+            limits=unlimited,
+            mounts={f"all://{bracketed(host)}": httpx2.AsyncHTTPTransport(limits=unlimited) for host in local},
         )
 
     async def close(self) -> None:
@@ -126,14 +134,18 @@ class ChatClient:
                 content += piece
                 if len(content) > LARGEST_ANSWER:
                     raise ImageError("malformed-answer", f"the response has more than {LARGEST_ANSWER >> 20} MiB")
-        return response, bytes(content)
+        return response, self._key.hidden_in_bytes(bytes(content))
 
     def _no_connection(self, server: Server, error: Exception) -> NotReachedError | UnfinishedError:
         """Why there is no connection; a certificate that is not trusted is an error of every request."""
         for cause in causes(error):
             if isinstance(cause, ssl.SSLCertVerificationError):
                 return UnfinishedError(f"{server.url}: the certificate is not trusted: {cause.verify_message}")
-        reasons = (os.strerror(cause.errno) for cause in causes(error) if isinstance(cause, OSError) and cause.errno)
+        reasons = (
+            str(cause.strerror) if isinstance(cause, socket.gaierror) else os.strerror(cause.errno)
+            for cause in causes(error)
+            if isinstance(cause, OSError) and cause.errno
+        )
         return NotReachedError(next(reasons, self._shown(error)))
 
     def _check(
@@ -143,7 +155,7 @@ class ChatClient:
         status = response.status_code
         if status == 200:
             return
-        reason = self._key.hidden_in(error_text(content)) or response.reason_phrase
+        reason = error_text(content) or self._key.hidden_in(response.reason_phrase)
         code = error_code(content)
         kind, message = f"http-{status}", f"HTTP {status}: {reason}"
         if status == 402 or "insufficient_quota" in code:
@@ -157,9 +169,9 @@ class ChatClient:
             server.reached()
             raise RepeatableError(kind, message)
         server.responded()
-        self._refuse_all(server, status, code, message, response.headers.get("location", ""))
-        if logprobs and status in (400, 422) and "logprob" in reason.lower():
+        if logprobs and status in (400, 403, 422) and "logprob" in reason.lower():
             raise NoLogprobsError
+        self._refuse_all(server, status, code, message, response.headers.get("location", ""))
         raise ImageError(kind, message)
 
     def _refuse_all(self, server: Server, status: int, code: str, message: str, location: str) -> None:
@@ -168,7 +180,9 @@ class ChatClient:
             used = f"the key in {self._key.variable}" if self._key.variable else f"requests without a key ({KEYS[0]})"
             raise UnfinishedError(f"{server.url} does not accept {used}: {message}")
         if 300 <= status < 400:
-            raise UnfinishedError(f"{server.url} redirects to {shown_text(location)}: give that address to --endpoint")
+            raise UnfinishedError(
+                f"{server.url} redirects to {shown_text(self._key.hidden_in(location))}: give that address to --endpoint"
+            )
         unknown = "model" in message.lower() and ("not found" in message.lower() or "not exist" in message.lower())
         if "model_not_found" in code or (unknown and status in (400, 404, 422)):
             raise UnfinishedError(f"{server.url} has no model {self._model}: {message}")
@@ -176,4 +190,9 @@ class ChatClient:
             raise UnfinishedError(f"{server.url} answers no chat completions: {message}; most addresses end with /v1")
 
     def _shown(self, error: Exception) -> str:
-        return self._key.hidden_in(shown_text(str(error))) or type(error).__name__
+        return shown_text(self._key.hidden_in(str(error))) or type(error).__name__
+
+
+def bracketed(host: str) -> str:
+    """A host as in an address: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host

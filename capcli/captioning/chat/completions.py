@@ -41,7 +41,7 @@ def parse_completion(content: bytes) -> Completion:
         choices = tuple(parse_choice(choice) for choice in body["choices"])
         usage = body.get("usage") or {}
         counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
         raise malformed(content) from None
     if not choices:
         raise malformed(content)

@@ -127,6 +127,7 @@ class Schedule:
         try:
             self._loop.run_forever()
         finally:
+            self._ended = True
             for task in self._running:
                 task.cancel()
             ended: Any = asyncio.gather(*self._running, return_exceptions=True)
@@ -237,7 +238,7 @@ class Schedule:
         except RepeatableError as error:
             return self._failed(work, server, error)
         except ImageError as error:
-            if error.kind.startswith("http-") and not self._captioned:
+            if error.kind.startswith(("http-", "malformed")) and not self._captioned:
                 self._count_lost(server, str(error))
             return error
 
@@ -259,10 +260,11 @@ class Schedule:
         """The failure of an image whose attempt failed, unless it is to be repeated or given up."""
         work.attempts += 1
         server.failure(alone=len(self._servers.each) == 1)
-        if (error.wait or 0.0) > LONGEST_WAIT:
-            self._fail(
+        if min(each.paused_until for each in self._servers.each) - time.monotonic() > LONGEST_WAIT:
+            self._end(
                 UnfinishedError(
-                    f"{server.url} accepts no requests for {error.wait:.0f} seconds: {error}; the same command continues the run"
+                    f"{server.url} accepts no requests for {error.wait or LONGEST_WAIT:.0f} seconds: {error}; the same command "
+                    "continues the run"
                 )
             )
             return None

@@ -45,7 +45,8 @@ def add_lora(model: Any, options: TrainOptions) -> tuple[Any, str]:
             f"--lora: no linear layer of {options.model.model} can be adapted ({error}): give --lora-targets"
         ) from error
     base = str(options.model.model)
-    config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(os.path.expanduser(base)) else base
+    folder = os.path.expanduser(base)
+    config.base_model_name_or_path = os.path.abspath(folder) if os.path.isdir(folder) else base
     layers = sum(hasattr(module, "lora_A") for module in adapted.modules())
     trainable = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     whole = sum(weight.numel() for weight in adapted.parameters()) - trainable
