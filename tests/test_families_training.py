@@ -18,9 +18,7 @@ from safetensors.torch import load_file
 
 from capcli.models.families import family_of
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning:transformers")]
 CAPTIONS = {
     "a.png": "word11 word12",
     "b.png": "word13 word14 word15 word16",

@@ -510,7 +510,7 @@ def test_a_parent_that_is_killed_or_interrupted_leaves_nothing(tmp_path: Path, h
         opened = [os.readlink(fd) for pid in (process.pid, *pids) for fd in Path(f"/proc/{pid}/fd").iterdir()]
         assert not [file for file in opened if file.startswith("/dev/shm")]
         os.killpg(process.pid, how)  # as the terminal does, to the whole group
-        assert process.wait(10) == -how
+        assert process.wait(PATIENCE) == -how
         assert eventually(lambda: not any(alive(pid) for pid in pids), 5)
         assert process.stderr
         assert process.stderr.read().decode().splitlines()[-1:] == (

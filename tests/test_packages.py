@@ -27,10 +27,9 @@ ERRORS = {
     "tensorrt": "FileNotFoundError('libnvinfer.so.11')",
     "scipy": "ImportError('GLIBCXX_3.4.32 not found')",
 }
+pytestmark = pytest.mark.slow
 BLOCK = """
 import sys
-
-pytestmark = pytest.mark.slow
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == {0!r}:
