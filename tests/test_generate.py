@@ -300,3 +300,11 @@ def test_an_image_of_a_rare_shape_does_not_hold_up_the_rows_behind_it() -> None:
 def test_a_system_prompt_that_the_model_does_not_read_is_refused(photos: Path, tmp_path: Path) -> None:
     done = caption(photos, save_vlm(tmp_path / "paligemma", "paligemma"), "-", "--system", "Be brief.")
     assert (done.code, "--system: " in done.err) == (2, True), done.err
+
+
+def test_options_with_lists_of_tokens_and_too_few_beams(photos: Path, llava: Path) -> None:
+    plain = caption(photos, llava)
+    banned = caption(photos, llava, "-", "--bad-words-ids", "30,31", "--bad-words-ids", "40", "--suppress-tokens", "50")
+    assert (banned.code, len(banned.rows)) == (plain.code, len(NAMES)) == (0, len(NAMES)), banned.err
+    few = caption(photos, llava, "-", "--num-return-sequences", 3)
+    assert (few.code, "need at least as many beams" in few.err) == (2, True), few.err

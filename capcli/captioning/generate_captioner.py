@@ -154,17 +154,17 @@ class GenerateCaptioner:
 
         Raises UsageError for settings that generate() refuses.
         """
-        chosen = {name: value for name, value in asdict(options).items() if value is not None}
+        chosen = {name: as_lists(value) for name, value in asdict(options).items() if value is not None}
         seed = chosen.pop("seed", 0)
-        generation = self.auto.generation
-        config = new_config({**generation.to_dict(), **chosen})
-        if config.max_new_tokens is None and not self._is_family:
-            config.max_new_tokens = MAX_NEW_TOKENS
-        returned, beams = config.num_return_sequences or 1, config.num_beams or 1
-        if returned > beams and not (config.do_sample and beams == 1):
+        fields = {**self.auto.generation.to_dict(), **chosen}
+        returned, beams = fields.get("num_return_sequences") or 1, fields.get("num_beams") or 1
+        if returned > beams and not (fields.get("do_sample") and beams == 1):
             raise UsageError(
                 f"{returned} captions per image need at least as many beams (--num-beams {returned}) or sampling (--do-sample)"
             )
+        config = new_config(fields)
+        if config.max_new_tokens is None and not self._is_family:
+            config.max_new_tokens = MAX_NEW_TOKENS
         return GenerateSettings(config, given, self._ends(config), seed)
 
     def _ends(self, config: GenerationConfig) -> frozenset[int]:
@@ -372,6 +372,11 @@ class Background:
         if self._error is not None:
             raise self._error
         return self._value
+
+
+def as_lists(value: Any) -> Any:
+    """A value with lists in place of tuples, which transformers refuses."""
+    return [as_lists(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def new_config(fields: Mapping[str, Any]) -> Any:
