@@ -210,6 +210,8 @@ def test_lengths_that_the_decoder_does_not_accept_are_a_usage_error(photos: Path
     done = caption(photos, folders("blip-2"), "--max-new-tokens", 250)
     assert done.code == 2
     assert "the decoder accepts 256 tokens, including image and prompt" in done.err
+    refused = caption(photos, folders("smolvlm"), "--prompt", "<image><image> what?")
+    assert (refused.code, "takes no image with this prompt" in refused.err) == (2, True), refused.err
 
 
 def test_a_decoder_that_was_not_tested_has_no_decode_loop(photos: Path, tmp_path: Path) -> None:

@@ -52,7 +52,8 @@ class Given:
         prompt = self.prompt_of(loaded.prompt)
         packed = loaded.pixels.ndim == 1
         found = unpacked(loaded.pixels) if packed else self.made(make, loaded.pixels, prompt)
-        return replace(loaded, pixels=loaded.pixels[:0], prompt=prompt), found
+        # not a part of the pixels, which would keep all of them in memory
+        return replace(loaded, pixels=np.empty(0, np.uint8), prompt=prompt), found
 
     def made(self, make: MakeInputs, image: Any, prompt: str | None) -> Inputs:
         """The inputs of an image, uint8 [height, width, 3]. Raises ImageError where the processor cannot take it."""

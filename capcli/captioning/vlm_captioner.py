@@ -103,7 +103,12 @@ class VlmCaptioner:
         """The tokens of image and prompt, the most of images of several shapes, rounded up. A longer prompt makes more room."""
         edge = min(given.max_edge or LARGEST, LARGEST)
         sizes = [(edge * height // max(height, width), edge * width // max(height, width)) for height, width in SHAPES]
-        every = (self._with_ids(given.made(self.auto.inputs, blank(*size), given.prompt)) for size in sizes)
+        try:
+            every = [self._with_ids(given.made(self.auto.inputs, blank(*size), given.prompt)) for size in sizes]
+        except ImageError as error:
+            raise UsageError(
+                f"the model's processor takes no image with this prompt or --max-image-edge: {error}"
+            ) from None
         lengths = [inputs["input_ids"].shape[1] for inputs in every]
         return -(-max(lengths) // ROOM) * ROOM
 
