@@ -202,8 +202,7 @@ class GenerateCaptioner:
         a batch are left without a result. `on_shrink` is called with the new batch size when memory ran out. `activity` is
         kept up to date.
         """
-        order = OrderedDelivery(deliver)
-        give = order.put if ordered else deliver
+        give = OrderedDelivery(deliver).put if ordered else deliver
         activity = activity or Activity()
         waiting, indices = Waiting(), iter(range(2**62))
 
@@ -240,7 +239,6 @@ class GenerateCaptioner:
             for item, result in outcome.results:
                 give(item.index, result)
             yield
-        order.flush()
         yield
 
     def _prepare(self, index: int, loaded: Loaded, settings: GenerateSettings) -> Item | Failure:

@@ -150,8 +150,8 @@ class EndpointBackend:
                 if time.monotonic() - recorded > RECORD_SECONDS:
                     recorded = time.monotonic()
                     changed()
-            order.flush()  # answers that are paid for, after images that were given up
             if schedule.stopped is not None:
+                order.flush()  # answers that are paid for, after images that were given up
                 raise schedule.stopped
 
     def result(self, image: Loaded, outcome: Completion | ImageError) -> Caption | Failure:
