@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from capcli.captioning.feed import ArrivalFeed, Arrivals, Deliver, LocalArrivals, OrderedDelivery, Result
-from capcli.captioning.processed import HOPELESS, MAX_NEW_TOKENS, Given, Inputs, answer_text, whole_image
+from capcli.captioning.processed import HOPELESS, MAX_NEW_TOKENS, Given, answer_text, whole_image
 from capcli.captioning.slot_captioner import ImageLike, delivered, overflow
 from capcli.decoding import noise
 from capcli.decoding.activity import Activity
@@ -20,7 +20,7 @@ from capcli.decoding.shapes import Shapes, fitting_slots, useful_slots
 from capcli.errors import CapcliError, ImageError, UsageError
 from capcli.models.auto import AutoModel, blank, load_auto
 from capcli.models.model_files import ModelFiles
-from capcli.models.vlm import Prefill, VlmStep, vlm_family
+from capcli.models.vlm import Prefill, VlmStep, vlm_family, with_ids
 from capcli.options import MAX_PIXELS, GenerationOptions
 from capcli.records import Candidate, Caption, Failure, Loaded
 from capcli.runtimes.vlm_runtime import ROOM, VlmRuntime
@@ -46,7 +46,6 @@ class VlmCaptioner:
         family = vlm_family(files.config)
         self.auto, self.files, self.dtype = auto, files, dtype
         self.device: torch.device = auto.model.device
-        self._ids = family.ids
         self._succeeded, self._unusable = False, 0
         self.step = VlmStep(auto.model, family).eval()
         self.runtime = VlmRuntime(Prefill(auto.model).eval(), self.step, self.device)
@@ -104,12 +103,12 @@ class VlmCaptioner:
         edge = min(given.max_edge or LARGEST, LARGEST)
         sizes = [(edge * height // max(height, width), edge * width // max(height, width)) for height, width in SHAPES]
         try:
-            every = [self._with_ids(given.made(self.auto.inputs, blank(*size), given.prompt)) for size in sizes]
+            every = [given.made(self.auto.inputs, blank(*size), given.prompt) for size in sizes]
         except ImageError as error:
             raise UsageError(
                 f"the model's processor takes no image with this prompt or --max-image-edge: {error}"
             ) from None
-        lengths = [inputs["input_ids"].shape[1] for inputs in every]
+        lengths = [with_ids(inputs, self.auto.model)["input_ids"].shape[1] for inputs in every]
         return -(-max(lengths) // ROOM) * ROOM
 
     def shapes(self, settings: VlmSettings, count: int | None, batch_size: int | None = None) -> Shapes:
@@ -146,16 +145,10 @@ class VlmCaptioner:
         steps = decode_steps(feed, self.runtime, settings.search, shapes, on_shrink, activity)
         yield from delivered(steps, partial(self._result, settings), give)
 
-    def _with_ids(self, inputs: Inputs) -> Inputs:
-        """The inputs with the token ids that generate() adds to those of a processor without text."""
-        if "input_ids" in inputs or self._ids is None:
-            return inputs
-        return {**inputs, "input_ids": torch.tensor([self._ids(self.auto.model.config)])}
-
     def _job(self, settings: VlmSettings, index: int, loaded: Loaded) -> Job:
         """Raises ImageError for an image that the processor or the decoder cannot take."""
         loaded, inputs = settings.given.inputs(self.auto.inputs, loaded)
-        inputs = self._with_ids(inputs)
+        inputs = with_ids(inputs, self.auto.model)
         prompt = tuple(inputs["input_ids"][0].tolist())
         search, most = settings.search, self.step.positions
         if len(prompt) + search.max_new_tokens > most:

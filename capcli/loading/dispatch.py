@@ -78,14 +78,7 @@ class Dispatcher:
                 return
             path = encode_path(task.entry.path, task.entry.prompt)
             if len(path) > LONGEST_PATH:
-                self._window.finish(
-                    task,
-                    Failure(
-                        task.entry.name,
-                        "missing",
-                        "the path, or its prompt, is too long",
-                    ),
-                )
+                self._window.finish(task, Failure(task.entry.name, "missing", "the path, or its prompt, is too long"))
                 continue
             state = state or self._start_worker()
             if state is None:

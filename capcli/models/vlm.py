@@ -57,6 +57,14 @@ def vlm_family(config: Mapping[str, Any]) -> VlmFamily:
     return FAMILIES.get(str(config.get("model_type")), VlmFamily())
 
 
+def with_ids(inputs: Mapping[str, Tensor], model: Any) -> Mapping[str, Tensor]:
+    """A processor's tensors with the token ids that generate() adds to those of a processor without text."""
+    ids = vlm_family({"model_type": model.config.model_type}).ids
+    return (
+        inputs if "input_ids" in inputs or ids is None else {**inputs, "input_ids": torch.tensor([ids(model.config)])}
+    )
+
+
 class Prefill(nn.Module):
     """Image and prompt to prefix: the language model's keys and values of all tokens but the last."""
 

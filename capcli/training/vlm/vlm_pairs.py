@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from capcli import pixels
 from capcli.errors import ImageError
 from capcli.models.families import IGNORED
-from capcli.models.vlm import vlm_family
+from capcli.models.vlm import vlm_family, with_ids
 from capcli.pixels import PixelSpec
 from capcli.records import Annotated, Failure
 from capcli.training.data.pairs import Images, PackedStrings, Pairs, Tokens
@@ -82,10 +82,8 @@ class VlmPairs(Pairs, Dataset[Any]):
             return VlmPair({}, answer, Failure(name, error.kind, str(error)))
 
     def _model_inputs(self, inputs: Mapping[str, Tensor], answer: Tokens) -> Mapping[str, Tensor]:
-        config = self._model.files.config
-        family = vlm_family(config)
-        if "input_ids" not in inputs and family.ids is not None:
-            inputs = {**inputs, "input_ids": torch.tensor([family.ids(self._model.auto.model.config)])}
+        family = vlm_family(self._model.files.config)
+        inputs = with_ids(inputs, self._model.auto.model)
         length = inputs["input_ids"].shape[1]
         ids = torch.from_numpy(answer.astype(np.int64))[None]
         added = {"attention_mask": torch.ones_like(ids)}
